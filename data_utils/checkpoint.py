@@ -1,0 +1,283 @@
+"""Plain torch checkpoints: whole or absent, verified when read, tensors and plain Python only."""
+
+import os
+import re
+import shutil
+import socket
+import sys
+import zipfile
+from pathlib import Path
+
+import torch
+
+from data_utils.config import DataError, UsageError
+
+PLAIN = (int, float, str, bool, bytes, type(None))
+FAILED_SAVES = 3  # rolling saves in a row that fail before a run gives up
+OLD_NAMES = dict(model_state="model", optimizer_state="optimizer", amp_scaler="scaler")  # read, never written
+
+
+class CheckpointError(DataError):
+    """A checkpoint that can't be read or written; the message names the file and the reason."""
+
+
+def warn(message):
+    print(f"warning: {message}", file=sys.stderr, flush=True)
+
+
+def to_plain(x, path="checkpoint"):
+    """Return a copy of `x` on the CPU. Raises TypeError, with the key's path, on what weights_only would refuse."""
+    if isinstance(x, torch.Tensor):
+        return x.detach().to("cpu", copy=True)
+    if type(x) is dict or type(x).__name__ == "OrderedDict":
+        return {k: to_plain(v, f"{path}.{k}") for k, v in x.items()}
+    if type(x) in (list, tuple):
+        return type(x)(to_plain(v, f"{path}[{i}]") for i, v in enumerate(x))
+    if type(x) in PLAIN:
+        return x
+    raise TypeError(f"{path} is a {type(x).__module__}.{type(x).__name__}; save tensors and plain Python only")
+
+
+def write_atomic(path, write):
+    """Call write(file) on a temporary neighbour of `path`, flush it, rename it: readers see the old file or the new."""
+    path = Path(path)
+    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as e:  # torch reports a full disk as a RuntimeError
+        raise CheckpointError(f"{path} was not written: {str(e).splitlines()[0]}") from e
+    finally:
+        if temporary.parent.is_dir():
+            temporary.unlink(missing_ok=True)
+    if hasattr(os, "O_DIRECTORY"):  # the rename itself must survive a power cut
+        folder = os.open(path.parent, os.O_DIRECTORY)
+        os.fsync(folder)
+        os.close(folder)
+
+
+def save_checkpoint(path, state):
+    """Write `state` to `path`; what was there stays if anything fails. Refuses weights that are not finite."""
+    state = to_plain(state)
+    weights = state.get("model_state", {}).values()
+    if not all(w.isfinite().all() for w in weights if w.is_floating_point()):
+        raise CheckpointError(f"{path} was not written: weights are not finite")
+    write_atomic(path, lambda file: torch.save(state, file))
+
+
+def load_checkpoint(path, kinds):
+    """Return what was saved, on the CPU. Raises CheckpointError on any damage, UsageError if not one of `kinds`."""
+    try:
+        with zipfile.ZipFile(path) as archive:  # torch.load checks no checksum: most flipped bits would go unseen
+            packed = any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist())
+            if packed or archive.testzip() is not None:
+                raise ValueError("checksum differs")
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as e:  # truncation and flipped bits raise a dozen types
+        raise CheckpointError(f"{path} can't be read: {type(e).__name__}: {(str(e).splitlines() or [''])[0]}") from e
+    kinds = [kinds] if isinstance(kinds, str) else kinds
+    if not isinstance(state, dict) or state.get("kind") not in kinds:
+        found = state.get("kind") if isinstance(state, dict) else type(state).__name__
+        raise UsageError(f"{path} is of kind {found}, expected {' or '.join(kinds)}")
+    return state
+
+
+def numbered(folder, pattern):
+    """Files of `folder` that match the regular expression whole, largest number first (not by name, not by mtime)."""
+    found = [(int(m[1]), p) for p in Path(folder).glob("*") if (m := re.fullmatch(pattern, p.name))]
+    return [p for _, p in sorted(found, reverse=True)]
+
+
+def first_good(paths, kind):
+    """Return (path, state) of the first checkpoint that loads, warning about each that does not; (None, None) for none.
+
+    Raises CheckpointError when there are candidates and all are bad: never start over silently.
+    """
+    bad = []
+    for path in filter(os.path.exists, paths):
+        try:
+            return path, load_checkpoint(path, kind)
+        except CheckpointError as e:
+            bad.append(str(e))
+            warn(f"{e}; trying the next one")
+    if bad:
+        raise CheckpointError(f"none of {len(bad)} checkpoints can be read\ntry: --fresh to start over")
+    return None, None
+
+
+def find(resume, fresh, files, kind):
+    """Return (path, state) as --resume and --fresh say; (None, None) to begin.
+
+    resume: "" or none begins, latest must find one of `files` (best first), auto takes one if there is one, anything
+    else is a file, without fallback. Raises UsageError or CheckpointError.
+    """
+    if fresh and resume not in ("", "none", "latest", "auto"):
+        raise UsageError(f"--fresh starts over, --resume {resume} goes on: give one of them")
+    if fresh or resume in ("", "none"):
+        return None, None
+    if resume in ("latest", "auto"):
+        path, state = first_good(files, kind)
+        if not state and resume == "latest":
+            names = ", ".join(p.name for p in files)
+            raise DataError(f"--resume: nothing in {files[0].parent} like {names}\ntry: the command without --resume")
+        return path, state
+    if not os.path.isfile(resume):
+        there = ", ".join(str(p) for p in files if p.exists()) or "none"
+        raise UsageError(f"--resume {resume}: no such file\ncheckpoints of this run: {there}")
+    try:
+        return Path(resume), load_checkpoint(resume, kind)
+    except CheckpointError as e:
+        raise UsageError(f"{e}\nno fallback for a named file; --resume alone takes the newest good one") from e
+
+
+def load_parts(parts, state, path, about, allow_partial=False):
+    """Load state[name] into parts[name] (model, optimizer, scaler). Raises UsageError, listing keys, unless all fits.
+
+    `about` is what this run would save about itself: tokenizer and model_args must be those of the file.
+    With allow_partial the weights that fit are loaded, the rest is listed, and the optimizer starts anew. The run's
+    learning rate and decay stand: torch would put back the file's without a word.
+    """
+    if state.get("tokenizer_hash") != about.get("tokenizer_hash"):
+        theirs, ours = (f"{a['tokenizer']} ({a['tokenizer_hash'][:8]})" for a in (state, about))
+        raise UsageError(f"{path} was trained with tokenizer {theirs}, this run has {ours}")
+    differs = changed(state["model_args"], about["model_args"])
+    if differs and not allow_partial:
+        raise UsageError(f"{path} has another model: {differs}\ntry: --allow_partial loads what fits")
+    state = state | {new: state[old] for new, old in OLD_NAMES.items() if new not in state and old in state}
+    model = parts["model_state"]
+    saved = {re.sub(r"^(_orig_mod\.|module\.)+", "", k): v for k, v in state["model_state"].items()}
+    own = model.state_dict()
+    missing, extra = sorted(own.keys() - saved.keys()), sorted(saved.keys() - own.keys())
+    shapes = [k for k in own.keys() & saved.keys() if own[k].shape != saved[k].shape]
+    if missing or extra or shapes:
+        lists = dict(missing=missing, extra=extra, **{"wrong shape": sorted(shapes)})
+        found = "; ".join(f"{len(v)} {k}: {', '.join(v[:3])}" for k, v in lists.items() if v)
+        fits = {k: v for k, v in saved.items() if k in own and k not in shapes}
+        share = sum(v.numel() for v in fits.values()) / max(1, sum(v.numel() for v in own.values()))
+        if not allow_partial:
+            raise UsageError(f"{path} does not fit this model: {found}\ntry: --allow_partial loads {share:.0%} of it")
+        if share < 0.5:
+            raise UsageError(f"{path} fits only {share:.0%} of this model: {found}")
+        warn(f"{path}: {found}; {share:.0%} loaded, the optimizer starts anew")
+        model.load_state_dict(fits, strict=False)
+        return
+    model.load_state_dict(saved)
+    for name, part in parts.items():
+        if part is model or not state.get(name):  # an empty scaler is that of a run without one
+            continue
+        if name == "optimizer_state":
+            _check_optimizer(part, state[name], path)
+            part.load_state_dict(state[name] | dict(param_groups=part.state_dict()["param_groups"]))
+        else:
+            part.load_state_dict(state[name])
+
+
+def _check_optimizer(optimizer, saved, path):
+    """torch accepts any shape here and fails at the next step."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    for i, slots in saved["state"].items():
+        if i >= len(parameters) or any(t.ndim and t.shape != parameters[i].shape for t in slots.values()):
+            raise UsageError(f"{path}: optimizer state {i} does not fit its parameter\ntry: --allow_partial")
+
+
+def changed(old, new, cosmetic=()):
+    """Return 'lr 0.0003 -> 0.001, ...' for the keys of `new` that differ in `old`, but for the cosmetic ones; or ''."""
+    keys = [k for k in new if k in old and k not in cosmetic and _listed(old[k]) != _listed(new[k])]
+    return ", ".join(f"{k} {old[k]} -> {new[k]}" for k in keys)
+
+
+def _listed(x):
+    return list(x) if isinstance(x, tuple) else x
+
+
+def notice(path, state, about, cosmetic):
+    """Return the line that says what a run goes on from, and which changes end exact resuming."""
+    names = ("data_hash", "world_size", "steps")
+    old, new = ({n: s[n] for n in names} | s["config"] for s in (state, about))
+    differs = changed(old, new, cosmetic)
+    return f"resumed {path} at step {state['step']}" + f", {differs}: exact resume is lost" * bool(differs)
+
+
+class Saver:
+    """saver(path, state, must): save; a rolling save (must=False) may fail FAILED_SAVES - 1 times in a row."""
+
+    def __init__(self):
+        self.failed = 0
+
+    def __call__(self, path, state, must=True):
+        try:
+            save_checkpoint(path, state)
+            self.failed = 0
+        except CheckpointError as e:
+            self.failed += 1
+            if must or self.failed == FAILED_SAVES:
+                raise
+            warn(f"{e}; what was there stays, training goes on")
+
+
+def rehearse(folder, name, state):
+    """Write `state` into `folder`, read it back, remove it; return the size in bytes that a checkpoint will have.
+
+    Raises CheckpointError when that fails or there is no room for two of them: better now than after a night.
+    """
+    trial = Path(folder) / f"{name}.tmp-rehearsal-{os.getpid()}"
+    try:
+        save_checkpoint(trial, state)
+        load_checkpoint(trial, state["kind"])
+        size = trial.stat().st_size
+    finally:
+        if trial.parent.is_dir():
+            trial.unlink(missing_ok=True)
+    if not state["step"]:  # AdamW is empty before its first step; then it has two numbers of 4 bytes a parameter
+        size += 8 * sum(p.numel() for p in state["model_state"].values())
+    free = shutil.disk_usage(folder).free
+    if free < 2 * size:
+        raise CheckpointError(f"{folder} has {free / 1e6:.0f} MB free, a run needs {2 * size / 1e6:.0f} MB")
+    return size
+
+
+def rotate(paths, keep):
+    """Remove all but the first `keep` of `paths` (newest first), once the newest reads well; 0 keeps all."""
+    if keep and len(paths) > keep and zipfile.ZipFile(paths[0]).testzip() is None:
+        for path in paths[keep:]:
+            path.unlink(missing_ok=True)
+
+
+def lock_run(folder, name):
+    """Keep other processes out of run `name` in `folder` while this one lives; return the open lock.
+
+    Raises UsageError if it is in use. Removes temporary files that a killed process left.
+    """
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        lock = open(Path(folder) / f".{name}.lock", "a+", encoding="utf-8")
+    except OSError as e:
+        raise CheckpointError(f"{folder} can't be written: {e.strerror}") from e
+    try:
+        import fcntl
+
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        lock.seek(0)
+        raise UsageError(f"{folder}: run {name} is in use by process {lock.read().strip()}") from None
+    except (ImportError, OSError):  # Windows, or a network disk without locks
+        warn(f"{folder} can't be locked: start each run once")
+        return lock
+    lock.truncate(0)
+    lock.write(f"{os.getpid()} on {socket.gethostname()}")
+    lock.flush()
+    for torn in Path(folder).glob(f"{name}*.tmp-*"):
+        torn.unlink(missing_ok=True)
+    return lock
+
+
+def set_aside(paths):
+    """Rename files to *.bak (one generation), aloud: starting over loses nothing."""
+    for path in map(Path, paths):
+        if path.exists():
+            path.replace(path.with_name(path.name + ".bak"))
+            print(f"{path} -> {path.name}.bak", file=sys.stderr)

@@ -1,0 +1,179 @@
+"""One flat dataclass is the whole command line: one field, one flag, one line of help.
+
+Imports no torch, so that --help and typos answer at once.
+"""
+
+import argparse
+import dataclasses
+import difflib
+import inspect
+import os
+import re
+import signal
+import sys
+import typing
+
+BARE = {"resume": "latest"}  # flags that may stand alone, and the value they then have
+
+
+class UsageError(Exception):
+    """What was typed can't be done: exit status 2. The message says what was found and what to type."""
+
+
+class DataError(Exception):
+    """What was read can't be used: exit status 1. The message says what was found and what to type."""
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message):
+        unknown = message.startswith("unrecognized arguments:")
+        for word in re.findall(r"(?<!\S)--?[\w-]+", message) if unknown else ():
+            close = difflib.get_close_matches(word, self._option_string_actions, 1)
+            message += f" (did you mean {close[0]}?)" if close else ""
+        self.exit(2, f"error: {message}\ntry: python {self.prog} --help\n")
+
+
+class _Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Show defaults; keep the line breaks of the script's docstring."""
+
+
+def from_cli(cls, doc="", argv=None, prog=None, by=""):
+    """Return cls() changed by --config FILE.yaml, then by the flags.
+
+    The comment that ends a field's line is its help, and the class that has the field its group, inherited fields
+    included. A Literal gives choices, a bool --flag/--no-flag, a tuple takes any number of values. --snake_case and
+    --kebab-case both work. No default is None: say "", 0 or -1. `cls` may be {choice: class}: then the flag --`by` picks
+    the class, so that each variant has defaults and help of its own. Exits with status 2 on a typo, a wrong type or a
+    bad choice, naming the nearest flag. Returns None in a notebook, where sys.argv is the kernel's: there call
+    main(Config(...)).
+    """
+    if argv is None:
+        if not hasattr(sys.modules["__main__"], "__file__"):
+            return None
+        argv = sys.argv[1:]
+    flags, path = _bundle(argv, prog)
+    if isinstance(cls, dict):
+        cls = _choose(cls, by, doc, flags + argv, prog)
+    parser = _parser(cls, doc, prog)
+    if path:  # a bundle is only more flags: same checks, same errors, with the file named
+        error, parser.error = parser.error, lambda message: error(f"--config {path}: {message}")
+        parser.parse_args(flags)
+        parser.error = error
+    args = parser.parse_args(flags + argv)
+    values = {f.name: getattr(args, f.name) for f in dataclasses.fields(cls)}
+    return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+
+
+def launch(main, cfg):
+    """Run main(cfg) as a program: a short message and a status instead of a traceback for what a user can mend.
+
+    0 done, 1 data or run, 2 usage, 128 + signal when stopped. Does nothing with the None that from_cli returns in a
+    notebook: call main(Config(...)) there.
+    """
+    if cfg is None:
+        return
+    # under torchrun a stopped rank leaves with 0: it would take 143 for a failure and start the ranks again
+    torchrun = "TORCHELASTIC_RUN_ID" in os.environ
+    status = 0
+    try:
+        signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # while there is nothing to save
+        stopped = main(cfg).get("stopped", 0)
+        status = 0 if not stopped else 130 if stopped == signal.SIGINT else 143
+    except (UsageError, DataError) as e:
+        status = 2 if isinstance(e, UsageError) else 1
+        print(f"error: {e}", file=sys.stderr)
+    except KeyboardInterrupt:
+        status = 130
+    except (RuntimeError, MemoryError) as e:
+        if not re.search("out of memory|OutOfMemory|can't allocate memory", f"{type(e).__name__} {e}"):
+            raise
+        status = 1
+        print(f"error: out of memory: {str(e).splitlines()[0][:300]}\n"
+              "try: a smaller --batch_size with a larger --grad_accum_steps", file=sys.stderr)  # fmt: skip
+    sys.exit(0 if torchrun and status > 128 else status)
+
+
+def at_least(cfg, low, *names):
+    """Raise UsageError for the first of the fields `names` that is below `low`."""
+    for name in names:
+        if getattr(cfg, name) < low:
+            raise UsageError(f"--{name} {getattr(cfg, name)}: expected {low} or more")
+
+
+def _parser(cls, doc, prog):
+    parser = _Parser(prog=prog, description=doc, formatter_class=_Formatter, allow_abbrev=False)
+    parser.add_argument("--config", default="", metavar="FILE", help="YAML file of flags; typed flags win")
+    groups = {}
+    for f in dataclasses.fields(cls):
+        owner, comment = _origin(cls, f.name)
+        group = groups.setdefault(owner, parser.add_argument_group(owner) if owner not in groups else None)
+        kind = dict(default=f.default, help=comment.replace("%", "%%"))
+        if isinstance(f.default, bool):
+            kind |= dict(action=argparse.BooleanOptionalAction)
+        elif isinstance(f.default, tuple):
+            kind |= dict(type=typing.get_args(f.type)[0], nargs="*")
+        else:
+            kind |= dict(type=type(f.default), choices=typing.get_args(f.type) or None)
+        if f.name in BARE:
+            kind |= dict(nargs="?", const=BARE[f.name])
+        group.add_argument(*dict.fromkeys(["--" + f.name, "--" + f.name.replace("_", "-")]), **kind)
+    return parser
+
+
+def _origin(cls, name):
+    """Return (class whose body has the field, its trailing comment); no comment for a class typed into a notebook."""
+    owner, comment = cls.__name__, " "
+    for base in reversed(cls.__mro__[:-1]):
+        try:
+            found = re.search(rf"^\s+{name}\s*:.*?#\s*(.+?)\s*$", inspect.getsource(base), re.M)
+        except (OSError, TypeError):
+            found = None
+        owner = base.__name__ if name in base.__dict__.get("__annotations__", {}) else owner
+        comment = found[1] if found else comment
+    return owner, comment
+
+
+def _choose(variants, by, doc, argv, prog):
+    """Return the class that flag `by` names; --help without that flag shows what all variants share."""
+    probe = _Parser(prog=prog, add_help=False, allow_abbrev=False)
+    probe.add_argument("--" + by, choices=variants)
+    name = getattr(probe.parse_known_args(argv)[0], by)
+    if name:
+        return variants[name]
+    first = next(iter(variants.values()))
+    shared = next(c for c in first.__mro__ if all(issubclass(v, c) for v in variants.values()))
+    parser = _parser(shared, f"{doc}\nMore flags and other defaults: --{by} {next(iter(variants))} --help", prog)
+    parser.add_argument("--" + by, choices=variants, required=True)
+    parser.parse_args(argv)
+
+
+def _bundle(argv, prog):
+    """Return (the flags of --config FILE, FILE); ([], "") without one."""
+    probe = _Parser(prog=prog, add_help=False, allow_abbrev=False)
+    probe.add_argument("--config", default="")
+    path = probe.parse_known_args(argv)[0].config
+    return (_as_flags(path, probe), path) if path else ([], "")
+
+
+def _as_flags(path, parser):
+    import yaml
+
+    try:
+        with open(path, encoding="utf-8") as file:
+            text = file.read()
+        bundle = yaml.safe_load(text) or {}
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as e:
+        parser.error(f"--config {path}: {' '.join(str(e).split())}")
+    keys = re.findall(r"^([\w-]+)\s*:", text, re.M)
+    flags = []
+    for key, value in bundle.items() if isinstance(bundle, dict) else [("", bundle)]:
+        flag = "--" + str(key)
+        if value is None or isinstance(value, dict) or not key or keys.count(key) > 1:
+            parser.error(f"--config {path}: {key or 'content'}: expected flat 'flag: value' lines, each flag once")
+        elif isinstance(value, bool):
+            flags += [flag if value else "--no-" + flag[2:]]
+        elif isinstance(value, list):
+            flags += [flag, *map(str, value)]
+        else:
+            flags += [f"{flag}={value}"]
+    return flags

@@ -1,0 +1,80 @@
+"""Device, precision and processes of a run: chosen once, printed once."""
+
+import os
+
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+from data_utils.config import UsageError
+
+DTYPES = dict(bf16=torch.bfloat16, fp16=torch.float16, fp32=torch.float32)
+
+
+class Hardware:
+    """`device` (auto, cpu, cuda, cuda:1, mps) and `precision` (bf16, fp16, fp32) as asked -> what there is.
+
+    bf16 is taken on CUDA from capability 8.0 on and on CPUs with avx512_bf16 or amx, else fp16 with a GradScaler on
+    CUDA, else fp32. Under torchrun the process group is started. Raises UsageError when the device is not there.
+    """
+
+    def __init__(self, device, precision):
+        self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        if device == "auto":
+            mps = torch.backends.mps.is_available()
+            device = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
+        if device == "cuda" and self.world > 1:
+            device = f"cuda:{os.environ['LOCAL_RANK']}"
+        try:
+            self.device = torch.device(device)
+            torch.empty(1, device=self.device)
+        except (RuntimeError, AssertionError) as e:
+            reason = str(e).splitlines()[0]
+            raise UsageError(f"--device {device} can't be used: {reason}\ntry: --device cpu") from e
+        kind = self.device.type
+        if kind == "cuda":  # by generation: is_bf16_supported() says yes to a T4, which only emulates it
+            capability = torch.cuda.get_device_capability(self.device)
+            fast, reason = capability >= (8, 0), f"CUDA capability {capability[0]}.{capability[1]}"
+            torch.cuda.set_device(self.device)
+        else:
+            has = [n for n in ("avx512_bf16", "amx_tile") if getattr(torch.cpu, f"_is_{n}_supported", bool)()]
+            fast, reason = kind == "cpu" and bool(has), f"{kind} with {has[0]}" if has else f"{kind} without bf16 units"
+        if precision == "bf16" and not fast:
+            precision = "fp16"
+        self.precision = "fp32" if precision == "fp16" and kind != "cuda" else precision
+        if self.world > 1 and not dist.is_initialized():
+            dist.init_process_group("nccl" if kind == "cuda" else "gloo")
+        self.autocast = torch.autocast(kind, DTYPES[self.precision], enabled=self.precision != "fp32")
+        self.scaler = torch.amp.GradScaler(kind, enabled=self.precision == "fp16")
+        self.reason = f"{self.device}, {self.precision} ({reason})" + f", {self.world} processes" * (self.world > 1)
+
+    def wrap(self, model, compile=False):
+        """Return `model` as it is called in training: compiled on request, with gradients averaged over ranks."""
+        model = torch.compile(model) if compile else model
+        return DistributedDataParallel(model) if self.world > 1 else model
+
+    def largest(self, *numbers):
+        """The maximum of each over all ranks, so that they skip, save and leave at the same step."""
+        return self._reduce(numbers, dist.ReduceOp.MAX)
+
+    def total(self, *numbers):
+        """The sum of each over all ranks."""
+        return self._reduce(numbers, dist.ReduceOp.SUM)
+
+    def gather(self, part):
+        """A list with every rank's `part`: plain Python or CPU tensors."""
+        parts = [part] * self.world
+        if self.world > 1:
+            dist.all_gather_object(parts, part)
+        return parts
+
+    def _reduce(self, numbers, how):
+        if self.world == 1:
+            return list(numbers)
+        numbers = torch.tensor(numbers, dtype=torch.float64, device=self.device if dist.get_backend() == "nccl" else "cpu")
+        dist.all_reduce(numbers, how)
+        return numbers.tolist()
+
+    def close(self):
+        if self.world > 1 and dist.is_initialized():
+            dist.destroy_process_group()

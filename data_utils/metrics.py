@@ -1,0 +1,71 @@
+"""metrics.jsonl: one strict JSON object a line; the first says what ran, each later one has a step."""
+
+import json
+import math
+import os
+import platform
+import subprocess
+import sys
+
+from data_utils.checkpoint import write_atomic
+
+
+def read_rows(path):
+    """Return the rows of `path` as dicts, without a torn last line; [] for no file."""
+    rows = []
+    if os.path.exists(path):
+        with open(path, encoding="utf-8") as file:
+            for line in file:
+                try:
+                    rows.append(json.loads(line))
+                except ValueError:  # a process was killed while it wrote
+                    break
+    return rows
+
+
+def start_rows(path, step, config, device):
+    """Begin the file with what runs; or, on a resume at `step`, drop the rows beyond it so that no step comes twice."""
+    kept = [row for row in read_rows(path) if row.get("step", 0) <= step] if step else []
+    import torch
+
+    versions = dict(python=platform.python_version(), torch=str(torch.__version__))
+    about = dict(config=config, argv=sys.argv, versions=versions, commit=_commit(), device=str(device))
+    text = "".join(_line(row) for row in (kept or [about]))
+    write_atomic(path, lambda file: file.write(text.encode()))
+
+
+def averages(sums):
+    """{name: sum over tokens, tokens, bytes} -> mean of each in nats a token, perplexity, bits per byte (bpb).
+
+    nll holds the nats of the targets, whose UTF-8 bytes are counted: bits per byte compare over tokenizers.
+    """
+    tokens, octets = sums.pop("tokens"), sums.pop("bytes")
+    means = {name: value / max(1, tokens) for name, value in sums.items()}
+    bpb = means["nll"] * tokens / math.log(2) / max(1, octets)
+    return means | dict(perplexity=math.exp(min(700, means["nll"])), bpb=bpb, tokens=int(tokens))
+
+
+def append_row(path, row):
+    """Add one row; it is in the file when this returns."""
+    with open(path, "a", encoding="utf-8") as file:
+        file.write(_line(row))
+
+
+def _line(row):
+    return json.dumps(_strict(row), allow_nan=False) + "\n"
+
+
+def _strict(x):
+    if isinstance(x, dict):
+        return {k: _strict(v) for k, v in x.items()}
+    if isinstance(x, (list, tuple)):
+        return [_strict(v) for v in x]
+    return None if isinstance(x, float) and not math.isfinite(x) else x
+
+
+def _commit():
+    try:
+        found = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5)
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return found.stdout.strip()

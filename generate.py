@@ -1,0 +1,139 @@
+"""Use what was trained: write text with a language-model expert.
+
+    python generate.py --checkpoint checkpoints/transformer_expert.pt --prompt "In the beginning"
+    python generate.py --checkpoint checkpoints/diffuser_expert.pt --steps 32 --length 128
+
+Text goes to stdout as it is made, timing to stderr.
+"""
+
+import sys
+import time
+from dataclasses import dataclass
+from typing import Literal
+
+from data_utils.config import UsageError, at_least, from_cli, launch
+
+
+@dataclass
+class Config:
+    checkpoint: str = "checkpoints/transformer_expert.pt"  # a model of train_expert.py
+    prompt: str = ""  # text to go on from
+    max_new_tokens: int = 200  # tokens to write; a document may end before
+    temperature: float = 0.8  # 1 samples what the model believes, 0 takes the likeliest token
+    top_k: int = 50  # choose among so many likeliest tokens; 0 = all
+    top_p: float = 1.0  # choose among the likeliest tokens that hold this share of the probability
+    num_samples: int = 1  # texts to write
+    seed: int = 0  # of the draws; sample number i uses seed + i
+    steps: int = 32  # diffuser: denoising steps
+    length: int = 128  # diffuser: tokens of a text, the prompt included
+    sampler: Literal["ancestral", "ddim"] = "ancestral"  # diffuser: draw a token in each step, or take the mean
+    device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
+
+
+if __name__ == "__main__":  # before torch is imported, so that --help and typos answer at once
+    cfg = from_cli(Config, __doc__)
+
+import torch
+
+from data_utils.experts import load_expert
+from data_utils.hardware import Hardware
+from data_utils.tokenizer import load_tokenizer
+
+
+def choose(logits, temperature, top_k, top_p, generator):
+    """Draw one token for each row of logits (B, V) -> (B, 1)."""
+    if not temperature:
+        return logits.argmax(-1, keepdim=True)
+    logits = logits.float() / temperature
+    if 0 < top_k < logits.shape[-1]:
+        logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], -torch.inf)
+    if top_p < 1:
+        p, order = logits.softmax(-1).sort(descending=True)
+        beyond = p.cumsum(-1) - p >= top_p  # the likeliest token always stays
+        logits = logits.masked_fill(beyond.scatter(-1, order, beyond), -torch.inf)
+    return torch.multinomial(logits.softmax(-1), 1, generator=generator)
+
+
+@torch.no_grad()
+def write(model, ids, n, temperature, top_k, top_p, generator):
+    """Yield n tokens after ids (1, T), (1, 1) each, from a state that grows by one token at a time.
+
+    When a window of max_seq_len tokens is full, its later half is read anew: positions stay those of the training.
+    """
+    window = model.max_seq_len
+    logits, state = model.step(ids[:, -window:], model.init_state(1))
+    read, ids = min(window, ids.shape[1]), ids[:, -window:]
+    for _ in range(n):
+        token = choose(logits, temperature, top_k, top_p, generator)
+        yield token, state
+        ids = torch.cat([ids, token], 1)[:, -window:]
+        if read == window and hasattr(model, "rotary"):
+            read, state = window // 2, model.init_state(1)
+            logits, state = model.step(ids[:, -read:], state)
+        else:
+            logits, state = model.step(token, state)
+            read += 1
+
+
+def stream(tokenizer, tokens):
+    """Print the text of token numbers as they come, a character when all its bytes are there; return how many came."""
+    pending, count = [], 0
+    for count, token in enumerate(tokens, 1):  # noqa: B007  the count of the last one is the result
+        pending.append(token)
+        text = tokenizer.decode(pending)
+        if text and not text.endswith("\ufffd"):
+            print(text, end="", flush=True)
+            pending = []
+    print(tokenizer.decode(pending), flush=True)
+    return count
+
+
+def size_of(state):
+    """Bytes of the tensors in a nested state; of a cache of attention only the part that is in use."""
+    if isinstance(state, torch.Tensor):
+        return state.numel() * state.element_size()
+    if isinstance(state[0], int):
+        return state[0] * size_of(state[1]) // state[1].shape[-2]
+    return sum(size_of(part) for part in state)
+
+
+def main(cfg):
+    at_least(cfg, 1, "num_samples", "steps", "length", "max_new_tokens")
+    at_least(cfg, 0, "temperature", "top_k", "top_p", "seed")
+    hardware = Hardware(cfg.device, "fp32")
+    model, about = load_expert(cfg.checkpoint)
+    tokenizer = load_tokenizer(about["tokenizer"])
+    if tokenizer.hash != about["tokenizer_hash"]:
+        raise UsageError(f"{cfg.checkpoint}: tokenizer {about['tokenizer']} is not the one it was trained with")
+    model.to(hardware.device)
+    ids = torch.tensor([[tokenizer.eos, *tokenizer.encode(cfg.prompt)]], device=hardware.device)  # (1, T)
+    if about["expert"] == "diffuser" and not ids.shape[1] <= cfg.length <= model.max_seq_len:
+        raise UsageError(f"--length {cfg.length}: expected {ids.shape[1]} (the prompt) to {model.max_seq_len}")
+    for number in range(cfg.num_samples):
+        generator, start, state = torch.Generator(hardware.device).manual_seed(cfg.seed + number), time.monotonic(), ()
+        if about["expert"] == "diffuser":
+            found = model.sample(1, cfg.length, cfg.steps, cfg.temperature, generator, cfg.sampler, ids)[0].tolist()
+            count = stream(tokenizer, found[1:])
+        else:
+            print(cfg.prompt, end="", flush=True)
+
+            def tokens(generator=generator):
+                nonlocal state
+                for token, state in write(
+                    model, ids, cfg.max_new_tokens, cfg.temperature, cfg.top_k, cfg.top_p, generator
+                ):
+                    if token.item() == tokenizer.eos:
+                        return
+                    yield token.item()
+
+            count = stream(tokenizer, tokens())
+        rate = count / (time.monotonic() - start)
+        cache = f", state of {size_of(state) / 1e6:.2f} MB" if state else ""
+        print(f"{count} tokens, {rate:.0f} tokens/s{cache}", file=sys.stderr)
+        if number < cfg.num_samples - 1:
+            print("---")
+    return {}
+
+
+if __name__ == "__main__":
+    launch(main, cfg)

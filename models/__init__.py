@@ -1,0 +1,7 @@
+"""One idea per file; torch only.
+
+cross_entropy.py  loss from hidden states, in chunks of positions: all language models
+transformer.py    causal transformer, and its parts: train_expert.py, generate.py
+state_space.py    selective scan and Mamba blocks: train_expert.py, generate.py
+diffuser.py       diffusion over token embeddings: train_expert.py, generate.py
+"""

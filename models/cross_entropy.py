@@ -1,0 +1,65 @@
+"""Cross-entropy straight from hidden states: the (B T, V) logits of a large vocabulary never exist.
+
+N positions, C width, V vocabulary.
+"""
+
+import torch
+
+CHUNK = 1024  # positions whose logits exist at a time
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    """The gradient is made in the forward, while a chunk's logits are at hand, and only scaled in the backward."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, targets, weights, bias, dtype, train):
+        nats = torch.empty(targets.shape, dtype=torch.float32, device=hidden.device)  # (N,)
+        d_hidden = torch.empty_like(hidden) if train else None
+        d_weight = torch.zeros_like(weight) if train else None
+        table = weight.detach().to(dtype)
+        size = min(CHUNK, len(targets))
+        logits = torch.empty(size, len(table), dtype=dtype, device=hidden.device)  # reused: fresh pages are slow
+        log_p = torch.empty_like(logits, dtype=torch.float32)
+        for start in range(0, len(targets), CHUNK):
+            part = slice(start, start + CHUNK)
+            h, y = hidden[part].to(dtype), targets[part]
+            real, rows, y = y >= 0, torch.arange(len(y), device=y.device), y.clamp_min(0)
+            torch.mm(h, table.T, out=logits[: len(y)])
+            p = log_p[: len(y)].copy_(logits[: len(y)])
+            if bias is not None:
+                p += bias(part)
+            torch.log_softmax(p, -1, out=p)
+            nats[part] = -p[rows, y] * real
+            if train:
+                p.exp_()[rows, y] -= 1
+                p = logits[: len(y)].copy_(p.mul_((weights[part] * real)[:, None]))
+                d_hidden[part] = p @ table
+                d_weight += p.T @ h
+        ctx.save_for_backward(d_hidden, d_weight)
+        ctx.mark_non_differentiable(nats)
+        return (nats * weights).sum(), nats
+
+    @staticmethod
+    def backward(ctx, grad, _):
+        d_hidden, d_weight = ctx.saved_tensors
+        return d_hidden * grad, d_weight * grad, None, None, None, None, None
+
+
+def linear_cross_entropy(hidden, weight, targets, weights=None, bias=None):
+    """Return (sum of weights * nats, nats) of softmax(hidden @ weight.T), 1,024 positions at a time.
+
+    hidden: (..., C), weight: (V, C), targets: (...) ids, negative = not counted, weights: (...), 1 if absent.
+    bias: function of a slice of the flattened positions -> (chunk, V), a constant added to their logits.
+    nats: (...), detached, 0 where not counted. Matrix products in the autocast type, softmax in fp32.
+    """
+    kind = hidden.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
+    shape, targets = targets.shape, targets.reshape(-1)
+    weights = torch.ones(targets.shape, device=hidden.device) if weights is None else weights.reshape(-1).float()
+    with torch.autocast(kind, enabled=False):
+        total, nats = _LinearCrossEntropy.apply(
+            hidden.reshape(-1, hidden.shape[-1]), weight, targets, weights, bias, dtype, torch.is_grad_enabled()
+        )
+    return total, nats.view(shape)
+
+

@@ -1,0 +1,204 @@
+"""A selective state-space language model: RMSNorm, Mamba block, tied head; a state of fixed size instead of a cache.
+
+B batch, T time, C width, E inner width, N state size, V vocabulary; in the recurrence A, B, C, D are its parameters.
+Mamba (arXiv 2312.00752). Inside, everything is time-major (T, B, ...): steps and shifts are then contiguous slabs.
+"""
+
+import math
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from models.cross_entropy import linear_cross_entropy
+from models.transformer import RMSNorm, initialize
+
+CHUNK = 32  # steps whose states exist at a time: few enough to stay in the processor's cache
+
+
+def _replay(u, dt, rate, B, h, decay, states):
+    """Fill decay_t = 2^(dt_t rate) and states_t = decay_t states_{t-1} + dt_t u_t B_t from the state h: last state.
+
+    Base 2 because torch's vectorised exp2 takes a third of the time of its exp, and far less where exp underflows.
+    """
+    torch.mul(dt[:, :, None], rate, out=decay).exp2_()
+    torch.mul((dt * u)[:, :, None], B[..., None], out=states)
+    for decay_t, state in zip(decay, states, strict=True):
+        h = state.addcmul_(decay_t, h)
+    return h
+
+
+def _dot(rows, matrices):
+    """One row times one matrix per step and sequence: (T, B, I), (T, B, I, J) -> (T, B, J)."""
+    return torch.bmm(rows.flatten(0, 1)[:, None], matrices.flatten(0, 1)).view(*rows.shape[:2], -1)
+
+
+class _SelectiveScan(torch.autograd.Function):
+    """Keep the state that enters each chunk; the backward replays the chunk. States are (B, N, E): E vectorises."""
+
+    @staticmethod
+    def forward(ctx, u, dt, A, B, C, h0, chunk):
+        T, (batch, N, E) = len(u), h0.shape
+        rate, y, h = A / math.log(2), torch.empty_like(u), h0
+        entering = h0.new_empty(-(-T // chunk), batch, N, E)
+        decay, states = (h0.new_empty(min(chunk, T), batch, N, E) for _ in range(2))
+        for i, start in enumerate(range(0, T, chunk)):
+            part, k = slice(start, start + chunk), min(chunk, T - start)
+            entering[i] = h
+            h = _replay(u[part], dt[part], rate, B[part], entering[i], decay[:k], states[:k])
+            y[part] = _dot(C[part], states[:k])
+        ctx.save_for_backward(u, dt, A, B, C, entering)
+        ctx.chunk = chunk
+        return y, h.clone()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, d_y, carry):
+        u, dt, A, B, C, entering = ctx.saved_tensors
+        T, rate, d_y = len(u), A / math.log(2), d_y.contiguous()
+        d_u, d_dt, d_A, d_B, d_C = (torch.empty_like(t) for t in (u, dt, A, B, C))
+        d_A.zero_()
+        size = min(ctx.chunk, T)
+        decay, grads = (A.new_empty(size, *entering.shape[1:]) for _ in range(2))
+        states = A.new_empty(size + 1, *entering.shape[1:])
+        for i, start in reversed(list(enumerate(range(0, T, ctx.chunk)))):
+            part, k = slice(start, start + ctx.chunk), min(ctx.chunk, T - start)
+            u_, dt_, B_, d_y_, a, g, before = u[part], dt[part], B[part], d_y[part], decay[:k], grads[:k], states[:k]
+            states[0] = entering[i]
+            _replay(u_, dt_, rate, B_, states[0], a, states[1 : k + 1])
+            torch.mul(d_y_[:, :, None], C[part][..., None], out=g)
+            for decay_t, grad in zip(reversed(a.unbind()), reversed(g.unbind()), strict=True):
+                carry = decay_t.mul_(grad.add_(carry))  # grad of h_t, then of h_{t-1}, in the decay's own memory
+            carry = carry.clone()  # the next chunk overwrites the buffer
+            d_C[part] = _dot(d_y_, states[1 : k + 1].mT)
+            d_B[part] = _dot(dt_ * u_, g.mT)
+            d_product = _dot(B_, g)  # of dt u
+            a.mul_(before)  # of dt A
+            d_u[part] = d_product * dt_
+            d_dt[part] = torch.mul(a, A, out=g).sum(2).addcmul_(d_product, u_)
+            d_A += a.mul_(dt_[:, :, None]).sum((0, 1))
+        return d_u, d_dt, d_A, d_B, d_C, carry, None
+
+
+@torch.compiler.disable  # a compiler would unroll every step
+def selective_scan(u, dt, A, B, C, D, h0, chunk):
+    """h_t = exp(dt_t A) h_{t-1} + dt_t B_t u_t, y_t = C_t h_t + D u_t (Mamba, eq. 2a and algorithm 2).
+
+    u, dt: (T, B, E) with T >= 1, A: (E, N), B, C: (T, B, N), D: (E), h0: (B, E, N), chunk: steps replayed at a time
+    -> y (T, B, E), h_last (B, E, N), at least fp32 also under autocast. All seven tensors get gradients, once.
+    Memory beyond inputs and outputs: T / chunk + a few times chunk states.
+    """
+    with torch.autocast(u.device.type, enabled=False):
+        dtype = torch.promote_types(dt.dtype, torch.float32)
+        u, dt, A, B, C, D, h = (t.to(dtype) for t in (u, dt, A, B, C, D, h0))
+        if len(u) == 1:  # generation: the bookkeeping of a chunk would take longer than its one step
+            h = (dt[0, :, :, None] * A).exp() * h + (dt * u)[0, :, :, None] * B[0, :, None]
+            y = (h @ C[0, :, :, None])[None, :, :, 0]
+        else:
+            y, h = _SelectiveScan.apply(*(t.contiguous() for t in (u, dt, A.T, B, C, h.mT)), chunk)
+            h = h.mT
+        return torch.addcmul(y, u, D), h
+
+
+class Mamba(nn.Module):
+    """Short causal convolution, selective scan, gate (Mamba, figure 3): (T, B, C) -> (T, B, C)."""
+
+    def __init__(self, *, d_model, d_state, d_inner, d_conv, dt_rank):
+        super().__init__()
+        self.sizes = dt_rank, d_state, d_state
+        self.in_proj = nn.Linear(d_model, 2 * d_inner, bias=False)
+        self.conv = nn.Conv1d(d_inner, d_inner, d_conv, groups=d_inner)  # holds the weights: (E, 1, d_conv)
+        self.x_proj = nn.Linear(d_inner, sum(self.sizes), bias=False)
+        self.dt_proj = nn.Linear(dt_rank, d_inner)
+        self.A_log = nn.Parameter(torch.empty(d_inner, d_state))
+        self.D = nn.Parameter(torch.ones(d_inner))
+        self.out_proj = nn.Linear(d_inner, d_model, bias=False)
+        self.initialize()
+
+    @torch.no_grad()
+    def initialize(self):
+        """A = -1..-N in every channel; dt log-uniform in [1e-3, 0.1], which its low-rank input modulates (sec. 3.6)."""
+        self.A_log.copy_(torch.arange(1, self.A_log.shape[1] + 1).log())
+        bound = self.dt_proj.in_features**-0.5
+        self.dt_proj.weight.uniform_(-bound, bound)
+        dt = torch.empty_like(self.dt_proj.bias).uniform_(math.log(1e-3), math.log(0.1)).exp_().clamp_min_(1e-4)
+        self.dt_proj.bias.copy_(dt + (-torch.expm1(-dt)).log())  # inverse of softplus
+
+    def forward(self, x, tail, h):
+        """x: (T, B, C) after the inputs tail (B, E, d_conv - 1) and the state h (B, E, N) -> (T, B, C), tail, h."""
+        T = len(x)
+        u, z = self.in_proj(x).chunk(2, -1)  # (T, B, E) each
+        padded = torch.cat([tail.permute(2, 0, 1), u])  # (d_conv - 1 + T, B, E)
+        u = self.conv.bias
+        for i, weight in enumerate(self.conv.weight[:, 0].unbind(1)):  # conv1d wants (B, E, T): two copies, 3x the time
+            u = torch.addcmul(u, padded[i : i + T], weight)
+        u = F.silu(u)
+        dt, B, C = self.x_proj(u).split(self.sizes, -1)
+        dt = F.softplus(F.linear(dt, self.dt_proj.weight).float() + self.dt_proj.bias)  # bf16 would round the bias
+        y, h = selective_scan(u, dt, -self.A_log.exp(), B, C, self.D, h, CHUNK)
+        return self.out_proj(y * F.silu(z)), padded[T:].permute(1, 2, 0), h
+
+
+class Block(nn.Module):
+    """Pre-norm Mamba added to the residual stream; x, tail and h as in Mamba."""
+
+    def __init__(self, *, dropout, **sizes):
+        super().__init__()
+        self.norm, self.mamba, self.dropout = RMSNorm(sizes["d_model"]), Mamba(**sizes), nn.Dropout(dropout)
+
+    def forward(self, x, tail, h):
+        y, tail, h = self.mamba(self.norm(x), tail, h)
+        return x + self.dropout(y), tail, h
+
+
+class StateSpace(nn.Module):
+    """Decoder-only stack of Mamba blocks with its embedding as head."""
+
+    def __init__(self, *, vocab_size, d_model, max_seq_len, n_layers, d_state, d_inner, d_conv, dt_rank, dropout):
+        super().__init__()
+        self.max_seq_len = max_seq_len
+        self.embedding = nn.Embedding(vocab_size, d_model)
+        self.dropout = nn.Dropout(dropout)
+        sizes = dict(d_model=d_model, d_state=d_state, d_inner=d_inner, d_conv=d_conv, dt_rank=dt_rank)
+        self.blocks = nn.ModuleList(Block(dropout=dropout, **sizes) for _ in range(n_layers))
+        self.norm = RMSNorm(d_model, gain=0.25)  # tied head: the token's own logit would start near 8 at gain 1
+        initialize(self, ("out_proj",), n_layers)
+        for block in self.blocks:
+            block.mamba.initialize()  # A_log and dt_proj are matrices too, with a start of their own
+
+    def _run(self, x, state):
+        """x: (B, T) ids -> residual stream (T, B, C) after as many blocks as `state` has, and their new state."""
+        h, after = self.dropout(self.embedding(x.T)), []
+        for block, (tail, hidden) in zip(self.blocks[: len(state)], state, strict=True):
+            h, *new = block(h, tail, hidden)
+            after.append(new)
+        return h, after
+
+    def hidden(self, x, layer):
+        """x: (B, T) ids -> residual stream after `layer` blocks, 0 = the embedding: (B, T, C), not normalised."""
+        if x.shape[1] > self.max_seq_len:
+            raise ValueError(f"sequence of {x.shape[1]} tokens, the model was built for max_seq_len {self.max_seq_len}")
+        return self._run(x, self.init_state(len(x))[:layer])[0].transpose(0, 1)
+
+    def forward(self, x, y=None, index=None):
+        """x: (B, T) ids -> logits (B, T, V); with targets y (B, T), -100 = not counted: (sum of nats, report).
+
+        The report holds detached (B, T) numbers per token: `loss`, which selects the best checkpoint, and `nll`.
+        `index` is for models whose evaluation draws noise. Raises ValueError beyond max_seq_len.
+        """
+        h = self.norm(self.hidden(x, len(self.blocks)))
+        if y is None:
+            return F.linear(h, self.embedding.weight)
+        loss, nats = linear_cross_entropy(h, self.embedding.weight, y)
+        return loss, dict(loss=nats, nll=nats)
+
+    def init_state(self, batch):
+        """State before the first token, for `step`: zeros, per layer a conv tail (B, E, d_conv - 1) and h (B, E, N)."""
+        new = self.embedding.weight.new_zeros
+        mambas = [block.mamba for block in self.blocks]
+        return [(new(batch, len(m.D), m.conv.kernel_size[0] - 1), new(batch, *m.A_log.shape)) for m in mambas]
+
+    def step(self, x, state):
+        """x: (B, T) ids that follow `state` -> (logits of the last one (B, V), state): O(1) per token, any length."""
+        h, state = self._run(x, state)
+        return F.linear(self.norm(h[-1]), self.embedding.weight), state

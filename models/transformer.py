@@ -1,0 +1,151 @@
+"""A causal transformer language model: RMSNorm, rotary attention, SwiGLU, tied head.
+
+B batch, T time, C width, H heads, D head dim, V vocabulary.
+Attention Is All You Need (arXiv 1706.03762), RoPE (2104.09864), SwiGLU (2002.05202), RMSNorm (1910.07467).
+"""
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from models.cross_entropy import linear_cross_entropy
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight in fp32 (Zhang and Sennrich, eq. 4): (..., C) -> (..., C)."""
+
+    def __init__(self, dim, gain=1.0):
+        super().__init__()
+        self.weight = nn.Parameter(torch.full((dim,), gain))
+
+    def forward(self, x):
+        return F.rms_norm(x.float(), self.weight.shape, self.weight, 1e-6)
+
+
+class Rotary(nn.Module):
+    """Rotate pairs of coordinates by an angle that grows with the position (RoPE, eq. 34)."""
+
+    def __init__(self, dim, length, base):
+        super().__init__()
+        angle = torch.arange(length)[:, None] * base ** (-torch.arange(0, dim, 2) / dim)  # (T, D / 2)
+        self.register_buffer("cos", torch.cat([angle.cos()] * 2, -1), persistent=False)  # (T, D)
+        self.register_buffer("sin", torch.cat([-angle.sin(), angle.sin()], -1), persistent=False)
+
+    def forward(self, x, start=0):
+        """x: (B, T, H, D) at positions start, start + 1, ... -> the same, rotated."""
+        cos, sin = (t[start : start + x.shape[1], None].to(x.dtype) for t in (self.cos, self.sin))
+        return x * cos + x.roll(x.shape[-1] // 2, -1) * sin
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention over rotated queries and keys: x (B, T, C) -> (B, T, C)."""
+
+    def __init__(self, *, d_model, n_heads):
+        super().__init__()
+        self.n_heads = n_heads
+        self.qkv = nn.Linear(d_model, 3 * d_model, bias=False)
+        self.out = nn.Linear(d_model, d_model, bias=False)
+
+    def forward(self, x, rotary, causal=True, cache=None, start=0):
+        """`cache`: keys and values (2, B, H, max T, D) of the positions before `start`, extended in place."""
+        B, T, C = x.shape
+        q, k, v = self.qkv(x).view(B, T, 3 * self.n_heads, -1).chunk(3, 2)  # (B, T, H, D) each
+        q, k, v = (t.transpose(1, 2) for t in (rotary(q, start), rotary(k, start), v))  # (B, H, T, D)
+        if cache is not None:
+            cache[0][:, :, start : start + T], cache[1][:, :, start : start + T] = k, v
+            k, v = cache[0][:, :, : start + T], cache[1][:, :, : start + T]
+            causal = T > 1  # one new token may look at everything there is
+        y = F.scaled_dot_product_attention(q, k.to(q.dtype), v.to(q.dtype), is_causal=causal)
+        return self.out(y.transpose(1, 2).reshape(B, T, C))
+
+
+class SwiGLU(nn.Module):
+    """W_down(silu(W_gate x) * W_up x) (Shazeer, eq. 6): (..., C) -> (..., C)."""
+
+    def __init__(self, *, d_model, inner):
+        super().__init__()
+        self.gate_up = nn.Linear(d_model, 2 * inner, bias=False)
+        self.down = nn.Linear(inner, d_model, bias=False)
+
+    def forward(self, x):
+        gate, up = self.gate_up(x).chunk(2, -1)
+        return self.down(F.silu(gate) * up)
+
+
+class Block(nn.Module):
+    """Pre-norm attention and SwiGLU, each added to the residual stream: (B, T, C) -> (B, T, C)."""
+
+    def __init__(self, *, d_model, n_heads, ffn_mult, dropout):
+        super().__init__()
+        self.attention_norm, self.ffn_norm = RMSNorm(d_model), RMSNorm(d_model)
+        self.attention = Attention(d_model=d_model, n_heads=n_heads)
+        self.ffn = SwiGLU(d_model=d_model, inner=ffn_mult * d_model)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x, rotary, causal=True, cache=None, start=0):
+        x = x + self.dropout(self.attention(self.attention_norm(x), rotary, causal, cache, start))
+        return x + self.dropout(self.ffn(self.ffn_norm(x)))
+
+
+def initialize(module, writers, n_layers):
+    """N(0, 0.02) for every matrix and embedding, 0.02 / sqrt(2 n_layers) for `writers` to the residual stream."""
+    for name, parameter in module.named_parameters():
+        if parameter.ndim == 2:
+            writes = name.endswith(tuple(f"{w}.weight" for w in writers))
+            nn.init.normal_(parameter, std=0.02 / (2 * n_layers) ** 0.5 if writes else 0.02)
+
+
+class Transformer(nn.Module):
+    """Decoder-only transformer with its embedding as head."""
+
+    def __init__(self, *, vocab_size, d_model, max_seq_len, n_heads, dropout, rope_base, n_layers, ffn_mult):
+        super().__init__()
+        self.max_seq_len = max_seq_len
+        self.embedding = nn.Embedding(vocab_size, d_model)
+        self.dropout = nn.Dropout(dropout)
+        self.rotary = Rotary(d_model // n_heads, max_seq_len, rope_base)
+        self.blocks = nn.ModuleList(
+            Block(d_model=d_model, n_heads=n_heads, ffn_mult=ffn_mult, dropout=dropout) for _ in range(n_layers)
+        )
+        self.norm = RMSNorm(d_model, gain=0.25)  # tied head: the token's own logit would start near 8 at gain 1
+        initialize(self, ("out", "down"), n_layers)
+
+    def hidden(self, x, layer):
+        """x: (B, T) ids -> residual stream after `layer` blocks, 0 = the embedding: (B, T, C), not normalised."""
+        if x.shape[1] > self.max_seq_len:
+            raise ValueError(f"sequence of {x.shape[1]} tokens, the model was built for max_seq_len {self.max_seq_len}")
+        h = self.dropout(self.embedding(x))
+        for block in self.blocks[:layer]:
+            h = block(h, self.rotary)
+        return h
+
+    def forward(self, x, y=None, index=None):
+        """x: (B, T) ids -> logits (B, T, V); with targets y (B, T), -100 = not counted: (sum of nats, report).
+
+        The report holds detached (B, T) numbers per token: `loss`, which selects the best checkpoint, and `nll`.
+        `index` is for models whose evaluation draws noise. Raises ValueError beyond max_seq_len.
+        """
+        h = self.norm(self.hidden(x, len(self.blocks)))
+        if y is None:
+            return F.linear(h, self.embedding.weight)
+        loss, nats = linear_cross_entropy(h, self.embedding.weight, y)
+        return loss, dict(loss=nats, nll=nats)
+
+    def init_state(self, batch):
+        """An empty cache for `step`: position, and keys and values (layers, 2, B, H, max_seq_len, D)."""
+        D, H = self.rotary.cos.shape[1], self.blocks[0].attention.n_heads
+        shape = (len(self.blocks), 2, batch, H, self.max_seq_len, D)
+        return 0, torch.zeros(shape, device=self.embedding.weight.device)
+
+    def step(self, x, state):
+        """x: (B, T) ids that follow `state` -> (logits of the last one (B, V), state); T > 1 only from an empty state.
+
+        Raises ValueError when the window is full: start again from the end of the text.
+        """
+        start, cache = state
+        if start + x.shape[1] > self.max_seq_len:
+            raise ValueError(f"{start} + {x.shape[1]} tokens do not fit max_seq_len {self.max_seq_len}")
+        h = self.embedding(x)
+        for block, part in zip(self.blocks, cache, strict=True):
+            h = block(h, self.rotary, cache=part, start=start)
+        return F.linear(self.norm(h[:, -1]), self.embedding.weight), (start + x.shape[1], cache)
