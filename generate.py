@@ -6,6 +6,7 @@
 Text goes to stdout as it is made, timing to stderr.
 """
 
+import itertools
 import sys
 import time
 from dataclasses import dataclass
@@ -56,7 +57,7 @@ def choose(logits, temperature, top_k, top_p, generator):
 
 @torch.no_grad()
 def write(model, ids, n, temperature, top_k, top_p, generator):
-    """Yield n tokens after ids (1, T), (1, 1) each, from a state that grows by one token at a time.
+    """Yield (token, bytes of the state it was made from) for n tokens after ids (1, T), one model step each.
 
     When a window of max_seq_len tokens is full, its later half is read anew: positions stay those of the training.
     """
@@ -65,7 +66,7 @@ def write(model, ids, n, temperature, top_k, top_p, generator):
     read, ids = min(window, ids.shape[1]), ids[:, -window:]
     for _ in range(n):
         token = choose(logits, temperature, top_k, top_p, generator)
-        yield token, state
+        yield token.item(), size_of(state)
         ids = torch.cat([ids, token], 1)[:, -window:]
         if read == window and hasattr(model, "rotary"):
             read, state = window // 2, model.init_state(1)
@@ -76,16 +77,16 @@ def write(model, ids, n, temperature, top_k, top_p, generator):
 
 
 def stream(tokenizer, tokens):
-    """Print the text of token numbers as they come, a character when all its bytes are there; return how many came."""
-    pending, count = [], 0
-    for count, token in enumerate(tokens, 1):  # noqa: B007  the count of the last one is the result
-        pending.append(token)
+    """Print the text of (token, size) as they come, a character when all its bytes are there -> count, last size."""
+    pending, count, last = [], 0, 0
+    for token, size in tokens:
+        pending, count, last = [*pending, token], count + 1, size
         text = tokenizer.decode(pending)
         if text and not text.endswith("\ufffd"):
             print(text, end="", flush=True)
             pending = []
     print(tokenizer.decode(pending), flush=True)
-    return count
+    return count, last
 
 
 def size_of(state):
@@ -110,25 +111,18 @@ def main(cfg):
     if about["expert"] == "diffuser" and not ids.shape[1] <= cfg.length <= model.max_seq_len:
         raise UsageError(f"--length {cfg.length}: expected {ids.shape[1]} (the prompt) to {model.max_seq_len}")
     for number in range(cfg.num_samples):
-        generator, start, state = torch.Generator(hardware.device).manual_seed(cfg.seed + number), time.monotonic(), ()
+        generator, start, size = torch.Generator(hardware.device).manual_seed(cfg.seed + number), time.monotonic(), 0
         if about["expert"] == "diffuser":
             found = model.sample(1, cfg.length, cfg.steps, cfg.temperature, generator, cfg.sampler, ids)[0].tolist()
-            count = stream(tokenizer, found[1:])
+            count, _ = stream(tokenizer, ((token, 0) for token in found[1:]))
         else:
             print(cfg.prompt, end="", flush=True)
 
-            def tokens(generator=generator):
-                nonlocal state
-                for token, state in write(
-                    model, ids, cfg.max_new_tokens, cfg.temperature, cfg.top_k, cfg.top_p, generator
-                ):
-                    if token.item() == tokenizer.eos:
-                        return
-                    yield token.item()
-
-            count = stream(tokenizer, tokens())
+            choice = (cfg.temperature, cfg.top_k, cfg.top_p, generator)
+            states = write(model, ids, cfg.max_new_tokens, *choice)
+            count, size = stream(tokenizer, itertools.takewhile(lambda made: made[0] != tokenizer.eos, states))
         rate = count / (time.monotonic() - start)
-        cache = f", state of {size_of(state) / 1e6:.2f} MB" if state else ""
+        cache = f", state of {size / 1e6:.2f} MB" if size else ""
         print(f"{count} tokens, {rate:.0f} tokens/s{cache}", file=sys.stderr)
         if number < cfg.num_samples - 1:
             print("---")

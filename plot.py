@@ -1,7 +1,7 @@
 """Draw what runs wrote: metrics of one or several runs -> PNG.
 
-    python plot.py checkpoints/transformer_expert_metrics.jsonl                       # -> ..._loss.png beside it
-    python plot.py checkpoints/*_metrics.jsonl --out experts.png                      # several runs, one figure
+python plot.py checkpoints/transformer_expert_metrics.jsonl                       # -> ..._loss.png beside it
+python plot.py checkpoints/*_metrics.jsonl --out experts.png                      # several runs, one figure
 """
 
 import sys
@@ -53,7 +53,7 @@ def plot_losses(paths, out):
             label = f"{domain} {numbers[-1]:.2f}"
             right.plot([r["step"] for r in val], numbers, "o-", color=domain_colour, ms=3.5, label=label)
     left.set(xlabel="step", ylabel="loss (nats per token)", title="loss: training thin, validation thick")
-    right.set(xlabel="step", ylabel="bits per byte", title="validation, " + ("all domains" if len(paths) > 1 else "by domain"))
+    right.set(xlabel="step", ylabel="bits per byte", title="validation" + ", by domain" * (len(paths) == 1))
     for axes in (left, right):
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)

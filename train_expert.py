@@ -134,9 +134,9 @@ import numpy as np
 import torch
 
 from data_utils import checkpoint
+from data_utils.experts import EXPERTS, load_expert
 from data_utils.hardware import Hardware
 from data_utils.metrics import append_row, averages, start_rows
-from data_utils.experts import EXPERTS, load_expert
 from data_utils.progress import Progress, peak_mb, say
 from data_utils.stop import Stop
 from data_utils.text import DomainText
@@ -144,8 +144,8 @@ from data_utils.tokenizer import load_tokenizer
 
 BAD_STEPS = 10  # non-finite steps in a row that end a run
 # what a resumed run may change and still do bit for bit the same
-COSMETIC = """resume fresh allow_partial checkpoint_dir transformer_ckpt data_dir device compile skip_bad_lines save_every
-save_minutes keep patience log_interval eval_interval eval_windows max_epochs max_steps max_seconds""".split()
+COSMETIC = """resume fresh allow_partial checkpoint_dir transformer_ckpt data_dir device compile skip_bad_lines patience
+save_every save_minutes keep log_interval eval_interval eval_windows max_epochs max_steps max_seconds""".split()
 
 
 def decays(name, parameter):
@@ -177,7 +177,7 @@ def main(cfg):
     )  # fmt: skip
     tell(data.describe())
     token_bytes = torch.from_numpy(tokenizer.token_bytes).to(device)  # (V,)
-    batches = math.ceil(data.windows("train") / (cfg.batch_size * world)) * world  # micro-batches of an epoch, all ranks
+    batches = math.ceil(data.windows("train") / (cfg.batch_size * world)) * world  # micro-batches an epoch, all ranks
     steps_per_epoch = math.ceil(batches / (cfg.grad_accum_steps * world))  # the last step may have fewer micro-batches
     steps = min(cfg.max_epochs * steps_per_epoch, cfg.max_steps or math.inf)
     warmup = min(cfg.warmup_steps, max(1, steps // 10))
@@ -211,8 +211,9 @@ def main(cfg):
     parameters = sum(p.numel() for p in trained.values())
 
     # --- resume ---------------------------------------------------------------------------
+    # where the run is, saved and resumed as it stands
     at = SimpleNamespace(step=0, epoch=0, step_in_epoch=0, evaluated=0, best_val_loss=math.inf, best_step=0,
-                         patience_used=0, skipped=0, skipped_in_row=0)  # fmt: skip  # where the run is, saved and resumed
+                         patience_used=0, skipped=0, skipped_in_row=0)  # fmt: skip
     kind, snapshot = f"expert:{cfg.expert}", rf"{run}_epoch(\d+)\.pt"
     best_file, rolling, metrics = (folder / f"{run}{end}" for end in (".pt", "_interrupted.pt", "_metrics.jsonl"))
     lock = checkpoint.lock_run(folder, run) if rank == 0 else None  # noqa: F841  held until the process ends
@@ -306,7 +307,7 @@ def main(cfg):
                     group["lr"] = lr_at(at.step)
                 loss = 0.0
                 for m, (x, y) in micro.items():
-                    mix = np.random.SeedSequence((cfg.seed, at.step, m - first))  # dropout and noise, whatever the world
+                    mix = np.random.SeedSequence((cfg.seed, at.step, m - first))  # of dropout and noise
                     torch.manual_seed(int(mix.generate_state(1)[0]))
                     model.require_backward_grad_sync = m == numbers[-1]  # DDP: one reduction a step
                     with hardware.autocast:
@@ -329,8 +330,8 @@ def main(cfg):
                 at.skipped += bool(bad)
                 at.skipped_in_row = at.skipped_in_row + 1 if bad and scaler.get_scale() <= 1 else 0
                 if at.skipped_in_row == BAD_STEPS:
-                    raise DataError(f"{BAD_STEPS} steps in a row were not finite, up to step {at.step + 1}; "
-                                    "the saved files are from before\ntry: a smaller --lr, or --no-use_amp")  # fmt: skip
+                    raise DataError(f"{BAD_STEPS} steps in a row were not finite, up to step {at.step + 1}\n"
+                                    "try: a smaller --lr, or --no-use_amp; the saved files are good")  # fmt: skip
                 at.step, at.step_in_epoch, seen = at.step + 1, at.step_in_epoch + 1, seen + int(targets)
                 rate = seen / (time.monotonic() - mark)
                 progress(loss=f"{loss:.3f}", **val, lr=f"{lr_at(at.step - 1):.1e}", tok_s=f"{rate:.0f}")

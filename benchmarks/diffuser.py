@@ -201,8 +201,7 @@ def arm_model(arm, seed, transformer, ids):
         for part in ("blocks", "norm", "head"):
             getattr(model, part).load_state_dict(getattr(fresh, part).state_dict())
     if objective == "masked":
-        for part in (model.head_next,):
-            part.requires_grad_(False)
+        model.head_next.requires_grad_(False)  # has no part in it
         masked = Masked(model)
         return masked, masked, options
     return model, lambda x, y: model(x, y)[0] / x.numel(), options
@@ -278,10 +277,10 @@ def main():
                             more = dict(sampler=sampler, steps=count, sample_seconds=spent, **trained)
                             rows.append(keep(arm, temperature, ids, **more))
             path.write_text(json.dumps(rows))
-    report(cfg.work)
+    write(cfg.work)
 
 
-def report(work):
+def write(work):
     """All rows that were kept -> diffuser.json, diffuser_samples.md, and the table, means over seeds, on stdout."""
     files = [work / "controls.json", *sorted(work.glob("arm-*.json"))]
     rows = [row for path in files for row in json.loads(path.read_text())]

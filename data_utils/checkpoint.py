@@ -1,9 +1,9 @@
 """Plain torch checkpoints: whole or absent, verified when read, tensors and plain Python only."""
 
 import os
+import platform
 import re
 import shutil
-import socket
 import sys
 import zipfile
 from pathlib import Path
@@ -50,7 +50,7 @@ def write_atomic(path, write):
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except (OSError, RuntimeError) as e:  # torch reports a full disk as a RuntimeError
-        raise CheckpointError(f"{path} was not written: {str(e).splitlines()[0]}") from e
+        raise CheckpointError(f"{path} was not written: {(str(e).splitlines() or [type(e).__name__])[0]}") from e
     finally:
         if temporary.parent.is_dir():
             temporary.unlink(missing_ok=True)
@@ -139,7 +139,7 @@ def load_parts(parts, state, path, about, allow_partial=False):
 
     `about` is what this run would save about itself: tokenizer and model_args must be those of the file.
     With allow_partial the weights that fit are loaded, the rest is listed, and the optimizer starts anew. The run's
-    learning rate and decay stand: torch would put back the file's without a word.
+    weight decay and betas stand: torch would put back the file's without a word. The rate is the schedule's business.
     """
     if state.get("tokenizer_hash") != about.get("tokenizer_hash"):
         theirs, ours = (f"{a['tokenizer']} ({a['tokenizer_hash'][:8]})" for a in (state, about))
@@ -171,7 +171,9 @@ def load_parts(parts, state, path, about, allow_partial=False):
             continue
         if name == "optimizer_state":
             _check_optimizer(part, state[name], path)
-            part.load_state_dict(state[name] | dict(param_groups=part.state_dict()["param_groups"]))
+            pairs = zip(part.state_dict()["param_groups"], state[name]["param_groups"], strict=False)
+            groups = [own | dict(lr=old.get("lr", own["lr"])) for own, old in pairs]
+            part.load_state_dict(state[name] | dict(param_groups=groups))
         else:
             part.load_state_dict(state[name])
 
@@ -242,9 +244,15 @@ def rehearse(folder, name, state):
 
 def rotate(paths, keep):
     """Remove all but the first `keep` of `paths` (newest first), once the newest reads well; 0 keeps all."""
-    if keep and len(paths) > keep and zipfile.ZipFile(paths[0]).testzip() is None:
-        for path in paths[keep:]:
-            path.unlink(missing_ok=True)
+    if not keep or len(paths) <= keep:
+        return
+    try:
+        with zipfile.ZipFile(paths[0]) as newest:
+            good = newest.testzip() is None
+    except (OSError, zipfile.BadZipFile):
+        good = False
+    for path in paths[keep:] if good else ():
+        path.unlink(missing_ok=True)
 
 
 def lock_run(folder, name):
@@ -268,10 +276,11 @@ def lock_run(folder, name):
         warn(f"{folder} can't be locked: start each run once")
         return lock
     lock.truncate(0)
-    lock.write(f"{os.getpid()} on {socket.gethostname()}")
+    lock.write(f"{os.getpid()} on {platform.node()}")
     lock.flush()
     for torn in Path(folder).glob(f"{name}*.tmp-*"):
-        torn.unlink(missing_ok=True)
+        if torn.name[len(name)] in "._":  # else it is that of a run with a longer name
+            torn.unlink(missing_ok=True)
     return lock
 
 

@@ -6,12 +6,14 @@ Imports no torch, so that --help and typos answer at once.
 import argparse
 import dataclasses
 import difflib
+import functools
 import inspect
 import os
 import re
 import signal
 import sys
 import typing
+from pathlib import Path
 
 BARE = {"resume": "latest"}  # flags that may stand alone, and the value they then have
 
@@ -26,7 +28,7 @@ class DataError(Exception):
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message):
-        unknown = message.startswith("unrecognized arguments:")
+        unknown = "unrecognized arguments:" in message
         for word in re.findall(r"(?<!\S)--?[\w-]+", message) if unknown else ():
             close = difflib.get_close_matches(word, self._option_string_actions, 1)
             message += f" (did you mean {close[0]}?)" if close else ""
@@ -42,9 +44,9 @@ def from_cli(cls, doc="", argv=None, prog=None, by=""):
 
     The comment that ends a field's line is its help, and the class that has the field its group, inherited fields
     included. A Literal gives choices, a bool --flag/--no-flag, a tuple takes any number of values. --snake_case and
-    --kebab-case both work. No default is None: say "", 0 or -1. `cls` may be {choice: class}: then the flag --`by` picks
-    the class, so that each variant has defaults and help of its own. Exits with status 2 on a typo, a wrong type or a
-    bad choice, naming the nearest flag. Returns None in a notebook, where sys.argv is the kernel's: there call
+    --kebab-case both work. No default is None: say "", 0 or -1. `cls` may be {choice: class}: then the flag --`by`
+    picks the class, so that each variant has defaults and help of its own. Exits with status 2 on a typo, a wrong type
+    or a bad choice, naming the nearest flag. Returns None in a notebook, where sys.argv is the kernel's: there call
     main(Config(...)).
     """
     if argv is None:
@@ -85,10 +87,10 @@ def launch(main, cfg):
     except KeyboardInterrupt:
         status = 130
     except (RuntimeError, MemoryError) as e:
-        if not re.search("out of memory|OutOfMemory|can't allocate memory", f"{type(e).__name__} {e}"):
+        if not re.search("out of memory|OutOfMemory|MemoryError|can't allocate memory", f"{type(e).__name__} {e}"):
             raise
         status = 1
-        print(f"error: out of memory: {str(e).splitlines()[0][:300]}\n"
+        print(f"error: out of memory: {(str(e).splitlines() or ['no reason given'])[0][:300]}\n"
               "try: a smaller --batch_size with a larger --grad_accum_steps", file=sys.stderr)  # fmt: skip
     sys.exit(0 if torchrun and status > 128 else status)
 
@@ -96,7 +98,7 @@ def launch(main, cfg):
 def at_least(cfg, low, *names):
     """Raise UsageError for the first of the fields `names` that is below `low`."""
     for name in names:
-        if getattr(cfg, name) < low:
+        if not getattr(cfg, name) >= low:  # nan is not
             raise UsageError(f"--{name} {getattr(cfg, name)}: expected {low} or more")
 
 
@@ -125,12 +127,15 @@ def _origin(cls, name):
     owner, comment = cls.__name__, " "
     for base in reversed(cls.__mro__[:-1]):
         try:
-            found = re.search(rf"^\s+{name}\s*:.*?#\s*(.+?)\s*$", inspect.getsource(base), re.M)
+            found = re.search(rf"^\s+{name}\s*:.*?#\s*(.+?)\s*$", _source(base), re.M)
         except (OSError, TypeError):
             found = None
         owner = base.__name__ if name in base.__dict__.get("__annotations__", {}) else owner
         comment = found[1] if found else comment
     return owner, comment
+
+
+_source = functools.cache(inspect.getsource)  # which parses the whole file each time
 
 
 def _choose(variants, by, doc, argv, prog):
@@ -141,7 +146,8 @@ def _choose(variants, by, doc, argv, prog):
     if name:
         return variants[name]
     first = next(iter(variants.values()))
-    shared = next(c for c in first.__mro__ if all(issubclass(v, c) for v in variants.values()))
+    bases = tuple(c for c in first.__mro__[:-1] if all(issubclass(v, c) for v in variants.values()))
+    shared = dataclasses.make_dataclass("Shared", [], bases=bases)
     parser = _parser(shared, f"{doc}\nMore flags and other defaults: --{by} {next(iter(variants))} --help", prog)
     parser.add_argument("--" + by, choices=variants, required=True)
     parser.parse_args(argv)
@@ -162,13 +168,15 @@ def _as_flags(path, parser):
         with open(path, encoding="utf-8") as file:
             text = file.read()
         bundle = yaml.safe_load(text) or {}
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as e:
-        parser.error(f"--config {path}: {' '.join(str(e).split())}")
-    keys = re.findall(r"^([\w-]+)\s*:", text, re.M)
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as e:  # a date of month 13, 5000 digits, deep nesting
+        there = ", ".join(map(str, sorted(Path(path).parent.glob("*.yaml")))) if isinstance(e, OSError) else ""
+        parser.error(f"--config {path}: {' '.join(str(e).split())}" + f"\nbundles there: {there}" * bool(there))
+    keys = [key.replace("-", "_") for key in re.findall(r"^([\w-]+)\s*:", text, re.M)]
     flags = []
     for key, value in bundle.items() if isinstance(bundle, dict) else [("", bundle)]:
         flag = "--" + str(key)
-        if value is None or isinstance(value, dict) or not key or keys.count(key) > 1:
+        nested = any(isinstance(v, (dict, list)) for v in (value if isinstance(value, list) else [value]))
+        if value is None or nested or not key or keys.count(str(key).replace("-", "_")) > 1:
             parser.error(f"--config {path}: {key or 'content'}: expected flat 'flag: value' lines, each flag once")
         elif isinstance(value, bool):
             flags += [flag if value else "--no-" + flag[2:]]

@@ -71,7 +71,8 @@ class Hardware:
     def _reduce(self, numbers, how):
         if self.world == 1:
             return list(numbers)
-        numbers = torch.tensor(numbers, dtype=torch.float64, device=self.device if dist.get_backend() == "nccl" else "cpu")
+        device = self.device if dist.get_backend() == "nccl" else "cpu"
+        numbers = torch.tensor(numbers, dtype=torch.float64, device=device)
         dist.all_reduce(numbers, how)
         return numbers.tolist()
 

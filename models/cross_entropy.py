@@ -61,5 +61,3 @@ def linear_cross_entropy(hidden, weight, targets, weights=None, bias=None):
             hidden.reshape(-1, hidden.shape[-1]), weight, targets, weights, bias, dtype, torch.is_grad_enabled()
         )
     return total, nats.view(shape)
-
-

@@ -39,11 +39,11 @@ def log_likelihood(z, r, table):
         return torch.addmm(-table.pow(2).sum(1) / 2, z.float(), table.T) / r.pow(2)[:, None]
 
 
-def posterior_entropy(r, table, log_prior, draws=2048):
+def posterior_entropy(r, table, log_prior, draws=512):
     """Mean entropy in nats of a token given its noisy latent, its prior the unigram: r (R) -> (R), fixed draws."""
-    generator = torch.Generator().manual_seed(0)
-    tokens = torch.multinomial(log_prior.exp().cpu(), draws, True, generator=generator).to(table.device)
-    eps = torch.randn(draws, table.shape[1], generator=generator).to(table.device)
+    even = (torch.arange(draws, device=table.device) + 0.5) / draws
+    tokens = torch.searchsorted(log_prior.exp().cumsum(0), even).clamp_max(len(table) - 1)  # each as often as it comes
+    eps = torch.randn(draws, table.shape[1], generator=torch.Generator().manual_seed(0)).to(table.device)
     found = []
     for level in r:
         total = 0.0
@@ -149,7 +149,7 @@ class Diffuser(nn.Module):
         """
         u = torch.linspace(0, 1, len(self.noise), device=self.noise.device)
         if self.schedule == "information":
-            grid = torch.logspace(-2.5, 2.5, 100, device=u.device)
+            grid = torch.logspace(-2, 2.5, 64, device=u.device)
             entropy = posterior_entropy(grid, self.table, self.log_prior).cummax(0).values
             share = entropy / -(self.log_prior.exp() * self.log_prior).sum()
             wanted = 1 - KEPT[1] + (KEPT[1] - KEPT[0]) * u
@@ -237,6 +237,11 @@ class Diffuser(nn.Module):
         t, rank, eps = (torch.stack(part).to(device) for part in zip(*drawn, strict=True))
         return self._levels(t, rank), eps
 
+    def _weights(self, k):
+        """k: (B, T) -> what each token counts in the loss, (B, T), 1 on average."""
+        average = 1 - (1 - CLEAN_WEIGHT) * self.ramp / (2 + 2 * self.ramp)  # the share at level 0: exact for long T
+        return torch.where(k > 0, 1.0, CLEAN_WEIGHT) / average
+
     def forward(self, x, y=None, index=None):
         """x: (B, T) ids -> logits of the next token (B, T, V); with targets y (B, T): (loss, report).
 
@@ -253,8 +258,7 @@ class Diffuser(nn.Module):
         r = self.noise[k]
         z = clean + r[..., None] * eps
         h = self.hidden_denoise(z, k)
-        average = 1 - (1 - CLEAN_WEIGHT) * self.ramp / (2 + 2 * self.ramp)  # the share at level 0: exact for long T
-        weights = torch.where(k > 0, 1.0, CLEAN_WEIGHT) / average * counted
+        weights = self._weights(k) * counted
         target, report = x.masked_fill(~counted, -100), {}
         if self.objective == "mse" or not self.training:
             error = (by_chunk(self._x_hat, h, z, r) - clean).pow(2).mean(-1)

@@ -137,6 +137,7 @@ class Transformer(nn.Module):
         shape = (len(self.blocks), 2, batch, H, self.max_seq_len, D)
         return 0, torch.zeros(shape, device=self.embedding.weight.device)
 
+    @torch.no_grad()
     def step(self, x, state):
         """x: (B, T) ids that follow `state` -> (logits of the last one (B, V), state); T > 1 only from an empty state.
 
