@@ -196,7 +196,10 @@ def main(cfg):
         transformer, source = load_expert(cfg.transformer_ckpt, "transformer", expected)
         known |= dict(ffn_mult=source["model_args"]["ffn_mult"], encoder_layers=source["model_args"]["n_layers"])
     model_args = {name: known[name] for name in inspect.signature(EXPERTS[cfg.expert]).parameters}
-    raw_model = EXPERTS[cfg.expert](**model_args)  # the one that is saved: no _orig_mod. or module. keys
+    try:
+        raw_model = EXPERTS[cfg.expert](**model_args)  # the one that is saved: no _orig_mod. or module. keys
+    except ValueError as e:
+        raise UsageError(str(e)) from e
     if cfg.expert == "diffuser":
         ids, _ = data.batch("train", data.order(42, 0, math.ceil(100_000 / cfg.max_seq_len)))
         raw_model.start_from(transformer, ids.flatten())
@@ -235,11 +238,11 @@ def main(cfg):
         del state
     elif rank == 0:
         checkpoint.set_aside([rolling, *snapshots, best_file, metrics])
-    if at.evaluated and (at.step >= steps or 0 < cfg.patience <= at.patience_used):
+    if at.evaluated == at.step and (at.step >= steps or 0 < cfg.patience <= at.patience_used):
         tell(f"{run}: finished at step {at.step}, best val_loss {at.best_val_loss:.4f}; a larger --max_epochs goes on")
+        hardware.close()
         return dict(step=at.step, best=at.best_val_loss, stopped=0)
-    model = hardware.wrap(raw_model, cfg.compile)
-    saver = checkpoint.Saver()
+    model, saver = hardware.wrap(raw_model, cfg.compile), checkpoint.Saver()
 
     def payload():
         return about | vars(at) | {name: part.state_dict() for name, part in parts.items()}
@@ -250,7 +253,7 @@ def main(cfg):
 
     if rank == 0:
         size = checkpoint.rehearse(folder, run, payload())
-        start_rows(metrics, at.step, asdict(cfg), device)
+        start_rows(metrics, at.step, at.evaluated, asdict(cfg), device)
         tell(f"{run}: {parameters / 1e6:.1f} M parameters to train, checkpoints of {size / 1e6:.0f} MB in {folder}")
 
     # --- schedule, evaluation, stop -------------------------------------------------------
@@ -285,9 +288,12 @@ def main(cfg):
         domains = {d: averages({k: v[i].item() for k, v in sums.items()}) for i, d in enumerate(data.domains)}
         return averages({k: v.sum().item() for k, v in sums.items()}) | dict(domains=domains)
 
-    def due():  # an evaluation: at the end of each epoch and of the budget
-        ended = at.step_in_epoch == steps_per_epoch or at.step >= steps or out_of_time
-        return ended and at.evaluated < at.step
+    def closing():  # the end of an epoch or of the budget
+        return at.step_in_epoch == steps_per_epoch or at.step >= steps or out_of_time
+
+    def due():  # an evaluation
+        extra = cfg.eval_interval and at.step % cfg.eval_interval == 0
+        return at.evaluated < at.step and (closing() or extra)
 
     # --- train ----------------------------------------------------------------------------
     epoch_of_order, val, over, out_of_time = -1, {}, False, False
@@ -320,9 +326,8 @@ def main(cfg):
                 late = cfg.save_minutes and now - saved > 60 * cfg.save_minutes
                 out_of_time = cfg.max_seconds and now - start > cfg.max_seconds
                 (loss,) = hardware.total(loss)
-                bad, stop_now, late, out_of_time = hardware.largest(
-                    not math.isfinite(loss + norm), int(stop.signal), late, out_of_time
-                )
+                bad = not math.isfinite(loss + norm)
+                bad, stop_now, late, out_of_time = hardware.largest(bad, int(stop.signal), late, out_of_time)
                 if not bad or scaler.is_enabled():  # GradScaler skips and lowers its scale by itself
                     scaler.step(optimizer)
                     scaler.update()
@@ -342,22 +347,21 @@ def main(cfg):
                             step=at.step, epoch=at.epoch + 1, split="train", loss=loss, lr=lr_at(at.step - 1),
                             grad_norm=norm, tokens=int(targets), tokens_per_s=rate, seconds=now - start,
                             peak_mb=peak_mb(device), skipped=at.skipped))  # fmt: skip
-            extra = cfg.eval_interval and at.step % cfg.eval_interval == 0
-            if not stop_now and (due() or extra):
+            if due() and not stop_now:
                 before, row = time.monotonic(), evaluate()
-                (stop_now,) = hardware.largest(0 if row else int(stop.signal))  # a cut evaluation is repeated later
+                (stop_now,) = hardware.largest(0 if row else int(stop.signal))
                 mark += time.monotonic() - before
-            if stop_now or late:
+            if stop_now or late:  # as of before the evaluation: one that was cut is repeated when the run goes on
                 save(rolling, must=bool(stop_now))
                 saved = time.monotonic()
-            if stop_now or not (due() or extra):
+            if stop_now or not due():
                 continue
-            val = dict(val=f"{row['loss']:.3f}", bpb=f"{row['bpb']:.3f}")
+            at.evaluated, val = at.step, dict(val=f"{row['loss']:.3f}", bpb=f"{row['bpb']:.3f}")
             if rank == 0:
                 append_row(metrics, dict(step=at.step, epoch=at.epoch + 1, split="val") | row)
-            if not due():
+            if not closing():
                 continue
-            at.evaluated, improved, ended = at.step, row["loss"] < at.best_val_loss, at.step_in_epoch == steps_per_epoch
+            improved, ended = row["loss"] < at.best_val_loss, at.step_in_epoch == steps_per_epoch
             if ended:
                 at.epoch, at.step_in_epoch = at.epoch + 1, 0
                 at.patience_used = 0 if improved else at.patience_used + 1
@@ -384,7 +388,8 @@ def main(cfg):
             tell("no loss curve: pip install matplotlib")
         for domain, numbers in row["domains"].items():
             tell(f"  {domain:12} loss {numbers['loss']:.4f}  bits per byte {numbers['bpb']:.4f}")
-    next_command = f"python generate.py --checkpoint {best_file}" if over else f"{' '.join(sys.argv)} --resume"
+    again = " ".join(["python", *(word for word in sys.argv if word != "--resume"), "--resume"])
+    next_command = f"python generate.py --checkpoint {best_file}" if over else again
     tell(f"{run}: step {at.step} of {steps}, best val_loss {at.best_val_loss:.4f} at step {at.best_step}, "
          f"{seconds:.0f} s, peak {peak_mb(device):.0f} MB; next: {next_command}")  # fmt: skip
     hardware.close()

@@ -78,7 +78,10 @@ def load_checkpoint(path, kinds):
                 raise ValueError("checksum differs")
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as e:  # truncation and flipped bits raise a dozen types
-        raise CheckpointError(f"{path} can't be read: {type(e).__name__}: {(str(e).splitlines() or [''])[0]}") from e
+        reason, culprit = (str(e).splitlines() or [""])[0], re.search(r"GLOBAL (\S+)", str(e))
+        if reason.startswith("Weights only load failed"):  # where torch goes on to advise an unsafe load
+            reason = f"holds {culprit[1] if culprit else 'a pickle'}, not tensors and plain Python only"
+        raise CheckpointError(f"{path} can't be read: {type(e).__name__}: {reason}") from e
     kinds = [kinds] if isinstance(kinds, str) else kinds
     if not isinstance(state, dict) or state.get("kind") not in kinds:
         found = state.get("kind") if isinstance(state, dict) else type(state).__name__

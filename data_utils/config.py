@@ -28,8 +28,8 @@ class DataError(Exception):
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message):
-        unknown = "unrecognized arguments:" in message
-        for word in re.findall(r"(?<!\S)--?[\w-]+", message) if unknown else ():
+        unknown = message.partition("unrecognized arguments:")[2]
+        for word in re.findall(r"(?<!\S)--?[\w-]+", unknown):
             close = difflib.get_close_matches(word, self._option_string_actions, 1)
             message += f" (did you mean {close[0]}?)" if close else ""
         self.exit(2, f"error: {message}\ntry: python {self.prog} --help\n")

@@ -14,18 +14,22 @@ def read_rows(path):
     """Return the rows of `path` as dicts, without a torn last line; [] for no file."""
     rows = []
     if os.path.exists(path):
-        with open(path, encoding="utf-8") as file:
+        with open(path, encoding="utf-8", errors="replace") as file:
             for line in file:
                 try:
-                    rows.append(json.loads(line))
-                except ValueError:  # a process was killed while it wrote
+                    rows.append(dict(json.loads(line)))
+                except (ValueError, TypeError):  # a process was killed while it wrote
                     break
     return rows
 
 
-def start_rows(path, step, config, device):
-    """Begin the file with what runs; or, on a resume at `step`, drop the rows beyond it so that no step comes twice."""
-    kept = [row for row in read_rows(path) if row.get("step", 0) <= step] if step else []
+def start_rows(path, step, evaluated, config, device):
+    """Begin the file with what runs; or, on a resume at `step`, drop the rows beyond it so that no step comes twice.
+
+    `evaluated` is the last step whose evaluation the checkpoint knows of.
+    """
+    rows = read_rows(path) if step else []
+    kept = [row for row in rows if row.get("step", 0) <= (evaluated if row.get("split") == "val" else step)]
     import torch
 
     versions = dict(python=platform.python_version(), torch=str(torch.__version__))

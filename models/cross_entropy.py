@@ -19,7 +19,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         table = weight.detach().to(dtype)
         size = min(CHUNK, len(targets))
         logits = torch.empty(size, len(table), dtype=dtype, device=hidden.device)  # reused: fresh pages are slow
-        log_p = torch.empty_like(logits, dtype=torch.float32)
+        log_p = logits if dtype == torch.float32 else torch.empty_like(logits, dtype=torch.float32)
         for start in range(0, len(targets), CHUNK):
             part = slice(start, start + CHUNK)
             h, y = hidden[part].to(dtype), targets[part]
@@ -35,14 +35,15 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 p = logits[: len(y)].copy_(p.mul_((weights[part] * real)[:, None]))
                 d_hidden[part] = p @ table
                 d_weight += p.T @ h
-        ctx.save_for_backward(d_hidden, d_weight)
+        ctx.grads = d_hidden, d_weight
         ctx.mark_non_differentiable(nats)
         return (nats * weights).sum(), nats
 
     @staticmethod
     def backward(ctx, grad, _):
-        d_hidden, d_weight = ctx.saved_tensors
-        return d_hidden * grad, d_weight * grad, None, None, None, None, None
+        d_hidden, d_weight = ctx.grads
+        del ctx.grads  # scaled in their own memory: a second backward has nothing to scale
+        return d_hidden.mul_(grad), d_weight.mul_(grad), None, None, None, None, None
 
 
 def linear_cross_entropy(hidden, weight, targets, weights=None, bias=None):

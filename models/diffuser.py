@@ -16,6 +16,7 @@ from models.cross_entropy import CHUNK, linear_cross_entropy
 from models.transformer import Block, RMSNorm, Rotary, initialize
 
 CLEAN_WEIGHT = 0.05  # of a token at level 0 in the loss: its own latent gives it away
+MIN_SHARE = 0.05  # of noisy tokens in a sequence: no token counts more than 20 times
 ROUNDING_WEIGHT = 0.2  # of the token's cross-entropy beside a squared error whose latents no table can name
 KEPT = 0.015, 0.995  # information about the token at levels K and 0 of the information schedule
 
@@ -100,7 +101,7 @@ class Diffuser(nn.Module):
         initialize(self, ("out", "down"), n_layers)
         nn.init.eye_(self.head_next.weight)
         with torch.no_grad():
-            self.inward.weight[:, :d_model] = torch.eye(d_model)
+            self.inward.weight.copy_(torch.eye(d_model, 2 * d_model))
             self.level[2].weight.zero_()
         self.embedding.requires_grad_(False)
         self.encoder.requires_grad_(False).eval()
@@ -238,9 +239,14 @@ class Diffuser(nn.Module):
         return self._levels(t, rank), eps
 
     def _weights(self, k):
-        """k: (B, T) -> what each token counts in the loss, (B, T), 1 on average."""
-        average = 1 - (1 - CLEAN_WEIGHT) * self.ramp / (2 + 2 * self.ramp)  # the share at level 0: exact for long T
-        return torch.where(k > 0, 1.0, CLEAN_WEIGHT) / average
+        """k: (B, T) -> weight of each token in the loss (B, T).
+
+        The noisy tokens of a sequence count T together, be they few or many, as in the bound of masked diffusion
+        (MDLM, eq. 10): the fewer are left, the more each says about the text.
+        """
+        noisy = (k > 0).float()
+        share = noisy.mean(1, keepdim=True).clamp_min(MIN_SHARE)
+        return noisy / share + CLEAN_WEIGHT * (1 - noisy)
 
     def forward(self, x, y=None, index=None):
         """x: (B, T) ids -> logits of the next token (B, T, V); with targets y (B, T): (loss, report).

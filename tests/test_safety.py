@@ -32,7 +32,7 @@ MODULES = (
     "pickle cPickle _pickle dill joblib marshal shelve cloudpickle urllib requests socket http httpx aiohttp".split()
 )
 BUILTINS = ("eval", "exec", "__import__")
-NAMES = """sympify parse_expr lambdify extractall unpack_archive read_pickle get_unsafe_globals_allowed
+NAMES = """sympify parse_expr lambdify extractall unpack_archive read_pickle
 add_safe_globals safe_globals set_crc32_options unsafe_load unsafe_load_all full_load full_load_all""".split()
 DOTTED = """tempfile.mktemp os.system os.popen sympy.S torch.jit.load torch.hub torch.package subprocess.getoutput
 subprocess.getstatusoutput numpy.lib.format.read_array""".split()
