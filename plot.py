@@ -59,9 +59,13 @@ def plot_losses(paths, out):
         axes.spines[["top", "right"]].set_visible(False)
         if axes.get_legend_handles_labels()[0]:
             axes.legend(frameon=False)
-    Path(out).parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(out, dpi=130)
-    plt.close(figure)
+    try:
+        Path(out).parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(out, dpi=130)
+    except (OSError, ValueError) as e:
+        raise DataError(f"{out} was not written: {e}") from e
+    finally:
+        plt.close(figure)
 
 
 def main(cfg):

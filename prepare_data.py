@@ -115,7 +115,10 @@ def run(argv):
         print(f"{__doc__}\n{listing}")
         return
     if argv[0] not in COMMANDS:
-        print(f"error: no command {argv[0]}\n{listing}", file=sys.stderr)
+        print(
+            f"error: no command {argv[0]}: choose {', '.join(COMMANDS)}\ntry: python prepare_data.py --help",
+            file=sys.stderr,
+        )
         sys.exit(2)
     config, function = COMMANDS[argv[0]]
     sys.argv[0] = f"prepare_data.py {argv[0]}"  # the name that usage and error lines show

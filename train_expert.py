@@ -154,12 +154,14 @@ def decays(name, parameter):
 
 
 def main(cfg):
-    at_least(cfg, 1, "batch_size", "grad_accum_steps", "max_epochs", "save_every", "log_interval", "max_seq_len")
-    at_least(cfg, 1, "d_model", "n_heads", "n_layers")
-    at_least(cfg, 0, "lr", "min_lr_ratio", "warmup_steps", "weight_decay", "grad_clip", "max_steps", "max_seconds")
-    at_least(cfg, 0, "patience", "save_minutes", "keep", "eval_interval", "eval_windows", "dropout", "seed")
-    if cfg.d_model % cfg.n_heads or cfg.d_model // cfg.n_heads % 2:
+    at_least(cfg, 1, *"d_model n_heads n_layers max_seq_len batch_size grad_accum_steps max_epochs".split())
+    at_least(cfg, 1, "save_every", "log_interval")
+    at_least(cfg, 0, *"lr min_lr_ratio warmup_steps weight_decay grad_clip max_steps max_seconds dropout seed".split())
+    at_least(cfg, 0, *"patience save_minutes keep eval_interval eval_windows".split())
+    if cfg.d_model % (2 * cfg.n_heads):
         raise UsageError(f"--d_model {cfg.d_model} over --n_heads {cfg.n_heads}: the head dim must be whole and even")
+    if cfg.dropout >= 1:
+        raise UsageError(f"--dropout {cfg.dropout}: expected a share below 1")
 
     # --- hardware -------------------------------------------------------------------------
     hardware = Hardware(cfg.device, cfg.amp_dtype if cfg.use_amp else "fp32")
@@ -184,9 +186,8 @@ def main(cfg):
     if warmup < cfg.warmup_steps:
         tell(f"warmup cut from {cfg.warmup_steps} to {warmup} steps, a tenth of the run's {steps}")
 
-    def batch(split, index):
-        x, y = data.batch(split, index)
-        return x.to(device), y.to(device)  # (B, T), (B, T)
+    def batch(split, index):  # (B, T), (B, T)
+        return [ids.to(device) for ids in data.batch(split, index)]
 
     # --- model and optimizer --------------------------------------------------------------
     known = asdict(cfg) | dict(vocab_size=tokenizer.vocab_size)
@@ -211,7 +212,6 @@ def main(cfg):
     ]
     optimizer = torch.optim.AdamW(groups, lr=cfg.lr, betas=(0.9, 0.95), fused=device.type in ("cpu", "cuda"))
     parts = dict(model_state=raw_model, optimizer_state=optimizer, amp_scaler=scaler)  # all that is saved and resumed
-    parameters = sum(p.numel() for p in trained.values())
 
     # --- resume ---------------------------------------------------------------------------
     # where the run is, saved and resumed as it stands
@@ -236,8 +236,6 @@ def main(cfg):
         elif newer and rank == 0:  # a rewind: a later --resume must not jump back to the branch left here
             checkpoint.set_aside([rolling, *newer])
         del state
-    elif rank == 0:
-        checkpoint.set_aside([rolling, *snapshots, best_file, metrics])
     if at.evaluated == at.step and (at.step >= steps or 0 < cfg.patience <= at.patience_used):
         tell(f"{run}: finished at step {at.step}, best val_loss {at.best_val_loss:.4f}; a larger --max_epochs goes on")
         hardware.close()
@@ -252,9 +250,11 @@ def main(cfg):
             saver(path, payload(), must)
 
     if rank == 0:
-        size = checkpoint.rehearse(folder, run, payload())
+        size, count = checkpoint.rehearse(folder, run, payload()), sum(p.numel() for p in trained.values())
+        if not path:
+            checkpoint.set_aside([rolling, *snapshots, best_file, metrics])
         start_rows(metrics, at.step, at.evaluated, asdict(cfg), device)
-        tell(f"{run}: {parameters / 1e6:.1f} M parameters to train, checkpoints of {size / 1e6:.0f} MB in {folder}")
+        tell(f"{run}: {count / 1e6:.1f} M parameters to train, checkpoints of {size / 1e6:.0f} MB in {folder}")
 
     # --- schedule, evaluation, stop -------------------------------------------------------
     def lr_at(step):  # linear warmup, then a cosine to the floor: a pure function of the step
@@ -336,7 +336,7 @@ def main(cfg):
                 at.skipped_in_row = at.skipped_in_row + 1 if bad and scaler.get_scale() <= 1 else 0
                 if at.skipped_in_row == BAD_STEPS:
                     raise DataError(f"{BAD_STEPS} steps in a row were not finite, up to step {at.step + 1}\n"
-                                    "try: a smaller --lr, or --no-use_amp; the saved files are good")  # fmt: skip
+                                    f"try: a smaller --lr, or --no-use_amp; last good file: {saver.last}")  # fmt: skip
                 at.step, at.step_in_epoch, seen = at.step + 1, at.step_in_epoch + 1, seen + int(targets)
                 rate = seen / (time.monotonic() - mark)
                 progress(loss=f"{loss:.3f}", **val, lr=f"{lr_at(at.step - 1):.1e}", tok_s=f"{rate:.0f}")
@@ -378,7 +378,6 @@ def main(cfg):
                 save(rolling)
 
     # --- summary --------------------------------------------------------------------------
-    seconds = time.monotonic() - start
     if rank == 0 and over:
         try:
             from plot import plot_losses
@@ -391,7 +390,7 @@ def main(cfg):
     again = " ".join(["python", *(word for word in sys.argv if word != "--resume"), "--resume"])
     next_command = f"python generate.py --checkpoint {best_file}" if over else again
     tell(f"{run}: step {at.step} of {steps}, best val_loss {at.best_val_loss:.4f} at step {at.best_step}, "
-         f"{seconds:.0f} s, peak {peak_mb(device):.0f} MB; next: {next_command}")  # fmt: skip
+         f"{time.monotonic() - start:.0f} s, peak {peak_mb(device):.0f} MB; next: {next_command}")  # fmt: skip
     hardware.close()
     return dict(step=at.step, best=at.best_val_loss, stopped=int(stop_now))
 

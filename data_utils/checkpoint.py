@@ -211,16 +211,16 @@ class Saver:
     """saver(path, state, must): save; a rolling save (must=False) may fail FAILED_SAVES - 1 times in a row."""
 
     def __init__(self):
-        self.failed = 0
+        self.failed, self.last = 0, "none of this run"
 
     def __call__(self, path, state, must=True):
         try:
             save_checkpoint(path, state)
-            self.failed = 0
+            self.failed, self.last = 0, path
         except CheckpointError as e:
             self.failed += 1
             if must or self.failed == FAILED_SAVES:
-                raise
+                raise CheckpointError(f"{e}\nlast good file: {self.last}") from e
             warn(f"{e}; what was there stays, training goes on")
 
 

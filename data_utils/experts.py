@@ -17,8 +17,8 @@ def load_expert(path, expert="", expected=None):
     expert: the one that it must be; "" takes any. expected: model_args and tokenizer_hash that it must have. Raises
     DataError, naming the command that makes it, when it is missing or damaged, UsageError when it is another one.
     """
-    if expert and not Path(path).exists():
-        raise DataError(f"{path} is missing\ntry: python train_expert.py --expert {expert}")
+    if not Path(path).exists():
+        raise DataError(f"{path} is missing\ntry: python train_expert.py --expert {expert or 'transformer'}")
     state = load_checkpoint(path, f"expert:{expert}" if expert else [f"expert:{name}" for name in EXPERTS])
     differs = changed(state["model_args"] | dict(tokenizer_hash=state["tokenizer_hash"]), expected or {})
     if differs:

@@ -22,9 +22,9 @@ KEPT = 0.015, 0.995  # information about the token at levels K and 0 of the info
 
 
 def by_chunk(function, *tensors):
-    """function of tensors (N, ...) that makes (N, V) on its way, 1,024 positions at a time, redone in the backward.
+    """Apply a function of positions (N, ...) -> (N, ...) to (B, T, ...) tensors, 1,024 positions at a time.
 
-    tensors: (B, T, ...) -> (B, T, ...).
+    For functions that make (N, V) on their way: the backward does each chunk again instead of keeping that.
     """
     parts = zip(*(t.flatten(0, 1).split(CHUNK) for t in tensors), strict=True)
     if torch.is_grad_enabled():
@@ -47,11 +47,9 @@ def posterior_entropy(r, table, log_prior, draws=512):
     eps = torch.randn(draws, table.shape[1], generator=torch.Generator().manual_seed(0)).to(table.device)
     found = []
     for level in r:
-        total = 0.0
-        for x, e in zip(table[tokens].split(CHUNK), eps.split(CHUNK), strict=True):
-            log_p = (log_likelihood(x + level * e, level.expand(len(x)), table) + log_prior).log_softmax(-1)
-            total += -(log_p.exp() * log_p).sum()
-        found.append(total / draws)
+        likelihood = log_likelihood(table[tokens] + level * eps, level.expand(draws), table)
+        log_p = (likelihood + log_prior).log_softmax(-1)  # (draws, V)
+        found.append(-(log_p.exp() * log_p).sum(1).mean())
     return torch.stack(found)
 
 
@@ -150,7 +148,7 @@ class Diffuser(nn.Module):
         """
         u = torch.linspace(0, 1, len(self.noise), device=self.noise.device)
         if self.schedule == "information":
-            grid = torch.logspace(-2, 2.5, 64, device=u.device)
+            grid = torch.logspace(-2, 1.2, 40, device=u.device) * len(self.mean) ** 0.5
             entropy = posterior_entropy(grid, self.table, self.log_prior).cummax(0).values
             share = entropy / -(self.log_prior.exp() * self.log_prior).sum()
             wanted = 1 - KEPT[1] + (KEPT[1] - KEPT[0]) * u
@@ -179,9 +177,8 @@ class Diffuser(nn.Module):
         if z.shape[1] > self.max_seq_len:
             raise ValueError(f"sequence of {z.shape[1]} tokens, the model was built for max_seq_len {self.max_seq_len}")
         scaled = z / (1 + self.noise[k][..., None] ** 2).sqrt()
-        angle = torch.linspace(0, 1, len(self.noise), device=z.device)[:, None] * 2 ** torch.arange(
-            -1, 15, device=z.device
-        )
+        octaves = 2.0 ** torch.arange(-1, 15, device=z.device)
+        angle = torch.linspace(0, 1, len(self.noise), device=z.device)[:, None] * octaves
         level = self.level(torch.cat([angle.sin(), angle.cos()], -1))  # (K + 1, C)
         h = self.inward(torch.cat([believed, scaled], -1)) + level[k]
         h = torch.cat([self.start[mode].expand(len(h), 1, -1), h], 1)  # (B, 1 + T, C)
@@ -314,15 +311,15 @@ class Diffuser(nn.Module):
         times = torch.linspace(1, 0, steps + 1, device=device)
         levels = [F.pad(self._levels(t.expand(n, 1), rank), (P, 0)) for t in times]  # (n, length) each
 
-        def draw(h, z, r):
+        def choose(h, z, r):
             logits = self._logits(h, z, r, temperature)
-            return (
-                torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0] if ancestral else logits.argmax(-1)
-            )
+            if not ancestral:
+                return logits.argmax(-1)
+            return torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
 
         for k, after in zip(levels, levels[1:], strict=False):
             r, h = self.noise[k], self.hidden_denoise(z, k)
-            ids = by_chunk(draw, h, z, r)
+            ids = by_chunk(choose, h, z, r)
             if ancestral and not self.latent_layer:
                 x_hat = self.table[ids]
             else:
