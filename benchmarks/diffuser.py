@@ -147,7 +147,7 @@ class Judge:
 
     def nll(self, ids):
         """Mean nats per token from the second on, by the transformer."""
-        with torch.no_grad():
+        with torch.no_grad(), torch.autocast("cpu", enabled=False):
             return self.transformer(ids[:, :-1], ids[:, 1:])[1]["nll"].mean().item()
 
     def __call__(self, ids):
@@ -238,6 +238,7 @@ def main():
     transformer.load_state_dict(torch.load(path, weights_only=True))
     transformer.eval().requires_grad_(False)
     stream = data.batch("train", np.arange(data.windows("train")))[0].flatten()
+    some = data.batch("train", data.order(42, 0, 100_000 // T))[0].flatten()  # of all domains alike
     judge = Judge(tokenizer, transformer, stream.numpy())
 
     def keep(name, temperature, ids, **more):
@@ -249,14 +250,15 @@ def main():
     if not path.exists():
         rows = [keep(*parts) for parts in controls(judge, data, torch.Generator().manual_seed(1))]
         path.write_text(json.dumps(rows))
-    x, y = data.batch("val", some := np.random.default_rng(1).choice(data.windows("val"), 128, replace=False))
+    index = np.random.default_rng(1).choice(data.windows("val"), 128, replace=False)
+    x, y = data.batch("val", index)
     for seed in cfg.seeds:
         for arm in cfg.arms:
             path = cfg.work / f"arm-{arm}-{seed}-{cfg.seconds:.0f}.json"
             if path.exists():
                 continue
             print(path.stem, flush=True)
-            model, loss_of, options = arm_model(arm, seed, transformer, stream[:100_000])
+            model, loss_of, options = arm_model(arm, seed, transformer, some)
             steps = fit(model, loss_of, data, cfg.seconds, seed=seed, **options)
             torch.save(model.state_dict(), path.with_suffix(".pt"))
             model.eval()
@@ -265,7 +267,7 @@ def main():
             with autocast():
                 if isinstance(model, Diffuser):
                     with torch.no_grad():
-                        report = model(x, y, torch.from_numpy(some))[1]
+                        report = model(x, y, torch.from_numpy(index))[1]
                     trained |= {name: (n.sum() / (y >= 0).sum()).item() for name, n in report.items() if name != "nll"}
                     trained["next_nll"] = (report["nll"].sum() / (y >= 0).sum()).item()
                 for sampler in cfg.samplers if isinstance(model, Diffuser) else ["ancestral"]:
@@ -276,7 +278,7 @@ def main():
                             spent = time.process_time() - start
                             more = dict(sampler=sampler, steps=count, sample_seconds=spent, **trained)
                             rows.append(keep(arm, temperature, ids, **more))
-            path.write_text(json.dumps(rows))
+                            path.write_text(json.dumps(rows))
     write(cfg.work)
 
 

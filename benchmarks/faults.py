@@ -40,6 +40,8 @@ if __name__ == "__main__":
 import train_expert
 from data_utils.checkpoint import load_checkpoint
 
+sys.modules["plot"] = None  # no loss curve: drawing it would take most of a trial's time
+
 VOLATILE = {"seconds", "tokens_per_s", "peak_mb"}  # of a row of metrics
 TINY = dict(tokenizer="bytes", d_model=32, n_heads=2, n_layers=1, max_seq_len=32, batch_size=24, grad_accum_steps=2,
             lr=3e-3, max_steps=60, save_every=1, save_minutes=0.0005, log_interval=5, eval_windows=40, device="cpu",

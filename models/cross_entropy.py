@@ -5,7 +5,7 @@ N positions, C width, V vocabulary.
 
 import torch
 
-CHUNK = 1024  # positions whose logits exist at a time
+CHUNK = 512  # positions whose logits exist at a time
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -47,7 +47,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 
 def linear_cross_entropy(hidden, weight, targets, weights=None, bias=None):
-    """Return (sum of weights * nats, nats) of softmax(hidden @ weight.T), 1,024 positions at a time.
+    """Return (sum of weights * nats, nats) of softmax(hidden @ weight.T), CHUNK positions at a time.
 
     hidden: (..., C), weight: (V, C), targets: (...) ids, negative = not counted, weights: (...), 1 if absent.
     bias: function of a slice of the flattened positions -> (chunk, V), a constant added to their logits.

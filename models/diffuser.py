@@ -22,7 +22,7 @@ KEPT = 0.015, 0.995  # information about the token at levels K and 0 of the info
 
 
 def by_chunk(function, *tensors):
-    """Apply a function of positions (N, ...) -> (N, ...) to (B, T, ...) tensors, 1,024 positions at a time.
+    """Apply a function of positions (N, ...) -> (N, ...) to (B, T, ...) tensors, CHUNK positions at a time.
 
     For functions that make (N, V) on their way: the backward does each chunk again instead of keeping that.
     """

@@ -10,6 +10,27 @@ import torch.nn.functional as F
 
 from models.cross_entropy import linear_cross_entropy
 
+EPS = 1e-6  # added to the mean square
+
+
+class _RMSNorm(torch.autograd.Function):
+    """The same as F.rms_norm, which on a CPU is a chain of single operations with a backward each."""
+
+    @staticmethod
+    def forward(ctx, x, weight):
+        square = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square()  # of the length, (..., 1)
+        scale = square.div_(x.shape[-1]).add_(EPS).rsqrt_()
+        normed = x * scale
+        ctx.save_for_backward(normed, scale, weight)
+        return normed * weight
+
+    @staticmethod
+    def backward(ctx, grad):
+        normed, scale, weight = ctx.saved_tensors
+        product = grad * normed
+        along = (product @ weight).div_(-len(weight))[..., None]  # minus the mean of d_normed * normed
+        return torch.addcmul(grad * weight, normed, along).mul_(scale), product.flatten(0, -2).sum(0)
+
 
 class RMSNorm(nn.Module):
     """x / rms(x) * weight in fp32 (Zhang and Sennrich, eq. 4): (..., C) -> (..., C)."""
@@ -19,7 +40,24 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.full((dim,), gain))
 
     def forward(self, x):
-        return F.rms_norm(x.float(), self.weight.shape, self.weight, 1e-6)
+        if x.is_cuda:
+            return F.rms_norm(x.float(), self.weight.shape, self.weight, EPS)
+        with torch.autocast(x.device.type, enabled=False):
+            return _RMSNorm.apply(x.float(), self.weight)
+
+
+class _Rotate(torch.autograd.Function):
+    """x cos + (x with its halves exchanged) sin; the gradient of a rotation is the rotation back."""
+
+    @staticmethod
+    def forward(ctx, x, cos, sin):
+        ctx.save_for_backward(cos, sin)
+        return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
+
+    @staticmethod
+    def backward(ctx, grad):
+        cos, sin = ctx.saved_tensors
+        return torch.addcmul(grad * cos, grad.roll(grad.shape[-1] // 2, -1), -sin), None, None
 
 
 class Rotary(nn.Module):
@@ -34,7 +72,7 @@ class Rotary(nn.Module):
     def forward(self, x, start=0):
         """x: (B, T, H, D) at positions start, start + 1, ... -> the same, rotated."""
         cos, sin = (t[start : start + x.shape[1], None].to(x.dtype) for t in (self.cos, self.sin))
-        return x * cos + x.roll(x.shape[-1] // 2, -1) * sin
+        return _Rotate.apply(x, cos, sin)
 
 
 class Attention(nn.Module):
@@ -49,8 +87,8 @@ class Attention(nn.Module):
     def forward(self, x, rotary, causal=True, cache=None, start=0):
         """`cache`: keys and values (2, B, H, max T, D) of the positions before `start`, extended in place."""
         B, T, C = x.shape
-        q, k, v = self.qkv(x).view(B, T, 3 * self.n_heads, -1).chunk(3, 2)  # (B, T, H, D) each
-        q, k, v = (t.transpose(1, 2) for t in (rotary(q, start), rotary(k, start), v))  # (B, H, T, D)
+        qk, v = self.qkv(x).view(B, T, 3 * self.n_heads, -1).split([2 * self.n_heads, self.n_heads], 2)
+        q, k, v = *rotary(qk, start).transpose(1, 2).chunk(2, 1), v.transpose(1, 2)  # (B, H, T, D) each
         if cache is not None:
             cache[0][:, :, start : start + T], cache[1][:, :, start : start + T] = k, v
             k, v = cache[0][:, :, : start + T], cache[1][:, :, : start + T]

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from models.transformer import Transformer
+from models.transformer import EPS, Transformer, _RMSNorm
 
 SMALL = dict(vocab_size=61, d_model=32, max_seq_len=24, n_heads=4, dropout=0.0, rope_base=1e4, n_layers=2, ffn_mult=2)
 
@@ -64,6 +64,15 @@ def test_attention_equals_a_loop():
     expected = block.attention.out(out.flatten(2))
     torch.testing.assert_close(block.attention(h, model.rotary), expected, rtol=1e-5, atol=1e-5)
     assert x.shape == (1, 9)
+
+
+def test_norm_and_its_gradients_equal_the_library():
+    norm = build().norm.double()
+    x = torch.randn(3, 5, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    found = torch.autograd.grad(_RMSNorm.apply(x, norm.weight).sin().sum(), [x, norm.weight])
+    plain = F.rms_norm(x, (32,), norm.weight, EPS)
+    torch.testing.assert_close(found, torch.autograd.grad(plain.sin().sum(), [x, norm.weight]))
+    assert torch.autograd.gradcheck(build().rotary.double(), (x[:, :, :8].detach().unsqueeze(2).requires_grad_(),))
 
 
 def test_rotary_depends_on_distance_alone():
