@@ -385,7 +385,7 @@ def main(cfg):
             plot_losses([metrics], folder / f"{run}_loss.png")
         except ImportError:
             tell("no loss curve: pip install matplotlib")
-        for domain, numbers in row["domains"].items():
+        for domain, numbers in (row["domains"] | {"all": row}).items():
             tell(f"  {domain:12} loss {numbers['loss']:.4f}  bits per byte {numbers['bpb']:.4f}")
     again = " ".join(["python", *(word for word in sys.argv if word != "--resume"), "--resume"])
     next_command = f"python generate.py --checkpoint {best_file}" if over else again
