@@ -201,10 +201,10 @@ def main(cfg):
         raw_model = EXPERTS[cfg.expert](**model_args)  # the one that is saved: no _orig_mod. or module. keys
     except ValueError as e:
         raise UsageError(str(e)) from e
-    if cfg.expert == "diffuser":
-        ids, _ = data.batch("train", data.order(42, 0, math.ceil(100_000 / cfg.max_seq_len)))
-        raw_model.start_from(transformer, ids.flatten())
     raw_model.to(device)
+    if cfg.expert == "diffuser":
+        ids, _ = batch("train", data.order(42, 0, math.ceil(100_000 / cfg.max_seq_len)))
+        raw_model.start_from(transformer.to(device), ids.flatten())
     trained = {name: p for name, p in raw_model.named_parameters() if p.requires_grad}
     groups = [
         dict(params=[p for name, p in trained.items() if decays(name, p)], weight_decay=cfg.weight_decay),

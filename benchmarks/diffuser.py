@@ -1,6 +1,7 @@
 """Text of models/diffuser.py against its controls, at equal CPU time on one thread.
 
     python -m benchmarks.diffuser --data_dir data --seconds 180 --arms ce_warm mse_warm masked_warm
+    python -m benchmarks.diffuser --data_dir data --arms --readme     # only write the table into README.md
 
 An arm is objective_start, `ce` or `mse` or `masked` (a masked-diffusion head on the same blocks) from the `warm`
 transformer or from `scratch`, then any of ,lr=0.001 ,batch=32 ,ema=0.999 and ,name=value of a Diffuser argument.
@@ -26,6 +27,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from benchmarks.experts import write_readme
 from data_utils.text import DomainText
 from data_utils.tokenizer import load_tokenizer
 from models.diffuser import Diffuser
@@ -220,6 +222,7 @@ def main():
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--steps", type=int, nargs="+", default=[10, 32], help="of the samplers")
     parser.add_argument("--samplers", nargs="+", default=["ancestral", "ddim"])
+    parser.add_argument("--readme", action="store_true", help="write the table into README.md")
     cfg = parser.parse_args()
     torch.set_num_threads(1)
     cfg.work.mkdir(parents=True, exist_ok=True)
@@ -279,11 +282,14 @@ def main():
                             more = dict(sampler=sampler, steps=count, sample_seconds=spent, **trained)
                             rows.append(keep(arm, temperature, ids, **more))
                             path.write_text(json.dumps(rows))
-    write(cfg.work)
+    table = write(cfg.work)
+    print(table)
+    if cfg.readme:
+        write_readme(table, name="diffuser")
 
 
 def write(work):
-    """All rows that were kept -> diffuser.json, diffuser_samples.md, and the table, means over seeds, on stdout."""
+    """All rows that were kept -> diffuser.json, diffuser_samples.md; returns the table, means over seeds."""
     files = [work / "controls.json", *sorted(work.glob("arm-*.json"))]
     rows = [row for path in files for row in json.loads(path.read_text())]
     groups = {}
@@ -309,7 +315,7 @@ def write(work):
         json.dumps([{k: v for k, v in r.items() if k != "samples"} for r in rows], indent=1)
     )
     (HERE / "diffuser_samples.md").write_text("\n".join(samples))
-    print("\n".join(table))
+    return "\n".join(table)
 
 
 if __name__ == "__main__":

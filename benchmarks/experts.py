@@ -337,9 +337,9 @@ def table(results):
     return "\n".join(lines)
 
 
-def write_readme(text, path=HERE.parent / "README.md"):
-    """Put `text` between the markers of the README; print it when there are none."""
-    begin, end, old = "<!-- experts:begin -->", "<!-- experts:end -->", path.read_text() if path.exists() else ""
+def write_readme(text, path=HERE.parent / "README.md", name="experts"):
+    """Put `text` between the markers `name` of the README; print it when there are none."""
+    begin, end, old = f"<!-- {name}:begin -->", f"<!-- {name}:end -->", path.read_text() if path.exists() else ""
     new, count = re.subn(f"{begin}.*?{end}", lambda _: f"{begin}\n{text}\n{end}", old, flags=re.DOTALL)
     path.write_text(new) if count else print(f"{path} lacks {begin} {end}; it would get\n{text}")
 
