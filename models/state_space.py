@@ -11,7 +11,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from models.cross_entropy import linear_cross_entropy
-from models.transformer import RMSNorm, initialize
+from models.transformer import RMSNorm, head_gain, initialize
 
 CHUNK = 32  # steps whose states exist at a time: few enough to stay in the processor's cache
 
@@ -161,7 +161,7 @@ class StateSpace(nn.Module):
         self.dropout = nn.Dropout(dropout)
         sizes = dict(d_model=d_model, d_state=d_state, d_inner=d_inner, d_conv=d_conv, dt_rank=dt_rank)
         self.blocks = nn.ModuleList(Block(dropout=dropout, **sizes) for _ in range(n_layers))
-        self.norm = RMSNorm(d_model, gain=0.25)  # tied head: the token's own logit would start near 8 at gain 1
+        self.norm = RMSNorm(d_model, gain=head_gain(vocab_size, d_model))
         initialize(self, ("out_proj",), n_layers)
         for block in self.blocks:
             block.mamba.initialize()  # A_log and dt_proj are matrices too, with a start of their own

@@ -95,3 +95,20 @@ def test_documented_defaults():
     assert (diffuser.n_layers, diffuser.training_steps, diffuser.lr, diffuser.batch_size) == (4, 100, 1e-4, 64)
     assert (transformer.lr, transformer.batch_size, transformer.max_epochs, transformer.patience) == (3e-4, 32, 20, 5)
     assert (transformer.grad_clip, transformer.tokenizer, transformer.val_split) == (1.0, "gpt2", 0.1)
+
+
+def test_early_stop_rotation_and_budgets(toy, tmp_path):
+    common = ["--expert=transformer", f"--data_dir={toy}", *TINY, "--batch_size=256"]
+    still = start("train_expert.py", *common, "--lr=0", "--patience=2", "--max_epochs=9", "--save_every=1", "--keep=1",
+                  f"--checkpoint_dir={tmp_path / 'still'}")  # fmt: skip
+    short = start("train_expert.py", *common, "--max_seconds=0.001", "--eval_interval=2", "--amp_dtype=fp16",
+                  f"--checkpoint_dir={tmp_path / 'short'}")  # fmt: skip
+    assert "cpu, fp32" in finish(short)[0] and len(rows(tmp_path / "short", "val")) == 1
+    finish(still)
+    assert len(rows(tmp_path / "still", "val")) == 3  # one that improves on nothing, two that do not improve
+    assert [p.name for p in (tmp_path / "still").glob("*epoch*.pt")] == ["transformer_expert_epoch3.pt"]
+    more = ["--max_steps=6", "--eval_interval=2", "--resume", f"--checkpoint_dir={tmp_path / 'short'}"]
+    again = start("train_expert.py", *common, *more)
+    over = start("train_expert.py", *common, "--patience=2", "--resume", f"--checkpoint_dir={tmp_path / 'still'}")
+    assert "at step 1" in finish(again)[0] and "finished at step" in finish(over)[0]
+    assert [r["step"] for r in rows(tmp_path / "short", "val")] == [1, 2, 4, 6]

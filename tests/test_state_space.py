@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from models.state_space import StateSpace, selective_scan
+from models.transformer import head_gain
 
 NAMES = ("u", "dt", "A", "B", "C", "D", "h0")
 
@@ -160,4 +161,6 @@ def test_initialisation():
     assert (
         abs(mamba.out_proj.weight.std().item() - 0.01) < 1e-3 and abs(mamba.in_proj.weight.std().item() - 0.02) < 1e-3
     )
-    assert model.norm.weight.eq(0.25).all() and mamba.D.eq(1).all() and mamba.conv.weight.shape == (512, 1, 4)
+    assert (
+        model.norm.weight.eq(head_gain(31, 64)).all() and mamba.D.eq(1).all() and mamba.conv.weight.shape == (512, 1, 4)
+    )
