@@ -328,12 +328,11 @@ def save(args, name, **found):
 
 def table(results):
     """Results -> markdown."""
-    lines = ["| figure | ours | peer | ratio | spread | target | measured |", "| --- " * 7 + "|"]
+    lines = ["| figure | ours | peer | ratio | spread | target | command |", "| --- " * 7 + "|"]
     for row in results.values():
-        about = f"{row['date']}, {row['threads']} threads, {' '.join(row['cpu'])}, torch {row['torch']}"
         for f in row.get("figures", []):
             cells = [str(f.get(k, "")) for k in ("figure", "ours", "peer", "ratio", "spread", "target")]
-            lines.append(f"| {' | '.join(cells)} | `{f['command']}`, {about} |")
+            lines.append(f"| {' | '.join(cells)} | `{f['command']}` |")
     return "\n".join(lines)
 
 
