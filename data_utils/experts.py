@@ -1,14 +1,16 @@
 """Trained language models, rebuilt from their checkpoints."""
 
+import hashlib
 from pathlib import Path
 
-from data_utils.checkpoint import CheckpointError, changed, load_checkpoint
-from data_utils.config import DataError, UsageError
-from models.diffuser import Diffuser
-from models.state_space import StateSpace
-from models.transformer import Transformer
+import numpy as np
 
-EXPERTS = dict(transformer=Transformer, state_space=StateSpace, diffuser=Diffuser)
+from data_utils.checkpoint import CheckpointError, changed, load_checkpoint, write_atomic
+from data_utils.config import DataError, UsageError
+from models.router import FAMILIES, NanoThink
+from models.vector_store import VectorStore
+
+EXPERTS = FAMILIES | dict(mla=NanoThink)
 
 
 def load_expert(path, expert="", expected=None):
@@ -18,7 +20,8 @@ def load_expert(path, expert="", expected=None):
     DataError, naming the command that makes it, when it is missing or damaged, UsageError when it is another one.
     """
     if not Path(path).exists():
-        raise DataError(f"{path} is missing\ntry: python train_expert.py --expert {expert or 'transformer'}")
+        command = "train_mla.py" if "mla" in Path(path).name else f"train_expert.py --expert {expert or 'transformer'}"
+        raise DataError(f"{path} is missing\ntry: python {command}")
     state = load_checkpoint(path, f"expert:{expert}" if expert else [f"expert:{name}" for name in EXPERTS])
     differs = changed(state["model_args"] | dict(tokenizer_hash=state["tokenizer_hash"]), expected or {})
     if differs:
@@ -29,4 +32,27 @@ def load_expert(path, expert="", expected=None):
     except RuntimeError as e:
         raise CheckpointError(f"{path} does not fit its own model_args: {str(e).splitlines()[0]}") from e
     del state["optimizer_state"]
+    if state.get("store_hash"):
+        model.attach(load_store(Path(path).with_name("nanothink_mla_store.npz"), state["store_hash"]))
     return model.requires_grad_(False).eval(), state
+
+
+def save_store(path, store):
+    """Write a VectorStore, whole or not at all -> the hash of the file, which a checkpoint keeps."""
+    write_atomic(path, lambda file: np.savez(file, **store.arrays()))
+    return _digest(path)
+
+
+def load_store(path, digest):
+    """Return the VectorStore in `path`. Raises DataError unless it is the very file that the checkpoint names."""
+    if not Path(path).exists():
+        raise DataError(f"{path} is missing: the checkpoint was trained with it\ntry: train_mla.py without --resume")
+    if _digest(path) != digest:
+        raise DataError(f"{path} is not the store that the checkpoint was trained with")
+    with np.load(path) as arrays:
+        return VectorStore.from_arrays(arrays)
+
+
+def _digest(path):
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

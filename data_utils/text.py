@@ -122,10 +122,13 @@ def _load(base, dtype):
 
 
 class _Stream:
-    """Slices [(tokens, begins, ends)] read as one sequence with an eos before it, so that every token is a target."""
+    """Slices [(part, begins, ends)] read as one sequence with an eos before it, so that every token is a target.
+
+    A part is what `_load` returns for a file.
+    """
 
     def __init__(self, slices, window):
-        self.arrays = [tokens for tokens, _, _ in slices]
+        self.parts = [part for part, _, _ in slices]
         self.source = np.repeat(np.arange(len(slices)), [len(begins) for _, begins, _ in slices])
         self.begins = np.concatenate([begins for _, begins, _ in slices])
         self.ends = np.concatenate([ends for _, _, ends in slices])
@@ -133,15 +136,28 @@ class _Stream:
         self.tokens = int(self.starts[-1])
         self.windows = -(-self.tokens // window)
 
+    def _pieces(self, start, n):
+        """Yield (how many tokens came before, part, first, last) for the n tokens from `start` on, slice by slice."""
+        done, piece = 0, int(np.searchsorted(self.starts, start, side="right")) - 1
+        while done < n and piece < len(self.begins):
+            first = int(self.begins[piece]) + start + done - int(self.starts[piece])
+            last = min(int(self.ends[piece]), first + n - done)
+            yield done, self.parts[self.source[piece]], first, last
+            done, piece = done + last - first, piece + 1
+
     def copy(self, start, out):
         """Fill `out` with the tokens from `start` on; returns how many there were."""
-        done, piece = 0, int(np.searchsorted(self.starts, start, side="right")) - 1
-        while done < len(out) and piece < len(self.begins):
-            first = int(self.begins[piece]) + start + done - int(self.starts[piece])
-            last = min(int(self.ends[piece]), first + len(out) - done)
-            out[done : done + last - first] = self.arrays[self.source[piece]][first:last]
-            done, piece = done + last - first, piece + 1
-        return done
+        end = 0
+        for done, part, first, last in self._pieces(start, len(out)):
+            end = done + last - first
+            out[done:end] = part[0][first:last]
+        return end
+
+    def documents(self, start, out):
+        """Fill `out` with a number that stands for the text of each token's document."""
+        for done, (_, offsets, hashes, *_), first, last in self._pieces(start, len(out)):
+            which = np.searchsorted(offsets, np.arange(first, last), side="right") - 1
+            out[done : done + last - first] = hashes[which, 0].astype(np.int64)
 
 
 class DomainText:
@@ -219,22 +235,23 @@ class DomainText:
         """Return the train and val streams: the first share of the distinct text hashes, in their order, is val."""
         distinct, place = np.unique(np.concatenate([p[2] for p in parts]), axis=0, return_inverse=True)
         if len(distinct) == 1:
-            tokens, offsets = next((p[0], p[1]) for p in parts if len(p[2]))
-            n = int(offsets[1])
+            part = next(p for p in parts if len(p[2]))
+            n = int(part[1][1])
             start = n - max(1, int(self.val_split * n))
             if start - self.window < 1:
                 needed = max(self.window + 2, int(np.ceil((self.window + 1) / (1 - self.val_split))))
                 raise DataError(f"domain {domain}: one document of {n} tokens, needed for train and val: {needed}")
             say(f"warning: domain {domain} is one document: its end is val, {self.window} tokens between are left out")
             halves = ([0], [start - self.window]), ([start], [n])
-            return [_Stream([(tokens, np.array(begin), np.array(end))], self.window) for begin, end in halves]
+            return [_Stream([(part, np.array(begin), np.array(end))], self.window) for begin, end in halves]
         is_val = place.reshape(-1) < max(1, round(self.val_split * len(distinct)))
         slices = [], []
-        for tokens, offsets, hashes, *_ in parts:
-            mine, is_val = is_val[: len(hashes)], is_val[len(hashes) :]
+        for part in parts:
+            offsets = part[1]
+            mine, is_val = is_val[: len(offsets) - 1], is_val[len(offsets) - 1 :]
             for side, mask in zip(slices, (~mine, mine), strict=True):
                 edges = np.flatnonzero(np.diff(np.concatenate([[0], mask, [0]])))  # neighbours become one slice
-                side.append((tokens, offsets[edges[0::2]], offsets[edges[1::2]]))
+                side.append((part, offsets[edges[0::2]], offsets[edges[1::2]]))
         return [_Stream(side, self.window) for side in slices]
 
     def windows(self, split):
@@ -268,15 +285,26 @@ class DomainText:
         found = np.searchsorted(self.edges[split], np.asarray(index), side="right") - 1
         return torch.from_numpy(found.astype(np.int64))
 
+    def _places(self, split, index):
+        """Yield (stream, where the window begins, where it is read from) for each window."""
+        for number, domain in zip(index, self.domain(split, index).tolist(), strict=True):
+            stream = self.streams[split][domain]
+            wanted = int(number - self.edges[split][domain]) * self.window
+            yield stream, wanted, max(0, min(wanted, stream.tokens - self.window))  # the last is shifted to be full
+
+    def documents(self, split, index):
+        """Return (B, T) int64: the document of each target of the windows `index` (B,), the same for the same text."""
+        found = np.zeros((len(index), self.window), np.int64)
+        for row, (stream, _, start) in zip(found, self._places(split, index), strict=True):
+            stream.documents(start, row)
+        return torch.from_numpy(found)
+
     def batch(self, split, index):
         """Return x, y (B, T) int64 of the windows `index` (B,); y is -100 where padded or, in val, counted before."""
         size, index = self.window, np.asarray(index)
         rows = np.full((len(index), size + 1), self.tokenizer.eos, np.int64)
         y = np.full((len(index), size), -100, np.int64)
-        for row, (number, domain) in enumerate(zip(index, self.domain(split, index).tolist(), strict=True)):
-            stream = self.streams[split][domain]
-            wanted = int(number - self.edges[split][domain]) * size
-            start = max(0, min(wanted, stream.tokens - size))  # the last window is shifted back to be full
+        for row, (stream, wanted, start) in enumerate(self._places(split, index)):
             before = 1 if start else 0
             end = 1 + stream.copy(start - before, rows[row, 1 - before :]) - before
             first = wanted - start if split == "val" else 0

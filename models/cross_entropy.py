@@ -4,6 +4,7 @@ N positions, C width, V vocabulary.
 """
 
 import torch
+from torch.utils.checkpoint import checkpoint
 
 CHUNK = 512  # positions whose logits exist at a time
 
@@ -62,3 +63,16 @@ def linear_cross_entropy(hidden, weight, targets, weights=None, bias=None):
             hidden.reshape(-1, hidden.shape[-1]), weight, targets, weights, bias, dtype, torch.is_grad_enabled()
         )
     return total, nats.view(shape)
+
+
+def by_chunk(function, *tensors):
+    """Apply a function of positions (N, ...) -> (N, ...) to (B, T, ...) tensors, CHUNK positions at a time.
+
+    For functions that make (N, V) on their way: the backward does each chunk again instead of keeping that.
+    """
+    parts = zip(*(t.flatten(0, 1).split(CHUNK) for t in tensors), strict=True)
+    if torch.is_grad_enabled():
+        found = [checkpoint(function, *part, use_reentrant=False) for part in parts]
+    else:
+        found = [function(*part) for part in parts]
+    return torch.cat(found).unflatten(0, tensors[0].shape[:2])

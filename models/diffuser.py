@@ -7,31 +7,19 @@ in place of the squared error: CDCD (2211.15089) and Plaid (2305.18619), a noise
 (2305.09515); with a steep ramp it comes close to masked diffusion, MDLM (2406.07524).
 """
 
+import itertools
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.utils.checkpoint import checkpoint
 
-from models.cross_entropy import CHUNK, linear_cross_entropy
+from models.cross_entropy import by_chunk, linear_cross_entropy
 from models.transformer import Block, RMSNorm, Rotary, initialize
 
 CLEAN_WEIGHT = 0.05  # of a token at level 0 in the loss: its own latent gives it away
 MIN_SHARE = 0.05  # of noisy tokens in a sequence: no token counts more than 20 times
 ROUNDING_WEIGHT = 0.2  # of the token's cross-entropy beside a squared error whose latents no table can name
 KEPT = 0.015, 0.995  # information about the token at levels K and 0 of the information schedule
-
-
-def by_chunk(function, *tensors):
-    """Apply a function of positions (N, ...) -> (N, ...) to (B, T, ...) tensors, CHUNK positions at a time.
-
-    For functions that make (N, V) on their way: the backward does each chunk again instead of keeping that.
-    """
-    parts = zip(*(t.flatten(0, 1).split(CHUNK) for t in tensors), strict=True)
-    if torch.is_grad_enabled():
-        found = [checkpoint(function, *part, use_reentrant=False) for part in parts]
-    else:
-        found = [function(*part) for part in parts]
-    return torch.cat(found).unflatten(0, tensors[0].shape[:2])
 
 
 def log_likelihood(z, r, table):
@@ -165,32 +153,64 @@ class Diffuser(nn.Module):
         return self
 
     @torch.no_grad()
-    def latents(self, ids):
+    def latents(self, ids, cache=(None,), start=0):
         """ids: (B, T) -> normalised latents x (B, T, C) in fp32; of the embedding, or after `latent_layer` blocks."""
         h = self.embedding(ids)
-        for block in self.encoder:
-            h = block(h, self.rotary)
+        for block, part in zip(self.encoder, itertools.cycle(cache)):
+            h = block(h, self.rotary, cache=part, start=start)
         return (h.float() - self.mean) / self.std
 
-    def _hidden(self, believed, z, k, mode):
-        """believed, z: (B, T, C), k: (B, T), mode 0 denoise, 1 next -> normed hidden states (B, 1 + T, C)."""
-        if z.shape[1] > self.max_seq_len:
-            raise ValueError(f"sequence of {z.shape[1]} tokens, the model was built for max_seq_len {self.max_seq_len}")
+    def _enter(self, believed, z, k, mode, first=True):
+        """believed, z: (B, T, C), k: (B, T), mode 0 denoise, 1 next -> what enters the blocks (B, 1 + T, C).
+
+        The 1 is the start, which comes before the first token only.
+        """
         scaled = z / (1 + self.noise[k][..., None] ** 2).sqrt()
         octaves = 2.0 ** torch.arange(-1, 15, device=z.device)
         angle = torch.linspace(0, 1, len(self.noise), device=z.device)[:, None] * octaves
         level = self.level(torch.cat([angle.sin(), angle.cos()], -1))  # (K + 1, C)
         h = self.inward(torch.cat([believed, scaled], -1)) + level[k]
-        h = torch.cat([self.start[mode].expand(len(h), 1, -1), h], 1)  # (B, 1 + T, C)
-        h = h * self.std + self.mean  # the scale that copied blocks are used to
+        if first:
+            h = torch.cat([self.start[mode].expand(len(h), 1, -1), h], 1)
+        return h * self.std + self.mean  # the scale that copied blocks are used to
+
+    def _hidden(self, believed, z, k, mode):
+        """Of what `_enter` takes, normed hidden states (B, 1 + T, C)."""
+        if z.shape[1] > self.max_seq_len:
+            raise ValueError(f"sequence of {z.shape[1]} tokens, the model was built for max_seq_len {self.max_seq_len}")
+        h = self._enter(believed, z, k, mode)
         for block in self.blocks:
             h = block(h, self.rotary, causal=mode == 1)
         return self.norm(h)
 
-    def hidden_next(self, x):
-        """x: (B, T) ids -> normed hidden states of the next mode (B, T, C): causal, without noise."""
-        x = self.latents(x)
-        return self._hidden(x, x, torch.zeros(x.shape[:2], dtype=torch.long, device=x.device), 1)[:, 1:]
+    @property
+    def output(self):
+        """Weight of the head: (V, C)."""
+        return self.head.weight
+
+    def final(self, x):
+        """x: (B, T) ids -> what the head reads in the next mode (B, T, C): causal, without noise."""
+        clean = self.latents(x)
+        return self.head_next(self._hidden(clean, clean, torch.zeros_like(x), 1)[:, 1:])
+
+    def init_state(self, batch):
+        """An empty cache for `advance`: position, and keys and values (layers, 2, B, H, max_seq_len + 1, D)."""
+        (length, D), H = self.rotary.cos.shape, self.blocks[0].attention.n_heads
+        return 0, self.mean.new_zeros(len(self.encoder) + len(self.blocks), 2, batch, H, length, D)
+
+    @torch.no_grad()
+    def advance(self, x, state):
+        """x: (B, T) ids that follow `state` -> (what the head reads in the next mode at the last one (B, C), state).
+
+        T > 1 only from an empty state.
+        """
+        start, cache = state
+        clean = self.latents(x, cache, max(0, start - 1))
+        h = self._enter(clean, clean, torch.zeros_like(x), 1, first=not start)
+        after = start + h.shape[1]
+        for block, part in zip(self.blocks, cache[len(self.encoder) :], strict=True):
+            h = block(h, self.rotary, cache=part, start=start)
+        return self.head_next(self.norm(h[:, -1])), (after, cache)
 
     def hidden_denoise(self, z, k):
         """z: (B, T, C) at the levels k (B, T) -> normed hidden states (B, T, C), one per token that is asked for."""
@@ -255,7 +275,7 @@ class Diffuser(nn.Module):
         tokens read back with all of them at that percentage of K. Raises ValueError beyond max_seq_len.
         """
         if y is None:
-            return F.linear(self.head_next(self.hidden_next(x)), self.head.weight)
+            return F.linear(self.final(x), self.output)
         counted, clean = y >= 0, self.latents(x)
         k, eps = self._draw(x.shape, index)
         r = self.noise[k]
@@ -280,8 +300,7 @@ class Diffuser(nn.Module):
                 loss, report["loss"] = loss + rounding, report["loss"] + ROUNDING_WEIGHT * weights * nats
         rows = max(1, round(self.next_share * len(x))) if self.training else len(x)
         weight = self.next_weight * len(x) / rows
-        hidden = self.head_next(self.hidden_next(x[:rows]))
-        next_nats, nats = linear_cross_entropy(hidden, self.head.weight, y[:rows])
+        next_nats, nats = linear_cross_entropy(self.final(x[:rows]), self.output, y[:rows])
         report["nll"] = F.pad(nats, (0, 0, 0, len(x) - rows))  # (B, T)
         report["loss"] = report["loss"] + weight * report["nll"]
         if not self.training:

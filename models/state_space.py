@@ -180,16 +180,25 @@ class StateSpace(nn.Module):
             raise ValueError(f"sequence of {x.shape[1]} tokens, the model was built for max_seq_len {self.max_seq_len}")
         return self._run(x, self.init_state(len(x))[:layer])[0].transpose(0, 1)
 
+    @property
+    def output(self):
+        """Weight of the head: (V, C)."""
+        return self.embedding.weight
+
+    def final(self, x):
+        """x: (B, T) ids -> what the head reads: (B, T, C)."""
+        return self.norm(self.hidden(x, len(self.blocks)))
+
     def forward(self, x, y=None, index=None):
         """x: (B, T) ids -> logits (B, T, V); with targets y (B, T), -100 = not counted: (sum of nats, report).
 
         The report holds detached (B, T) numbers per token: `loss`, which selects the best checkpoint, and `nll`.
         `index` is for models whose evaluation draws noise. Raises ValueError beyond max_seq_len.
         """
-        h = self.norm(self.hidden(x, len(self.blocks)))
+        h = self.final(x)
         if y is None:
-            return F.linear(h, self.embedding.weight)
-        loss, nats = linear_cross_entropy(h, self.embedding.weight, y)
+            return F.linear(h, self.output)
+        loss, nats = linear_cross_entropy(h, self.output, y)
         return loss, dict(loss=nats, nll=nats)
 
     def init_state(self, batch):
@@ -200,5 +209,10 @@ class StateSpace(nn.Module):
 
     def step(self, x, state):
         """x: (B, T) ids that follow `state` -> (logits of the last one (B, V), state): O(1) per token, any length."""
+        h, state = self.advance(x, state)
+        return F.linear(h, self.output), state
+
+    def advance(self, x, state):
+        """x: (B, T) ids that follow `state` -> (what the head reads at the last one (B, C), state)."""
         h, state = self._run(x, state)
-        return F.linear(self.norm(h[-1]), self.embedding.weight), state
+        return self.norm(h[-1]), state

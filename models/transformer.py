@@ -168,16 +168,25 @@ class Transformer(nn.Module):
             h = block(h, self.rotary)
         return h
 
+    @property
+    def output(self):
+        """Weight of the head: (V, C)."""
+        return self.embedding.weight
+
+    def final(self, x):
+        """x: (B, T) ids -> what the head reads: (B, T, C)."""
+        return self.norm(self.hidden(x, len(self.blocks)))
+
     def forward(self, x, y=None, index=None):
         """x: (B, T) ids -> logits (B, T, V); with targets y (B, T), -100 = not counted: (sum of nats, report).
 
         The report holds detached (B, T) numbers per token: `loss`, which selects the best checkpoint, and `nll`.
         `index` is for models whose evaluation draws noise. Raises ValueError beyond max_seq_len.
         """
-        h = self.norm(self.hidden(x, len(self.blocks)))
+        h = self.final(x)
         if y is None:
-            return F.linear(h, self.embedding.weight)
-        loss, nats = linear_cross_entropy(h, self.embedding.weight, y)
+            return F.linear(h, self.output)
+        loss, nats = linear_cross_entropy(h, self.output, y)
         return loss, dict(loss=nats, nll=nats)
 
     def init_state(self, batch):
@@ -186,11 +195,16 @@ class Transformer(nn.Module):
         shape = (len(self.blocks), 2, batch, H, self.max_seq_len, D)
         return 0, torch.zeros(shape, device=self.embedding.weight.device)
 
-    @torch.no_grad()
     def step(self, x, state):
-        """x: (B, T) ids that follow `state` -> (logits of the last one (B, V), state); T > 1 only from an empty state.
+        """x: (B, T) ids that follow `state` -> (logits of the last one (B, V), state); as `advance`."""
+        h, state = self.advance(x, state)
+        return F.linear(h, self.output), state
 
-        Raises ValueError when the window is full: start again from the end of the text.
+    @torch.no_grad()
+    def advance(self, x, state):
+        """x: (B, T) ids that follow `state` -> (what the head reads at the last one (B, C), state).
+
+        T > 1 only from an empty state. Raises ValueError when the window is full: start again from the end of the text.
         """
         start, cache = state
         if start + x.shape[1] > self.max_seq_len:
@@ -198,4 +212,4 @@ class Transformer(nn.Module):
         h = self.embedding(x)
         for block, part in zip(self.blocks, cache, strict=True):
             h = block(h, self.rotary, cache=part, start=start)
-        return F.linear(self.norm(h[:, -1]), self.embedding.weight), (start + x.shape[1], cache)
+        return self.norm(h[:, -1]), (start + x.shape[1], cache)
