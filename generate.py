@@ -1,7 +1,8 @@
-"""Use what was trained: write text with a language-model expert.
+"""Use what was trained: write text with a language-model expert, or with the router over all three.
 
     python generate.py --checkpoint checkpoints/transformer_expert.pt --prompt "In the beginning"
     python generate.py --checkpoint checkpoints/diffuser_expert.pt --steps 32 --length 128
+    python generate.py --checkpoint checkpoints/nanothink_mla.pt --prompt "In the beginning"
 
 Text goes to stdout as it is made, timing to stderr.
 """
@@ -17,7 +18,7 @@ from data_utils.config import UsageError, at_least, from_cli, launch
 
 @dataclass
 class Config:
-    checkpoint: str = "checkpoints/transformer_expert.pt"  # a model of train_expert.py
+    checkpoint: str = "checkpoints/transformer_expert.pt"  # a model of train_expert.py or train_mla.py
     prompt: str = ""  # text to go on from
     max_new_tokens: int = 200  # tokens to write; a document may end before
     temperature: float = 0.8  # 1 samples what the model believes, 0 takes the likeliest token

@@ -34,9 +34,12 @@ COLOURS = plt.get_cmap("tab10").colors
 def plot_losses(paths, out):
     """Write a figure to `out`: training and validation loss over steps, and validation bits per byte by domain.
 
-    With several runs the right panel has one line a run, over all domains. Raises DataError for a file without rows.
+    With several runs the right panel has one line a run, over all domains; a single run with a router gets a third
+    panel, its mean weights by domain. Raises DataError for a file without rows.
     """
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+    shares = _weights(paths[0]) if len(paths) == 1 else {}
+    figure, panels = plt.subplots(1, 3 if shares else 2, figsize=(15.5 if shares else 11, 4.2), layout="constrained")
+    left, right = panels[:2]
     for colour, path in zip(COLOURS, paths, strict=False):
         name = Path(path).name.removesuffix("_metrics.jsonl")
         rows = read_rows(path)
@@ -54,9 +57,15 @@ def plot_losses(paths, out):
             right.plot([r["step"] for r in val], numbers, "o-", color=domain_colour, ms=3.5, label=label)
     left.set(xlabel="step", ylabel="loss (nats per token)", title="loss: training thin, validation thick")
     right.set(xlabel="step", ylabel="bits per byte", title="validation" + ", by domain" * (len(paths) == 1))
-    for axes in (left, right):
+    for name, by_domain in shares.items():
+        before = [sum(shares[n][d] for n in list(shares)[: list(shares).index(name)]) for d in by_domain]
+        panels[2].bar(by_domain.keys(), by_domain.values(), bottom=before, label=name, width=0.7)
+        panels[2].set(ylabel="mean weight", title="how far the router believes each expert", ylim=(0, 1.2))
+        panels[2].legend(frameon=False, ncols=3, loc="upper center")
+    for axes in panels:
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
+    for axes in (left, right):
         if axes.get_legend_handles_labels()[0]:
             axes.legend(frameon=False)
     try:
@@ -68,11 +77,32 @@ def plot_losses(paths, out):
         plt.close(figure)
 
 
+def _weights(path):
+    """{expert: {domain: mean weight}} of the last evaluation; {} for a run without a router."""
+    domains = next((row["domains"] for row in reversed(read_rows(path)) if "domains" in row), {})
+    names = [n.removeprefix("weight_") for row in list(domains.values())[:1] for n in row if n.startswith("weight_")]
+    return {name: {domain: row[f"weight_{name}"] for domain, row in domains.items()} for name in names}
+
+
+def table(paths):
+    """Each run's best evaluation, by line: step, loss in nats, bits per byte, and those of each domain."""
+    lines = []
+    for path in paths:
+        rows = [row for row in read_rows(path) if row.get("split") == "val"]
+        if rows:
+            best = min(rows, key=lambda row: row["loss"])
+            domains = "  ".join(f"{domain} {row['bpb']:.3f}" for domain, row in best["domains"].items())
+            name = str(path).removesuffix("_metrics.jsonl")
+            lines.append(f"{name:44} step {best['step']:>6}  loss {best['loss']:.4f}  bpb {best['bpb']:.3f}  {domains}")
+    return "\n".join(lines)
+
+
 def main(cfg):
     if not cfg.runs:
         raise UsageError("no run named\ntry: python plot.py checkpoints/transformer_expert_metrics.jsonl")
     out = cfg.out or cfg.runs[0].removesuffix("_metrics.jsonl") + "_loss.png"
     plot_losses(cfg.runs, out)
+    print(table(cfg.runs))
     print(out)
     return {}
 

@@ -35,7 +35,7 @@ class ModelConfig:
 
 @dataclass
 class MLAConfig(ModelConfig):
-    n_experts: int = 3  # one of each family; there are no others
+    n_experts: Literal[3] = 3  # one of each family; there are no others
     n_layers: int = 2  # blocks of latent attention
     ffn_mult: int = 4  # inner width of the feed-forward part, in d_model
     kv_latent_dim: int = 128  # numbers cached per token and layer for keys and values; 0 = plain attention
@@ -62,7 +62,6 @@ class TrainMLAConfig(MLAConfig, DataConfig):
     fresh: bool = False  # start over; old files are renamed to *.bak (also the default without --resume)
     allow_partial: bool = False  # load the weights that fit and list those that do not
     seed: int = 0  # weights, data order and dropout all follow from it
-    # experts and memory
     transformer_ckpt: str = "checkpoints/transformer_expert.pt"  # frozen expert
     state_space_ckpt: str = "checkpoints/state_space_expert.pt"  # frozen expert
     diffuser_ckpt: str = "checkpoints/diffuser_expert.pt"  # frozen expert
@@ -132,8 +131,6 @@ def main(cfg):
     at_least(cfg, 0, *"lr min_lr_ratio warmup_steps weight_decay grad_clip max_steps max_seconds dropout seed".split())
     at_least(cfg, 0, *"patience save_minutes keep eval_interval eval_windows".split())
     at_least(cfg, 0, *"kv_latent_dim entropy_reg balance_reg z_reg".split())
-    if cfg.n_experts != len(FAMILIES):
-        raise UsageError(f"--n_experts {cfg.n_experts}: there is one of each of {', '.join(FAMILIES)}")
     if cfg.kv_latent_dim and (cfg.rope_dim < 2 or cfg.rope_dim % 2):
         raise UsageError(f"--rope_dim {cfg.rope_dim}: expected an even number of 2 or more")
     if cfg.d_model % (2 * cfg.n_heads):
@@ -168,9 +165,8 @@ def main(cfg):
         return [ids.to(device) for ids in data.batch(split, index)]
 
     # --- model and optimizer --------------------------------------------------------------
-    known = asdict(cfg) | dict(vocab_size=tokenizer.vocab_size)
-    expected = {name: known[name] for name in ("vocab_size", "d_model", "max_seq_len")}
-    expected |= dict(tokenizer_hash=tokenizer.hash)
+    known = asdict(cfg) | dict(vocab_size=tokenizer.vocab_size, tokenizer_hash=tokenizer.hash)
+    expected = {name: known[name] for name in ("vocab_size", "d_model", "max_seq_len", "tokenizer_hash")}
     loaded = {name: load_expert(known[f"{name}_ckpt"], name, expected) for name in FAMILIES}
     known |= dict(experts={name: source["model_args"] for name, (_, source) in loaded.items()})
     model_args = {name: known[name] for name in inspect.signature(NanoThink).parameters}
@@ -216,42 +212,29 @@ def main(cfg):
         hardware.close()
         return dict(step=at.step, best=at.best_val_loss, stopped=0)
 
-    @torch.no_grad()
-    def fill():
-        """Return a store of training contexts: windows at even distances, and what followed each token of them."""
-        store, count = VectorStore(cfg.d_model, cfg.top_k, cfg.max_vectors), data.windows("train")
-        windows = min(count, math.ceil(cfg.max_vectors / cfg.max_seq_len))
-        numbers = np.linspace(0, count, windows, endpoint=False, dtype=np.int64)
-        for index in np.array_split(numbers, math.ceil(windows / cfg.batch_size)):
-            x, y = batch("train", index)
-            with hardware.autocast:
-                keys = raw_model.keys(x).cpu()
-            real, y = y.cpu() >= 0, y.cpu()
-            store.add(keys[real], y[real], data.documents("train", index)[real])
-        store.build()
-        return store
+    def read(numbers):  # training windows, a batch at a time
+        for index in np.array_split(numbers, math.ceil(len(numbers) / cfg.batch_size)):
+            yield index, *batch("train", index)
 
-    @torch.no_grad()
-    def nats_of_experts():
-        """Nats of EM_TOKENS training tokens or a few more: (N, E)."""
-        raw_model.eval()
-        order, found = data.order(42, 0, math.ceil(EM_TOKENS / cfg.max_seq_len)), []
-        for index in np.array_split(order, math.ceil(len(order) / cfg.batch_size)):
-            x, y = batch("train", index)
-            with hardware.autocast:
-                _, report = raw_model(x, y)
-            found.append(torch.stack([report[name][y >= 0] for name in FAMILIES], 1))
-        raw_model.train()
-        return torch.cat(found)
-
-    if not path:
-        raw_model.set_static(nats_of_experts())
-        shares = zip(FAMILIES, raw_model.static.tolist(), strict=True)
-        tell("the router starts at the static mixture " + ", ".join(f"{name} {share:.3f}" for name, share in shares))
-    if cfg.use_vector_store:
-        raw_model.attach(load_store(store_file, store_hash) if store_hash else fill())
-        made = f"read from {store_file}" if store_hash else "filled, lambda starts at 0.05"
-        tell(f"store of {len(raw_model.store)} contexts, {made}")
+    raw_model.eval()
+    with torch.no_grad(), hardware.autocast:
+        if not path:
+            order = data.order(42, 0, math.ceil(EM_TOKENS / cfg.max_seq_len))
+            reports = [raw_model(x, y)[1] for _, x, y in read(order)]
+            raw_model.set_static(torch.stack([torch.cat([r[n].flatten() for r in reports]) for n in FAMILIES], 1))
+            tell("static mixture:", *(f"{n} {w:.3f}" for n, w in zip(FAMILIES, raw_model.static.tolist(), strict=True)))
+        if cfg.use_vector_store and store_hash:
+            raw_model.attach(load_store(store_file, store_hash))
+        elif cfg.use_vector_store:  # filled from windows at even distances
+            store, count = VectorStore(cfg.d_model, cfg.top_k, cfg.max_vectors), data.windows("train")
+            windows = min(count, math.ceil(cfg.max_vectors / cfg.max_seq_len))
+            for index, x, y in read(np.linspace(0, count, windows, endpoint=False, dtype=np.int64)):
+                keep = y >= 0
+                store.add(raw_model.keys(x)[keep].cpu(), y[keep].cpu(), data.documents("train", index)[keep.cpu()])
+            store.build()
+            raw_model.attach(store)
+            tell(f"store of {len(store)} training contexts; lambda starts at 0.05")
+    raw_model.train()
     model, saver = hardware.wrap(raw_model, cfg.compile), checkpoint.Saver()
 
     def payload():
@@ -358,12 +341,11 @@ def main(cfg):
                 if at.step % cfg.log_interval == 0:
                     seen, mark = 0, time.monotonic()
                     if rank == 0:
+                        mixture = {n: (v.sum() / (y >= 0).sum()).item() for n, v in report.items() if n != "loss"}
                         append_row(metrics, dict(
                             step=at.step, epoch=at.epoch + 1, split="train", loss=loss, lr=lr_at(at.step - 1),
                             grad_norm=norm, tokens=int(targets), tokens_per_s=rate, seconds=now - start,
-                            peak_mb=peak_mb(device), skipped=at.skipped,
-                            **{name: v.sum().item() / (y >= 0).sum().item() for name, v in report.items()
-                               if name != "loss"}))  # fmt: skip
+                            peak_mb=peak_mb(device), skipped=at.skipped, **mixture))  # fmt: skip
             if due() and not stop_now:
                 before, row = time.monotonic(), evaluate()
                 (stop_now,) = hardware.largest(0 if row else int(stop.signal))
@@ -402,11 +384,10 @@ def main(cfg):
             plot_losses([metrics], folder / f"{run}_loss.png")
         except ImportError:
             tell("no loss curve: pip install matplotlib")
-        tell(f"  {'nats':12} {run:>14} {'static':>12}" + "".join(f"{n:>12}  weight" for n in FAMILIES))
+        tell(f"  {'nats':10} {run:>14} (bpb) {'static':>9}" + "".join(f"{n:>13} weight" for n in FAMILIES))
         for domain, numbers in (row["domains"] | {"all": row}).items():
-            experts = "".join(f"{numbers[n]:12.4f} {numbers[f'weight_{n}']:7.3f}" for n in FAMILIES)
-            tell(f"  {domain:12} {numbers['loss']:14.4f} {numbers['static']:12.4f}{experts}")
-        tell(f"  bits per byte {row['bpb']:.4f}")
+            experts = "".join(f"{numbers[n]:13.4f} {numbers[f'weight_{n}']:6.3f}" for n in FAMILIES)
+            tell(f"  {domain:10} {numbers['loss']:14.4f} {numbers['bpb']:5.3f} {numbers['static']:9.4f}{experts}")
     again = " ".join(["python", *(word for word in sys.argv if word != "--resume"), "--resume"])
     next_command = f"python generate.py --checkpoint {best_file}" if over else again
     tell(f"{run}: step {at.step} of {steps}, best val_loss {at.best_val_loss:.4f} at step {at.best_step}, "

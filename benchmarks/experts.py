@@ -35,8 +35,10 @@ from data_utils.config import DataError
 from data_utils.progress import peak_mb
 from data_utils.text import DomainText, _tokenize
 from data_utils.tokenizer import load_tokenizer
+from models.router import NanoThink
 from models.state_space import StateSpace
 from models.transformer import SwiGLU, Transformer, initialize
+from models.vector_store import VectorStore
 
 HERE = Path(__file__).resolve().parent
 GET = dict(nanoGPT="git clone https://github.com/karpathy/nanoGPT benchmarks/peers/nanoGPT",
@@ -50,8 +52,19 @@ def build(side, args, vocab):
     """A language model without dropout; `ours` is a transformer with nanoGPT's number of parameters."""
     C, heads, layers, length = args.width, args.width // 64, args.layers, args.length
     sizes = dict(vocab_size=vocab, d_model=C, max_seq_len=length, n_layers=layers, dropout=0.0)
+    scan = dict(d_state=16, d_inner=2 * C, d_conv=4, dt_rank=C // 16)
     if side == "S6":
-        return StateSpace(d_state=16, d_inner=2 * C, d_conv=4, dt_rank=C // 16, **sizes)
+        return StateSpace(**scan, **sizes)
+    if side == "MLA":  # over experts of these sizes, the diffuser two thirds as deep, as by default
+        attention = dict(n_heads=heads, rope_base=10000.0, ffn_mult=4)
+        diffuser = dict(encoder_layers=layers, training_steps=100, inference_steps=10, objective="ce", ramp=16.0,
+                        schedule="linear", latent_layer=0, noise_scale=0, next_weight=0.2, next_share=0.2)  # fmt: skip
+        experts = dict(transformer=sizes | attention, state_space=sizes | scan,
+                       diffuser=sizes | attention | diffuser | dict(n_layers=-(-2 * layers // 3)))  # fmt: skip
+        latent = dict(n_layers=2, kv_latent_dim=C // 3, rope_dim=C // 12)  # 128 and 32 at width 384
+        model = NanoThink(**sizes | attention | latent, experts=experts, entropy_reg=0.01, balance_reg=0.01, z_reg=1e-3)
+        model.start_from(model.experts)
+        return model
     if side == "nanoGPT":
         from nanoGPT.model import GPT, GPTConfig
 
@@ -204,7 +217,7 @@ def generation(args):
     """A cached step against a forward over the whole text, for the last token and for all tokens of a text; fp32."""
     T, found = args.length, []
     lengths = range(max(1, T // 32), T + 1, max(1, T // 16))  # 16, whose mean cost is that of all T forwards
-    for side in ("transformer", "S6"):
+    for side in ("transformer", "S6", "MLA"):
         torch.manual_seed(0)
         model, x = build(side, args, V).eval(), torch.randint(V, (1, T))
         _, near_end = model.step(x[:, :-10], model.init_state(1))
@@ -225,6 +238,39 @@ def generation(args):
             name = f"{side} generation, tokens/s {name}, cached against full forwards"
             found.append(timed(name, ">= 20", args, sides, units))
     return found
+
+
+def latent(args):
+    """Bytes that latent attention caches for a token and layer, against keys and values of all heads."""
+    latent = build("MLA", args, V).blocks[0].init_cache(1, 1).nbytes
+    plain = build("transformer", args, V).init_state(1)[1].nbytes / args.layers / args.length
+    yield figure(
+        "latent attention, bytes cached for a token and layer, against plain", "<= 160 / 768", [(latent, plain)]
+    )
+
+
+def store(args):
+    """Seconds that a training step of the router, forward and backward, spends in the search of a full store."""
+    model, C = build("MLA", args, V).train(), args.width
+    x, y = torch.randint(V, (2, args.batch, args.length))
+    found = VectorStore(C, top_k=32, max_vectors=100_000 if not args.quick else 1000)
+    centres, n = torch.randn(2000, C), len(found.tokens)  # hidden states lie in clusters
+    keys = torch.nn.functional.normalize(centres[torch.randint(2000, (n,))] + 0.7 * torch.randn(n, C), dim=-1)
+    found.add(keys, torch.randint(V, (n,)), torch.arange(n))
+    found.build()
+    model.attach(found)
+
+    def step():
+        with torch.autocast("cpu", torch.bfloat16):
+            model(x, y)[0].backward()
+
+    index = torch.randint(n, (x.numel(),))
+    query = torch.nn.functional.normalize(keys[index] + 0.3 * torch.randn(x.numel(), C) / C**0.5, dim=-1)
+    sides = (lambda: found.search(query, torch.zeros(len(query))), step)
+    for run in sides:
+        run()
+    rounds = [[seconds(run) for run in sides] for _ in range(args.times)]
+    yield figure(f"store of {n}, seconds of search in a step of the router, against the step", "<= 0.1", rounds)
 
 
 def corpus(args):
@@ -308,7 +354,8 @@ def tokenizing(args):
     yield figure("seconds to the first batch, cached corpus", "< 1", rounds)
 
 
-ROWS = dict(speed=speed, memory=memory, scan=scan, generation=generation, tokenizing=tokenizing, loss=loss)
+ROWS = dict(speed=speed, memory=memory, scan=scan, generation=generation, tokenizing=tokenizing, loss=loss,
+            latent=latent, store=store)  # fmt: skip
 
 
 def load(path):

@@ -1,7 +1,10 @@
 """One idea per file; torch only.
 
 cross_entropy.py  loss from hidden states, in chunks of positions: all language models
-transformer.py    causal transformer, and its parts: train_expert.py, generate.py
-state_space.py    selective scan and Mamba blocks: train_expert.py, generate.py
-diffuser.py       diffusion over token embeddings: train_expert.py, generate.py
+transformer.py    causal transformer, and its parts: train_expert.py, train_mla.py, generate.py
+state_space.py    selective scan and Mamba blocks: train_expert.py, train_mla.py, generate.py
+diffuser.py       diffusion over token embeddings: train_expert.py, train_mla.py, generate.py
+mla.py            multi-head latent attention: train_mla.py, generate.py
+router.py         mixture of frozen experts: train_mla.py, generate.py
+vector_store.py   memory of training contexts: train_mla.py, generate.py
 """

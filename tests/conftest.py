@@ -10,6 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 TINY = """--tokenizer bytes --d_model 32 --n_heads 2 --n_layers 1 --max_seq_len 32 --batch_size 8 --lr 3e-3 --device cpu
 --log_interval 5 --eval_windows 40""".split()
+MLA = ["--n_layers=2", "--kv_latent_dim=16", "--rope_dim=8", "--grad_accum_steps=1", "--max_vectors=1500"]
 SIZES = dict(transformer=["--ffn_mult=2"], state_space=["--d_inner=32", "--d_state=4", "--dt_rank=4"], diffuser=[])
 
 
@@ -27,6 +28,15 @@ def finish(process, status=0):
     return out, err
 
 
+def train_flags(name, toy, experts):
+    """Script and flags of a tiny run on toy data: an expert, mla, or mla_store."""
+    flags = [f"--data_dir={toy}", f"--transformer_ckpt={experts}/transformer_expert.pt", *TINY]
+    if name in SIZES:
+        return ["train_expert.py", f"--expert={name}", *flags, *SIZES[name]]
+    flags += [f"--{other}_ckpt={experts}/{other}_expert.pt" for other in ("state_space", "diffuser")]
+    return ["train_mla.py", *flags, *MLA, *["--use_vector_store"] * (name == "mla_store")]
+
+
 @pytest.fixture(scope="session")
 def toy(tmp_path_factory):
     """A folder with five tiny domains."""
@@ -39,7 +49,6 @@ def toy(tmp_path_factory):
 def experts(toy, tmp_path_factory):
     """A checkpoint folder with the three experts, a few steps old, transformer first."""
     folder = tmp_path_factory.mktemp("experts")
-    places = [f"--checkpoint_dir={folder}", f"--transformer_ckpt={folder}/transformer_expert.pt", f"--data_dir={toy}"]
-    for expert, sizes in SIZES.items():
-        finish(start("train_expert.py", f"--expert={expert}", "--max_steps=12", *TINY, *sizes, *places))
+    for expert in SIZES:
+        finish(start(*train_flags(expert, toy, folder), f"--checkpoint_dir={folder}", "--max_steps=12"))
     return folder

@@ -6,23 +6,22 @@ import sys
 
 import pytest
 import torch
-from conftest import SIZES, TINY, finish, start
+from conftest import ROOT, finish, start, train_flags
 
 from data_utils.checkpoint import load_checkpoint
 
 
-@pytest.mark.parametrize("expert", ["transformer", "state_space"])
+@pytest.mark.parametrize("expert", ["transformer", "state_space", "mla_store"])
 def test_two_ranks_equal_one(expert, toy, experts, tmp_path):
-    common = [f"--expert={expert}", f"--data_dir={toy}", *TINY, *SIZES[expert], "--no-use_amp",
-              f"--transformer_ckpt={experts}/transformer_expert.pt"]  # fmt: skip
+    script, *common = train_flags(expert, toy, experts)
+    common += ["--no-use_amp", *("--entropy_reg=0 --balance_reg=0 --z_reg=0".split() if "mla" in expert else ())]
     launcher = "import sys, torch.distributed.run as r; r.main(sys.argv[1:])"
-    script = start("train_expert.py").args[1]
 
     def one(folder, *flags):
-        return start("train_expert.py", *common, f"--checkpoint_dir={folder}", "--grad_accum_steps=2", *flags)
+        return start(script, *common, f"--checkpoint_dir={folder}", "--grad_accum_steps=2", *flags)
 
     def two(folder, *flags):
-        words = [sys.executable, "-c", launcher, "--standalone", "--nproc-per-node=2", script, *common]
+        words = [sys.executable, "-c", launcher, "--standalone", "--nproc-per-node=2", ROOT / script, *common]
         env = os.environ | dict(OMP_NUM_THREADS="1")
         return subprocess.Popen(
             [*words, f"--checkpoint_dir={folder}", *flags], env=env, stdout=-1, stderr=-1, text=True
@@ -31,7 +30,8 @@ def test_two_ranks_equal_one(expert, toy, experts, tmp_path):
     single, double = one(tmp_path / "one", "--max_steps=12"), two(tmp_path / "two", "--max_steps=12")
     finish(single)
     finish(double)
-    states = [load_checkpoint(tmp_path / n / f"{expert}_expert.pt", f"expert:{expert}") for n in ("one", "two")]
+    name, kind = ("nanothink_mla", "mla") if "mla" in expert else (f"{expert}_expert", expert)
+    states = [load_checkpoint(tmp_path / n / f"{name}.pt", f"expert:{kind}") for n in ("one", "two")]
     assert states[0]["best_val_loss"] == pytest.approx(states[1]["best_val_loss"], abs=1e-5)
     for key, weight in states[0]["model_state"].items():
         torch.testing.assert_close(weight, states[1]["model_state"][key], rtol=0, atol=1e-5)

@@ -7,28 +7,33 @@ import time
 
 import pytest
 import torch
-from conftest import SIZES, TINY, finish, start
+from conftest import finish, start, train_flags
 
 from data_utils.checkpoint import load_checkpoint
 
 VOLATILE = {"seconds", "tokens_per_s", "peak_mb"}  # of a row of metrics
-ENDS = dict(transformer=["SIGKILL", "SIGTERM"], state_space=["SIGKILL", "SIGINT"], diffuser=["SIGKILL", "SIGTERM"])
+ENDS = dict(transformer=["SIGKILL", "SIGTERM"], state_space=["SIGKILL", "SIGINT"], diffuser=["SIGKILL", "SIGTERM"],
+            mla=["SIGKILL", "SIGTERM"], mla_store=["SIGKILL", "SIGINT"])  # fmt: skip
 STATUS = dict(SIGKILL=-9, SIGTERM=143, SIGINT=130)
 
 
-def run(expert, toy, experts, folder, *flags):
+def run(name, toy, experts, folder, *flags):
     """A run of 60 steps in three epochs, each step of two micro-batches, that saves about every 20 ms."""
-    flags = [f"--data_dir={toy}", f"--checkpoint_dir={folder}", f"--transformer_ckpt={experts}/transformer_expert.pt",
-             "--max_steps=60", "--batch_size=48", "--grad_accum_steps=2", "--save_every=2", "--save_minutes=0.0003",
-             *flags]  # fmt: skip
-    return start("train_expert.py", f"--expert={expert}", *TINY, *SIZES[expert], *flags)
+    return start(
+        *train_flags(name, toy, experts), f"--checkpoint_dir={folder}", "--max_steps=60", "--batch_size=48",
+        "--grad_accum_steps=2", "--save_every=2", "--save_minutes=0.0003", *flags,
+    )  # fmt: skip
 
 
-def results(expert, folder):
+def stem(name):
+    return "nanothink_mla" if name.startswith("mla") else f"{name}_expert"
+
+
+def results(name, folder):
     """All tensors of the checkpoints that a run leaves, and its metrics without what a clock measures."""
-    paths = sorted(p for p in folder.glob(f"{expert}_expert*.pt"))
-    states = {p.name: load_checkpoint(p, f"expert:{expert}") for p in paths}
-    lines = (folder / f"{expert}_expert_metrics.jsonl").read_text().splitlines()[1:]
+    paths = sorted(folder.glob(f"{stem(name)}*.pt"))
+    states = {p.name: load_checkpoint(p, f"expert:{name.removesuffix('_store')}") for p in paths}
+    lines = (folder / f"{stem(name)}_metrics.jsonl").read_text().splitlines()[1:]
     return states, [{k: v for k, v in json.loads(line).items() if k not in VOLATILE} for line in lines]
 
 
@@ -48,18 +53,18 @@ def assert_same(a, b, path=""):
         assert a == b, path
 
 
-@pytest.mark.parametrize("expert", SIZES)
+@pytest.mark.parametrize("expert", ENDS)
 def test_interrupted_and_resumed_equals_uninterrupted(expert, toy, experts, tmp_path):
     whole = run(expert, toy, experts, tmp_path / "whole")
     cut = {end: run(expert, toy, experts, tmp_path / end) for end in ENDS[expert]}
     for end, process in cut.items():
-        while not (tmp_path / end / f"{expert}_expert_interrupted.pt").exists() and process.poll() is None:
+        while not (tmp_path / end / f"{stem(expert)}_interrupted.pt").exists() and process.poll() is None:
             time.sleep(0.01)
         time.sleep(random.Random(expert + end).random() * 0.5)
         process.send_signal(getattr(signal, end))
     finish(whole)
     expected = results(expert, tmp_path / "whole")
-    assert f"{expert}_expert.pt" in expected[0] and len(expected[0]) >= 3
+    assert f"{stem(expert)}.pt" in expected[0] and len(expected[0]) >= 3
     for end, process in cut.items():
         _, err = process.communicate()
         assert process.returncode == STATUS[end], err
