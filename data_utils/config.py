@@ -39,22 +39,24 @@ class _Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescription
     """Show defaults; keep the line breaks of the script's docstring."""
 
 
-def from_cli(cls, doc="", argv=None, prog=None, by=""):
+def from_cli(cls, doc="", argv=None, prog=None, by="", flatten=None):
     """Return cls() changed by --config FILE.yaml, then by the flags.
 
     The comment that ends a field's line is its help, and the class that has the field its group, inherited fields
     included. A Literal gives choices, a bool --flag/--no-flag, a tuple takes any number of values. --snake_case and
-    --kebab-case both work. No default is None: say "", 0 or -1. `cls` may be {choice: class}: then the flag --`by`
-    picks the class, so that each variant has defaults and help of its own. Exits with status 2 on a typo, a wrong type
-    or a bad choice, naming the nearest flag. Returns None in a notebook, where sys.argv is the kernel's: there call
-    main(Config(...)).
+    --kebab-case both work. No default is None: say "", 0 or -1. A field's metadata may hold `bare`, the value of a flag
+    that stands alone, and `also`, a second name. `cls` may be {choice: class}: then the flag --`by` picks the class, so
+    that each variant has defaults and help of its own; or a function of that flag's value ("" if absent) -> class.
+    `flatten` turns the keys of a bundle into flags before they are looked at. Exits with status 2 on a typo, a wrong
+    type or a bad choice, naming the nearest flag. Returns None in a notebook, where sys.argv is the kernel's: there
+    call main(Config(...)).
     """
     if argv is None:
         if not hasattr(sys.modules["__main__"], "__file__"):
             return None
         argv = sys.argv[1:]
-    flags, path = _bundle(argv, prog)
-    if isinstance(cls, dict):
+    flags, path = _bundle(argv, prog, flatten)
+    if by:
         cls = _choose(cls, by, doc, flags + argv, prog)
     parser = _parser(cls, doc, prog)
     if path:  # a bundle is only more flags: same checks, same errors, with the file named
@@ -116,9 +118,10 @@ def _parser(cls, doc, prog):
             kind |= dict(type=typing.get_args(f.type)[0], nargs="*")
         else:
             kind |= dict(type=type(f.default), choices=typing.get_args(f.type) or None)
-        if f.name in BARE:
-            kind |= dict(nargs="?", const=BARE[f.name])
-        group.add_argument(*dict.fromkeys(["--" + f.name, "--" + f.name.replace("_", "-")]), **kind)
+        if bare := f.metadata.get("bare", BARE.get(f.name)):
+            kind |= dict(nargs="?", const=bare)
+        names = [f.name, *filter(None, [f.metadata.get("also")])]
+        group.add_argument(*dict.fromkeys("--" + n for name in names for n in (name, name.replace("_", "-"))), **kind)
     return parser
 
 
@@ -141,8 +144,10 @@ _source = functools.cache(inspect.getsource)  # which parses the whole file each
 def _choose(variants, by, doc, argv, prog):
     """Return the class that flag `by` names; --help without that flag shows what all variants share."""
     probe = _Parser(prog=prog, add_help=False, allow_abbrev=False)
-    probe.add_argument("--" + by, choices=variants)
+    probe.add_argument("--" + by, choices=variants if isinstance(variants, dict) else None, default="")
     name = getattr(probe.parse_known_args(argv)[0], by)
+    if not isinstance(variants, dict):
+        return variants(name)
     if name:
         return variants[name]
     first = next(iter(variants.values()))
@@ -153,15 +158,15 @@ def _choose(variants, by, doc, argv, prog):
     parser.parse_args(argv)
 
 
-def _bundle(argv, prog):
+def _bundle(argv, prog, flatten):
     """Return (the flags of --config FILE, FILE); ([], "") without one."""
     probe = _Parser(prog=prog, add_help=False, allow_abbrev=False)
     probe.add_argument("--config", default="")
     path = probe.parse_known_args(argv)[0].config
-    return (_as_flags(path, probe), path) if path else ([], "")
+    return (_as_flags(path, probe, flatten), path) if path else ([], "")
 
 
-def _as_flags(path, parser):
+def _as_flags(path, parser, flatten):
     import yaml
 
     try:
@@ -172,6 +177,11 @@ def _as_flags(path, parser):
         there = ", ".join(map(str, sorted(Path(path).parent.glob("*.yaml")))) if isinstance(e, OSError) else ""
         parser.error(f"--config {path}: {' '.join(str(e).split())}" + f"\nbundles there: {there}" * bool(there))
     keys = [key.replace("-", "_") for key in re.findall(r"^([\w-]+)\s*:", text, re.M)]
+    if flatten and isinstance(bundle, dict):
+        try:
+            bundle = flatten(bundle)
+        except ValueError as e:
+            parser.error(f"--config {path}: {e}")
     flags = []
     for key, value in bundle.items() if isinstance(bundle, dict) else [("", bundle)]:
         flag = "--" + str(key)

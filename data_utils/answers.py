@@ -1,0 +1,51 @@
+"""What a hierarchical reasoning model answered: exact answers, cells, nats and bits per byte, and when to stop.
+
+N rows, K segments; a trace holds tensors of a number for each row after each segment (see models/hrm.py).
+"""
+
+import math
+
+import torch
+
+THRESHOLDS = -2.0, -1.0, 0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, math.inf  # of the halting logit
+SLACK = 0.005  # share of right answers that an early stop may cost on the rows it is chosen with
+
+
+def stops(halt, threshold):
+    """halt (N, K) logits -> the segment after which each row stops: the first above `threshold`, else the last: (N)."""
+    above = halt > threshold
+    return torch.where(above.any(1), above.int().argmax(1), halt.shape[1] - 1)
+
+
+def pick_threshold(trace):
+    """The threshold that stops soonest among those within SLACK of the best, on the rows of the trace."""
+    found = []
+    for threshold in THRESHOLDS:
+        last = stops(trace["halt"], threshold)
+        right = trace["right"].gather(1, last[:, None]).double().mean().item()
+        found.append((right, last.double().mean().item(), threshold))
+    best = max(right for right, _, _ in found)
+    return min((used, threshold) for right, used, threshold in found if right >= best - SLACK)[1]
+
+
+def summarize(trace, segments, threshold=None):
+    """Numbers of a row of metrics, after `segments` segments; with a threshold also those of stopping by it.
+
+    The trace also has, for each row (N), `labels`: how many there are, `asked`: how many of them count as cells,
+    `bytes`: of the text of the answer, and `short` where some of the rows have a shorter prompt.
+    """
+    k, rows = segments - 1, {name: values.double() for name, values in trace.items()}
+    nats, right = rows["nats"][:, k].sum().item(), rows["right"][:, k]
+    found = dict(loss=nats / rows["labels"].sum().item(), exact=right.mean().item())
+    if "asked" in rows:
+        found["cells"] = (rows["hits"][:, k].sum() / rows["asked"].sum().clamp_min(1)).item()
+    if "bytes" in rows:
+        found["bpb"] = nats / math.log(2) / max(1.0, rows["bytes"].sum().item())
+    if "short" in rows and rows["short"].any():
+        short = trace["short"].bool()
+        found |= dict(exact=right[~short].mean().item(), exact_short=right[short].mean().item())
+    if threshold is not None:
+        last = stops(trace["halt"], threshold)
+        stopped = trace["right"].gather(1, last[:, None]).double().mean().item()
+        found |= dict(exact_halting=stopped, segments=last.double().mean().item() + 1)
+    return found
