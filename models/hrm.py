@@ -10,10 +10,9 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from models import transformer
 from models.cross_entropy import CHUNK, linear_cross_entropy
-from models.transformer import RMSNorm, Rotary
-from models.trm import Block, Core, attend, grid
+from models.transformer import Attention, RMSNorm, Rotary
+from models.trm import Core, SelfAttention, attend, grid, rms
 
 ROPE_BASE = 10000.0  # slowest rotary wavelength, in units of 2 pi tokens
 
@@ -25,15 +24,42 @@ class Still(nn.Module):
         return x
 
 
-class DecoderBlock(transformer.Block):
-    """Pre-norm causal self-attention, attention to the memory, SwiGLU: (B, T, C) -> (B, T, C)."""
+class ReluSquared(nn.Module):
+    """W_2 relu(W_1 x + b_1)^2 + b_2 (Primer, arXiv 2109.08668): (..., C) -> (..., C)."""
+
+    def __init__(self, *, d_model):
+        super().__init__()
+        self.up, self.down = nn.Linear(d_model, 4 * d_model), nn.Linear(4 * d_model, d_model)
+
+    def forward(self, x):
+        return self.down(F.relu(self.up(x)).square())
+
+
+class EncoderBlock(nn.Module):
+    """Pre-norm attention in both directions and feed-forward part: (B, S, C) -> (B, S, C). bias as in `attend`."""
 
     def __init__(self, *, d_model, n_heads):
-        super().__init__(d_model=d_model, n_heads=n_heads, ffn_mult=2, dropout=0.0)
-        self.memory_norm = RMSNorm(d_model)
+        super().__init__()
+        self.attention_norm, self.ffn_norm = RMSNorm(d_model), RMSNorm(d_model)
+        self.attention = SelfAttention(d_model=d_model, n_heads=n_heads)
+        self.ffn = ReluSquared(d_model=d_model)
+
+    def forward(self, h, rotary, bias):
+        h = h + self.attention(self.attention_norm(h), rotary, bias)
+        return h + self.ffn(self.ffn_norm(h))
+
+
+class DecoderBlock(nn.Module):
+    """Pre-norm causal self-attention, attention to the memory, feed-forward part: (B, T, C) -> (B, T, C)."""
+
+    def __init__(self, *, d_model, n_heads):
+        super().__init__()
+        self.attention_norm, self.memory_norm, self.ffn_norm = (RMSNorm(d_model) for _ in range(3))
+        self.attention = Attention(d_model=d_model, n_heads=n_heads)
         self.query = nn.Linear(d_model, d_model, bias=False)
         self.key_value = nn.Linear(d_model, 2 * d_model, bias=False)
-        self.read = nn.Linear(d_model, d_model, bias=False)
+        self.out = nn.Linear(d_model, d_model, bias=False)
+        self.ffn = ReluSquared(d_model=d_model)
 
     def split(self, x):
         """(B, T, n C) -> (B, n heads, T, D)."""
@@ -48,20 +74,22 @@ class DecoderBlock(transformer.Block):
         """bias: of the keys, as in `attend`; cache and start as in transformer.Attention."""
         h = h + self.attention(self.attention_norm(h), rotary, True, cache, start)
         q = self.split(self.query(self.memory_norm(h)))
-        h = h + self.read(attend(q, *keys.to(q.dtype), bias))
+        h = h + self.out(attend(q, *keys.to(q.dtype), bias))
         return h + self.ffn(self.ffn_norm(h))
 
 
 class HRM(nn.Module):
     """Encoder, core, and a decoder; with decoder_layers 0 a head that fills in each cell of the prompt instead.
 
-    core `recursive`, `plain` or `none`; h_cycles, l_steps, share, grad and relation_bias as in trm.Core; ffn_dim 0 = twice
-    the width. positions: `rope`, `ends` (tables counted from the first and from the last token of the prompt) or `grid`
+    core, h_cycles, l_steps, share, grad and relation_bias as in trm.Core; ffn_dim: inner width of the core, 0 = twice
+    d_model. positions: `rope`, `ends` (tables counted from the first and from the last token of the prompt) or `grid`
     (tables of rows, columns and boxes). halting: a head learns whether all labels of a sample are right.
+    Raises ValueError for parts that do not go together.
     """
 
-    def __init__(self, *, vocab_size, d_model, max_seq_len, n_heads, encoder_layers, decoder_layers, core, core_layers,
-                 share, h_cycles, l_steps, grad, ffn_dim, positions, relation_bias, halting, halting_weight):  # fmt: skip
+    def __init__(self, *, vocab_size, d_model, max_seq_len, n_heads, encoder_layers, decoder_layers, core,
+                 core_layers, share, h_cycles, l_steps, grad, ffn_dim, positions, relation_bias, halting,
+                 halting_weight):  # fmt: skip
         super().__init__()
         if halting and core != "recursive":
             raise ValueError(f"halting needs core recursive, it is {core}")
@@ -69,7 +97,6 @@ class HRM(nn.Module):
             raise ValueError(f"positions {positions}: relation_bias needs grid, and grid needs decoder_layers 0")
         self.max_seq_len, self.positions = max_seq_len, positions
         self.halting, self.halting_weight, self.cells = halting, halting_weight, not decoder_layers
-        ffn_dim = ffn_dim or 2 * d_model
         self.embedding = nn.Embedding(vocab_size, d_model)
         self.rotary = Rotary(d_model // n_heads, max_seq_len, ROPE_BASE) if positions == "rope" else Still()
         if positions == "ends":
@@ -85,9 +112,9 @@ class HRM(nn.Module):
             if isinstance(table, nn.Embedding):
                 nn.init.normal_(table.weight, std=0.6 if positions == "grid" else 0.5)
         sizes = dict(d_model=d_model, n_heads=n_heads)
-        self.encoder = nn.ModuleList(Block(**sizes, ffn_dim=ffn_dim) for _ in range(encoder_layers))
+        self.encoder = nn.ModuleList(EncoderBlock(**sizes) for _ in range(encoder_layers))
         self.core = Core(**sizes, core=core, core_layers=core_layers, share=share, h_cycles=h_cycles, l_steps=l_steps,
-                         grad=grad, ffn_dim=ffn_dim, relation_bias=relation_bias, max_seq_len=max_seq_len)  # fmt: skip
+                         grad=grad, ffn_dim=ffn_dim or 2 * d_model, relation_bias=relation_bias, max_seq_len=max_seq_len)  # fmt: skip
         self.remembers_prompt = decoder_layers > 0 and core != "none"
         self.decoder = nn.ModuleList(DecoderBlock(**sizes) for _ in range(decoder_layers))
         self.norm = RMSNorm(d_model) if decoder_layers else None
@@ -117,7 +144,7 @@ class HRM(nn.Module):
             bias = torch.zeros(mask.shape, device=x.device).masked_fill(mask == 0, -math.inf)[:, None, None]
         for block in self.encoder:
             x = block(x, self.rotary, bias)
-        return x, bias
+        return (rms(x) if self.encoder else x), bias
 
     def start(self, x):
         """The states before the first segment: z_H, z_L, each (B, S, C). A decoder's z_H starts at x."""
@@ -240,7 +267,8 @@ class HRM(nn.Module):
         max_new_tokens, or when max_seq_len is full.
         """
         x, bias, z_H, used = self.think(ids, mask, segments, threshold)
-        state, answers, going = self.init_state(x, z_H, bias), [[] for _ in ids], torch.arange(len(ids), device=ids.device)
+        state, answers = self.init_state(x, z_H, bias), [[] for _ in ids]
+        going = torch.arange(len(ids), device=ids.device)
         token = torch.full_like(ids[:, :1], bos_id)
         for _ in range(min(max_new_tokens, self.max_seq_len)):
             logits, state = self.step(token, state)

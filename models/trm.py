@@ -39,7 +39,7 @@ def attend(q, k, v, bias):
 
 
 def grid(cells):
-    """Row, column and box of each cell of a square grid: (3, cells); 16, 36, 81 cells have boxes 2 x 2, 2 x 3, 3 x 3."""
+    """Row, column and box of each cell of a square grid: (3, cells); boxes are 2 x 2, 2 x 3 and 3 x 3 for sides 4, 6, 9."""
     side = math.isqrt(cells)
     if side**2 != cells:
         raise ValueError(f"{cells} cells are not a square grid")
@@ -48,23 +48,34 @@ def grid(cells):
     return torch.stack([row, column, row // height * height + column // (side // height)])
 
 
-class Block(nn.Module):
-    """Post-norm attention and SwiGLU: (B, S, C) -> (B, S, C). bias as in `attend`."""
+class SelfAttention(nn.Module):
+    """Attention in both directions over rotated queries and keys: (B, S, C) -> (B, S, C). bias as in `attend`."""
 
-    def __init__(self, *, d_model, n_heads, ffn_dim):
+    def __init__(self, *, d_model, n_heads):
         super().__init__()
         self.n_heads = n_heads
         self.qkv = nn.Linear(d_model, 3 * d_model, bias=False)
         self.out = nn.Linear(d_model, d_model, bias=False)
-        self.ffn = SwiGLU(d_model=d_model, inner=ffn_dim)
-        for weight in self.parameters():  # as much goes out as comes in: there is no other residual scale
-            nn.init.normal_(weight, std=weight.shape[1] ** -0.5)
 
     def forward(self, h, rotary, bias):
         B, S, _ = h.shape
         qk, v = self.qkv(h).view(B, S, 3 * self.n_heads, -1).split([2 * self.n_heads, self.n_heads], 2)
         q, k = rotary(qk).transpose(1, 2).chunk(2, 1)  # (B, heads, S, D) each
-        h = rms(h + self.out(attend(q, k, v.transpose(1, 2), bias)))
+        return self.out(attend(q, k, v.transpose(1, 2), bias))
+
+
+class Block(nn.Module):
+    """Post-norm attention and SwiGLU: (B, S, C) -> (B, S, C)."""
+
+    def __init__(self, *, d_model, n_heads, ffn_dim):
+        super().__init__()
+        self.attention = SelfAttention(d_model=d_model, n_heads=n_heads)
+        self.ffn = SwiGLU(d_model=d_model, inner=ffn_dim)
+        for weight in self.parameters():  # as much goes out as comes in: there is no other residual scale
+            nn.init.normal_(weight, std=weight.shape[1] ** -0.5)
+
+    def forward(self, h, rotary, bias):
+        h = rms(h + self.attention(h, rotary, bias))
         return rms(h + self.ffn(h))
 
 
