@@ -113,8 +113,10 @@ class HRM(nn.Module):
                 nn.init.normal_(table.weight, std=0.6 if positions == "grid" else 0.5)
         sizes = dict(d_model=d_model, n_heads=n_heads)
         self.encoder = nn.ModuleList(EncoderBlock(**sizes) for _ in range(encoder_layers))
-        self.core = Core(**sizes, core=core, core_layers=core_layers, share=share, h_cycles=h_cycles, l_steps=l_steps,
-                         grad=grad, ffn_dim=ffn_dim or 2 * d_model, relation_bias=relation_bias, max_seq_len=max_seq_len)  # fmt: skip
+        self.core = Core(
+            **sizes, core=core, core_layers=core_layers, share=share, h_cycles=h_cycles, l_steps=l_steps, grad=grad,
+            ffn_dim=ffn_dim or 2 * d_model, relation_bias=relation_bias, max_seq_len=max_seq_len,
+        )  # fmt: skip
         self.remembers_prompt = decoder_layers > 0 and core != "none"
         self.decoder = nn.ModuleList(DecoderBlock(**sizes) for _ in range(decoder_layers))
         self.norm = RMSNorm(d_model) if decoder_layers else None

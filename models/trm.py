@@ -39,7 +39,7 @@ def attend(q, k, v, bias):
 
 
 def grid(cells):
-    """Row, column and box of each cell of a square grid: (3, cells); boxes are 2 x 2, 2 x 3 and 3 x 3 for sides 4, 6, 9."""
+    """Row, column and box of each cell of a square grid: (3, cells); boxes of 2 x 2, 2 x 3, 3 x 3 for sides 4, 6, 9."""
     side = math.isqrt(cells)
     if side**2 != cells:
         raise ValueError(f"{cells} cells are not a square grid")
