@@ -185,10 +185,10 @@ class HRM(nn.Module):
     def forward(self, batch, carry=None, targets=None):
         """One segment -> (loss, report, carry of the next segment of the same batch).
 
-        batch: encoder_ids (B, S), labels (B, T), -100 = not counted, encoder_mask (B, S) if there is padding, and for a
-        decoder decoder_input_ids (B, T). The loss is the sum of nats over `targets`, the number of labels if not given,
-        plus halting_weight times the binary cross-entropy of the halting head. The report is detached: nats (B, T), and
-        with halting `right` (B): all labels of the sample are, and `halt` (B): the logit of it.
+        batch: encoder_ids (B, S), labels (B, T), -100 = not counted, for a decoder decoder_input_ids (B, T), and if
+        there is padding encoder_mask (B, S), in no row all 0. The loss is the sum of nats over `targets`, the number
+        of labels if not given, plus halting_weight times the binary cross-entropy of the halting head. The report is
+        detached: nats (B, T), and with halting `right` (B): all labels of the sample are, `halt` (B): its logit.
         """
         mask, labels = batch.get("encoder_mask"), batch["labels"]
         x, bias = self.encode(batch["encoder_ids"], mask)

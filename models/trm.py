@@ -94,32 +94,30 @@ class Core(nn.Module):
         self.recursive, self.calls, self.l_steps = core == "recursive", h_cycles * (l_steps + 1), l_steps
         self.without_grad = self.calls - dict(bptt=self.calls, last_cycle=l_steps + 1, one_step=2)[grad]
         sizes = dict(d_model=d_model, n_heads=n_heads, ffn_dim=ffn_dim)
-        self.modules_LH = nn.ModuleList(
-            nn.ModuleList(Block(**sizes) for _ in range(core_layers))
-            for _ in range(0 if core == "none" else 1 if share else 2)
-        )
+        count = 0 if core == "none" else 1 if share else 2  # the first is f_L, the last f_H
+        self.stacks = nn.ModuleList(nn.ModuleList(Block(**sizes) for _ in range(core_layers)) for _ in range(count))
         if self.recursive:
             self.register_buffer("start_L", torch.randn(d_model))
             self.register_buffer("start_H", torch.randn(d_model))
-        if relation_bias:
+        self.relation_bias = relation_bias and count > 0
+        if self.relation_bias:
             place = grid(max_seq_len)
             same = (place[:, :, None] == place[:, None]).long()  # (3, S, S)
             self.register_buffer("relation_class", same[0] + 2 * same[1] + 4 * same[2], persistent=False)
-            start = torch.zeros(len(self.modules_LH), core_layers, n_heads, 8)
+            start = torch.zeros(count, core_layers, n_heads, 8)
             for head in range(min(3, n_heads)):
                 start[:, :, head] = RELATION_START / RELATION_SCALE * (torch.arange(8) >> head & 1)
-            self.relation = nn.Parameter(start)  # per module, layer, head and class of a pair
-        self.relation_bias = relation_bias
+            self.relation = nn.Parameter(start)  # per stack, layer, head and class of a pair
 
     def start(self, x):
         """The fixed states before the first segment -> z_H, z_L, each (B, S, C)."""
         return self.start_H.to(x.dtype).expand_as(x), self.start_L.to(x.dtype).expand_as(x)
 
     def biases(self, bias):
-        """bias of the keys (B, 1, 1, S) or None -> for each module and layer what its attention adds."""
+        """bias of the keys (B, 1, 1, S) or None -> for each stack and layer what its attention adds."""
         if not self.relation_bias:
-            return [[bias] * len(blocks) for blocks in self.modules_LH]
-        relation = RELATION_SCALE * self.relation[..., self.relation_class]  # (modules, layers, heads, S, S)
+            return [[bias] * len(blocks) for blocks in self.stacks]
+        relation = RELATION_SCALE * self.relation[..., self.relation_class]  # (stacks, layers, heads, S, S)
         return relation if bias is None else relation[:, :, None] + bias
 
     def forward(self, x, z_H, z_L, rotary, bias):
@@ -127,12 +125,12 @@ class Core(nn.Module):
         biases = self.biases(bias)
 
         def f(i, h):
-            for block, b in zip(self.modules_LH[i], biases[i], strict=True):
+            for block, b in zip(self.stacks[i], biases[i], strict=True):
                 h = block(h, rotary, b)
             return h
 
         if not self.recursive:
-            for i in range(len(self.modules_LH)):
+            for i in range(len(self.stacks)):
                 x = f(i, x)
             return x, z_L
         for call in range(self.calls):

@@ -61,7 +61,7 @@ def test_every_parameter_learns(core, grad, head, bf16):
     changes, make = HEADS[head]
     for share, halting in itertools.product([True, False], [True, False] if core == "recursive" else [False]):
         settings = dict(core=core, grad=grad, share=share, halting=halting) | changes
-        model, carry = build(**settings | dict(relation_bias=head == "cells" and core != "none")), None
+        model, carry = build(**settings), None
         for _ in range(2):
             model.zero_grad()
             with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
@@ -76,8 +76,7 @@ def test_every_parameter_learns(core, grad, head, bf16):
 @pytest.mark.parametrize("core", ["recursive", "none"])
 def test_first_loss_is_that_of_no_knowledge(head, vocab, width, core):
     changes, make = HEADS[head]
-    relation = head == "cells" and core != "none"
-    model = build(**changes | dict(vocab_size=vocab, d_model=width, core=core, relation_bias=relation))
+    model = build(**changes | dict(vocab_size=vocab, d_model=width, core=core))
     assert abs(model(make(64))[0] - math.log(vocab)) < 0.1
 
 

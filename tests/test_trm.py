@@ -67,7 +67,7 @@ def test_core_equals_a_loop(share, relation_bias):
     for n in range(2):
 
         def f(i, h, n=n):
-            for layer, block in enumerate(core.modules_LH[i]):
+            for layer, block in enumerate(core.stacks[i]):
                 h = plain_block(block, h, core.relation[i, layer] if relation_bias else None, padding()[n, 0, 0])
             return h
 
@@ -121,7 +121,7 @@ def test_early_calls_leave_no_graph(grad, calls, monkeypatch):
     monkeypatch.setattr(Block, "forward", lambda *a: with_graph.append(forward(*a).requires_grad) or forward(*a))
     core, x = build(grad=grad), normal(2, S, C)
     core(x, *core.start(x), still, None)
-    layers = len(core.modules_LH[0])
+    layers = len(core.stacks[0])
     assert with_graph == [False] * (layers * (8 - calls)) + [True] * (layers * calls)
     with torch.no_grad():
         assert not core(x, *core.start(x), still, None)[0].requires_grad
@@ -133,7 +133,7 @@ def test_plain_applies_the_same_blocks_once_and_none_nothing():
         core, recursive = build(core="plain", share=share), build(share=share)
         assert {n: p.shape for n, p in core.named_parameters()} == {n: p.shape for n, p in recursive.named_parameters()}
         h = x
-        for block in [block for blocks in core.modules_LH for block in blocks]:
+        for block in [block for blocks in core.stacks for block in blocks]:
             h = block(h, still, None)
         torch.testing.assert_close(core(x, x, x, still, None)[0], h)
     none = build(core="none")
