@@ -1,0 +1,142 @@
+"""A recursive core: a fast module L and a slow module H go over the same positions again and again.
+
+B batch, S positions, C width, D head dim, z_L and z_H the states of the modules (B, S, C), x what they reason about.
+Hierarchical Reasoning Model (arXiv 2506.21734); one module for both, and gradients through the whole last cycle, as in
+the Tiny Recursive Model (2510.04871).
+"""
+
+import math
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from models.transformer import SwiGLU
+
+EPS = 1e-5  # added to the mean square
+MATMUL_KEYS = 200  # up to so many keys a CPU is faster without the fused attention, whose bf16 backward is slow
+RELATION_SCALE = 5.0  # of the relation bias: its steps are as many times those of a weight
+RELATION_START = 2.0  # logit with which one head each begins to look along its row, its column, its box
+
+
+def rms(h):
+    """h over its root mean square, without a gain (Zhang and Sennrich, eq. 4): (..., C) -> (..., C)."""
+    return F.rms_norm(h, h.shape[-1:], eps=EPS)
+
+
+def attend(q, k, v, bias):
+    """softmax(q k / sqrt(D) + bias) v: q (B, heads, T, D), k and v (B, heads, S, D) -> (B, T, heads D).
+
+    bias: what broadcasts to (B, heads, T, S), or None.
+    """
+    bias = None if bias is None else bias.to(q.dtype)
+    if q.is_cuda or k.shape[2] > MATMUL_KEYS:
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+    else:
+        logits = q * q.shape[-1] ** -0.5 @ k.mT
+        y = (logits if bias is None else logits + bias).softmax(-1) @ v
+    return y.transpose(1, 2).flatten(2)
+
+
+def grid(cells):
+    """Row, column and box of each cell of a square grid: (3, cells); boxes of 2 x 2, 2 x 3, 3 x 3 for sides 4, 6, 9."""
+    side = math.isqrt(cells)
+    if side**2 != cells:
+        raise ValueError(f"{cells} cells are not a square grid")
+    height = max(n for n in range(1, math.isqrt(side) + 1) if side % n == 0)
+    row, column = torch.arange(cells) // side, torch.arange(cells) % side
+    return torch.stack([row, column, row // height * height + column // (side // height)])
+
+
+class SelfAttention(nn.Module):
+    """Attention in both directions over rotated queries and keys: (B, S, C) -> (B, S, C). bias as in `attend`."""
+
+    def __init__(self, *, d_model, n_heads):
+        super().__init__()
+        self.n_heads = n_heads
+        self.qkv = nn.Linear(d_model, 3 * d_model, bias=False)
+        self.out = nn.Linear(d_model, d_model, bias=False)
+
+    def forward(self, h, rotary, bias):
+        B, S, _ = h.shape
+        qk, v = self.qkv(h).view(B, S, 3 * self.n_heads, -1).split([2 * self.n_heads, self.n_heads], 2)
+        q, k = rotary(qk).transpose(1, 2).chunk(2, 1)  # (B, heads, S, D) each
+        return self.out(attend(q, k, v.transpose(1, 2), bias))
+
+
+class Block(nn.Module):
+    """Post-norm attention and SwiGLU: (B, S, C) -> (B, S, C)."""
+
+    def __init__(self, *, d_model, n_heads, ffn_dim):
+        super().__init__()
+        self.attention = SelfAttention(d_model=d_model, n_heads=n_heads)
+        self.ffn = SwiGLU(d_model=d_model, inner=ffn_dim)
+        for weight in self.parameters():  # as much goes out as comes in: there is no other residual scale
+            nn.init.normal_(weight, std=weight.shape[1] ** -0.5)
+
+    def forward(self, h, rotary, bias):
+        h = rms(h + self.attention(h, rotary, bias))
+        return rms(h + self.ffn(h))
+
+
+class Core(nn.Module):
+    """z_H after one segment of reasoning about x.
+
+    core `recursive`: h_cycles times: l_steps times z_L = f_L(z_L + z_H + x), then z_H = f_H(z_H + z_L); f stacks
+    core_layers blocks, and with `share` f_L is f_H. `plain`: the same blocks once, z_H = f(x). `none`: z_H = x.
+    grad: `bptt` through all calls of a segment, `last_cycle` through the last of the h_cycles, `one_step` through the
+    last call of L and of H. relation_bias: cells of a grid know who shares a row, a column or a box with them.
+    """
+
+    def __init__(self, *, d_model, n_heads, core, core_layers, share, h_cycles, l_steps, grad, ffn_dim, relation_bias,
+                 max_seq_len):  # fmt: skip
+        super().__init__()
+        self.recursive, self.calls, self.l_steps = core == "recursive", h_cycles * (l_steps + 1), l_steps
+        self.without_grad = self.calls - dict(bptt=self.calls, last_cycle=l_steps + 1, one_step=2)[grad]
+        sizes = dict(d_model=d_model, n_heads=n_heads, ffn_dim=ffn_dim)
+        count = 0 if core == "none" else 1 if share else 2  # the first is f_L, the last f_H
+        self.stacks = nn.ModuleList(nn.ModuleList(Block(**sizes) for _ in range(core_layers)) for _ in range(count))
+        if self.recursive:
+            self.register_buffer("start_L", torch.randn(d_model))
+            self.register_buffer("start_H", torch.randn(d_model))
+        self.relation_bias = relation_bias and count > 0
+        if self.relation_bias:
+            place = grid(max_seq_len)
+            same = (place[:, :, None] == place[:, None]).long()  # (3, S, S)
+            self.register_buffer("relation_class", same[0] + 2 * same[1] + 4 * same[2], persistent=False)
+            start = torch.zeros(count, core_layers, n_heads, 8)
+            for head in range(min(3, n_heads)):
+                start[:, :, head] = RELATION_START / RELATION_SCALE * (torch.arange(8) >> head & 1)
+            self.relation = nn.Parameter(start)  # per stack, layer, head and class of a pair
+
+    def start(self, x):
+        """The fixed states before the first segment -> z_H, z_L, each (B, S, C)."""
+        return self.start_H.to(x.dtype).expand_as(x), self.start_L.to(x.dtype).expand_as(x)
+
+    def biases(self, bias):
+        """bias of the keys (B, 1, 1, S) or None -> for each stack and layer what its attention adds."""
+        if not self.relation_bias:
+            return [[bias] * len(blocks) for blocks in self.stacks]
+        relation = RELATION_SCALE * self.relation[..., self.relation_class]  # (stacks, layers, heads, S, S)
+        return relation if bias is None else relation[:, :, None] + bias
+
+    def forward(self, x, z_H, z_L, rotary, bias):
+        """x, z_H, z_L: (B, S, C), bias of the keys (B, 1, 1, S) or None -> z_H, z_L after one segment."""
+        biases = self.biases(bias)
+
+        def f(i, h):
+            for block, b in zip(self.stacks[i], biases[i], strict=True):
+                h = block(h, rotary, b)
+            return h
+
+        if not self.recursive:
+            for i in range(len(self.stacks)):
+                x = f(i, x)
+            return x, z_L
+        for call in range(self.calls):
+            with torch.set_grad_enabled(torch.is_grad_enabled() and call >= self.without_grad):
+                if (call + 1) % (self.l_steps + 1):
+                    z_L = f(0, z_L + z_H + x)
+                else:
+                    z_H = f(-1, z_H + z_L)
+        return z_H, z_L

@@ -1,0 +1,172 @@
+"""The recursive core against plain loops in fp64, and its gradients: pytest tests/test_trm.py"""
+
+import pytest
+import torch
+
+from models import trm
+from models.transformer import Rotary
+from models.trm import EPS, RELATION_SCALE, Block, Core, attend, grid
+
+S, C, HEADS = 16, 16, 4
+SIZES = dict(d_model=C, n_heads=HEADS, core="recursive", core_layers=2, share=True, h_cycles=2, l_steps=3,
+             grad="last_cycle", ffn_dim=24, relation_bias=False, max_seq_len=S)  # fmt: skip
+
+
+def still(x):
+    return x
+
+
+def build(**changes):
+    torch.manual_seed(0)
+    return Core(**SIZES | changes).double()
+
+
+def normal(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def padding():
+    """Bias of the keys: the second of two samples has 4 fewer."""
+    bias = torch.zeros(2, 1, 1, S, dtype=torch.float64)
+    bias[1, ..., -4:] = -torch.inf
+    return bias
+
+
+def plain_rms(h):
+    return h / (h.pow(2).mean() + EPS) ** 0.5
+
+
+def plain_block(block, h, relation, bias):
+    """One sample h (S, C), position by position; relation (heads, 8) or None, bias (S)."""
+    place, D, new = grid(S).tolist(), C // HEADS, []
+    q, k, v = (part.view(S, HEADS, D) for part in (h @ block.attention.qkv.weight.T).chunk(3, -1))
+    for t in range(S):
+        read = []
+        for head in range(HEADS):
+            logits = [q[t, head] @ k[s, head] / D**0.5 + bias[s] for s in range(S)]
+            for s in range(S if relation is not None else 0):
+                row, column, box = (p[t] == p[s] for p in place)
+                logits[s] = logits[s] + RELATION_SCALE * relation[head, row + 2 * column + 4 * box]
+            p = torch.stack(logits).exp()
+            read.append(p @ v[:, head] / p.sum())
+        x = plain_rms(h[t] + block.attention.out.weight @ torch.cat(read))
+        gate, up = (block.ffn.gate_up.weight @ x).chunk(2)
+        new.append(plain_rms(x + block.ffn.down.weight @ (gate * gate.sigmoid() * up)))
+    return torch.stack(new)
+
+
+@pytest.mark.parametrize("share", [True, False])
+@pytest.mark.parametrize("relation_bias", [True, False])
+@torch.no_grad()
+def test_core_equals_a_loop(share, relation_bias):
+    core = build(share=share, relation_bias=relation_bias, l_steps=2, core_layers=1)
+    if relation_bias:
+        torch.nn.init.normal_(core.relation)
+    x, z_H, z_L = (normal(2, S, C, seed=s) for s in range(3))
+    found = core(x, z_H, z_L, still, padding())
+    for n in range(2):
+
+        def f(i, h, n=n):
+            for layer, block in enumerate(core.stacks[i]):
+                h = plain_block(block, h, core.relation[i, layer] if relation_bias else None, padding()[n, 0, 0])
+            return h
+
+        H, L = z_H[n], z_L[n]
+        for _ in range(2):
+            for _ in range(2):
+                L = f(0, L + H + x[n])
+            H = f(0 if share else 1, H + L)
+        torch.testing.assert_close(found[0][n], H, rtol=0, atol=1e-10)
+        torch.testing.assert_close(found[1][n], L, rtol=0, atol=1e-10)
+    rounded = core.float()(*(t.float() for t in (x, z_H, z_L)), still, padding().float())
+    torch.testing.assert_close(rounded[0].double(), found[0], rtol=0, atol=1e-5)
+
+
+def test_fused_attention_is_the_same(monkeypatch):
+    q, k, v = (normal(2, HEADS, S, 4, seed=s) for s in range(3))
+    for bias in (None, padding(), normal(HEADS, S, S)):
+        monkeypatch.setattr(trm, "MATMUL_KEYS", S)
+        plain = attend(q, k, v, bias)
+        monkeypatch.setattr(trm, "MATMUL_KEYS", S - 1)
+        torch.testing.assert_close(attend(q, k, v, bias), plain)
+
+
+def gradients(core, x):
+    core.zero_grad()
+    z_H, z_L = core(x, *core.start(x), still, None)
+    (z_H * normal(2, S, C, seed=9)).sum().backward()
+    return torch.cat([p.grad.flatten() for p in core.parameters()])
+
+
+@pytest.mark.parametrize("share", [True, False])
+def test_gradients_go_as_far_back_as_said(share):
+    x = normal(2, S, C)
+    found = {(g, h): gradients(build(grad=g, h_cycles=h, share=share), x)
+             for g in ("one_step", "last_cycle", "bptt") for h in (1, 2)}  # fmt: skip
+    torch.testing.assert_close(found["last_cycle", 1], found["bptt", 1])
+    assert not torch.allclose(found["last_cycle", 2], found["bptt", 2])
+    assert not torch.allclose(found["one_step", 1], found["last_cycle", 1])
+    core = build(h_cycles=1, share=share)
+    with torch.no_grad():
+        z_H, z_L = core(x, *core.start(x), still, None)
+    again = build(share=share, h_cycles=1)
+    again(x, z_H, z_L, still, None)[0].mul(normal(2, S, C, seed=9)).sum().backward()
+    torch.testing.assert_close(torch.cat([p.grad.flatten() for p in again.parameters()]), found["last_cycle", 2])
+
+
+@pytest.mark.parametrize("grad, calls", [("one_step", 2), ("last_cycle", 4), ("bptt", 8)])
+def test_early_calls_leave_no_graph(grad, calls, monkeypatch):
+    with_graph = []
+    forward = Block.forward
+    monkeypatch.setattr(Block, "forward", lambda *a: with_graph.append(forward(*a).requires_grad) or forward(*a))
+    core, x = build(grad=grad), normal(2, S, C)
+    core(x, *core.start(x), still, None)
+    layers = len(core.stacks[0])
+    assert with_graph == [False] * (layers * (8 - calls)) + [True] * (layers * calls)
+    with torch.no_grad():
+        assert not core(x, *core.start(x), still, None)[0].requires_grad
+
+
+def test_plain_applies_the_same_blocks_once_and_none_nothing():
+    x = normal(2, S, C)
+    for share in (True, False):
+        core, recursive = build(core="plain", share=share), build(share=share)
+        assert {n: p.shape for n, p in core.named_parameters()} == {n: p.shape for n, p in recursive.named_parameters()}
+        h = x
+        for block in [block for blocks in core.stacks for block in blocks]:
+            h = block(h, still, None)
+        torch.testing.assert_close(core(x, x, x, still, None)[0], h)
+    none = build(core="none")
+    assert not list(none.parameters()) and torch.equal(none(x, x, x, still, None)[0], x)
+
+
+@pytest.mark.parametrize("positions", ["in x", "rope"])
+def test_states_differ_between_positions(positions):
+    core = build()
+    rotary = Rotary(C // HEADS, S, 1e4).double() if positions == "rope" else still
+    x = normal(1, S, C) if positions == "in x" else normal(1, 1, C).expand(1, S, C) + 0.1 * normal(1, S, C, seed=1)
+    z_H, z_L = core(x, *core.start(x), rotary, None)
+    for z in (z_H, z_L):
+        distance = torch.cdist(z[0], z[0]) + torch.eye(S)
+        assert distance.min() > 1e-2
+
+
+@pytest.mark.parametrize("cells, boxes", [(16, (2, 2)), (36, (2, 3)), (81, (3, 3))])
+def test_units_of_a_grid(cells, boxes):
+    row, column, box = grid(cells).tolist()
+    side = round(cells**0.5)
+    for unit in (row, column, box):
+        assert sorted(unit) == sorted(list(range(side)) * side)
+    assert box == [r // boxes[0] * boxes[0] + c // boxes[1] for r, c in zip(row, column, strict=True)]
+    with pytest.raises(ValueError, match="80 cells"):
+        grid(80)
+
+
+def test_heads_begin_on_row_column_and_box():
+    core = build(relation_bias=True).float()
+    place = grid(S)
+    bias = core.biases(None)[0, 0]
+    for head in range(3):
+        same = place[head][:, None] == place[head]
+        torch.testing.assert_close(bias[head], 2.0 * same)
+    assert not bias[3].any()
