@@ -134,7 +134,7 @@ def open_pairs(folder, *, max_seq_len=0, allow_leak=False, say=print, **reading)
 
 
 def from_rows(train, val, tokenizer, *, max_seq_len=0):
-    """Return the Pairs of rows (encoder_ids, decoder_input_ids, labels) made in memory; decoder inputs are made anew."""
+    """Return the Pairs of rows (encoder_ids, decoder_input_ids, labels) made in memory; decoder inputs made anew."""
     rows = {split: [tuple(map(np.array, row[::2])) for row in side] for split, side in (("train", train), ("val", val))}
     dtype = id_type(tokenizer.vocab_size)
     part = pack(rows, dtype, "bin", tokenizer.bos_id)
