@@ -4,7 +4,8 @@ Every command can be run again: it writes the same bytes, whole files or none.
 """
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Literal
 
 from data_utils.config import DataError, UsageError, from_cli, launch
 
@@ -18,6 +19,9 @@ class ExpertConfig:
 @dataclass
 class TokenizerConfig:
     data_dir: str = "data"  # root of the domain folders to learn from
+    source: str = ""  # or a file or folder as `language` reads it; its pad, bos, eos, unk are the ids 0 to 3
+    max_chars: int = 64_000_000  # of --source in all, 0 = all
+    doc_cap: int = 10_000  # of --source from one document
     vocab_size: int = 8192  # ids, 257 to 65536; 8192 suits a CPU
     out: str = "data/bpe8192.json"  # file to write; train with --tokenizer bpe:FILE
 
@@ -25,6 +29,94 @@ class TokenizerConfig:
 @dataclass
 class CheckConfig:
     data_dir: str = "data"  # root of the domain folders
+
+
+@dataclass
+class ReadingConfig:
+    text_field: tuple[str, ...] = ("revised_text", "text", "raw_content")  # the first that a row has is its text
+    lang: str = ""  # keep the rows whose `language` is this
+    collapse_whitespace: bool = False  # one space for any white space; off, nothing is lost
+    skip_bad_lines: bool = False  # count malformed rows instead of stopping at the first
+    max_chars: int = 64_000_000  # characters that the tokenizer is trained on, 0 = all
+    doc_cap: int = 10_000  # of these at most from one document
+
+
+@dataclass
+class LanguageConfig(ReadingConfig):
+    source: str = ""  # file or folder: .parquet .arrow .jsonl .json .txt, the last three also .gz; .txt: a row a line
+    dest: str = ""  # folder to write
+    tokenizer: str = ""  # tokenizer.json to use; else one is trained
+    vocab_size: int = 8192  # ids of the tokenizer that is trained
+    max_seq_len: int = 256  # ids on each side of a row
+    val_ratio: float = 0.02  # share of the documents that is held out, by a hash of the text
+    seed: int = 1337  # of that hash
+    tokenizer_num_threads: int = 0  # processes, 0 = all cores
+    tokenizer_batch_size: int = 1024  # texts in one call of the tokenizer
+    max_files: int = 0  # only the first N files, 0 = all
+    format: Literal["jsonl", "bin", "both"] = "jsonl"  # bin is smaller and opens at once
+    prefix_ratio: float = 0.5  # share of a chunk of plain text that is the prompt
+    fresh: bool = False  # overwrite what is there
+
+
+@dataclass
+class MergeConfig:
+    batches: str = ""  # folder of prepared folders, joined in the order of their names
+    output_dir: str = ""  # folder to write
+    keep_chunks: bool = False  # else a chunk is deleted once its rows are safe
+    sources: tuple[str, ...] = ()  # or: prepared folders to mix
+    weights: tuple[float, ...] = ()  # share of each in the mixture
+    train_samples: int = 0  # rows of the mixture, 0 = as many as there are
+    val_samples: int = 0  # held-out rows of it
+    seed: int = 1337  # of the order inside each source
+    fresh: bool = False  # overwrite what is there
+
+
+@dataclass
+class ConvertConfig:
+    dataset: str = ""  # prepared folder
+    format: Literal["bin", "jsonl"] = "bin"  # of the new one
+    output_dir: str = ""  # folder to write
+    fresh: bool = False  # overwrite what is there
+
+
+@dataclass
+class NormalizeConfig:
+    input: str = ""  # .json .jsonl .parquet .arrow, the first two also .gz
+    output: str = ""  # JSONL file to write
+    question_field: str = ""  # path like data.question, a[0][1], data[].qas[].question; [] gives a record per element
+    answer_field: str = ""  # path like data.answers.text[0]
+    context_field: str = ""  # path, if a template uses {context}
+    prompt_template: str = "{question}"  # of {question} {answer} {context}; {{ }} for braces, \n \t \\
+    response_template: str = "{answer}"  # likewise
+    num_threads: int = 0  # processes, 0 = all cores
+    shuffle: bool = False  # in an order drawn with --seed
+    seed: int = 1337  # of that order
+    max_records: int = 0  # 0 = all
+    skip_missing: bool = False  # drop records without question or answer
+    fresh: bool = False  # overwrite what is there
+
+
+@dataclass
+class ArithmeticConfig:
+    out: str = "data/arithmetic"  # folder to write
+    digits: int = 2  # of an operand, at most
+    operators: str = "+"  # of + - *
+    val_ratio: float = 0.2  # share of the questions that is held out
+    samples: int = 0  # questions to draw; 0 = all sums of up to 2 digits
+    seed: int = 1  # of the split and the draws
+    fresh: bool = False  # overwrite what is there
+
+
+@dataclass
+class SudokuConfig:
+    out: str = "data/sudoku"  # folder to write
+    size: Literal[4, 6, 9] = 9  # digits
+    givens: int = 40  # cells that are not blank; 0 = as few as possible
+    train: int = 2000  # puzzles
+    val: int = 1000  # puzzles held out
+    seed: int = 1  # of the puzzles and the split
+    num_threads: int = 0  # processes, 0 = all cores
+    fresh: bool = False  # overwrite what is there
 
 
 def expert(cfg):
@@ -73,8 +165,16 @@ def tokenizer(cfg):
 
     if not 257 <= cfg.vocab_size <= 65536:
         raise UsageError(f"--vocab_size {cfg.vocab_size}: choose 257 to 65536")
-    files = [path for paths in find_domains(cfg.data_dir).values() for path in paths]
-    content = train_bpe((text for path in files for text in read_documents(path)), cfg.vocab_size)
+    if cfg.source:
+        from data_utils import prepare, sources
+
+        reading = {f.name: f.default for f in fields(ReadingConfig)[:4]}
+        options = dict(max_chars=cfg.max_chars, doc_cap=cfg.doc_cap, reading=reading)
+        files = sources.find_files(cfg.source)
+        content = prepare.train_tokenizer(files, cfg.vocab_size, **options)
+    else:
+        files = [path for paths in find_domains(cfg.data_dir).values() for path in paths]
+        content = train_bpe((text for path in files for text in read_documents(path)), cfg.vocab_size)
     write_atomic(Path(cfg.out), lambda file: file.write(content.encode("utf-8")))
     print(f"{cfg.out}: trained on {len(files)} files; next: python train_expert.py --tokenizer bpe:{cfg.out}")
     return {}
@@ -100,16 +200,70 @@ def check(cfg):
     return {}
 
 
+def language(cfg):
+    """Text or questions with answers -> tokenized rows for train_hrm.py; a trained tokenizer with them.
+
+    Run the same command again after a stop: it goes on.
+    """
+    from data_utils import prepare
+
+    return prepare.language(cfg)
+
+
+def merge(cfg):
+    """Join the prepared folders in --batches, or mix those of --sources by --weights.
+
+    Run the same command again after a stop: it goes on.
+    """
+    from data_utils import prepare
+
+    return prepare.merge(cfg)
+
+
+def convert(cfg):
+    """Rewrite a prepared folder as JSONL or in binary form, with equal ids."""
+    from data_utils import prepare
+
+    return prepare.convert(cfg)
+
+
+def normalize_qa(cfg):
+    """Questions and answers in any fields of a file -> {"prompt": .., "response": ..} lines for `language`."""
+    from data_utils import qa
+
+    return qa.normalize(cfg)
+
+
+def arithmetic(cfg):
+    """Write "What is 12 + 7?" -> "19" as a prepared folder."""
+    from data_utils import prepare
+
+    return prepare.arithmetic(cfg)
+
+
+def sudoku(cfg):
+    """Write Sudokus with one solution each as a prepared folder."""
+    from data_utils import prepare
+
+    return prepare.sudoku(cfg)
+
+
 COMMANDS = {
     "expert": (ExpertConfig, expert),
     "tokenizer": (TokenizerConfig, tokenizer),
     "check": (CheckConfig, check),
+    "language": (LanguageConfig, language),
+    "merge": (MergeConfig, merge),
+    "convert": (ConvertConfig, convert),
+    "normalize-qa": (NormalizeConfig, normalize_qa),
+    "arithmetic": (ArithmeticConfig, arithmetic),
+    "sudoku": (SudokuConfig, sudoku),
 }
 
 
 def run(argv):
     """Run the sub-command argv[0]; without one, list them. Exits with the status of launch."""
-    lines = [f"  {name:<12} {function.__doc__.splitlines()[0]}" for name, (_, function) in COMMANDS.items()]
+    lines = [f"  {name:<13} {function.__doc__.splitlines()[0]}" for name, (_, function) in COMMANDS.items()]
     listing = "commands:\n" + "\n".join(lines)
     if not argv or argv[0] in ("-h", "--help"):
         print(f"{__doc__}\n{listing}")

@@ -52,6 +52,23 @@ def read_documents(path, problems=None, skip_bad_lines=False):
                 yield text
 
 
+def cut(text, limit):
+    """Yield pieces of at most `limit` characters whose token ids, one after the other, are those of the whole text.
+
+    A cut before a single space between two non-spaces is where byte-level BPE cuts as well; where a piece has no such
+    place the cut is at the limit, which costs a token, never a character.
+    """
+    start = 0
+    while len(text) - start > limit:
+        end = start + limit
+        while end > start and not re.match(r"\S \S", text[end - 1 : end + 2]):
+            end = text.rfind(" ", start, end)
+        end = end if end > start else start + limit
+        yield text[start:end]
+        start = end
+    yield text[start:]
+
+
 def format_problems(problems):
     """Return one table of problems {kind: [count, examples]}."""
     lines = ["lines that are not plain documents:"]

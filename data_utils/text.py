@@ -5,7 +5,6 @@ B windows, T tokens in a window. A file is tokenized once into <data_dir>/.cache
 
 import hashlib
 import json
-import re
 import tempfile
 import time
 import zipfile
@@ -18,28 +17,11 @@ from torch.utils.data import WeightedRandomSampler
 
 from data_utils.checkpoint import write_atomic
 from data_utils.config import DataError, UsageError
-from data_utils.documents import MALFORMED, find_domains, format_problems, read_documents
+from data_utils.documents import MALFORMED, cut, find_domains, format_problems, read_documents
 
 PIECE_CHARACTERS = 1_000_000  # bounds what the tokenizer holds at once
 MAX_WINDOWS = 2**24  # of torch.multinomial, which draws the order
 SPLIT_KEY = b"42"  # of the text hashes, whose order is the split
-
-
-def cut(text, limit):
-    """Yield pieces of at most `limit` characters whose token ids, one after the other, are those of the whole text.
-
-    A cut before a single space between two non-spaces is where byte-level BPE cuts as well; where a piece has no such
-    place the cut is at the limit, which costs a token, never a character.
-    """
-    start = 0
-    while len(text) - start > limit:
-        end = start + limit
-        while end > start and not re.match(r"\S \S", text[end - 1 : end + 2]):
-            end = text.rfind(" ", start, end)
-        end = end if end > start else start + limit
-        yield text[start:end]
-        start = end
-    yield text[start:]
 
 
 def _digest(path):

@@ -19,6 +19,7 @@ GPT2_FILES = {  # sha256, so that ids mean the same on every machine
 }
 MAX_FILE_BYTES = 64 * 2**20
 END = ("<eos>", "<|endoftext|>")
+CONTROL = ("<pad>", "<bos>", "<eos>", "<unk>")  # of prepared folders
 
 
 def load_tokenizer(spec):
@@ -38,13 +39,13 @@ def load_tokenizer(spec):
     raise UsageError(f"--tokenizer {spec}: choose gpt2, bytes or bpe:FILE")
 
 
-def train_bpe(texts, vocab_size):
-    """Return the JSON text of a byte-level BPE of at most `vocab_size` ids (id 0 ends a document), lossless."""
+def train_bpe(texts, vocab_size, control=END[:1]):
+    """Return the JSON text of a lossless byte-level BPE of at most `vocab_size` ids, the `control` tokens first."""
     from tokenizers import trainers
 
     bpe = _byte_level({}, [])
     alphabet = sorted(bpe.pre_tokenizer.alphabet())
-    options = dict(special_tokens=[END[0]], initial_alphabet=alphabet, show_progress=False)
+    options = dict(special_tokens=list(control), initial_alphabet=alphabet, show_progress=False)
     bpe.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=vocab_size, **options))
     return bpe.to_str(pretty=True)
 
@@ -111,8 +112,11 @@ class BPETokenizer:
         if not end:
             raise ValueError(f"no token {' or '.join(END)}")
         self.name, self.vocab_size, self.eos, self.hash = name, len(vocab), end[0], digest
-        lengths = {number: len(token) for token, number in vocab.items()}  # a letter of the alphabet is one byte
-        self.token_bytes = np.array([lengths[i] * (i != self.eos) for i in range(len(vocab))], dtype=np.int64)
+        self.eos_id = self.eos
+        self.pad_id, self.bos_id = (vocab.get(token, self.eos) for token in CONTROL[:2])  # masks tell padding apart
+        self.control = {self.eos, *(vocab[token] for token in CONTROL if token in vocab)}
+        lengths = {i: len(token) * (i not in self.control) for token, i in vocab.items()}  # a letter is one byte
+        self.token_bytes = np.array([lengths[i] for i in range(len(vocab))], dtype=np.int64)
 
     def encode(self, text):
         return self.bpe.encode(text, add_special_tokens=False).ids
@@ -121,7 +125,7 @@ class BPETokenizer:
         return [found.ids for found in self.bpe.encode_batch_fast(texts, add_special_tokens=False)]
 
     def decode(self, ids):
-        return self.bpe.decode([i for i in map(int, ids) if i != self.eos], skip_special_tokens=False)
+        return self.bpe.decode([i for i in map(int, ids) if i not in self.control], skip_special_tokens=False)
 
 
 class ByteTokenizer:

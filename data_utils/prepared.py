@@ -1,0 +1,226 @@
+"""Prepared folders: rows of ids as JSONL or binary files, meta.json last; written so that a kill costs seconds.
+
+train.jsonl    {"encoder_ids": [..], "decoder_input_ids": [..], "labels": [..]} a line
+train.bin      of each row the ids of the encoder, then the labels; uint16, above 65,536 ids uint32
+train.idx.npy  int64 (rows, 2): start of the labels, end; a third column, the end of decoder inputs of their own,
+               where a row has some
+tokenizer.json, meta.json, and val.* like train.*
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import time
+from pathlib import Path
+
+import numpy as np
+
+from data_utils.checkpoint import changed, lock_run, write_atomic
+from data_utils.config import DataError, UsageError
+from data_utils.encode import SPLITS
+
+FILES = {form: [f"{split}.{kind}" for split in SPLITS for kind in kinds]
+         for form, kinds in dict(jsonl=["jsonl"], bin=["bin", "idx"]).items()}  # fmt: skip
+FILES["both"] = FILES["jsonl"] + FILES["bin"]
+FINISHED = {name: f"{name}.npy" if name.endswith("idx") else name for name in FILES["both"]}
+KNOWN = {*FINISHED.values(), "train.npy", "val.npy", "meta.json", "tokenizer.json", "progress.json", ".prepare.lock"}
+KNOWN |= {f"{name}.partial" for name in FILES["both"]}
+
+
+def write_json(path, state):
+    content = json.dumps(state, indent=1, ensure_ascii=False).encode("utf-8") + b"\n"
+    write_atomic(path, lambda file: file.write(content))
+
+
+def read_meta(folder):
+    """Return meta.json of a finished folder, defaults filled in. Raises DataError that says what is there instead."""
+    folder = Path(folder)
+    there = sorted(p.name for p in folder.iterdir())[:8] if folder.is_dir() else []
+    if "progress.json" in there and "meta.json" not in there:
+        raise DataError(f"{folder} is unfinished: run the same command again")
+    try:
+        meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+        meta = dict(kind="pairs", max_seq_len=0, tokenizer_file="tokenizer.json", counts={}, source_files=[]) | meta
+        if meta["kind"] == "sudoku":
+            return meta
+        present = [form for form in ("bin", "jsonl") if (folder / f"train.{form}").is_file()]
+        meta.setdefault("format", (present or [""])[0])
+        if not present or meta["format"] not in FILES:
+            raise ValueError("no train.jsonl or train.bin")
+        sizes = [meta["vocab_size"], meta["pad_id"], meta["bos_id"], meta["eos_id"]]
+        if not all(type(n) is int and 0 <= n < 2**32 for n in sizes) or max(sizes[1:]) >= sizes[0]:
+            raise ValueError(f"vocab_size, pad_id, bos_id, eos_id are {sizes}")
+        if Path(str(meta["tokenizer_file"])).name != meta["tokenizer_file"]:
+            raise ValueError(f"tokenizer_file {meta['tokenizer_file']} is not a name in this folder")
+        return meta
+    except OSError:
+        reason = f"no meta.json in {folder}; there are: {', '.join(there) or 'no files'}"
+    except (ValueError, KeyError, TypeError, RecursionError) as e:
+        reason = f"{folder}: {type(e).__name__}: {e}; there are: {', '.join(there)}"
+    raise DataError(f"{reason}\ntry: python prepare_data.py language --source FILES --dest {folder}")
+
+
+def read_index(folder, split, meta):
+    """Return (ids (N,), index (rows, 2 or 3)) of a binary folder as memory maps; DataError when they do not fit."""
+    ids, index = np.zeros(0, np.uint16), np.zeros((0, 2), np.int64)
+    dtype = np.uint16 if meta["vocab_size"] <= 65536 else np.uint32
+    path = Path(folder, f"{split}.idx.npy")
+    try:
+        if Path(folder, f"{split}.bin").stat().st_size:  # an empty file can't be mapped
+            index = np.load(path, mmap_mode="r", allow_pickle=False)
+            ids = np.memmap(Path(folder, f"{split}.bin"), dtype, "r")
+    except (OSError, ValueError, EOFError) as e:
+        raise DataError(f"{path}: {str(e).splitlines()[0]}") from e
+    good = index.dtype == np.int64 and index.ndim == 2 and index.shape[1] in (2, 3)
+    if not good or (index[-1, -1] if len(index) else 0) != len(ids):
+        raise DataError(f"{path} does not fit {split}.bin\ntry: prepare {folder} again with --fresh")
+    return ids, index
+
+
+def read_row(ids, index, i):
+    """Return the encoder ids, labels and decoder inputs (empty: BOS and the shifted labels) of row i."""
+    begin = index[i - 1, -1] if i else 0
+    return ids[begin : index[i, 0]], ids[index[i, 0] : index[i, 1]], ids[index[i, 1] : index[i, -1]]
+
+
+class Writer:
+    """The files of a prepared folder, appended to part by part; run again, it goes on where the last record stands.
+
+    `specification`: what makes the bytes, {name: value}; `seconds` between two records. `task` is the number of the
+    next task, `plan` what the command wants to find again. Raises UsageError when the folder is complete, in use, or
+    was begun by another specification, unless `fresh`.
+    """
+
+    def __init__(self, folder, form, specification, *, fresh=False, plan=None, seconds=5):
+        self.folder, self.seconds, self.files = Path(folder), seconds, {}
+        self.lock = lock_run(self.folder, "prepare")
+        try:
+            begun = None if fresh else read_progress(self.folder)
+            if not fresh and (self.folder / "meta.json").exists():
+                raise UsageError(f"{folder} is complete\ntry: --fresh to make it again")
+            specification = json.loads(json.dumps(specification))
+            if begun and begun["specification"] != specification:
+                differs = changed(begun["specification"], specification) or "other flags"
+                raise UsageError(f"{folder} was begun otherwise: {differs}\ntry: the same command, or --fresh")
+            if not begun:
+                for name in sorted(KNOWN - {".prepare.lock"}):
+                    (self.folder / name).unlink(missing_ok=True)
+            for torn in self.folder.glob("*.tmp-*"):
+                torn.unlink()
+            begin = dict(task=0, sizes=dict.fromkeys(FILES[form], 0), ends=dict.fromkeys(SPLITS, 0), counts={})
+            self.state = begun or begin | dict(specification=specification, plan=plan)
+            for name, size in self.state["sizes"].items():
+                self._open(name, size)
+            self.record()
+        except BaseException:
+            self.close()
+            raise
+
+    def _open(self, name, size):
+        path = self.folder / f"{name}.partial"
+        if not path.exists() and (self.folder / FINISHED[name]).exists():
+            return  # the kill came between two renames
+        file = self.files[name] = open(path, "ab")
+        if file.tell() < size:
+            raise DataError(f"{path} is shorter than progress.json says\ntry: --fresh")
+        file.truncate(size)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.close()
+
+    def close(self):
+        for file in (*self.files.values(), self.lock):
+            file.close()
+
+    @property
+    def task(self):
+        return self.state["task"]
+
+    @property
+    def plan(self):
+        return self.state["plan"]
+
+    @property
+    def counts(self):
+        return self.state["counts"]
+
+    def add(self, part):
+        """Append the part of the next task; now and then make it durable. Returns whether it was."""
+        for name, file in self.files.items():
+            content = part.get(name, b"")
+            if name.endswith(".idx") and len(content):  # lengths become positions
+                split = name[:-4]
+                places = self.state["ends"][split] + np.cumsum(content).reshape(content.shape)
+                self.state["ends"][split], content = int(places[-1, -1]), places.tobytes()
+            with self._disk():
+                file.write(content)
+        for name, n in part["counts"].items():
+            self.counts[name] = min(n, self.counts.get(name, n)) if name == "lowest" else self.counts.get(name, 0) + n
+        self.state["task"] += 1
+        due = time.monotonic() - self.recorded >= self.seconds
+        if due:
+            self.record()
+        return due
+
+    def record(self):
+        """Make all that was added durable, then say so in progress.json."""
+        for name, file in self.files.items():
+            with self._disk():
+                file.flush()
+                os.fsync(file.fileno())
+            self.state["sizes"][name] = file.tell()
+        write_json(self.folder / "progress.json", self.state)
+        self.recorded = time.monotonic()
+
+    @contextlib.contextmanager
+    def _disk(self):
+        try:
+            yield
+        except OSError as e:
+            advice = "make room; the same command goes on from the last record"
+            raise DataError(f"{self.folder}: {e.strerror}\ntry: {advice}") from e
+
+    def finish(self, meta, columns=2):
+        """Give the files their names, then write meta.json: `meta`, the counts and the hash of the data."""
+        self.record()
+        for name in self.files:
+            path, final = self.folder / f"{name}.partial", self.folder / FINISHED[name]
+            if name.endswith(".idx"):
+                _write_index(path, final, columns)
+                path.unlink()
+            else:
+                os.replace(path, final)
+        found = hashlib.sha256()
+        for name in self.state["sizes"]:
+            with open(self.folder / FINISHED[name], "rb") as file:
+                while block := file.read(2**22):
+                    found.update(block)
+        sizes = {f"{split}_{what}": self.counts.pop(f"{split}_{what}", 0)
+                 for split in SPLITS for what in ("samples", "tokens")}  # fmt: skip
+        self.counts.pop("lowest", None)
+        meta = meta | sizes | dict(counts=self.counts, data_sha256=found.hexdigest())
+        write_json(self.folder / "meta.json", meta)
+        (self.folder / "progress.json").unlink()
+        return meta
+
+
+def read_progress(folder):
+    """Return what progress.json records, None when there is none."""
+    try:
+        return json.loads(Path(folder, "progress.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as e:
+        raise DataError(f"{folder}/progress.json: {e}\ntry: --fresh") from e
+
+
+def _write_index(path, final, columns):
+    index = np.fromfile(path, np.int64) if not path.stat().st_size else np.memmap(path, np.int64, "r")
+    index = index.reshape(-1, columns)
+    if columns == 3 and (index[:, 1] == index[:, 2]).all():
+        index = index[:, :2]
+    write_atomic(final, lambda file: np.save(file, index))

@@ -1,0 +1,240 @@
+"""Sudoku of 4 x 4, 6 x 6 (boxes of 2 rows, 3 columns) and 9 x 9 cells: puzzles with one solution, their symmetries.
+
+A grid is a row of size^2 uint8 numbers, 0 = blank. B puzzles, N = size^2 cells.
+"""
+
+import hashlib
+import random
+from functools import cache, partial
+
+import numpy as np
+
+from data_utils.config import DataError, UsageError
+from data_utils.workers import in_order
+
+BOXES = {4: (2, 2), 6: (2, 3), 9: (3, 3)}  # rows and columns of a box
+NODES = 400  # of a fill that is started again: the rare long searches cost more than the short ones
+
+
+@cache
+def units(size):
+    """Return (row, column, box) of each cell."""
+    high, wide = BOXES[size]
+    return [(i // size, i % size, i // size // high * (size // wide) + i % size // wide) for i in range(size * size)]
+
+
+@cache
+def peers(size):
+    """Return for each cell the other cells of its row, column and box."""
+    places = units(size)
+    return [
+        [j for j, other in enumerate(places) if j != i and any(map(int.__eq__, place, other))]
+        for i, place in enumerate(places)
+    ]
+
+
+def _search(grid, size, limit, draw=None):
+    """Fill the blanks of the list `grid`, fewest candidates first -> solutions found, at most `limit`.
+
+    With `draw` (random.Random) cell and digits are drawn at random and the grid stays filled at the first solution;
+    then 0 also means that NODES were not enough. Rows, columns and boxes are bit masks of what is still free.
+    """
+    places, everything = units(size), (1 << size) - 1
+    rows, columns, boxes = [everything] * size, [everything] * size, [everything] * size
+    nodes = NODES
+
+    def flip(cell, bit):
+        row, column, box = places[cell]
+        rows[row] ^= bit
+        columns[column] ^= bit
+        boxes[box] ^= bit
+
+    def fill(blanks, wanted):
+        nonlocal nodes
+        if not blanks:
+            return 1
+        nodes -= 1
+        if draw and nodes < 0:
+            return 0
+        fewest, tied = size + 1, []
+        for cell in blanks:
+            row, column, box = places[cell]
+            free = rows[row] & columns[column] & boxes[box]
+            count = free.bit_count()
+            if count < fewest:
+                fewest, tied = count, [(cell, free)]
+                if count < 2 and not draw:
+                    break
+            elif draw and count == fewest:
+                tied.append((cell, free))
+        cell, free = draw.choice(tied) if draw else tied[0]
+        left, found = [b for b in blanks if b != cell], 0
+        digits = [d for d in range(size) if free >> d & 1]
+        if draw:
+            draw.shuffle(digits)
+        for digit in digits:
+            flip(cell, 1 << digit)
+            grid[cell] = digit + 1
+            found += fill(left, wanted - found)
+            flip(cell, 1 << digit)
+            if found >= wanted:
+                break
+        if not found or not draw:
+            grid[cell] = 0
+        return found
+
+    for cell, digit in enumerate(grid):
+        if digit:
+            flip(cell, 1 << digit - 1)
+    return fill([cell for cell, digit in enumerate(grid) if not digit], limit)
+
+
+def solve(puzzle, size):
+    """Return the solution (N,) uint8 of a puzzle; DataError when it has none, or more than one."""
+    count = _search(puzzle.tolist(), size, 2)
+    if count != 1:
+        raise DataError("the puzzle has no solution" if not count else "the puzzle has more than one solution")
+    grid, draw = puzzle.tolist(), random.Random(0)
+    while not _search(grid, size, 1, draw):
+        pass
+    return np.array(grid, np.uint8)
+
+
+def sudoku(*, size, givens, n, seed, first=0):
+    """Return puzzles and solutions, (n, N) uint8 each; puzzle i depends on (seed, first + i) only.
+
+    A solution is a random fill of the empty grid, not a shuffle of one pattern: shuffles of one grid are what
+    `augment` makes, so that held-out ones would have been trained on. Then cells are emptied in random order while the
+    solution stays the only one, down to `givens` (0: until no cell can be emptied).
+    """
+    if size not in BOXES or not 0 <= givens <= size * size:
+        raise UsageError(f"--size {size} --givens {givens}: sizes are 4, 6, 9, givens 0 to size^2")
+    puzzles, solutions = np.zeros((2, n, size * size), np.uint8)
+    for i in range(n):
+        draw, grid = random.Random(f"{seed} {first + i}"), [0] * (size * size)
+        while not _search(grid, size, 1, draw):
+            grid = [0] * (size * size)
+        solutions[i], left = grid, size * size
+        for cell in draw.sample(range(size * size), size * size):
+            if left <= givens:
+                break
+            digit, left = grid[cell], left - 1
+            for other in set(range(1, size + 1)) - {grid[peer] for peer in peers(size)[cell]}:
+                grid[cell] = other
+                if other != digit and _search(list(grid), size, 1):
+                    grid[cell], left = digit, left + 1
+                    break
+            else:
+                grid[cell] = 0
+        puzzles[i] = grid
+    return puzzles, solutions
+
+
+def make(*, size, givens, train, val, seed, processes=1):
+    """Return {split: (puzzles, solutions)}; no val solution is a relabelling or transposition of a train one.
+
+    The same for any number of processes. Raises UsageError when the hash leaves a split without any solution.
+    """
+    share, needed = val / max(1, train + val), dict(train=train, val=val)
+    found, firsts = dict(train=[], val=[]), range(0, 20 * (train + val) + 1000, 100)
+    for puzzles, solutions in in_order(partial(_block, size, givens, seed), firsts, processes):
+        for puzzle, solution in zip(puzzles, solutions, strict=True):
+            hashed = hashlib.sha256(f"{seed} ".encode() + canonical(solution, size)).digest()
+            split = "val" if int.from_bytes(hashed[:8]) < share * 2**64 else "train"
+            if len(found[split]) < needed[split]:
+                found[split].append((puzzle, solution))
+        if all(len(found[split]) == n for split, n in needed.items()):
+            cells = size * size
+            return {s: tuple(np.array(x, np.uint8).reshape(-1, 2, cells).swapaxes(0, 1)) for s, x in found.items()}
+    raise UsageError(f"--size {size} --seed {seed}: too few different solutions for two splits\ntry: another --seed")
+
+
+def _block(size, givens, seed, first):
+    return sudoku(size=size, givens=givens, n=100, seed=seed, first=first)
+
+
+def canonical(solution, size):
+    """Return bytes that are the same for a solution, its relabellings and its transpositions."""
+    grid = solution.reshape(size, size)
+    return min(_relabelled(g.reshape(-1)) for g in ((grid, grid.T) if BOXES[size][0] == BOXES[size][1] else (grid,)))
+
+
+def _relabelled(cells):
+    names = {}
+    return bytes(names.setdefault(digit, len(names)) for digit in cells.tolist())
+
+
+def augment(puzzles, solutions, *, size, rng, reveal=0.0):
+    """Return copies of (B, N) puzzles and solutions: digits, bands, their rows, stacks, their columns, axes permuted.
+
+    rng: numpy Generator. `reveal`: share of the puzzles of which a random part of the blanks is filled in.
+    """
+    high, wide = BOXES[size]
+    rows, columns = (_lines(len(puzzles), size, block, rng) for block in (high, wide))
+    cells = rows[:, :, None] * size + columns[:, None, :]  # (B, size, size): where each cell comes from
+    if high == wide:  # else a transposed box has another shape
+        turned = rng.random(len(puzzles)) < 0.5
+        cells = np.where(turned[:, None, None], cells.transpose(0, 2, 1), cells)
+    digits = np.zeros((len(puzzles), size + 1), np.uint8)
+    digits[:, 1:] = rng.random((len(puzzles), size)).argsort(1) + 1
+    both = np.stack([puzzles, solutions], 1)  # (B, 2, N)
+    each = np.arange(len(puzzles))[:, None, None]
+    both = digits[each, both[each, np.arange(2)[:, None], cells.reshape(len(puzzles), 1, -1)]]
+    puzzles, solutions = both[:, 0], both[:, 1]
+    share = rng.random((len(puzzles), 1)) * (rng.random((len(puzzles), 1)) < reveal)
+    return np.where((puzzles == 0) & (rng.random(puzzles.shape) < share), solutions, puzzles), solutions
+
+
+def _lines(n, size, block, rng):
+    """Return (n, size) orders of lines: blocks permuted, and lines inside each block."""
+    blocks = rng.random((n, size // block)).argsort(1)
+    inside = rng.random((n, size // block, block)).argsort(2)
+    return (blocks[:, :, None] * block + inside).reshape(n, size)
+
+
+def solved(grids, size):
+    """Return (B,) bool: every row, column and box of the (B, N) grids holds every digit once."""
+    good = np.ones(len(grids), bool)
+    for place in np.array(units(size)).T:
+        groups = grids[:, place.argsort(kind="stable")].reshape(len(grids), size, size)
+        good &= (np.sort(groups, 2) == np.arange(1, size + 1)).all((1, 2))
+    return good
+
+
+def parse(text):
+    """Return the puzzle (N,) uint8 that a user typed: size^2 digits, "." or 0 for a blank; spaces do not count.
+
+    Raises UsageError on another length, another sign, or a digit twice in a row, column or box.
+    """
+    signs = "".join(text.split())
+    size = {n * n: n for n in BOXES}.get(len(signs))
+    if size is None:
+        raise UsageError(f"a puzzle of {len(signs)} signs: expected 81 (or 16, 36), digits and . for blanks")
+    for i, sign in enumerate(signs):
+        if sign not in "." + "0123456789"[: size + 1]:
+            raise UsageError(f"row {i // size + 1}, column {i % size + 1}: {sign!r} is not . or 0 to {size}")
+    grid = np.array([int(sign) if sign != "." else 0 for sign in signs], np.uint8)
+    seen = {}
+    for i, places in enumerate(units(size)):
+        for name, number in zip(("row", "column", "box"), places, strict=True):
+            j = seen.setdefault((name, number, grid[i]), i) if grid[i] else i
+            if j != i:
+                where = " and ".join(f"row {k // size + 1}, column {k % size + 1}" for k in (j, i))
+                raise UsageError(f"contradictory puzzle: {name} {number + 1} has {grid[i]} twice: {where}")
+    return grid
+
+
+def load_puzzles(folder):
+    """Return {split: (puzzles, solutions)}, (n, N) uint8 memory maps each, of a prepared Sudoku folder."""
+    found = {}
+    for split in ("train", "val"):
+        path = f"{folder}/{split}.npy"
+        try:
+            grids = np.load(path, mmap_mode="r", allow_pickle=False)
+        except (OSError, ValueError, EOFError) as e:
+            raise DataError(f"{path}: {str(e).splitlines()[0]}\ntry: python prepare_data.py sudoku --out DIR") from e
+        cells = {n * n for n in BOXES}
+        if grids.dtype != np.uint8 or grids.ndim != 3 or grids.shape[1] != 2 or grids.shape[2] not in cells:
+            raise DataError(f"{path}: expected uint8 (n, 2, cells), found {grids.dtype} {grids.shape}")
+        found[split] = grids[:, 0], grids[:, 1]
+    return found

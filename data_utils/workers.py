@@ -1,0 +1,54 @@
+"""Tasks done by other processes, their results taken in order; memory stays flat, and none outlives a kill."""
+
+import multiprocessing
+import os
+import signal
+import threading
+from collections import deque
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+
+from data_utils.config import DataError
+
+
+def in_order(function, tasks, processes):
+    """Yield function(task) of each task in order; `processes` below 2: here. At most 2 a process are under way.
+
+    Raises what `function` raises, and DataError when a process died.
+    """
+    if processes < 2:
+        yield from map(function, tasks)
+        return
+    context = multiprocessing.get_context("spawn")  # a fork would keep locks, and break after torch or tokenizers
+    pool = ProcessPoolExecutor(processes, context, _begin)
+    try:
+        under_way = deque()
+        for task in tasks:
+            under_way.append(pool.submit(function, task))
+            if len(under_way) == 2 * processes:
+                yield under_way.popleft().result()
+        while under_way:
+            yield under_way.popleft().result()
+    except BrokenProcessPool as e:
+        raise DataError("a worker process died, perhaps of too little memory\ntry: fewer processes") from e
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def cores():
+    """Return the number of cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _begin():
+    """In a new process: the parent alone answers signals, and when it is gone so is this one."""
+    for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one core each
+    threading.Thread(target=_follow, daemon=True).start()
+
+
+def _follow():
+    multiprocessing.parent_process().join()
+    os._exit(1)
