@@ -29,6 +29,7 @@ import matplotlib.pyplot as plt
 from data_utils.metrics import read_rows
 
 COLOURS = plt.get_cmap("tab10").colors
+SHARES = "exact", "exact_short", "exact_halting", "cells"  # of train_hrm.py
 
 
 def plot_losses(paths, out):
@@ -48,6 +49,13 @@ def plot_losses(paths, out):
             raise DataError(f"{path}: no row of metrics")
         left.plot([r["step"] for r in train], [r["loss"] for r in train], color=colour, alpha=0.35, lw=1)
         left.plot([r["step"] for r in val], [r["loss"] for r in val], "o-", color=colour, ms=3.5, label=name)
+        if val and "domains" not in val[-1]:  # answers: the shares of them that are right
+            for shade, share in zip(COLOURS[1:], [n for n in SHARES if n in val[-1]], strict=False):
+                label = f"{share} {val[-1][share]:.3f}" if len(paths) == 1 else f"{name} {share}"
+                right.plot([r["step"] for r in val], [r[share] for r in val], "o-", color=shade, ms=3.5, label=label)
+            right.set(ylabel="share of answers that are right", title="validation")
+            continue
+        right.set(ylabel="bits per byte", title="validation" + ", by domain" * (len(paths) == 1))
         if len(paths) > 1:
             right.plot([r["step"] for r in val], [r["bpb"] for r in val], "o-", color=colour, ms=3.5, label=name)
             continue
@@ -56,7 +64,7 @@ def plot_losses(paths, out):
             label = f"{domain} {numbers[-1]:.2f}"
             right.plot([r["step"] for r in val], numbers, "o-", color=domain_colour, ms=3.5, label=label)
     left.set(xlabel="step", ylabel="loss (nats per token)", title="loss: training thin, validation thick")
-    right.set(xlabel="step", ylabel="bits per byte", title="validation" + ", by domain" * (len(paths) == 1))
+    right.set(xlabel="step")
     for name, by_domain in shares.items():
         before = [sum(shares[n][d] for n in list(shares)[: list(shares).index(name)]) for d in by_domain]
         panels[2].bar(by_domain.keys(), by_domain.values(), bottom=before, label=name, width=0.7)
@@ -91,9 +99,11 @@ def table(paths):
         rows = [row for row in read_rows(path) if row.get("split") == "val"]
         if rows:
             best = min(rows, key=lambda row: row["loss"])
-            domains = "  ".join(f"{domain} {row['bpb']:.3f}" for domain, row in best["domains"].items())
+            numbers = {name: best[name] for name in ("bpb", *SHARES) if name in best}
+            numbers |= {domain: row["bpb"] for domain, row in best.get("domains", {}).items()}
+            words = "  ".join(f"{name} {number:.3f}" for name, number in numbers.items())
             name = str(path).removesuffix("_metrics.jsonl")
-            lines.append(f"{name:44} step {best['step']:>6}  loss {best['loss']:.4f}  bpb {best['bpb']:.3f}  {domains}")
+            lines.append(f"{name:44} step {best['step']:>6}  loss {best['loss']:.4f}  {words}")
     return "\n".join(lines)
 
 

@@ -1,6 +1,5 @@
 """Train a hierarchical reasoning model: a prompt is encoded, thought about by a recursive core, and answered.
 
-    python train_hrm.py                                                            # one batch of random ids, no files
     python train_hrm.py --config configs/hrm/addition.yaml --run_name addition     # half a minute: sums, held out
     python train_hrm.py --dataset sudoku --run_name sudoku9                        # minutes: 9 x 9, 40 givens
     python train_hrm.py --dataset data/prepared --run_name text --save_best_model  # of prepare_data.py language
@@ -10,8 +9,7 @@ Writes runs/<run_name>/checkpoints/{step_N,final}.pt with a .yaml each, best-mod
 goes on from the newest checkpoint there when it is started again. In a notebook: paste this file into a cell, then
 main(SyntheticConfig(steps=100)).
 
-B batch, S prompt, T answer, V vocabulary; a segment is one optimizer step on a batch, the next one goes on from its
-detached states (deep supervision).
+B batch, S prompt, T answer, V vocabulary; a segment is one optimizer step on a batch, the next goes on from its states.
 """
 
 import inspect
@@ -22,6 +20,7 @@ import sys
 import time
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Literal
@@ -34,7 +33,7 @@ from data_utils.nested import flatten
 class HrmConfig:
     # data
     dataset: str = ""  # synthetic, sudoku, or a folder of prepare_data.py
-    dry_run: str = field(default="auto", metadata=dict(bare="1"))  # 1: one random batch; 0: train; auto: 1 without data
+    dry_run: Literal["auto", "1", "0"] = field(default="auto", metadata=dict(bare="1"))  # 1: one random batch, no files
     max_seq_len: int = 256  # ids on each side, prompt and answer; longer rows are cut
     dataset_workers: int = 0  # processes that read JSONL
     data_seed: int = 1  # of built-in data and its split
@@ -60,10 +59,9 @@ class HrmConfig:
     halting_weight: float = 0.5  # of that in the loss
     # run
     run_name: str = ""  # files go to runs/<run_name>/
-    save_dir: str = ""  # or, without a name, checkpoints right into this folder
+    save_dir: str = ""  # checkpoints right into this folder; a --run_name overrides it
     resume: str = "auto"  # auto: go on if there is anything; or a file
     fresh: bool = False  # start over; old files are renamed to *.bak
-    allow_partial: bool = False  # load the weights that fit and list those that do not
     seed: int = 0  # weights and order
     save_best_model: bool = False  # keep the lowest validation loss in runs/<run_name>/best-model
     checkpoint_limit: int = 0  # newest step files kept; 0 = all
@@ -91,9 +89,7 @@ class HrmConfig:
     eval_segments: int = 0  # most segments with halting; 0 = four times segments
     log_steps: int = 10  # steps per line and row of metrics
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
-    mixed_precision: Literal["none", "bf16", "fp16", "auto", "float32", "bfloat16", "float16"] = field(
-        default="none", metadata=dict(also="dtype")
-    )  # auto: bf16 where it is fast
+    mixed_precision: Literal["none", "bf16", "fp16", "auto"] = "none"  # auto: bf16 where it is fast
     compile: bool = False  # torch.compile: slow to start, then faster
 
 
@@ -127,9 +123,7 @@ class SudokuConfig(HrmConfig):
     halting: bool = True  # learn when an answer is right, and stop there
     warmup_steps: int = 100  # steps of linear warmup
     grad_clip: float = 1.0  # largest gradient norm; 0 = off
-    mixed_precision: Literal["none", "bf16", "fp16", "auto", "float32", "bfloat16", "float16"] = field(
-        default="auto", metadata=dict(also="dtype")
-    )  # auto: bf16 where it is fast
+    mixed_precision: Literal["none", "bf16", "fp16", "auto"] = "auto"  # auto: bf16 where it is fast
 
 
 def variant(dataset):
@@ -152,13 +146,11 @@ import numpy as np
 import torch
 
 from data_utils import checkpoint
-from data_utils.answers import pick_threshold, summarize
-from data_utils.arithmetic import build_synthetic_dataset
+from data_utils.answers import summarize
 from data_utils.hardware import Hardware
 from data_utils.metrics import append_row, start_rows
-from data_utils.pairs import from_rows, open_pairs
 from data_utils.progress import Progress, peak_mb, say
-from data_utils.puzzles import Puzzles
+from data_utils.questions import open_questions, random_batch
 from data_utils.stop import Stop
 from models.adamw8bit import AdamW8bit
 from models.average import Average
@@ -166,7 +158,7 @@ from models.hrm import HRM
 
 BAD_STEPS = 10  # non-finite steps in a row that end a run
 # what a resumed run may change and still do bit for bit the same
-COSMETIC = """dataset dry_run dataset_workers skip_bad_lines run_name save_dir resume fresh allow_partial save_best_model
+COSMETIC = """dataset dry_run dataset_workers skip_bad_lines run_name save_dir resume fresh save_best_model
 checkpoint_limit save_minutes max_steps max_seconds val_every eval_batch_size eval_rows eval_segments log_steps
 device compile""".split()
 
@@ -178,8 +170,6 @@ def decays(name, parameter):
 
 def main(cfg):
     train = cfg.dry_run == "0" or cfg.dry_run == "auto" and bool(cfg.dataset)
-    if cfg.dry_run not in ("auto", "0", "1"):
-        raise UsageError(f"--dry_run {cfg.dry_run}: choose 1, one random batch, or 0, train")
     if train and not cfg.dataset:
         raise UsageError("--dry_run 0 needs a --dataset: synthetic, sudoku, or a folder of prepare_data.py")
     at_least(cfg, 1, *"d_model n_heads h_cycles l_steps segments max_seq_len batch_size log_steps".split())
@@ -192,50 +182,34 @@ def main(cfg):
         raise UsageError(f"--segments {cfg.segments} needs --core recursive, it is {cfg.core}")
     if cfg.run_name and not re.fullmatch(r"[A-Za-z0-9][\w.-]{0,99}", cfg.run_name, re.ASCII):
         raise UsageError(f"--run_name {cfg.run_name}: letters, digits, dots, _ and -, at most 100, the first no sign")
-    if cfg.save_best_model and not cfg.run_name:
-        raise UsageError("--save_best_model needs a --run_name: it writes runs/<run_name>/best-model")
 
     # --- hardware -------------------------------------------------------------------------
-    precision = dict(none="fp32", float32="fp32", bfloat16="bf16", float16="fp16", auto="bf16")
-    hardware = Hardware(cfg.device, precision.get(cfg.mixed_precision, cfg.mixed_precision))
+    hardware = Hardware(cfg.device, dict(none="fp32", auto="bf16").get(cfg.mixed_precision, cfg.mixed_precision))
     rank, world, device, scaler = hardware.rank, hardware.world, hardware.device, hardware.scaler
-    if cfg.mixed_precision in ("fp16", "float16") and device.type != "cuda":
-        raise UsageError(f"--mixed_precision {cfg.mixed_precision} needs CUDA\ntry: bf16 or none")
+    if cfg.mixed_precision == "fp16" and device.type != "cuda":
+        raise UsageError("--mixed_precision fp16 needs CUDA\ntry: bf16 or none")
     tell = say if rank == 0 else lambda *_: None
     tell(hardware.reason)
     torch.manual_seed(cfg.seed)
 
     # --- data -----------------------------------------------------------------------------
-    name = Path(cfg.dataset).name or "random"
-    home = Path("runs", cfg.run_name) if cfg.run_name else Path(cfg.save_dir or f"checkpoints/hrm/{name}")
+    home = (
+        Path("runs", cfg.run_name)
+        if cfg.run_name
+        else Path(cfg.save_dir or f"checkpoints/hrm/{Path(cfg.dataset).name}")
+    )
     folder = home / "checkpoints" if cfg.run_name else home
-    if cfg.run_name and cfg.save_dir:
-        tell(f"--save_dir {cfg.save_dir} is not used: --run_name {cfg.run_name} says where")
-    reading = dict(workers=cfg.dataset_workers, skip_bad_lines=cfg.skip_bad_lines, allow_leak=cfg.allow_leak,
-                   cache_dir=folder, rank=rank, say=tell)  # fmt: skip
-    if not train:
-        data = random_rows(cfg)
-    elif isinstance(cfg, SudokuConfig):
-        data = Puzzles("" if cfg.dataset == "sudoku" else cfg.dataset, seed=cfg.data_seed, reveal=cfg.reveal, say=tell)
-    elif cfg.dataset == "synthetic":
-        data = from_rows(*build_synthetic_dataset(seed=cfg.data_seed), max_seq_len=cfg.max_seq_len)
-    else:
-        data = open_pairs(cfg.dataset, max_seq_len=cfg.max_seq_len, **reading)
-    n_val, rows = min(cfg.eval_rows or data.rows("val"), data.rows("val")), cfg.batch_size * world
-    if cfg.save_best_model and not n_val:
-        raise UsageError(f"--save_best_model needs validation rows: {cfg.dataset} has none")
-    batches = math.ceil(data.rows("train") / rows)  # an epoch; its last batch is filled up from its start
-    by_epochs = cfg.epochs and cfg.steps in (0, type(cfg).steps)
-    steps = cfg.epochs * batches * cfg.segments if by_epochs else cfg.steps
-    if steps < 1:
-        raise UsageError(f"--steps {cfg.steps} --epochs {cfg.epochs}: one of them must be 1 or more")
-    tell(f"{name}: {data.rows('train')} training and {data.rows('val')} validation rows, {batches} batches an epoch")
-
-    def batch(split, index, number=None):
-        return {key: ids.to(device) for key, ids in data.batch(split, index, number).items()}
+    if train:
+        data = open_questions(
+            cfg.dataset, max_seq_len=cfg.max_seq_len, data_seed=cfg.data_seed, reveal=cfg.reveal, say=tell, rank=rank,
+            workers=cfg.dataset_workers, skip_bad_lines=cfg.skip_bad_lines, allow_leak=cfg.allow_leak, cache_dir=folder,
+        )  # fmt: skip
 
     # --- model and optimizer --------------------------------------------------------------
-    known = asdict(cfg) | dict(vocab_size=data.meta["vocab_size"])
+    def place(batch):
+        return {key: ids.to(device) for key, ids in batch.items()}
+
+    known = asdict(cfg) | dict(vocab_size=data.meta["vocab_size"] if train else 98)
     model_args = {name: known[name] for name in inspect.signature(HRM).parameters}
     try:
         raw_model = HRM(**model_args).to(device)  # the one that is saved: no _orig_mod. or module. keys
@@ -244,50 +218,48 @@ def main(cfg):
     count = sum(p.numel() for p in raw_model.parameters())
     if not train:
         with hardware.autocast:
-            loss, _, _ = raw_model(batch("train", np.arange(cfg.batch_size)))
+            loss, _, _ = raw_model(place(random_batch(cfg.batch_size, cfg.max_seq_len, known["vocab_size"])))
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), math.inf)
-        tell(f"dry run: loss {loss:.4f}, gradient norm {norm:.3f}, {count / 1e6:.2f} M parameters; nothing was written\n"
-             "to train: python train_hrm.py --dataset synthetic --run_name demo")  # fmt: skip
+        tell(f"dry run: loss {loss:.4f}, gradient norm {norm:.3f}, {count / 1e6:.2f} M parameters; --dataset trains")
         return dict(step=0, best=math.inf, stopped=0)
+    n_val, rows = min(cfg.eval_rows or data.rows("val"), data.rows("val")), cfg.batch_size * world
+    if cfg.save_best_model and not (cfg.run_name and n_val):
+        raise UsageError("--save_best_model needs a --run_name, and validation rows")
+    batches = math.ceil(data.rows("train") / rows)  # an epoch; its last batch is filled up from its start
+    steps = cfg.epochs * batches * cfg.segments if cfg.epochs and cfg.steps in (0, type(cfg).steps) else cfg.steps
+    if steps < 1:
+        raise UsageError(f"--steps {cfg.steps} --epochs {cfg.epochs}: one of them must be 1 or more")
     trained = dict(raw_model.named_parameters())
     groups = [
         dict(params=[p for name, p in trained.items() if decays(name, p)], weight_decay=cfg.weight_decay),
         dict(params=[p for name, p in trained.items() if not decays(name, p)], weight_decay=0.0),
     ]
-    options = dict(lr=cfg.learning_rate, betas=(cfg.beta1, cfg.beta2))
-    if cfg.optimizer == "adamw":
-        optimizer = torch.optim.AdamW(groups, **options, fused=device.type in ("cpu", "cuda"))
-    else:
-        optimizer = AdamW8bit(groups, **options, eps=1e-8, weight_decay=0.0, seed=cfg.seed)
+    fused = device.type in ("cpu", "cuda")
+    kinds = dict(adamw=partial(torch.optim.AdamW, fused=fused), adamw_8bit=partial(AdamW8bit, seed=cfg.seed))
+    optimizer = kinds[cfg.optimizer](groups, lr=cfg.learning_rate, betas=(cfg.beta1, cfg.beta2))
     average = Average(trained, cfg.ema)
-    # all that is saved and resumed
-    parts = dict(model_state=raw_model, optimizer_state=optimizer, amp_scaler=scaler, ema=average)
+    parts = dict(model_state=raw_model, optimizer_state=optimizer, amp_scaler=scaler, ema=average)  # all that is saved
 
     # --- resume ---------------------------------------------------------------------------
     # where the run is, saved and resumed as it stands
     at = SimpleNamespace(step=0, evaluated=0, best_val_loss=math.inf, best_step=0, skipped=0, skipped_in_row=0,
                          halt_threshold=0.0)  # fmt: skip
-    kind, snapshot, metrics = "hrm", r"step_(\d+)\.pt", home / "metrics.jsonl"
-    final, best_file = folder / "final.pt", home / "best-model" / "best.pt"
+    kind, snapshot, final, metrics = "hrm", r"step_(\d+)\.pt", folder / "final.pt", home / "metrics.jsonl"
     lock = checkpoint.lock_run(folder, "hrm") if rank == 0 else None  # noqa: F841  held until the process ends
-    files = checkpoint.numbered(folder, snapshot)
-    if final.exists():  # among the step files by the step that it holds; before them if that can't be read
-        reached = checkpoint.step_of(final, kind)
-        files.insert(sum(int(p.stem[5:]) > reached for p in files), final)
-    path, state = checkpoint.find(cfg.resume, cfg.fresh, files or [final], kind)
-    about = dict(kind=kind, format=1, dataset=cfg.dataset, tokenizer=data.meta.get("kind", "pairs"),
-                 tokenizer_hash=data.tokenizer_hash, data_hash=data.hash, world_size=world, steps=steps,
-                 torch=str(torch.__version__), config=asdict(cfg), model_args=model_args, meta=data.meta)  # fmt: skip
-    carry = None
+    files = checkpoint.by_step(checkpoint.numbered(folder, snapshot), final, kind)
+    path, state = checkpoint.find(cfg.resume, cfg.fresh, files, kind)
+    about = dict(kind=kind, format=1, dataset=cfg.dataset, tokenizer=data.tokenizer.name,
+                 tokenizer_hash=data.tokenizer.hash, data_hash=data.hash, world_size=world, steps=steps,
+                 torch=str(torch.__version__), config=asdict(cfg), model_args=model_args)  # fmt: skip
+    carry = None  # states of the batch at hand, (B, S, C) each
     if state:
-        checkpoint.load_parts(parts, state, path, about, cfg.allow_partial)
+        checkpoint.load_parts(parts, state, path, about)
         vars(at).update({name: state[name] for name in vars(at)})
         if state["carry"] and len(state["carry"]) == world:
-            carry = tuple(z.to(device) for z in state["carry"][rank] or ()) or None
+            carry = tuple(z.to(device) for z in state["carry"][rank])
         tell(checkpoint.notice(path, state, about, COSMETIC))
-        del state
-    if path and at.step >= steps:
+    if at.step >= steps and (at.evaluated == at.step or not n_val):
         tell(f"{home}: finished at step {at.step}, best val_loss {at.best_val_loss:.4f}; a larger --steps goes on")
         hardware.close()
         return dict(step=at.step, best=at.best_val_loss, stopped=0)
@@ -297,17 +269,17 @@ def main(cfg):
         return about | vars(at) | dict(carry=carry) | {name: part.state_dict() for name, part in parts.items()}
 
     def save(path, must=True):
-        states = hardware.gather(carry and tuple(z.cpu() for z in carry))
+        states = hardware.gather(tuple(z.cpu() for z in carry or ()))
         if rank == 0:
             saver(path, payload(states), must)
-            checkpoint.write_sidecars(path, asdict(cfg), data.meta, data.tokenizer)
+            data.write_beside(path, asdict(cfg))
 
     if rank == 0:
-        size = checkpoint.rehearse(folder, "hrm", payload(carry))
+        size = checkpoint.rehearse(folder, "hrm", payload([]))
         if not path:
-            checkpoint.set_aside([*files, best_file, metrics])
+            checkpoint.set_aside([*files, home / "best-model" / "best.pt", metrics])
         start_rows(metrics, at.step, at.evaluated, asdict(cfg), device)
-        tell(f"{count / 1e6:.2f} M parameters to train, checkpoints of {size / 1e6:.0f} MB in {folder}")
+        tell(f"{home}: {count / 1e6:.2f} M parameters to train, checkpoints of {size / 1e6:.0f} MB in {folder}")
 
     # --- schedule, evaluation, stop -------------------------------------------------------
     def lr_at(step):  # linear warmup, then down to the floor: a pure function of the step
@@ -327,39 +299,37 @@ def main(cfg):
                 if stop:
                     break
                 index = np.arange(start, min(start + size, n_val))
-                trace = raw_model.trace(batch("val", index), segments) | data.about("val", index)
+                trace = raw_model.trace(place(data.batch("val", index)), segments) | data.about("val", index)
                 found.append({name: values.cpu() for name, values in trace.items()})
         raw_model.train()
         shards = hardware.gather((bool(stop), found))
         if any(stopped for stopped, _ in shards):
             return None
-        found = [part for _, parts in shards for part in parts]
-        trace = {name: torch.cat([part[name] for part in found]) for name in found[0]}
-        at.halt_threshold = pick_threshold(trace) if cfg.halting else math.inf
-        return summarize(trace, cfg.segments, at.halt_threshold if cfg.halting else None)
+        row, at.halt_threshold = summarize([part for _, found in shards for part in found], cfg.segments)
+        return row
 
     def due():  # an evaluation
         return n_val and at.evaluated < at.step and (over or cfg.val_every and at.step % cfg.val_every == 0)
 
     # --- train ----------------------------------------------------------------------------
-    epoch_of_order, batch_of_step, val, over = -1, -1, {}, False
+    epoch_of_order, batch_of_step, val, over = -1, -1, {}, at.step >= steps
     with Stop() as stop, Progress(steps, at.step, show=rank == 0 and sys.stderr.isatty()) as progress:
         start = saved = mark = time.monotonic()
         first, seen, stop_now, late = at.step, 0, 0, 0  # labels since mark; signal; whether a rolling save is due
-        while not over and not stop_now:
+        while True:
             if not due():  # else the run was stopped while it evaluated
                 number, segment = divmod(at.step, cfg.segments)
                 if batch_of_step != number:
                     if epoch_of_order != number // batches:
                         epoch_of_order = number // batches
                         order = np.resize(data.order(cfg.seed, epoch_of_order), (batches, rows))
-                    whole = batch("train", order[number % batches], number)
+                    whole = place(data.batch("train", order[number % batches], number))
                     here = {key: ids[rank * cfg.batch_size :][: cfg.batch_size] for key, ids in whole.items()}
                     targets, batch_of_step = (whole["labels"] >= 0).sum().item(), number
                 for group in optimizer.param_groups:
                     group["lr"] = lr_at(at.step)
                 with hardware.autocast:
-                    loss, report, carry = model(here, carry if segment else None, targets / world)  # DDP: mean over ranks
+                    loss, _, carry = model(here, carry if segment else None, targets / world)  # DDP takes the mean
                 scaler.scale(loss).backward()
                 scaler.unscale_(optimizer)
                 norm = torch.nn.utils.clip_grad_norm_(trained.values(), cfg.grad_clip or math.inf).item()
@@ -377,10 +347,9 @@ def main(cfg):
                 at.skipped += bool(bad)
                 at.skipped_in_row = at.skipped_in_row + 1 if bad and scaler.get_scale() <= 1 else 0
                 if at.skipped_in_row == BAD_STEPS:
-                    raise DataError(f"{BAD_STEPS} steps in a row were not finite, up to step {at.step + 1}\n"
-                                    f"try: a smaller --lr; last good file: {saver.last}")  # fmt: skip
+                    raise DataError(f"{BAD_STEPS} steps in a row not finite, try a smaller --lr; good: {saver.last}")
                 at.step, seen = at.step + 1, seen + targets
-                progress(loss=f"{loss:.3f}", **val)
+                progress(**dict(train=f"{loss:.3f}") | val)
                 if rank == 0 and (at.step % cfg.log_steps == 0 or over):
                     rate = (at.step - first) / (now - start)
                     tell(f"step {at.step}/{steps} | loss {loss:.3f} | grad {norm:.2f} | lr {lr_at(at.step - 1):.1e} | "
@@ -396,16 +365,17 @@ def main(cfg):
                 mark += time.monotonic() - before
                 if row:
                     at.evaluated, val = at.step, {name: f"{number:.4f}" for name, number in row.items()}
-                    tell(f"step {at.step} | " + " | ".join(f"val {name} {number}" for name, number in val.items()))
+                    tell(f"step {at.step} | val " + " | ".join(f"{name} {number}" for name, number in val.items()))
                     if rank == 0:
                         append_row(metrics, dict(step=at.step, split="val") | row)
-                    if row["loss"] < at.best_val_loss:
+                    if improved := row["loss"] < at.best_val_loss:
                         at.best_val_loss, at.best_step = row["loss"], at.step
-                        if cfg.save_best_model:
-                            save(best_file)
+                    if improved and cfg.save_best_model:
+                        save(home / "best-model" / "best.pt")
             if over or stop_now:
                 save(final)
-            elif late or cfg.val_every and at.evaluated == at.step:
+                break
+            if late or cfg.val_every and at.evaluated == at.step:
                 save(folder / f"step_{at.step}.pt", must=not late)
                 saved = time.monotonic()
                 if rank == 0:
@@ -419,8 +389,7 @@ def main(cfg):
             plot_losses([metrics], home / "loss.png")
         except ImportError:
             tell("no loss curve: pip install matplotlib")
-    where = f"--run_name {cfg.run_name}" if cfg.run_name else f"--checkpoint {final}"
-    next_command = f"python generate.py {where}" if over else "the same command again"
+    next_command = f"python generate.py --checkpoint {final}" if over else "the same command again"
     tell(f"{home}: step {at.step} of {steps}, best val_loss {at.best_val_loss:.4f} at step {at.best_step}, "
          f"{time.monotonic() - start:.0f} s, peak {peak_mb(device):.0f} MB; next: {next_command}")  # fmt: skip
     hardware.close()

@@ -28,24 +28,26 @@ def pick_threshold(trace):
     return min((used, threshold) for right, used, threshold in found if right >= best - SLACK)[1]
 
 
-def summarize(trace, segments, threshold=None):
-    """Numbers of a row of metrics, after `segments` segments; with a threshold also those of stopping by it.
+def summarize(parts, segments):
+    """Traces of batches -> numbers of a row of metrics, after `segments` segments; the halting threshold, inf without.
 
-    The trace also has, for each row (N), `labels`: how many there are, `asked`: how many of them count as cells,
-    `bytes`: of the text of the answer, and `short` where some of the rows have a shorter prompt.
+    Each also has, for each row (N), `labels`: how many there are, `asked`: how many of them count as cells, `bytes`: of
+    the text of the answer, or `short`: of the rows with a shorter prompt, which are counted apart.
     """
-    k, rows = segments - 1, {name: values.double() for name, values in trace.items()}
+    trace = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    k, rows, threshold = segments - 1, {name: values.double() for name, values in trace.items()}, math.inf
     nats, right = rows["nats"][:, k].sum().item(), rows["right"][:, k]
     found = dict(loss=nats / rows["labels"].sum().item(), exact=right.mean().item())
     if "asked" in rows:
         found["cells"] = (rows["hits"][:, k].sum() / rows["asked"].sum().clamp_min(1)).item()
     if "bytes" in rows:
         found["bpb"] = nats / math.log(2) / max(1.0, rows["bytes"].sum().item())
-    if "short" in rows and rows["short"].any():
-        short = trace["short"].bool()
+    if "short" in rows:
+        short = trace["short"]
         found |= dict(exact=right[~short].mean().item(), exact_short=right[short].mean().item())
-    if threshold is not None:
+    if "halt" in trace:
+        threshold = pick_threshold(trace)
         last = stops(trace["halt"], threshold)
         stopped = trace["right"].gather(1, last[:, None]).double().mean().item()
         found |= dict(exact_halting=stopped, segments=last.double().mean().item() + 1)
-    return found
+    return found, threshold

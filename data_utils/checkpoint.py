@@ -1,5 +1,6 @@
 """Plain torch checkpoints: whole or absent, verified when read, tensors and plain Python only."""
 
+import math
 import os
 import platform
 import re
@@ -95,6 +96,21 @@ def numbered(folder, pattern):
     return [p for _, p in sorted(found, reverse=True)]
 
 
+def by_step(files, final, kind):
+    """Return step files (largest number first) with `final` among them by the step that it holds; first if unreadable.
+
+    So that what cannot be read is named, and of two with the same step the final one is taken.
+    """
+    if not final.exists():
+        return files or [final]
+    try:
+        step = load_checkpoint(final, kind)["step"]
+    except CheckpointError:
+        step = math.inf
+    place = sum(int(re.search(r"\d+", p.stem)[0]) > step for p in files)
+    return [*files[:place], final, *files[place:]]
+
+
 def first_good(paths, kind):
     """Return (path, state) of the first checkpoint that loads, warning about each that does not; (None, None) for none.
 
@@ -185,7 +201,8 @@ def _check_optimizer(optimizer, saved, path):
     """torch accepts any shape here and fails at the next step."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     for i, slots in saved["state"].items():
-        if i >= len(parameters) or any(t.ndim and t.shape != parameters[i].shape for t in slots.values()):
+        whole = [t for name, t in slots.items() if t.ndim and not name.endswith(("_codes", "_scales"))]  # not in blocks
+        if i >= len(parameters) or any(t.shape != parameters[i].shape for t in whole):
             raise UsageError(f"{path}: optimizer state {i} does not fit its parameter\ntry: --allow_partial")
 
 

@@ -16,7 +16,7 @@ import torch
 from data_utils import sources
 from data_utils.config import DataError, UsageError
 from data_utils.encode import SPLITS, id_type, pack, read_ids
-from data_utils.prepared import Writer, read_index, read_meta, read_row
+from data_utils.prepared import Writer, read_index, read_meta, read_row, write_beside
 from data_utils.tokenizer import load_tokenizer
 from data_utils.workers import cores, in_order
 
@@ -168,6 +168,13 @@ class SimpleTokenizer:
     def decode(self, ids):
         return "".join(chr(i + 29) for i in map(int, ids) if i >= 3)
 
+    @property
+    def token_bytes(self):
+        return np.array([0] * 3 + [1] * 95, np.int64)
+
+    def to_json(self):
+        return json.dumps(self.to_dict())
+
     def to_dict(self):
         return dict(kind="characters", pad_id=0, bos_id=1, eos_id=2, characters="".join(map(chr, range(32, 127))))
 
@@ -193,6 +200,7 @@ class Pairs:
         self.splits, self.meta, self.tokenizer, self.max_seq_len = splits, meta, tokenizer, max_seq_len
         self.hash = meta.get("data_sha256") or hashlib.sha256(json.dumps(meta).encode()).hexdigest()
         self.cut_leaks = self.leak = False
+        self.short = 0  # ids of a prompt below which it is scored apart; 0: none is
         n = self.rows("train")
         if not n:
             raise DataError("no training row")
@@ -216,8 +224,20 @@ class Pairs:
         """Return the rows of "train" in the order of an epoch, (n,) int64."""
         return np.random.default_rng((seed, epoch)).permutation(self.rows("train"))
 
-    def batch(self, split, index):
-        """Return the dict of pad_batch for the rows `index` (B,)."""
+    def about(self, split, index):
+        """Return {labels, bytes, short}, (B,) each: ids and UTF-8 bytes of the answer, whether it is a short sum."""
+        batch = self.batch(split, index)
+        real, sizes = batch["labels"] >= 0, torch.from_numpy(self.tokenizer.token_bytes.astype(np.int64))
+        octets = (sizes[batch["labels"].clamp_min(0)] * real).sum(1)
+        found = dict(labels=real.sum(1), bytes=octets)
+        return found | dict(short=batch["encoder_mask"].sum(1) < self.short) if self.short else found
+
+    def write_beside(self, path, config):
+        """Write config.yaml, meta.json and tokenizer.json for the checkpoint `path`."""
+        write_beside(path, config, self.meta, self.tokenizer)
+
+    def batch(self, split, index, number=None):
+        """Return the dict of pad_batch for the rows `index` (B,); `number`, that of the batch, changes nothing here."""
         ids, places = self.splits[split]
         index = np.asarray(index, np.int64)
         found = np.asarray(places[index])

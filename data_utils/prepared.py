@@ -33,6 +33,20 @@ def write_json(path, state):
     write_atomic(path, lambda file: file.write(content))
 
 
+def write_beside(path, config, meta, tokenizer=None):
+    """Write what belongs to the checkpoint `path`: <name>.yaml with every flag, meta.json, tokenizer.json."""
+    import yaml
+
+    path = Path(path)
+    write_atomic(path.with_suffix(".yaml"), lambda file: file.write(yaml.safe_dump(config, sort_keys=False).encode()))
+    write_json(path.parent / "meta.json", meta)
+    if tokenizer:
+        write_atomic(path.parent / "tokenizer.json", lambda file: file.write(tokenizer.to_json().encode()))
+    for orphan in path.parent.glob("step_*.yaml"):
+        if not orphan.with_suffix(".pt").exists():
+            orphan.unlink()
+
+
 def read_meta(folder):
     """Return meta.json of a finished folder, defaults filled in. Raises DataError that says what is there instead."""
     folder = Path(folder)

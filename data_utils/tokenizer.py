@@ -124,6 +124,9 @@ class BPETokenizer:
     def encode_batch(self, texts):
         return [found.ids for found in self.bpe.encode_batch_fast(texts, add_special_tokens=False)]
 
+    def to_json(self):
+        return self.bpe.to_str()
+
     def decode(self, ids):
         return self.bpe.decode([i for i in map(int, ids) if i not in self.control], skip_special_tokens=False)
 

@@ -7,10 +7,8 @@ diffuser.py       diffusion over token embeddings: train_expert.py, train_mla.py
 mla.py            multi-head latent attention: train_mla.py, generate.py
 router.py         mixture of frozen experts: train_mla.py, generate.py
 vector_store.py   memory of training contexts: train_mla.py, generate.py
-transformer.py    causal transformer, and its parts: train_expert.py, generate.py
-state_space.py    selective scan and Mamba blocks: train_expert.py, generate.py
-diffuser.py       diffusion over token embeddings: train_expert.py, generate.py
 trm.py            recursive core: hrm.py
-hrm.py            encoder, recursive core, decoder or cell head
-adamw8bit.py      AdamW with 8-bit moments
+hrm.py            encoder, recursive core, decoder or cell head: train_hrm.py, generate.py
+adamw8bit.py      AdamW with 8-bit moments: train_hrm.py
+average.py        moving average of weights: train_hrm.py
 """

@@ -43,7 +43,7 @@ def dequantize(codes, scales, kind):
 class AdamW8bit(torch.optim.Optimizer):
     """Like torch.optim.AdamW. What is rounded up follows from `seed` and the step alone, so that a run can go on."""
 
-    def __init__(self, params, *, lr, betas, eps, weight_decay, seed):
+    def __init__(self, params, *, lr, betas, seed, eps=1e-8, weight_decay=0.0):
         super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, step=0))
         self.seed = seed
 

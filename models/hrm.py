@@ -234,6 +234,29 @@ class HRM(nn.Module):
         guess, nats = self.guess(h), linear_cross_entropy(h, self.head.weight, labels)[1]
         return dict(nats=nats, guess=guess, right=((guess == labels) | (labels < 0)).all(1), used=used)
 
+    @torch.no_grad()
+    def trace(self, batch, segments):
+        """Score a batch of `forward` after each of so many segments -> dict of (B, segments).
+
+        nats: of the labels; hits: right labels, of blank cells (id 0) only where cells are filled in; right: all are;
+        with halting `halt`: the logit of it. A decoder is fed the right answer so far: `right` is greedy decoding.
+        """
+        mask, labels = batch.get("encoder_mask"), batch["labels"]
+        x, bias = self.encode(batch["encoder_ids"], mask)
+        (z_H, z_L), found = self.start(x), {}
+        asked = labels >= 0 if not self.cells else batch["encoder_ids"] == 0
+        for _ in range(segments):
+            z_H, z_L = self.core(x, z_H, z_L, self.rotary, bias)
+            h = self.answer(x, z_H, bias, batch.get("decoder_input_ids"))
+            hit = self.guess(h) == labels
+            now = dict(nats=linear_cross_entropy(h, self.head.weight, labels)[1].sum(1), hits=(hit & asked).sum(1))
+            now["right"] = (hit | (labels < 0)).all(1)
+            if self.halting:
+                now["halt"] = self.confidence(z_H, mask)
+            for name, values in now.items():
+                found.setdefault(name, []).append(values)
+        return {name: torch.stack(values, 1) for name, values in found.items()}
+
     def solve(self, ids, segments, threshold=math.inf):
         """ids (B, S) of puzzles -> (answer of each cell (B, S), segments used (B))."""
         x, bias, z_H, used = self.think(ids, None, segments, threshold)
