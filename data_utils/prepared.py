@@ -29,7 +29,7 @@ KNOWN |= {f"{name}.partial" for name in FILES["both"]}
 
 
 def write_json(path, state):
-    content = json.dumps(state, indent=1, ensure_ascii=False).encode("utf-8") + b"\n"
+    content = json.dumps(state, indent=1, ensure_ascii=False, sort_keys=True).encode("utf-8") + b"\n"
     write_atomic(path, lambda file: file.write(content))
 
 
@@ -125,6 +125,7 @@ class Writer:
         if file.tell() < size:
             raise DataError(f"{path} is shorter than progress.json says\ntry: --fresh")
         file.truncate(size)
+        file.seek(size)
 
     def __enter__(self):
         return self
@@ -195,7 +196,7 @@ class Writer:
             else:
                 os.replace(path, final)
         found = hashlib.sha256()
-        for name in self.state["sizes"]:
+        for name in sorted(self.state["sizes"]):
             with open(self.folder / FINISHED[name], "rb") as file:
                 while block := file.read(2**22):
                     found.update(block)
