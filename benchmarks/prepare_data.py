@@ -25,6 +25,48 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+LENGTH = 256
+
+
+def plain(source, out, vocab_size):
+    """The plain way of `language`: trains the tokenizer of folder `out`, or writes its train.jsonl and val.jsonl."""
+    import pyarrow.parquet
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+
+    def texts(n=None):
+        for batch in itertools.islice(pyarrow.parquet.ParquetFile(source).iter_batches(512, columns=["text"]), n):
+            yield from (" ".join(text.split()) for text in batch.to_pydict()["text"])
+
+    path = Path(out, "tokenizer.json")
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        bpe = Tokenizer(models.BPE(unk_token="<unk>"))
+        bpe.pre_tokenizer = pre_tokenizers.Whitespace()
+        special = ["<pad>", "<bos>", "<eos>", "<unk>"]
+        bpe.train_from_iterator(texts(4), trainers.BpeTrainer(vocab_size=int(vocab_size), special_tokens=special))
+        bpe.save(str(path))
+        return
+    bpe, draw, group = Tokenizer.from_file(str(path)), random.Random(1337), []
+    with open(f"{out}/train.jsonl", "w") as train, open(f"{out}/val.jsonl", "w") as val:
+        for text in itertools.chain(texts(), [None]):
+            if text is not None:
+                group.append(text)
+            if len(group) < 256 and text is not None:
+                continue
+            for found in bpe.encode_batch(group):
+                for start in range(0, len(found.ids), LENGTH - 2):
+                    ids = [1, *found.ids[start : start + LENGTH - 2], 2]
+                    row = dict(encoder_ids=ids[:-1], decoder_input_ids=ids[:-1], labels=ids[1:])
+                    file = val if draw.random() < 0.02 else train
+                    json.dump(row, file)
+                    file.write("\n")
+            group = []
+
+
+if __name__ == "__main__" and "--plain" in sys.argv:  # a child process that is measured: what it imports counts
+    plain(*sys.argv[2:])
+    sys.exit()
+
 from benchmarks.experts import figure, load, save, table, write_readme
 from data_utils import corpus
 from data_utils.pairs import open_pairs, open_splits
@@ -32,7 +74,6 @@ from data_utils.prepared import read_row
 from data_utils.tokenizer import load_tokenizer
 
 HERE = Path(__file__).resolve().parent
-LENGTH = 256
 
 
 def documents():
@@ -62,41 +103,6 @@ def write_parquet(path, megabytes):
                 rows = []
             if size > megabytes * 1e6:
                 return size / 1e6
-
-
-def plain(source, out, vocab_size):
-    """The plain way of `language`: returns nothing, writes out/train.jsonl, out/val.jsonl."""
-    import pyarrow.parquet
-    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
-
-    def texts(n=None):
-        for batch in itertools.islice(pyarrow.parquet.ParquetFile(source).iter_batches(512, columns=["text"]), n):
-            yield from (" ".join(text.split()) for text in batch.to_pydict()["text"])
-
-    path = Path(out, "tokenizer.json")
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        bpe = Tokenizer(models.BPE(unk_token="<unk>"))
-        bpe.pre_tokenizer = pre_tokenizers.Whitespace()
-        special = ["<pad>", "<bos>", "<eos>", "<unk>"]
-        bpe.train_from_iterator(texts(4), trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=special))
-        bpe.save(str(path))
-        return
-    bpe, draw, group = Tokenizer.from_file(str(path)), random.Random(1337), []
-    with open(f"{out}/train.jsonl", "w") as train, open(f"{out}/val.jsonl", "w") as val:
-        for text in itertools.chain(texts(), [None]):
-            if text is not None:
-                group.append(text)
-            if len(group) < 256 and text is not None:
-                continue
-            for found in bpe.encode_batch(group):
-                for start in range(0, len(found.ids), LENGTH - 2):
-                    ids = [1, *found.ids[start : start + LENGTH - 2], 2]
-                    row = dict(encoder_ids=ids[:-1], decoder_input_ids=ids[:-1], labels=ids[1:])
-                    file = val if draw.random() < 0.02 else train
-                    json.dump(row, file)
-                    file.write("\n")
-            group = []
 
 
 def measured(*words):
@@ -217,8 +223,17 @@ class Bench:
                 if size > self.args.mb * 1e6:
                     break
         fields = "--question-field data.question --answer-field data.answers.text[0]".split()
-        found = [measured("prepare_data.py", "normalize-qa", "--input", source, "--output", self.folder / "qa.out.jsonl",
-                          "--fresh", *fields) for _ in range(self.args.times)]  # fmt: skip
+        command = [
+            "prepare_data.py",
+            "normalize-qa",
+            "--input",
+            source,
+            "--output",
+            f"{source}.out",
+            "--fresh",
+            *fields,
+        ]
+        found = [measured(*command) for _ in range(self.args.times)]
         yield figure("`normalize-qa`, MB/s, whole command", ">= 30", [(size / 1e6 / s,) for s, _ in found])
         yield figure("`normalize-qa`, peak MB of its largest process", "flat", [(mb,) for _, mb in found])
         self.ours(form="jsonl")
@@ -282,10 +297,7 @@ def main(argv=None):
     add("--vocab", type=int, default=8192, help="ids of the tokenizers, default 8192")
     add("--readme", action="store_true", help="write the table into README.md")
     add("--out", type=Path, default=HERE / "prepare_data.json", help="results")
-    add("--plain", nargs=3, help=argparse.SUPPRESS)  # a child process that is measured
     args = parser.parse_args(argv)
-    if args.plain:
-        return plain(args.plain[0], args.plain[1], int(args.plain[2]))
     args.threads = 2
     said = "".join(f" --{n} {getattr(args, n)}" for n in ("mb", "times") if getattr(args, n) != parser.get_default(n))
     if args.rows:

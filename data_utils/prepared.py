@@ -68,8 +68,8 @@ def read_index(folder, split, meta):
     path = Path(folder, f"{split}.idx.npy")
     try:
         if Path(folder, f"{split}.bin").stat().st_size:  # an empty file can't be mapped
-            index = np.load(path, mmap_mode="r", allow_pickle=False)
-            ids = np.memmap(Path(folder, f"{split}.bin"), dtype, "r")
+            index = np.asarray(np.load(path, mmap_mode="r", allow_pickle=False))  # plain arrays index faster
+            ids = np.asarray(np.memmap(Path(folder, f"{split}.bin"), dtype, "r"))
     except (OSError, ValueError, EOFError) as e:
         raise DataError(f"{path}: {str(e).splitlines()[0]}") from e
     good = index.dtype == np.int64 and index.ndim == 2 and index.shape[1] in (2, 3)

@@ -2,6 +2,7 @@
 
 import gzip
 import hashlib
+import importlib
 import json
 import os
 import shutil
@@ -137,7 +138,8 @@ def test_complete_other_flags_fresh(prepared, tmp_path):
 def test_questions_and_conversations(tmp_path):
     long = " ".join(texts(3))
     put(tmp_path / "qa.jsonl", [
-        dict(prompt="a", response="b"), dict(question=long, answer=long), dict(instruction="do", input="it", output="c"),
+        dict(prompt="a", response="b"), dict(question=long, answer=long),
+        dict(instruction="do", input="it", output="c"),
         dict(instruction="do", input="", output="d"),
         dict(messages=[dict(role="user", content="x"), dict(role="assistant", content="y"),
                        dict(role="user", content="z"), dict(role="assistant", content="w")]),
@@ -153,7 +155,7 @@ def test_questions_and_conversations(tmp_path):
 
 def test_every_format_gives_the_same_rows(prepared, tmp_path):
     pyarrow = pytest.importorskip("pyarrow")
-    import pyarrow.parquet
+    importlib.import_module("pyarrow.parquet")
 
     documents = [t.replace("\n", " ").replace("\r", " ") for t in prepared[2] if t.strip("\x00")]
     table = pyarrow.table(dict(text=documents, score=range(len(documents))))
@@ -210,7 +212,8 @@ def test_sources_that_give_nothing(tmp_path, capsys):
     with pytest.raises(DataError, match="tokenizer.json"):
         language(put(tmp_path / "c.jsonl", texts(9)), tmp_path / "out2", tokenizer=str(tmp_path / "tokenizer.json"))
     for changes, named in [(dict(source=""), "--source"), (dict(val_ratio=1.0), "--val_ratio"),
-                           (dict(max_seq_len=2), "--max_seq_len"), (dict(prefix_ratio=1.0), "--prefix_ratio")]:  # fmt: skip
+                           (dict(max_seq_len=2), "--max_seq_len"),
+                           (dict(prefix_ratio=1.0), "--prefix_ratio")]:  # fmt: skip
         with pytest.raises(UsageError, match=named):
             prepare.language(config("language", **dict(source=str(tmp_path / "c.jsonl"), dest="x") | changes))
     language(tmp_path / "c.jsonl", tmp_path / "out4", val_ratio=1e-9, tokenizer=str(tmp_path / "absent.json"))
@@ -372,7 +375,8 @@ def test_merge_is_one_run_over_all_sources(prepared, chunks, tmp_path, capsys):
 
 def test_chunks_that_differ_are_refused_before_a_byte_is_written(chunks, tmp_path):
     for changes, reason in [(dict(pad_id=7), "pad_id 0 -> 7"), (dict(tokenizer_sha256="x"), "tokenizer_sha256"),
-                            (dict(format="jsonl"), "format both -> jsonl"), (None, "unfinished|no meta.json")]:  # fmt: skip
+                            (dict(format="jsonl"), "format both -> jsonl"),
+                            (None, "unfinished|no meta.json")]:  # fmt: skip
         shutil.rmtree(tmp_path / "chunks", ignore_errors=True)
         shutil.copytree(chunks, tmp_path / "chunks")
         path = tmp_path / "chunks" / "2" / "meta.json"
@@ -524,7 +528,8 @@ def test_the_commands_of_the_guide(tmp_path):
         tmp_path / "raw.jsonl",
         [{"data": {"question": f"What is {i}?", "answers": {"text": [str(i)]}}} for i in range(99)],
     )
-    finish(start("prepare_data.py", "normalize-qa", "--input", tmp_path / "raw.jsonl", "--output", tmp_path / "qa.jsonl",
+    finish(start("prepare_data.py", "normalize-qa", "--input", tmp_path / "raw.jsonl",
+                 "--output", tmp_path / "qa.jsonl",
                  "--question-field", "data.question", "--answer-field", "data.answers.text[0]"))  # fmt: skip
     flags = "--vocab-size 128000 --max-seq-len 256 --val-ratio 0.02".split()
     out, _ = finish(
