@@ -98,7 +98,7 @@ class NormalizeConfig:
 
 @dataclass
 class ArithmeticConfig:
-    out: str = "data/arithmetic"  # folder to write
+    out: str = "datasets/arithmetic"  # folder to write
     digits: int = 2  # of an operand, at most
     operators: str = "+"  # of + - *
     val_ratio: float = 0.2  # share of the questions that is held out
@@ -109,7 +109,7 @@ class ArithmeticConfig:
 
 @dataclass
 class SudokuConfig:
-    out: str = "data/sudoku"  # folder to write
+    out: str = "datasets/sudoku"  # folder to write
     size: Literal[4, 6, 9] = 9  # digits
     givens: int = 40  # cells that are not blank; 0 = as few as possible
     train: int = 2000  # puzzles

@@ -123,7 +123,8 @@ def read_texts(task, counts, *, text_field, lang, collapse_whitespace, skip_bad_
 def encode_task(task, *, tokenizer, digest, max_seq_len, prefix_ratio, val_ratio, seed, batch, form, reading):
     """Return the part of one task; counts["lowest"] is the smallest --val-ratio that would hold a document out."""
     loaded, counts, lowest = tokenizer_of(tokenizer, digest), Counter(), 1.0
-    options = dict(bos=[loaded.bos_id], eos=[loaded.eos_id], size=max_seq_len)
+    bos, eos = np.array([loaded.bos_id]), np.array([loaded.eos_id])
+    options = dict(bos=bos, eos=eos, size=max_seq_len)
     rows = dict(train=[], val=[])
     for group in _groups(read_texts(task, counts, **reading), batch):
         flat = [text for document in group for text in _flat(document)]
@@ -177,7 +178,7 @@ def _chunks(ids, prefix_ratio, *, bos, eos, size):
     for start in range(0, len(ids), size - 2):
         chunk = ids[start : start + size - 2]
         middle = int(prefix_ratio * len(chunk))
-        end = eos if start + size - 2 >= len(ids) else []
+        end = eos[: start + size - 2 >= len(ids)]
         yield np.concatenate([bos, chunk[:middle]]), np.concatenate([chunk[middle:], end])
 
 

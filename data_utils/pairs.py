@@ -71,7 +71,8 @@ def open_splits(folder, *, workers=0, skip_bad_lines=False, cache_dir="", rank=0
         files = [path for split in SPLITS if (path := folder / f"{split}.jsonl").is_file()]
         stamps = {path.name: [path.stat().st_size, path.stat().st_mtime_ns] for path in files}
         stamps |= {name: meta[name] for name in ("vocab_size", "bos_id")}
-        cache = _convert(files, stamps, meta, workers, skip_bad_lines, [folder / ".cache", Path(cache_dir)], rank, say)
+        places = [Path(place, ".cache") for place in (folder, cache_dir) if place]
+        cache = _convert(files, stamps, meta, workers, skip_bad_lines, places, rank, say)
         folder, meta = cache, meta | {k: v for k, v in read_meta(cache).items() if k.endswith(("samples", "sha256"))}
     return meta, {split: read_index(folder, split, meta) for split in SPLITS}
 

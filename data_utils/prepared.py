@@ -29,7 +29,7 @@ KNOWN |= {f"{name}.partial" for name in FILES["both"]}
 
 
 def write_json(path, state):
-    content = json.dumps(state, indent=1, ensure_ascii=False).encode("utf-8") + b"\n"
+    content = json.dumps(state, indent=1, ensure_ascii=False, sort_keys=True).encode("utf-8") + b"\n"
     write_atomic(path, lambda file: file.write(content))
 
 
@@ -82,8 +82,8 @@ def read_index(folder, split, meta):
     path = Path(folder, f"{split}.idx.npy")
     try:
         if Path(folder, f"{split}.bin").stat().st_size:  # an empty file can't be mapped
-            index = np.load(path, mmap_mode="r", allow_pickle=False)
-            ids = np.memmap(Path(folder, f"{split}.bin"), dtype, "r")
+            index = np.asarray(np.load(path, mmap_mode="r", allow_pickle=False))  # plain arrays index faster
+            ids = np.asarray(np.memmap(Path(folder, f"{split}.bin"), dtype, "r"))
     except (OSError, ValueError, EOFError) as e:
         raise DataError(f"{path}: {str(e).splitlines()[0]}") from e
     good = index.dtype == np.int64 and index.ndim == 2 and index.shape[1] in (2, 3)
@@ -139,6 +139,7 @@ class Writer:
         if file.tell() < size:
             raise DataError(f"{path} is shorter than progress.json says\ntry: --fresh")
         file.truncate(size)
+        file.seek(size)
 
     def __enter__(self):
         return self
@@ -209,7 +210,7 @@ class Writer:
             else:
                 os.replace(path, final)
         found = hashlib.sha256()
-        for name in self.state["sizes"]:
+        for name in sorted(self.state["sizes"]):
             with open(self.folder / FINISHED[name], "rb") as file:
                 while block := file.read(2**22):
                     found.update(block)

@@ -95,9 +95,9 @@ def normalize_task(task, *, paths, templates, skip_missing):
         if isinstance(row, ValueError):
             raise DataError(f"{sources.where(task, place)}: {row}\ntry: mend it")
         for record in records(row, paths):
-            missing = [name for name in ("question", "answer") if not record[name]]
-            counts.update(missing)
-            if missing and skip_missing:
+            present = [name for name in ("question", "answer") if record[name]]
+            counts.update(present)
+            if len(present) < 2 and skip_missing:
                 counts["skipped"] += 1
                 continue
             prompt, response = ("".join(record.get(p[0], "") if isinstance(p, tuple) else p for p in template)
@@ -146,7 +146,7 @@ def normalize(cfg):
 
     def checked(file):
         write_shuffled(file) if cfg.shuffle else write(file)
-        if not counts["records"] or max(counts["question"], counts["answer"]) >= counts["records"] + counts["skipped"]:
+        if not (counts["records"] and counts["question"] and counts["answer"]):
             first = next((row for task in sources.split(files) for _, row in sources.rows(task)), {})
             names = ", ".join(map(str, first)) or "none" if isinstance(first, dict) else first
             found = f"no question or no answer in {cfg.input}: fields of the first row: {names}"
@@ -162,7 +162,7 @@ def normalize(cfg):
             print("stopped: nothing was written")
             return dict(stopped=stop.signal)
     size, spent = output.stat().st_size / 1e6, time.monotonic() - started
-    about = f"without question {counts['question']}, without answer {counts['answer']}, skipped {counts['skipped']}"
+    about = f"{counts['question']} with a question, {counts['answer']} with an answer, {counts['skipped']} skipped"
     print(f"{output}: {counts['records']} records, {about}; {size:.1f} MB, {spent:.1f} s")
     return {}
 

@@ -139,10 +139,10 @@ def test_the_cache_is_used_until_the_file_changes_and_falls_back(tmp_path, monke
     write(folder, some_rows(12), some_rows(2))
     second = open_pairs(folder, say=quiet)
     assert second.rows("train") == 12 and second.hash != first.hash
-    monkeypatch.setattr(pairs, "_writable", lambda place: place == tmp_path / "run")
+    monkeypatch.setattr(pairs, "_writable", lambda place: place.parent == tmp_path / "run")
     write(folder, some_rows(13), some_rows(2))
     assert open_pairs(folder, cache_dir=tmp_path / "run", say=quiet).rows("train") == 13
-    assert (tmp_path / "run" / "meta.json").exists()
+    assert (tmp_path / "run" / ".cache" / "meta.json").exists()
 
 
 def test_workers_read_the_same_bytes_and_heartbeats_are_said(tmp_path, monkeypatch):
