@@ -1,13 +1,16 @@
-"""Use what was trained: write text with a language-model expert, or with the router over all three.
+"""Use what was trained: write text with a language model, answer questions and puzzles with train_hrm.py's.
 
     python generate.py --checkpoint checkpoints/transformer_expert.pt --prompt "In the beginning"
     python generate.py --checkpoint checkpoints/diffuser_expert.pt --steps 32 --length 128
     python generate.py --checkpoint checkpoints/nanothink_mla.pt --prompt "In the beginning"
+    python generate.py --run_name addition --prompt "What is 12 + 7?"
+    python generate.py --run_name sudoku9 --input puzzles.txt                       # one a line, . for blanks
 
 Text goes to stdout as it is made, timing to stderr.
 """
 
 import itertools
+import math
 import sys
 import time
 from dataclasses import dataclass
@@ -32,11 +35,35 @@ class Config:
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
 
 
+@dataclass
+class AnswerConfig:
+    run_name: str = ""  # a run of train_hrm.py: its best model, else its final one
+    checkpoint: str = ""  # or a file of it
+    dataset: str = "auto"  # what it must have been trained on
+    prompt: tuple[str, ...] = ()  # questions or puzzles, quoted
+    input: str = ""  # or a file, one a line
+    max_new_tokens: int = 64  # longest answer
+    temperature: float = 0.0  # 0 takes the likeliest token
+    top_k: int = 0  # choose among so many likeliest tokens; 0 = all
+    top_p: float = 1.0  # choose among the likeliest tokens that hold this share of the probability
+    segments: int = 0  # segments of reasoning; 0 = as evaluated
+    halting: bool = True  # stop where the model thinks that it is right, if it learnt to
+    seed: int = 0  # of the draws
+    device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
+
+
+def variant(run_name):
+    """The flags of train_hrm.py's runs, which lie in runs/, or those of language models."""
+    answers = run_name or any("runs/" in word for word in sys.argv)
+    return AnswerConfig if answers else Config
+
+
 if __name__ == "__main__":  # before torch is imported, so that --help and typos answer at once
-    cfg = from_cli(Config, __doc__)
+    cfg = from_cli(variant, __doc__, by="run_name")
 
 import torch
 
+from data_utils.answers import load_reasoner
 from data_utils.experts import load_expert
 from data_utils.hardware import Hardware
 from data_utils.tokenizer import load_tokenizer
@@ -99,7 +126,51 @@ def size_of(state):
     return sum(size_of(part) for part in state)
 
 
+def answer(cfg):
+    """Answer every prompt with a model of train_hrm.py, one by one: answers to stdout, what they took to stderr."""
+    at_least(cfg, 0, "temperature", "top_k", "top_p", "seed", "segments")
+    hardware = Hardware(cfg.device, "fp32")
+    model, about, encode, tokenizer = load_reasoner(cfg.run_name, cfg.checkpoint, cfg.dataset)
+    model.to(hardware.device)
+    prompts = [*cfg.prompt, *(read_lines(cfg.input) if cfg.input else [])]
+    if not prompts:
+        raise UsageError('no question\ntry: --prompt "What is 12 + 7?" or --input FILE')
+    trained = about["config"]["eval_segments"] or about["config"]["segments"] * (4 if model.halting else 1)
+    thinking = dict(segments=cfg.segments or trained, threshold=about["halt_threshold"] if cfg.halting else math.inf)
+    generator = torch.Generator(hardware.device).manual_seed(cfg.seed)
+
+    def choice(logits):
+        return choose(logits, cfg.temperature, cfg.top_k, cfg.top_p, generator)
+
+    for prompt in prompts:
+        start, ids = time.monotonic(), torch.tensor([encode(prompt)], device=hardware.device)
+        if ids.shape[1] > model.max_seq_len:
+            raise UsageError(f"a prompt of {ids.shape[1]} tokens, the model was built for {model.max_seq_len}")
+        if model.cells:
+            found, used = model.solve(ids, **thinking)
+            rows = found.view(math.isqrt(ids.shape[1]), -1).tolist()
+            text, count = "\n".join("".join(map(str, row)) for row in rows), ids.shape[1]
+        else:
+            ends = dict(bos_id=tokenizer.bos_id, eos_id=tokenizer.eos_id, max_new_tokens=cfg.max_new_tokens)
+            (found,), used = model.generate(ids, None, **ends, **thinking, choose=choice)
+            text, count = tokenizer.decode(found), len(found) + 1
+        print(text, flush=True)
+        rate = count / (time.monotonic() - start)
+        print(f"{used.item()} segments, {count} tokens, {rate:.0f} tokens/s", file=sys.stderr)
+    return {}
+
+
+def read_lines(path):
+    try:
+        with open(path, encoding="utf-8") as file:
+            return [line.rstrip("\n") for line in file if line.strip()]
+    except (OSError, UnicodeDecodeError) as e:
+        raise UsageError(f"--input {path}: {e}") from e
+
+
 def main(cfg):
+    if isinstance(cfg, AnswerConfig):
+        return answer(cfg)
     at_least(cfg, 1, "num_samples", "steps", "length", "max_new_tokens")
     at_least(cfg, 0, "temperature", "top_k", "top_p", "seed")
     hardware = Hardware(cfg.device, "fp32")

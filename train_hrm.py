@@ -164,8 +164,8 @@ device compile""".split()
 
 
 def decays(name, parameter):
-    """Weight decay is for matrices: not for embeddings, tables of places, norms and biases."""
-    return parameter.ndim == 2 and not any(word in name for word in ("embedding", "places", "from_", "in_answer"))
+    """Weight decay is for matrices, tables of ids and places too: without it held-out sums come much later."""
+    return parameter.ndim == 2
 
 
 def main(cfg):
@@ -251,7 +251,7 @@ def main(cfg):
     path, state = checkpoint.find(cfg.resume, cfg.fresh, files, kind)
     about = dict(kind=kind, format=1, dataset=cfg.dataset, tokenizer=data.tokenizer.name,
                  tokenizer_hash=data.tokenizer.hash, data_hash=data.hash, world_size=world, steps=steps,
-                 torch=str(torch.__version__), config=asdict(cfg), model_args=model_args)  # fmt: skip
+                 torch=str(torch.__version__), config=asdict(cfg), model_args=model_args, meta=data.meta)  # fmt: skip
     carry = None  # states of the batch at hand, (B, S, C) each
     if state:
         checkpoint.load_parts(parts, state, path, about)

@@ -1,11 +1,19 @@
-"""What a hierarchical reasoning model answered: exact answers, cells, nats and bits per byte, and when to stop.
+"""Hierarchical reasoning models in use: rebuilt from a checkpoint, their answers scored, and when to stop.
 
 N rows, K segments; a trace holds tensors of a number for each row after each segment (see models/hrm.py).
 """
 
 import math
+from functools import partial
+from pathlib import Path
 
 import torch
+
+from data_utils.checkpoint import CheckpointError, load_checkpoint, numbered
+from data_utils.config import UsageError
+from data_utils.pairs import SimpleTokenizer, open_tokenizer
+from data_utils.puzzles import parse
+from models.hrm import HRM
 
 THRESHOLDS = -2.0, -1.0, 0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, math.inf  # of the halting logit
 SLACK = 0.005  # share of right answers that an early stop may cost on the rows it is chosen with
@@ -42,7 +50,7 @@ def summarize(parts, segments):
         found["cells"] = (rows["hits"][:, k].sum() / rows["asked"].sum().clamp_min(1)).item()
     if "bytes" in rows:
         found["bpb"] = nats / math.log(2) / max(1.0, rows["bytes"].sum().item())
-    if "short" in rows:
+    if "short" in rows and rows["short"].any():
         short = trace["short"]
         found |= dict(exact=right[~short].mean().item(), exact_short=right[short].mean().item())
     if "halt" in trace:
@@ -51,3 +59,43 @@ def summarize(parts, segments):
         stopped = trace["right"].gather(1, last[:, None]).double().mean().item()
         found |= dict(exact_halting=stopped, segments=last.double().mean().item() + 1)
     return found, threshold
+
+
+def load_reasoner(run_name, path, dataset):
+    """Return (frozen averaged model in eval mode, its checkpoint, prompt -> ids, tokenizer; none for puzzles).
+
+    run_name: best-model, else final.pt, else the newest step of runs/<run_name>; or a path. dataset: `auto`, or that
+    of the run. Raises UsageError naming what there is, CheckpointError for what can't be read.
+    """
+    if run_name:
+        home = Path("runs", run_name)
+        steps = numbered(home / "checkpoints", r"step_(\d+)\.pt")
+        files = [home / "best-model" / "best.pt", home / "checkpoints" / "final.pt", *steps]
+        path = next((file for file in files if file.exists()), "")
+        if not path:
+            there = ", ".join(sorted(p.name for p in Path("runs").glob("*"))) or "none"
+            raise UsageError(f"--run_name {run_name}: no checkpoint in {home}; runs there are: {there}")
+    if not Path(path).exists():
+        there = ", ".join(str(p) for p in sorted(Path(path).parent.glob("*.pt"))) or "none"
+        raise UsageError(f"--checkpoint {path}: no such file; checkpoints there: {there}")
+    state = load_checkpoint(path, "hrm")
+    if dataset not in ("auto", state["dataset"]):
+        raise UsageError(f"--dataset {dataset}: {path} was trained on {state['dataset']}")
+    model = HRM(**state["model_args"])
+    try:
+        model.load_state_dict(state["model_state"])
+        model.load_state_dict(state["ema"], strict=False)
+    except RuntimeError as e:
+        raise CheckpointError(f"{path} does not fit its own model_args: {str(e).splitlines()[0]}") from e
+    if model.cells:
+        return model.requires_grad_(False).eval(), state, lambda prompt: parse(prompt).tolist(), None
+    tokenizer = open_tokenizer(Path(path).parent, state["meta"] | dict(tokenizer_file="tokenizer.json"))
+    plain = (
+        partial(tokenizer.encode, add_specials=False) if isinstance(tokenizer, SimpleTokenizer) else tokenizer.encode
+    )
+    return (
+        model.requires_grad_(False).eval(),
+        state,
+        lambda prompt: [tokenizer.bos_id, *plain(prompt), tokenizer.eos_id],
+        tokenizer,
+    )

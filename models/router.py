@@ -141,8 +141,10 @@ class NanoThink(nn.Module):
         documents = documents.flatten() if documents is not None else None
         found = self.store.search(F.normalize(final.detach().float(), dim=-1).flatten(0, -2), documents)
         similarity, tokens = (t.view(*recall.shape, -1) for t in found)
-        none = similarity.amax(-1) == -torch.inf
-        share = (similarity / self.log_tau.exp()).masked_fill(none[..., None], 0.0).softmax(-1)
+        bad = similarity == -torch.inf
+        none = bad.all(-1)
+        scaled = similarity.masked_fill(bad, 0.0) / self.log_tau.exp()  # 0: infinity would leave no gradient but nan
+        share = scaled.masked_fill(bad & ~none[..., None], -torch.inf).softmax(-1)
         return tokens, share, recall.sigmoid() * ~none
 
     def forward(self, x, y=None, index=None, documents=None):

@@ -163,6 +163,23 @@ def test_gradients_and_frozen_experts(kv_latent_dim, store):
     assert all(torch.equal(a, b) for (_, a), (_, b) in zip(before, hash_of(model.experts), strict=True))
 
 
+def test_gradients_where_neighbours_are_few():
+    """Entries of the query's own document among the top k, and queries without any neighbour."""
+    model = make().train()
+    x, y = tokens()
+    store = VectorStore(C, top_k=8, max_vectors=100)
+    store.add(model.keys(x[:1, :3])[0], [1, 2, 3], [0, 0, 1])
+    store.build()
+    model.attach(store)
+    documents = torch.arange(x.numel()).view(x.shape) % 3 % 2
+    for own in (documents, torch.ones_like(documents)):
+        model.zero_grad()
+        loss, report = model(x, y, documents=own)
+        loss.backward()
+        assert all(p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
+        assert report["lambda"].max() > 0
+
+
 def test_overfits_one_batch():
     model = make(settled=False).train()
     x, y = tokens()
