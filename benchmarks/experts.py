@@ -61,7 +61,7 @@ def build(side, args, vocab):
                         schedule="linear", latent_layer=0, noise_scale=0, next_weight=0.2, next_share=0.2)  # fmt: skip
         experts = dict(transformer=sizes | attention, state_space=sizes | scan,
                        diffuser=sizes | attention | diffuser | dict(n_layers=-(-2 * layers // 3)))  # fmt: skip
-        latent = dict(n_layers=2, kv_latent_dim=C // 3, rope_dim=C // 12)  # 128 and 32 at width 384
+        latent = dict(n_layers=2, kv_latent_dim=C // 3, rope_dim=C // 24 * 2)  # 128 and 32 at width 384
         model = NanoThink(**sizes | attention | latent, experts=experts, entropy_reg=0.01, balance_reg=0.01, z_reg=1e-3)
         model.start_from(model.experts)
         return model

@@ -77,5 +77,11 @@ class Hardware:
         return numbers.tolist()
 
     def close(self):
+        """Leave the process group, all ranks together.
+
+        Without the barrier a rank can hang: gloo's thread may still hold tensors of the last reduction and wait for
+        the interpreter, while the interpreter waits for that thread to end.
+        """
         if self.world > 1 and dist.is_initialized():
+            dist.barrier()
             dist.destroy_process_group()
