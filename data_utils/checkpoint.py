@@ -201,7 +201,8 @@ def _check_optimizer(optimizer, saved, path):
     """torch accepts any shape here and fails at the next step."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     for i, slots in saved["state"].items():
-        whole = [t for name, t in slots.items() if t.ndim and not name.endswith(("_codes", "_scales"))]  # not in blocks
+        tensors = {name: t for name, t in slots.items() if torch.is_tensor(t) and t.ndim}
+        whole = [t for name, t in tensors.items() if not name.endswith(("_codes", "_scales"))]  # not in blocks
         if i >= len(parameters) or any(t.shape != parameters[i].shape for t in whole):
             raise UsageError(f"{path}: optimizer state {i} does not fit its parameter\ntry: --allow_partial")
 

@@ -44,7 +44,7 @@ class AdamW8bit(torch.optim.Optimizer):
     """Like torch.optim.AdamW. What is rounded up follows from `seed` and the step alone, so that a run can go on."""
 
     def __init__(self, params, *, lr, betas, seed, eps=1e-8, weight_decay=0.0):
-        super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, step=0))
+        super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay))
         self.seed = seed
 
     def load_state_dict(self, state_dict):
@@ -58,10 +58,10 @@ class AdamW8bit(torch.optim.Optimizer):
     def step(self):
         generators = {}  # one a device
         for group in self.param_groups:
-            group["step"] += 1
-            (beta1, beta2), t = group["betas"], group["step"]
+            beta1, beta2 = group["betas"]
             for p in (p for p in group["params"] if p.grad is not None):
                 state, g, small = self.state[p], p.grad, p.numel() < SMALLEST
+                t = state.get("step", 0) + 1
                 if p.device not in generators:
                     generators[p.device] = torch.Generator(p.device).manual_seed(self.seed + 1_000_003 * t)
                 if small or not state:
@@ -77,6 +77,7 @@ class AdamW8bit(torch.optim.Optimizer):
                 v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
                 root = (v / (1 - beta2**t)).sqrt_().add_(group["eps"])
                 p.mul_(1 - group["lr"] * group["weight_decay"]).addcdiv_(m, root, value=-group["lr"] / (1 - beta1**t))
+                state["step"] = t
                 for kind, moment in dict(m=m, v=v).items():
                     if small:
                         state[kind] = moment
