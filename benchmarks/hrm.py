@@ -1,0 +1,450 @@
+"""Figures of train_hrm.py: what recursion and halting are worth, speed against the official HRM, text with controls.
+
+    python benchmarks/hrm.py                                     # all rows; sudoku takes hours on two cores
+    python benchmarks/hrm.py --rows sums,step --threads 2
+    python benchmarks/hrm.py --rows text --gsm8k ../gsm8k        # a folder with train.jsonl and test.jsonl
+    python benchmarks/hrm.py --rows "" --readme                  # only write tables and figure
+
+Runs lie in --home and go on where they were; what is finished is only read again.
+"""
+
+import argparse
+import contextlib
+import json
+import math
+import os
+import re
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks.experts import figure, load, save, table, timed, write_readme
+from data_utils.answers import load_reasoner, pick_threshold, stops
+from data_utils.config import DataError
+from data_utils.pairs import open_pairs
+from data_utils.puzzles import make, peers
+from data_utils.questions import BUILT_IN
+from models.adamw8bit import AdamW8bit
+from models.hrm import HRM
+
+HERE = Path(__file__).resolve().parent
+GET = "git clone https://github.com/sapientinc/HRM benchmarks/peers/HRM"
+PLAIN = "--core plain --segments 1 --no-halting"
+SUDOKU = dict(  # what it is called, flags, seeds; steps such that all take about the same seconds
+    recursive=("recursion", "", 3),
+    plain=("the same parameters once", f"{PLAIN} --steps 9200", 1),
+    twelve=("twelve layers", f"{PLAIN} --core_layers 12 --steps 1500", 1),
+)
+SUMS = dict(
+    recursive=("recursion", "", 3),
+    none=("core none, a layer more", "--core none --encoder_layers 2", 3),
+    rope=("positions from the left", "--positions rope", 1),
+)
+SEGMENTS = 16
+STEP = dict(width=128, batch=64, length=81, vocab=11, layers=4)  # the architecture of the official code, made small
+QUICK = STEP | dict(width=64, batch=2, length=9, layers=1)
+
+
+# --- runs -------------------------------------------------------------------------------------
+def train(args, name, *flags):
+    """Run train_hrm.py to its end, or read what it wrote -> (last training row, last validation row)."""
+    words = [sys.executable, HERE.parent / "train_hrm.py", f"--run_name={name}", *" ".join(flags).split()]
+    args.home.mkdir(parents=True, exist_ok=True)
+    threads = os.environ | dict(OMP_NUM_THREADS=str(args.threads))
+    subprocess.run(list(map(str, words)), check=True, cwd=args.home, env=threads, stdout=subprocess.DEVNULL)
+    rows = [json.loads(line) for line in (args.home / f"runs/{name}/metrics.jsonl").read_text().splitlines()]
+    return tuple([row for row in rows if row.get("split") == split][-1] for split in ("train", "val"))
+
+
+def seeds_of(args, group, arms, *flags):
+    """Yield (arm, what it is called, [(training row, validation row) of each seed])."""
+    for arm, (called, more, seeds) in arms.items():
+        found = []
+        for seed in range(min(seeds, args.seeds)):
+            found.append(train(args, f"{group}-{arm}-seed{seed}", *flags, more, f"--seed {seed}"))
+            print(f"  {group}-{arm}-seed{seed}: {found[-1]}", flush=True)
+        yield arm, called, found
+
+
+def quoted(runs, name):
+    """'mean (each seed)' of a number of validation rows, in percent."""
+    values = [100 * val[name] for _, val in runs if name in val]
+    return f"{statistics.mean(values):.1f} ({', '.join(f'{v:.1f}' for v in values)})" if values else ""
+
+
+def sums(args):
+    """Addition: 1,620 held-out sums of two-digit numbers, 380 with a shorter operand."""
+    flags = f"--config {HERE.parent}/configs/hrm/addition.yaml"
+    for _, called, runs in seeds_of(args, "sums", SUMS, flags):
+        worst = min(val["exact"] for _, val in runs)
+        yield dict(figure=f"held-out sums right, %, {called}", ours=quoted(runs, "exact"), target="100",
+                   spread=f"worst {1620 * worst:.0f} of 1,620; one operand short: {quoted(runs, 'exact_short')}; "
+                          f"{statistics.median(row['seconds'] for row, _ in runs):.0f} s")  # fmt: skip
+
+
+def singles(puzzles):
+    """Share of 9 x 9 puzzles that come out by filling in cells with a single candidate, again and again."""
+
+    def solved(grid):
+        while True:
+            free = {i: set(range(1, 10)) - {grid[j] for j in peers(9)[i]} for i, digit in enumerate(grid) if not digit}
+            new = {i: candidates.pop() for i, candidates in free.items() if len(candidates) == 1}
+            if not new:
+                return not free
+            for i, digit in new.items():
+                grid[i] = digit
+
+    return statistics.mean(solved(puzzle.tolist()) for puzzle in puzzles)
+
+
+def traced(args, name):
+    """Trace of a finished run over its validation puzzles, `SEGMENTS` segments: (N, SEGMENTS) each; model; puzzles."""
+    with contextlib.chdir(args.home):
+        model, about, _, _ = load_reasoner(name, "", "auto")
+    puzzles, solutions = grids(about["config"]["data_seed"])
+    parts = []
+    for x, y in zip(puzzles.split(100), solutions.split(100), strict=True):
+        parts.append(model.trace(dict(encoder_ids=x, labels=y), SEGMENTS if model.core.recursive else 1))
+    return {key: torch.cat([part[key] for part in parts]) for key in parts[0]}, model, (puzzles, solutions)
+
+
+def grids(seed, cached={}):  # noqa: B006  the same for all runs
+    if seed not in cached:
+        cached[seed] = [torch.from_numpy(grid).long() for grid in make(**BUILT_IN, seed=seed, processes=2)["val"]]
+    return cached[seed]
+
+
+def sudoku(args):
+    """9 x 9 puzzles of 40 givens that no training puzzle is a disguise of; what a segment more is worth."""
+    curves = {}
+    for arm, called, runs in seeds_of(args, "sudoku", SUDOKU, "--dataset sudoku --log_steps 100"):
+        about = [f"cells {quoted(runs, 'cells')}", f"{statistics.median(row['seconds'] for row, _ in runs):.0f} s"]
+        if arm == "recursive":
+            used = statistics.mean(val["segments"] for _, val in runs)
+            about.insert(0, f"halting {quoted(runs, 'exact_halting')} after {used:.2f} segments")
+        name, target = f"sudoku, 40 givens, held out, % solved, {called}", ">= 95" if arm == "recursive" else ""
+        yield dict(figure=name, ours=quoted(runs, "exact"), target=target, spread="; ".join(about))
+        traces = [traced(args, f"sudoku-{arm}-seed{seed}")[0] for seed in range(len(runs))]
+        curves[called] = [100 * trace["right"].double().mean(0) for trace in traces]
+    for k in (1, 2, 4, 8, SEGMENTS):
+        values = [curve[k - 1].item() for curve in curves["recursion"]]
+        yield dict(figure=f"sudoku, % solved after {k} segments", ours=round(statistics.mean(values), 1), target="",
+                   spread=f"{min(values):.1f} to {max(values):.1f}")  # fmt: skip
+    naked = 100 * singles(grids(1)[0])
+    yield dict(figure="sudoku, % solved by cells with a single candidate alone", ours=round(naked, 1), target="beside")
+    draw(curves, naked, args.picture)
+
+
+def draw(curves, naked, out):
+    """% solved over segments, a line a seed; arms without segments as levels."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    picture, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
+    for (arm, found), colour in zip(curves.items(), plt.get_cmap("tab10").colors, strict=False):
+        for seed, curve in enumerate(found):
+            label = arm + f", {len(found)} seeds" * (len(found) > 1) if not seed else None
+            curve = curve.tolist() * (SEGMENTS if len(curve) == 1 else 1)
+            style = dict(marker="o", ms=3.5) if arm == "recursion" else dict(ls="--")
+            axes.plot(range(1, SEGMENTS + 1), curve, color=colour, label=label, **style)
+    axes.axhline(naked, color="grey", lw=1, ls=":", label="cells with a single candidate, repeated")
+    axes.set(xlabel="segments of reasoning", ylabel="puzzles solved (%)", ylim=(-3, 103),
+             title="9 x 9 Sudoku, 40 givens, held out: equal training seconds")  # fmt: skip
+    axes.set_xticks([1, 2, 4, 8, 12, 16])
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, loc="center right")
+    picture.savefig(out, dpi=130)
+    plt.close(picture)
+
+
+def halting(args):
+    """Stopping by the halting head, the threshold chosen on one half of the held-out puzzles, measured on the other."""
+    for seed in range(args.seeds):
+        trace, *_ = traced(args, f"sudoku-recursive-seed{seed}")
+        half = len(trace["right"]) // 2
+        threshold = pick_threshold({key: values[:half] for key, values in trace.items()})
+        right, last = trace["right"][half:].double(), stops(trace["halt"][half:], threshold)
+        fixed, stopped = 100 * right.mean(0), 100 * right.gather(1, last[:, None]).mean().item()
+        first = torch.where(right.any(1), right.argmax(1), SEGMENTS - 1).double().mean().item() + 1
+        yield dict(figure=f"sudoku, segments used with halting, of {SEGMENTS}, seed {seed}",
+                   ours=round(last.double().mean().item() + 1, 2), peer=SEGMENTS, target="<= 0.6",
+                   ratio=round((last.double().mean().item() + 1) / SEGMENTS, 3),
+                   spread=f"solved {stopped:.1f} %, best fixed count {fixed.max():.1f} % at {fixed.argmax() + 1}; "
+                          f"an oracle would stop after {first:.2f}")  # fmt: skip
+
+
+def failures(args):
+    """Easy puzzles and fixed points: what such models are known to fail at (arXiv 2601.10679)."""
+    for seed in range(args.seeds):
+        trace, model, (puzzles, solutions) = traced(args, f"sudoku-recursive-seed{seed}")
+        blank = torch.randint(81, (len(solutions), 1), generator=torch.Generator().manual_seed(0))
+        one = model.trace(dict(encoder_ids=solutions.scatter(1, blank, 0), labels=solutions), 4)["right"][:, -1]
+        yield dict(figure=f"sudoku, puzzles with one blank solved after 4 segments, %, seed {seed}", target=">= 99.9",
+                   ours=round(100 * one.double().mean().item(), 2))  # fmt: skip
+        right = trace["right"]
+        kept = right[right[:, 3], -1].double().mean().item()
+        yield dict(figure=f"sudoku, right after 4 segments and still after {SEGMENTS}, %, seed {seed}",
+                   target=">= 99.5", ours=round(100 * kept, 2))  # fmt: skip
+
+
+# --- speed ------------------------------------------------------------------------------------
+def official():
+    """The official code of HRM with its two CUDA packages replaced -> (model, losses) modules; ImportError without."""
+
+    class Settings:  # all that is used of pydantic
+        def __init__(self, **values):
+            self.__dict__ |= values
+
+    def attention(q, k, v, causal):
+        return F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)), is_causal=causal).transpose(1, 2)
+
+    shims = dict(flash_attn=SimpleNamespace(flash_attn_func=attention), pydantic=SimpleNamespace(BaseModel=Settings))
+    own = {name: sys.modules.pop(name) for name in list(sys.modules) if name.split(".")[0] == "models"}
+    before = {name: sys.modules.get(name) for name in shims}
+    sys.modules |= shims
+    paths = sys.path[:]
+    sys.path[:] = [str(HERE / "peers" / "HRM"), *(p for p in paths if not Path(p, "models", "__init__.py").exists())]
+    try:
+        from models import losses
+        from models.hrm import hrm_act_v1
+
+        return hrm_act_v1, losses
+    finally:
+        sys.path[:] = paths
+        for name in [name for name in sys.modules if name.split(".")[0] == "models"]:
+            del sys.modules[name]
+        sys.modules |= own
+        for name, module in before.items():
+            sys.modules[name] = module
+            if module is None:
+                del sys.modules[name]
+
+
+def stepper(side, args, dtype, compile=False):
+    """A function that does one training step; `official, one forward` skips its second, for the Q target."""
+    s = SimpleNamespace(**args.step)
+    torch.manual_seed(0)
+    x, y = torch.randint(1, s.vocab, (2, s.batch, s.length))
+    if side == "ours":
+        model = HRM(vocab_size=s.vocab, d_model=s.width, max_seq_len=s.length, n_heads=s.width // 64, encoder_layers=0,
+                    decoder_layers=0, core="recursive", core_layers=s.layers, share=False, h_cycles=2, l_steps=2,
+                    grad="one_step", ffn_dim=-(-round(4 * s.width * 2 / 3) // 256) * 256, positions="rope",
+                    relation_bias=False, halting=True, halting_weight=0.5)  # fmt: skip
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+        state = SimpleNamespace(carry=None)
+        call = torch.compile(model) if compile else model
+
+        def step():
+            with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bf16"):
+                loss, _, state.carry = call(dict(encoder_ids=x, labels=y), state.carry)
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
+        return step
+    modules, losses = official()
+    forward_dtype = dict(bf16="bfloat16", fp32="float32")[dtype]
+    settings = dict(
+        batch_size=s.batch, seq_len=s.length, num_puzzle_identifiers=1, vocab_size=s.vocab, H_cycles=2, L_cycles=2,
+        H_layers=s.layers, L_layers=s.layers, hidden_size=s.width, expansion=4, num_heads=s.width // 64,
+        pos_encodings="rope", puzzle_emb_ndim=0, rms_norm_eps=1e-5, rope_theta=10000.0, halt_exploration_prob=0.1,
+        halt_max_steps=16 if side == "official" else 1, forward_dtype=forward_dtype,
+    )  # fmt: skip
+    model = losses.ACTLossHead(modules.HierarchicalReasoningModel_ACTV1(settings), "stablemax_cross_entropy")
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+    batch = dict(inputs=x, labels=y, puzzle_identifiers=torch.zeros(s.batch, dtype=torch.int32))
+    state = SimpleNamespace(carry=model.initial_carry(batch))
+
+    def step():
+        state.carry, loss, *_ = model(return_keys=[], carry=state.carry, batch=batch)
+        (loss / s.batch).backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return step
+
+
+def step(args):
+    """Training steps per second of the same architecture, 4 + 4 layers at width 128, in turn."""
+    pairs = [("fp32", "fp32", "official", ">= 1.7"), ("bf16", "bf16", "official", ">= 1.6"),
+             ("bf16", "fp32", "official", ">= 4"), ("fp32", "fp32", "official, one forward", "")]  # fmt: skip
+    for ours, theirs, side, target in pairs:
+        sides = [stepper("ours", args, ours), peer(side, args, theirs)]
+        yield timed(f"training steps/s in {ours}, against {side} HRM in {theirs}", target, args, sides, (1, 1), GET)
+    rounds = [[peak("ours", args), *filter(None, [peak("official", args)])] for _ in range(min(3, args.times))]
+    yield figure("peak MB of the process, training in fp32, against official HRM", "<= 0.5", rounds, GET)
+
+
+def peer(side, args, dtype):
+    try:
+        return stepper(side, args, dtype)
+    except ImportError:
+        return None
+
+
+def peak(side, args):
+    """Most resident MB of a process that takes two steps; of a child, so that this one's does not count."""
+    command = [sys.executable, __file__, "--peak", json.dumps([side, args.step, args.threads])]
+    found = subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout
+    return json.loads(found)
+
+
+def resident(side, step, threads):
+    torch.set_num_threads(threads)
+    if run := peer(side, SimpleNamespace(step=step), "fp32"):
+        run(), run()
+        return int(re.search(r"VmHWM:\s*(\d+)", Path("/proc/self/status").read_text())[1]) * 1024 / 1e6
+
+
+def generate(args):
+    """Greedy answers of 64 ids with the cache against encoder, core and decoder done again for every id."""
+    torch.manual_seed(0)
+    model = HRM(vocab_size=8192, d_model=256, max_seq_len=128, n_heads=4, encoder_layers=2, decoder_layers=4,
+                core="recursive", core_layers=2, share=True, h_cycles=2, l_steps=2, grad="last_cycle", ffn_dim=0,
+                positions="rope", relation_bias=False, halting=False, halting_weight=0.5).eval()  # fmt: skip
+    prompt, n = torch.randint(4, 8192, (1, 64)), 64 if not args.quick else 4
+
+    @torch.no_grad()
+    def cached():
+        x, bias, z_H, _ = model.think(prompt, None, 1, math.inf)
+        state, ids = model.init_state(x, z_H, bias), torch.zeros(1, 1, dtype=torch.long)
+        for _ in range(n):
+            logits, state = model.step(ids, state)
+            ids = logits.argmax(-1, keepdim=True)
+
+    @torch.no_grad()
+    def anew():
+        ids = torch.zeros(1, 1, dtype=torch.long)
+        for _ in range(n):
+            x, bias, z_H, _ = model.think(prompt, None, 1, math.inf)
+            ids = torch.cat([ids, model.guess(model.answer(x, z_H, bias, ids))[:, -1:]], 1)
+
+    yield timed(f"tokens/s of an answer of {n}, cached against recomputed", ">= 20", args, [cached, anew], (n, n))
+
+
+# --- text -------------------------------------------------------------------------------------
+def prepared(args):
+    """GSM8K as questions and answers, by prepare_data.py normalize-qa and language -> folder."""
+    if not args.gsm8k:
+        raise DataError(
+            "text needs GSM8K\ntry: --gsm8k FOLDER, with train.jsonl and test.jsonl of openai/grade-school-math"
+        )
+    out, home = args.home / "gsm8k", HERE.parent
+    if not (out / "meta.json").exists():
+        args.home.mkdir(parents=True, exist_ok=True)
+        fields = "--question-field question --answer-field answer --fresh"
+        steps = (
+            f"normalize-qa --input {args.gsm8k}/train.jsonl --output {out}.jsonl {fields}",
+            f"language --source {out}.jsonl --dest {out} --val-ratio 0.1 --format bin --vocab-size 4096",
+        )
+        for words in steps:
+            subprocess.run([sys.executable, home / "prepare_data.py", *words.split()], check=True)
+    return out
+
+
+def text(args):
+    """Question -> answer on GSM8K: the core against none, and what the prompt is worth."""
+    folder, unigram = prepared(args), None
+    arms = {"recursion": "", "core none, two layers more": "--core none --encoder_layers 4"}
+    for arm, more in arms.items():
+        name = f"text-{arm.split()[0].strip(',')}"
+        _, val = train(args, name, f"--dataset {folder} --steps {args.text_steps} --warmup_steps 50 --grad_clip 1",
+                       f"--mixed_precision auto --eval_rows 400 {more}")  # fmt: skip
+        with contextlib.chdir(args.home):
+            model, about, _, _ = load_reasoner(name, "", "auto")
+        data = open_pairs(folder, max_seq_len=about["config"]["max_seq_len"])
+        rng, rows = np.random.default_rng(0), np.arange(400)
+        own, shuffled = (nats(model, data, rows, order) for order in (rows, rng.permutation(rows)))
+        unigram = unigram or entropy(data)
+        yield dict(figure=f"GSM8K answers, bits per byte, {arm}", ours=round(val["bpb"], 4), target="",
+                   spread=f"nats per token {own:.4f}; with the prompts of other rows {shuffled:.4f}; "
+                          f"unigram entropy {unigram:.3f}")  # fmt: skip
+
+
+@torch.no_grad()
+def nats(model, data, rows, prompts):
+    """Mean nats per label of rows, with the encoder given the prompts of other rows."""
+    total = count = 0
+    for index, other in zip(np.array_split(rows, 20), np.array_split(prompts, 20), strict=True):
+        batch, prompt = data.batch("val", index), data.batch("val", other)
+        batch |= {name: prompt[name] for name in ("encoder_ids", "encoder_mask")}
+        found = model.evaluate(batch, 1)["nats"]
+        total, count = total + found.sum().item(), count + int((batch["labels"] >= 0).sum())
+    return total / count
+
+
+def entropy(data):
+    """Nats per label of the validation rows under the frequencies of the training labels, plus one each."""
+
+    def labels(split, n):
+        rows = np.arange(min(n, data.rows(split)))
+        found = torch.cat([data.batch(split, index)["labels"].flatten() for index in np.array_split(rows, 20)])
+        return torch.bincount(found[found >= 0], minlength=data.meta["vocab_size"]).double()
+
+    seen, asked = labels("train", 100_000) + 1, labels("val", 400)
+    return -((seen / seen.sum()).log() * asked / asked.sum()).sum().item()
+
+
+def moments(args):
+    """8-bit AdamW against fp32 on the same batches of text."""
+    folder = prepared(args)
+    flags = f"--dataset {folder} --steps {args.text_steps // 2} --warmup_steps 50 --grad_clip 1 --eval_rows 400"
+    flags += " --mixed_precision auto --optimizer "
+    found = [train(args, f"text-{name}", flags + name)[1]["loss"] for name in ("adamw_8bit", "adamw")]
+    yield figure("GSM8K, validation nats with 8-bit moments, against fp32", "<= 1.01", [tuple(found)])
+    p = torch.nn.Parameter(torch.randn(512, 512))
+    sizes = []
+    for optimizer in (AdamW8bit([p], lr=1e-3, betas=(0.9, 0.95), seed=0), torch.optim.AdamW([p])):
+        p.grad = torch.randn_like(p)
+        optimizer.step()
+        sizes.append(sum(t.nbytes for t in optimizer.state[p].values() if torch.is_tensor(t)))
+    yield figure("bytes of both moments of 512 x 512 weights, 8-bit against fp32", "<= 0.3", [tuple(sizes)])
+
+
+ROWS = dict(sums=sums, sudoku=sudoku, halting=halting, failures=failures, step=step, generate=generate, text=text,
+            moments=moments)  # fmt: skip
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--rows", default=",".join(ROWS), help=f"of {','.join(ROWS)}")
+    add("--quick", action="store_true", help="toy sizes of the speed rows: only to see that they run")
+    add("--readme", action="store_true", help="write the table into README.md")
+    add("--home", type=Path, default=HERE / "work" / "hrm", help="where runs/ lies")
+    add("--gsm8k", type=Path, help="folder with train.jsonl of GSM8K, for text and moments")
+    add("--picture", type=Path, default=HERE / "sudoku.png")
+    add("--out", type=Path, default=HERE / "hrm.json")
+    add("--peak", type=json.loads, help=argparse.SUPPRESS)  # a child process of the memory figure
+    for name, default in dict(seeds=3, times=7, threads=2, text_steps=1200).items():
+        add(f"--{name}", type=int, default=default, help=f"default {default}")
+    args = parser.parse_args(argv)
+    if args.peak:
+        return print(json.dumps(resident(*args.peak)))
+    torch.set_num_threads(args.threads)
+    args.step = QUICK if args.quick else STEP
+    args.home, args.gsm8k = args.home.resolve(), args.gsm8k and args.gsm8k.resolve()
+    said = f" --threads {args.threads}" * (args.threads != 2)
+    for name in filter(None, args.rows.split(",")):
+        figures = []
+        for found in ROWS[name](args):
+            figures.append(found | dict(command=f"python benchmarks/hrm.py --rows {name}{said}"))
+            print(json.dumps(figures[-1]), flush=True)
+        save(args, name, figures=figures)
+    if args.readme:
+        write_readme(table(load(args.out)), name="hrm")
+
+
+if __name__ == "__main__":
+    main()
