@@ -34,6 +34,10 @@ def test_python_commands_parse(command):
     elif words[1] == "train_expert.py":
         cfg = from_cli(module.CONFIGS, argv=flags, by="expert")
         assert type(cfg) is module.CONFIGS[cfg.expert]
+    elif words[1] == "train_hrm.py":
+        from_cli(module.variant, argv=flags, by="dataset", flatten=module.flatten)
+    elif words[1] == "generate.py":
+        from_cli(module.variant, argv=flags, by="run_name")
     else:
         from_cli(module.Config, argv=flags)
 
