@@ -17,7 +17,10 @@ sources.py     parquet, arrow, jsonl, json, txt as tasks: prepare.py, qa.py, pai
 encode.py      rows of text or of ids -> what a task adds to a folder: prepare.py, pairs.py
 workers.py     tasks in other processes, in order: prepare.py, qa.py, pairs.py, puzzles.py
 prepared.py    prepared folders, written so that a kill costs seconds: prepare.py, pairs.py
-pairs.py       padded batches of prompt and answer: train_hrm.py
-arithmetic.py  "What is 12 + 7?": train_hrm.py, prepare_data.py
-puzzles.py     Sudoku: train_hrm.py, train_multimodal.py, prepare_data.py
+pairs.py       padded batches of prompt and answer: questions.py
+questions.py   the data sets of train_hrm.py behind one interface: train_hrm.py
+answers.py     reasoners rebuilt, scored, and when they stop: train_hrm.py, generate.py
+nested.py      configuration files in sections: train_hrm.py
+arithmetic.py  "What is 12 + 7?": questions.py, prepare_data.py
+puzzles.py     Sudoku: questions.py, answers.py, prepare_data.py
 """

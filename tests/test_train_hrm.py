@@ -15,9 +15,9 @@ from conftest import ROOT, finish, start
 from test_resume import assert_same
 
 from data_utils.checkpoint import load_checkpoint
-from data_utils.config import from_cli
+from data_utils.config import from_cli, launch
 from data_utils.nested import flatten
-from train_hrm import HrmConfig, SudokuConfig, SyntheticConfig, variant
+from train_hrm import HrmConfig, SudokuConfig, SyntheticConfig, main, variant
 
 VOLATILE = {"seconds", "tokens_per_s", "peak_mb"}  # of a row of metrics
 SIZES = "--d_model 32 --n_heads 2 --batch_size 16 --eval_batch_size 200 --device cpu --mixed_precision none".split()
@@ -164,9 +164,16 @@ ERRORS = [
 
 
 @pytest.mark.parametrize("flags, status, words", ERRORS, ids=[e[0] for e in ERRORS])
-def test_user_errors(flags, status, words, tmp_path):
-    _, err = finish(start("train_hrm.py", "--device=cpu", *flags.split(), cwd=tmp_path), status)
-    assert words in err and "Traceback" not in err and len(err.splitlines()) <= 3
+def test_user_errors(flags, status, words, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stopped:
+        cfg = from_cli(
+            variant, argv=["--device=cpu", *flags.split()], prog="train_hrm.py", by="dataset", flatten=flatten
+        )
+        launch(main, cfg)
+    out, err = capsys.readouterr()
+    assert stopped.value.code == status, err
+    assert words in err and "Traceback" not in err and len(err.splitlines()) <= 3 and not list(tmp_path.rglob("*.pt"))
 
 
 def test_variants():
@@ -177,12 +184,13 @@ def test_variants():
 
 def test_nested_and_flat_configurations_agree(tmp_path, capsys):
     nested = dict(
-        model=dict(d_model=48, vocab_size=98), encoder=dict(n_layers=3), decoder=dict(n_layers=1), bridge=dict(kind="x"),
+        model=dict(d_model=48, vocab_size=98), encoder=dict(n_layers=3), decoder=dict(n_layers=1), bridge=dict(kind=1),
         hrm=dict(h_layers=2, l_layers=2, h_cycles=3, approx_grad="one_step", h_len=8, use_halting=False),
         optim=dict(lr=0.002, betas=[0.9, 0.99], weight_decay=0.05), train=dict(seq_len=40, tgt_len=40, batch_size=7),
     )  # fmt: skip
-    flat = dict(d_model=48, encoder_layers=3, decoder_layers=1, core_layers=2, h_cycles=3, grad="one_step", beta1=0.9,
-                halting=False, learning_rate=0.002, beta2=0.99, weight_decay=0.05, max_seq_len=40, batch_size=7)  # fmt: skip
+    flat = dict(d_model=48, encoder_layers=3, decoder_layers=1, core_layers=2, h_cycles=3, grad="one_step")
+    flat |= dict(beta1=0.9, halting=False, learning_rate=0.002, beta2=0.99, weight_decay=0.05, max_seq_len=40)
+    flat |= dict(batch_size=7)
     assert flatten(nested) == flat
     assert "bridge.kind" in capsys.readouterr().out
     found = []
