@@ -13,6 +13,8 @@ import generate
 import plot
 import prepare_data
 import train_expert
+import train_hrm
+import train_mla
 from data_utils.config import DataError, UsageError, at_least, from_cli, launch
 
 ROOT = Path(__file__).parents[1]
@@ -183,7 +185,13 @@ def test_a_flag_of_another_variant_is_unknown(capsys):
 
 COMMANDS = {  # every command line: (class or variants, flags that choose one)
     **{f"train_expert {name}": (train_expert.CONFIGS, ["--expert", name]) for name in train_expert.CONFIGS},
+    **{
+        f"train_hrm {c.__name__}": (c, [])
+        for c in (train_hrm.HrmConfig, train_hrm.SyntheticConfig, train_hrm.SudokuConfig)
+    },
+    "train_mla": (train_mla.Config, []),
     "generate": (generate.Config, []),
+    "generate answers": (generate.AnswerConfig, []),
     "plot": (plot.Config, []),
     **{f"prepare_data {name}": (cls, []) for name, (cls, _) in prepare_data.COMMANDS.items()},
 }
@@ -191,7 +199,7 @@ COMMANDS = {  # every command line: (class or variants, flags that choose one)
 
 def help_of(capsys, cls, *argv):
     with pytest.raises(SystemExit) as stop:
-        from_cli(cls, "doc\n    example", [*argv, "--help"], by="expert")
+        from_cli(cls, "doc\n    example", [*argv, "--help"], by="expert" * isinstance(cls, dict))
     text = capsys.readouterr().out
     assert stop.value.code == 0 and "doc\n    example" in text
     return text
