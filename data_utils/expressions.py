@@ -20,7 +20,7 @@ SPECIAL = (
     '</exclude_term> 0 1 (-1) np.pi np.e float("inf") float("-inf") float("nan")'
 ).split()
 LITERALS = {"0": 0.0, "1": 1.0, "(-1)": -1.0, "np.pi": math.pi, "np.e": math.e}
-CACHE = 2**16  # results of a chunk: with the nodes below them they still fit a core's cache
+CACHE = 2**18  # results of a chunk: smaller ones spend their time on calls, larger ones on memory
 LENGTH, NODES, DEPTH, LARGEST, EXPONENT = 2000, 300, 50, 1e12, 64  # limits of a formula that is typed
 
 # function(operands..., out): out is no operand. derivative: for each operand a function(operands..., value).
