@@ -39,23 +39,27 @@ class _Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescription
     """Show defaults; keep the line breaks of the script's docstring."""
 
 
-def from_cli(cls, doc="", argv=None, prog=None, by="", flatten=None):
+def from_cli(cls, doc="", argv=None, prog=None, by="", flatten=None, load=None):
     """Return cls() changed by --config FILE.yaml, then by the flags.
 
     The comment that ends a field's line is its help, and the class that has the field its group, inherited fields
     included. A Literal gives choices, a bool --flag/--no-flag, a tuple takes any number of values. --snake_case and
     --kebab-case both work. No default is None: say "", 0 or -1. A field's metadata may hold `bare`, the value of a flag
-    that stands alone, and `also`, a second name. `cls` may be {choice: class}: then the flag --`by` picks the class, so
+    that stands alone, `also`, a second name, and `short`, one like -o. `cls` may be {choice: class}: then the flag --`by` picks the class, so
     that each variant has defaults and help of its own; or a function of that flag's value ("" if absent) -> class.
-    `flatten` turns the keys of a bundle into flags before they are looked at. Exits with status 2 on a typo, a wrong
-    type or a bad choice, naming the nearest flag. Returns None in a notebook, where sys.argv is the kernel's: there
+    `flatten` turns the keys of a bundle into flags before they are looked at; `load` reads FILE instead (path -> dict,
+    ValueError or UsageError). A field `config` of cls is an ordinary one. Exits with status 2 on a typo, a wrong type
+    or a bad choice, naming the nearest flag. Returns None in a notebook, where sys.argv is the kernel's: there
     call main(Config(...)).
     """
     if argv is None:
         if not hasattr(sys.modules["__main__"], "__file__"):
             return None
         argv = sys.argv[1:]
-    flags, path = _bundle(argv, prog, flatten)
+    own = dataclasses.fields(cls) if dataclasses.is_dataclass(cls) else ()
+    short = {f.metadata["short"]: f"--{f.name}" for f in own if "short" in f.metadata}
+    argv = [{"-c": "--config", **short}.get(word, word) for word in argv]  # argparse would read -ci as -c i
+    flags, path = ([], "") if any(f.name == "config" for f in own) else _bundle(argv, prog, flatten, load)
     if by:
         cls = _choose(cls, by, doc, flags + argv, prog)
     parser = _parser(cls, doc, prog)
@@ -106,7 +110,8 @@ def at_least(cfg, low, *names):
 
 def _parser(cls, doc, prog):
     parser = _Parser(prog=prog, description=doc, formatter_class=_Formatter, allow_abbrev=False)
-    parser.add_argument("--config", default="", metavar="FILE", help="YAML file of flags; typed flags win")
+    if "config" not in (f.name for f in dataclasses.fields(cls)):
+        parser.add_argument("-c", "--config", default="", metavar="FILE", help="YAML file of flags; typed flags win")
     groups = {}
     for f in dataclasses.fields(cls):
         owner, comment = _origin(cls, f.name)
@@ -121,7 +126,9 @@ def _parser(cls, doc, prog):
         if bare := f.metadata.get("bare", BARE.get(f.name)):
             kind |= dict(nargs="?", const=bare)
         names = [f.name, *filter(None, [f.metadata.get("also")])]
-        group.add_argument(*dict.fromkeys("--" + n for name in names for n in (name, name.replace("_", "-"))), **kind)
+        flags = [*filter(None, [f.metadata.get("short")])]
+        flags += dict.fromkeys("--" + n for name in names for n in (name, name.replace("_", "-")))
+        group.add_argument(*flags, **kind)
     return parser
 
 
@@ -158,15 +165,16 @@ def _choose(variants, by, doc, argv, prog):
     parser.parse_args(argv)
 
 
-def _bundle(argv, prog, flatten):
+def _bundle(argv, prog, flatten, load):
     """Return (the flags of --config FILE, FILE); ([], "") without one."""
     probe = _Parser(prog=prog, add_help=False, allow_abbrev=False)
     probe.add_argument("--config", default="")
     path = probe.parse_known_args(argv)[0].config
-    return (_as_flags(path, probe, flatten), path) if path else ([], "")
+    return (_as_flags(path, probe, flatten, load), path) if path else ([], "")
 
 
-def _as_flags(path, parser, flatten):
+def _read_flags(path, parser):
+    """Return (what the YAML file holds, the keys as they stand there, also those that stand there twice)."""
     import yaml
 
     try:
@@ -176,7 +184,18 @@ def _as_flags(path, parser, flatten):
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as e:  # a date of month 13, 5000 digits, deep nesting
         there = ", ".join(map(str, sorted(Path(path).parent.glob("*.yaml")))) if isinstance(e, OSError) else ""
         parser.error(f"--config {path}: {' '.join(str(e).split())}" + f"\nbundles there: {there}" * bool(there))
-    keys = [key.replace("-", "_") for key in re.findall(r"^([\w-]+)\s*:", text, re.M)]
+    return bundle, [key.replace("-", "_") for key in re.findall(r"^([\w-]+)\s*:", text, re.M)]
+
+
+def _as_flags(path, parser, flatten, load):
+    keys = []
+    if load:
+        try:
+            bundle = load(path)
+        except (ValueError, UsageError) as e:
+            parser.error(f"--config {path}: {e}")
+    else:
+        bundle, keys = _read_flags(path, parser)
     if flatten and isinstance(bundle, dict):
         try:
             bundle = flatten(bundle)

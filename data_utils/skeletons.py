@@ -10,6 +10,7 @@ import difflib
 import hashlib
 import itertools
 import math
+import sys
 import zipfile
 import zlib
 from collections import Counter, namedtuple
@@ -18,13 +19,14 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
+from tqdm import tqdm
 
-from data_utils.config import DataError, UsageError, at_least, root
+from data_utils.config import DataError, UsageError, at_least, build, load_config, root
 from data_utils.distributions import parse
 from data_utils.expressions import LITERALS, OPERATORS, Alphabet, Program, from_text, structure
 from data_utils.simplify import NotReal, simplify
 
-TEST_SETS = tuple("{{ROOT}}/configs/test_set/%s.csv" % name for name in ("nguyen", "feynman", "fastsrb"))
+TEST_SETS = tuple("{{ROOT}}/configs/test_set/" + name for name in ("nguyen.csv", "feynman.csv", "fastsrb.csv"))
 RARE = "pow1_3 pow1_4 pow1_5 asin acos sinh cosh asinh acosh atanh".split()
 USUAL = tuple(name for name in OPERATORS if name not in RARE)
 WEIGHTS = "+:10,*:10,-:5,/:5,pow:1,pow2:4,pow1_2:4,exp:4,log:4,sin:4,cos:4,pow3:2,inv:2,neg:2"
@@ -218,30 +220,38 @@ def make_chunk(rng, draws, alphabet, pool, held=None):
     return Pool(tokens, counts), rejected
 
 
-def draw_pool(size, alphabet, pool, held, *, seed, split, report=lambda n: None):
+def draw_pool(size, alphabet, pool, held, *, seed, split, fits=None, report=lambda n: None):
     """Return a Pool of exactly `size` distinct skeletons, in the order in which they were drawn.
 
+    fits(rows) -> (n,) bool marks those that are left out besides (see `fitting`); report(n) is told how many there are.
     Raises DataError, with how many exist, when draws find nothing new any more.
     """
-    seen, rejected, idle = {}, Counter(), 0
+    seen, refused, rejected, idle = {}, set(), Counter(), 0
     for j in itertools.count():
         chunk, reasons = make_chunk(np.random.default_rng((seed, split, 2, j)), PARTS, alphabet, pool, held)
         rejected += reasons
-        before = len(seen)
-        for row, count in zip(chunk.tokens, chunk.counts.tolist(), strict=True):
-            key = row.tobytes()
-            seen[key] = seen.get(key, 0) + count
-        report(min(size, len(seen)))
+        found, before = dict(zip(map(bytes, chunk.tokens), chunk.counts.tolist(), strict=True)), len(seen)
+        for key in found.keys() & seen.keys():
+            seen[key] += found[key]
+        new = [key for key in found if key not in seen and key not in refused]
+        while new and len(seen) < size:
+            part, new = new[: size - len(seen)], new[size - len(seen) :]
+            out = fits(_rows(part, pool.max_length)) if fits else np.zeros(len(part), bool)
+            refused.update(key for key, bad in zip(part, out, strict=True) if bad)
+            seen.update({key: found[key] for key, bad in zip(part, out, strict=True) if not bad})
+        report(len(seen))
         idle = 0 if len(seen) > before else idle + 1
-        if len(seen) >= size:
+        if len(seen) == size:
             break
         if idle == PATIENCE:
-            reasons = ", ".join(f"{n} {reason}" for reason, n in rejected.most_common())
+            reasons = ", ".join(f"{n} {reason}" for reason, n in rejected.most_common() if n)
             raise DataError(f"{size} skeletons asked for, only {len(seen)} exist (rejected draws: {reasons or 'none'})"
-                            "\ntry: a smaller --size, or more operators, variables or --max_length")  # fmt: skip
-    keys = list(seen)[:size]
-    tokens = np.frombuffer(b"".join(keys), np.uint8).reshape(size, pool.max_length)
-    return Pool(tokens, np.array([seen[key] for key in keys]))
+                            "\ntry: a smaller --size, or more operators, variables or a larger max_length")  # fmt: skip
+    return Pool(_rows(seen, pool.max_length), np.array(list(seen.values())))
+
+
+def _rows(keys, width):
+    return np.frombuffer(b"".join(keys), np.uint8).reshape(-1, width)
 
 
 # what is held out
@@ -367,19 +377,65 @@ def _images(tokens):
     return hashes
 
 
-def hold_out(pool, excluded=None):
-    """Return the HoldOut of a PoolConfig's holdout_pools and of `excluded` (token lists)."""
-    prefixes = list(excluded or [])
-    for path in pool.holdout_pools:
-        if path == "none":
-            continue
-        path = path.replace("{{ROOT}}", str(root()))
+def hold_out(pool, excluded=()):
+    """Return the HoldOut of a PoolConfig's holdout_pools and of `excluded`, token lists."""
+    prefixes = list(excluded)
+    for path in _paths(pool):
         if path.endswith(".csv"):
-            prefixes += [formula.prefix for formula in read_formulas(path)]
+            for formula in read_formulas(path):
+                prefixes += [formula.prefix, _folded(formula)]
         else:
             saved, alphabet = load_pool(path)
             prefixes += [alphabet.decode(row) for row in saved.tokens]
     return HoldOut(prefixes)
+
+
+def _paths(pool):
+    return [path.replace("{{ROOT}}", str(root())) for path in pool.holdout_pools if path != "none"]
+
+
+def _folded(formula):
+    try:
+        return simplify(formula.prefix, formula.values)[0]
+    except NotReal:
+        return formula.prefix
+
+
+def fitting(pool, alphabet):
+    """Return fits(rows (N, L)) -> (N,) bool: can constants be found that make a skeleton a held-out formula?
+
+    Those of at most two variables are compared, under both orders, by a fit to 20 points of each.
+    """
+    from data_utils.expressions import evaluate
+    from data_utils.refine import fit
+
+    problems = []
+    for formula in itertools.chain(*(read_formulas(path) for path in _paths(pool) if path.endswith(".csv"))):
+        if len(formula.variables) <= 2:
+            rng = np.random.default_rng(271828)
+            low, high = np.array([end.split(":") for end in formula.row["ranges"].split()], float).T
+            X = np.zeros((20, len(EVERY.variables)))
+            X[:, : len(low)] = rng.uniform(low, high, (20, len(low)))
+            y = evaluate(EVERY, np.array([EVERY.encode(formula.prefix)], np.uint8), np.array([formula.values]), X[None])
+            if np.isfinite(y).all() and np.ptp(y) > 0:
+                problems.append((X, y[0], len(low)))
+
+    def fits(rows):
+        table = np.array([EVERY.ids.get(token, 0) for token in alphabet.tokens], np.uint8)
+        rows = _renamed(table[rows])
+        used = (rows.max(1) - EVERY.first_variable).astype(int) + 1
+        found = np.zeros(len(rows), bool)
+        for X, y, k in problems:
+            for order in itertools.permutations(range(k)):
+                turned = X.copy()
+                turned[:, :k] = X[:, order]
+                left = np.flatnonzero(~found & (used <= k))
+                if len(left):
+                    fvu = fit(EVERY, rows[left], turned, y, restarts=4, rng=np.random.default_rng(0))[1]
+                    found[left[fvu < 1e-10]] = True
+        return found
+
+    return fits
 
 
 # files
@@ -388,7 +444,7 @@ Formula = namedtuple("Formula", "name prefix values variables row")
 COLUMNS = ("name", "formula", "variables", "ranges")
 
 
-def read_formulas(path, skip_bad_lines=False, warn=lambda message: None):
+def read_formulas(path, skip_bad_lines=False, warn=lambda message: None, columns=COLUMNS):
     """Read a test set (csv with a header) -> list of Formula(name, prefix, values, variables, row as a dict).
 
     Raises DataError with file:line and the reason; with skip_bad_lines these lines are only passed to `warn`.
@@ -396,9 +452,9 @@ def read_formulas(path, skip_bad_lines=False, warn=lambda message: None):
     try:
         with open(path, encoding="utf-8", newline="") as file:
             reader = csv.DictReader(file)
-            missing = [name for name in COLUMNS if name not in (reader.fieldnames or [])]
+            missing = [name for name in columns if name not in (reader.fieldnames or [])]
             if missing:
-                raise DataError(f"{path}:1: no column {', '.join(missing)}: expected the header {','.join(COLUMNS)}")
+                raise DataError(f"{path}:1: no column {', '.join(missing)}: expected {','.join(columns)}")
             found = []
             for row in reader:
                 try:
@@ -480,3 +536,58 @@ def translate(found, old, new):
     if missing:
         raise UsageError(f"the saved pool has {' '.join(missing)}, which the alphabet lacks: {' '.join(new.tokens)}")
     return Pool(table[found.tokens], found.counts)
+
+
+# sub-commands of prepare_data.py
+
+
+def generate(cfg):
+    """Write a pool of exactly cfg.size skeletons, as cfg.config describes it, to cfg.output_dir."""
+    _check_output(cfg)
+    if cfg.size < 1:
+        raise UsageError(f"--size {cfg.size}: expected 1 or more")
+    pool = build(PoolConfig, load_config(cfg.config), cfg.config)
+    alphabet = check_pool(pool)
+    fits = fitting(pool, alphabet) if cfg.strict else None
+    held = hold_out(pool)
+    with tqdm(total=cfg.size, disable=not cfg.verbose, unit="skeletons") as bar:
+        found = draw_pool(cfg.size, alphabet, pool, held, seed=cfg.seed, split=1, fits=fits,
+                          report=lambda n: bar.update(n - bar.n))  # fmt: skip
+    save_pool(cfg.output_dir, found, alphabet, pool)
+    mean = (found.tokens > 0).sum(1).mean()
+    print(f"{cfg.output_dir}: {cfg.size} skeletons of {mean:.1f} tokens on average")
+    return {}
+
+
+def import_data(cfg):
+    """Write the skeletons of a csv of formulas, cfg.input, as a pool to cfg.output_dir."""
+    _check_output(cfg)
+    pool = build(PoolConfig, load_config(cfg.base_skeleton_pool), cfg.base_skeleton_pool)
+    bad = []
+    columns = (*COLUMNS, "difficulty", "sampling") if cfg.parser == "fastsrb" else COLUMNS
+    formulas = read_formulas(cfg.input, cfg.skip_bad_lines, bad.append, columns)
+    for message in bad:
+        print(f"skipped: {message}", file=sys.stderr)
+    prefixes = [_folded(formula) for formula in formulas]
+    present = set(itertools.chain(*prefixes))
+    operators = [*pool.operators, *(name for name in OPERATORS if name in present and name not in pool.operators)]
+    D = max(len(pool.variables), *(len(formula.variables) for formula in formulas))
+    alphabet = Alphabet(operators, EVERY.variables[:D])
+    tokens = np.zeros((len(prefixes), max(map(len, prefixes))), np.uint8)
+    for row, prefix in zip(tokens, prefixes, strict=True):
+        row[: len(prefix)] = alphabet.encode(prefix)
+    found = Pool(*distinct(tokens))
+    more = [*operators[len(pool.operators) :], *alphabet.variables[len(pool.variables) :]]
+    save_pool(cfg.output_dir, found, alphabet, pool)
+    beyond = f"; {' '.join(more)} are beyond the base pool" if more and cfg.verbose else ""
+    print(f"{cfg.output_dir}: {len(found.tokens)} skeletons of {len(formulas)} formulas{beyond}")
+    return {}
+
+
+def _check_output(cfg):
+    flags = ("config", "output_dir", "input", "base_skeleton_pool")
+    missing = [f"--{name}" for name in flags if getattr(cfg, name, "given") == ""]
+    if missing:
+        raise UsageError(f"{' '.join(missing)}: not given")
+    if Path(cfg.output_dir, "skeletons.npz").exists() and not cfg.fresh:
+        raise UsageError(f"{cfg.output_dir} holds a skeleton pool\ntry: --fresh, which overwrites it")

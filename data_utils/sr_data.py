@@ -55,7 +55,7 @@ class FlashANSRDataset:
     `index` counts steps, micro-batches and ranks, so that two ranks see what one sees with an accumulation of 2. A
     batch is a dict of tensors: x_tensors (B, M, D) and y_tensors (B, M, 1) float32, data_attn_mask (B, M) bool,
     input_ids (B, T) and labels (B, T - 1) int64, IGNORED where nothing is learned, prompt_mask (B, T) bool, input_num
-    (B, T, 1) float32, nan where there is no number; besides what a check needs: skeletons (B, L) uint8, constants
+    (B, T, 1) float32, 0 where there is no number; besides what a check needs: skeletons (B, L) uint8, constants
     (B, C) float32, y_clean (B, M, 1).
 
     pool, data: have the fields of PoolConfig and DataConfig. saved: a Pool in the ids of `alphabet`, else skeletons are
@@ -361,7 +361,7 @@ def add_noise(rng, y, data):
 def _padded(sequences, alphabet):
     T = -(-max(len(ids) for ids, _, _ in sequences) // MULTIPLE) * MULTIPLE
     shape = len(sequences), T
-    tokens, mask, num = np.zeros(shape, np.int64), np.zeros(shape, bool), np.full((*shape, 1), np.nan, np.float32)
+    tokens, mask, num = np.zeros(shape, np.int64), np.zeros(shape, bool), np.zeros((*shape, 1), np.float32)
     labels = np.full((len(sequences), T - 1), IGNORED)
     for i, (ids, prompt, numbers) in enumerate(sequences):
         tokens[i, : len(ids)] = ids
