@@ -4,7 +4,7 @@ Every command can be run again: it writes the same bytes, whole files or none.
 """
 
 import sys
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Literal
 
 from data_utils.config import DataError, UsageError, from_cli, launch
@@ -116,6 +116,30 @@ class SudokuConfig:
     val: int = 1000  # puzzles held out
     seed: int = 1  # of the puzzles and the split
     num_threads: int = 0  # processes, 0 = all cores
+    fresh: bool = False  # overwrite what is there
+
+
+@dataclass
+class GeneratePoolConfig:
+    config: str = field(default="", metadata=dict(short="-c"))  # skeleton_pool_*.yaml of a bundle
+    output_dir: str = field(default="", metadata=dict(short="-o"))  # folder to write
+    size: int = field(default=1000, metadata=dict(short="-s"))  # distinct skeletons
+    verbose: bool = field(default=False, metadata=dict(short="-v"))  # progress bar
+    seed: int = 0  # of the draws
+    strict: bool = False  # also leave out what fits a held-out formula by its constants; slow
+    fresh: bool = False  # overwrite what is there
+
+
+@dataclass
+class ImportPoolConfig:
+    input: str = field(default="", metadata=dict(short="-i"))  # csv: name,formula,variables,ranges
+    parser: Literal["nguyen", "feynman", "fastsrb"] = field(
+        default="nguyen", metadata=dict(short="-p")
+    )  # columns of it
+    base_skeleton_pool: str = field(default="", metadata=dict(short="-b"))  # yaml: operators and variables come from it
+    output_dir: str = field(default="", metadata=dict(short="-o"))  # folder to write
+    verbose: bool = field(default=False, metadata=dict(short="-v"))  # say what goes beyond the base pool
+    skip_bad_lines: bool = False  # leave out malformed rows, aloud, instead of stopping at the first
     fresh: bool = False  # overwrite what is there
 
 
@@ -248,6 +272,20 @@ def sudoku(cfg):
     return prepare.sudoku(cfg)
 
 
+def generate_skeleton_pool(cfg):
+    """Draw skeletons of formulas, none of a test set, and save them as a pool for train_sr.py."""
+    from data_utils import skeletons
+
+    return skeletons.generate(cfg)
+
+
+def import_data(cfg):
+    """Save the formulas of a csv file as a pool of skeletons, to be held out or evaluated."""
+    from data_utils import skeletons
+
+    return skeletons.import_data(cfg)
+
+
 COMMANDS = {
     "expert": (ExpertConfig, expert),
     "tokenizer": (TokenizerConfig, tokenizer),
@@ -258,12 +296,14 @@ COMMANDS = {
     "normalize-qa": (NormalizeConfig, normalize_qa),
     "arithmetic": (ArithmeticConfig, arithmetic),
     "sudoku": (SudokuConfig, sudoku),
+    "generate-skeleton-pool": (GeneratePoolConfig, generate_skeleton_pool),
+    "import-data": (ImportPoolConfig, import_data),
 }
 
 
 def run(argv):
     """Run the sub-command argv[0]; without one, list them. Exits with the status of launch."""
-    lines = [f"  {name:<13} {function.__doc__.splitlines()[0]}" for name, (_, function) in COMMANDS.items()]
+    lines = [f"  {name:<23} {function.__doc__.splitlines()[0]}" for name, (_, function) in COMMANDS.items()]
     listing = "commands:\n" + "\n".join(lines)
     if not argv or argv[0] in ("-h", "--help"):
         print(f"{__doc__}\n{listing}")

@@ -39,23 +39,27 @@ class _Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescription
     """Show defaults; keep the line breaks of the script's docstring."""
 
 
-def from_cli(cls, doc="", argv=None, prog=None, by="", flatten=None):
+def from_cli(cls, doc="", argv=None, prog=None, by="", flatten=None, load=None):
     """Return cls() changed by --config FILE.yaml, then by the flags.
 
     The comment that ends a field's line is its help, and the class that has the field its group, inherited fields
     included. A Literal gives choices, a bool --flag/--no-flag, a tuple takes any number of values. --snake_case and
     --kebab-case both work. No default is None: say "", 0 or -1. A field's metadata may hold `bare`, the value of a flag
-    that stands alone, and `also`, a second name. `cls` may be {choice: class}: then the flag --`by` picks the class, so
+    that stands alone, `also`, a second name, and `short`, one like -o. `cls` may be {choice: class}: then the flag --`by` picks the class, so
     that each variant has defaults and help of its own; or a function of that flag's value ("" if absent) -> class.
-    `flatten` turns the keys of a bundle into flags before they are looked at. Exits with status 2 on a typo, a wrong
-    type or a bad choice, naming the nearest flag. Returns None in a notebook, where sys.argv is the kernel's: there
+    `flatten` turns the keys of a bundle into flags before they are looked at; `load` reads FILE instead (path -> dict,
+    ValueError or UsageError). A field `config` of cls is an ordinary one. Exits with status 2 on a typo, a wrong type
+    or a bad choice, naming the nearest flag. Returns None in a notebook, where sys.argv is the kernel's: there
     call main(Config(...)).
     """
     if argv is None:
         if not hasattr(sys.modules["__main__"], "__file__"):
             return None
         argv = sys.argv[1:]
-    flags, path = _bundle(argv, prog, flatten)
+    own = dataclasses.fields(cls) if dataclasses.is_dataclass(cls) else ()
+    short = {f.metadata["short"]: f"--{f.name}" for f in own if "short" in f.metadata}
+    argv = [{"-c": "--config", **short}.get(word, word) for word in argv]  # argparse would read -ci as -c i
+    flags, path = ([], "") if any(f.name == "config" for f in own) else _bundle(argv, prog, flatten, load)
     if by:
         cls = _choose(cls, by, doc, flags + argv, prog)
     parser = _parser(cls, doc, prog)
@@ -106,7 +110,8 @@ def at_least(cfg, low, *names):
 
 def _parser(cls, doc, prog):
     parser = _Parser(prog=prog, description=doc, formatter_class=_Formatter, allow_abbrev=False)
-    parser.add_argument("--config", default="", metavar="FILE", help="YAML file of flags; typed flags win")
+    if "config" not in (f.name for f in dataclasses.fields(cls)):
+        parser.add_argument("-c", "--config", default="", metavar="FILE", help="YAML file of flags; typed flags win")
     groups = {}
     for f in dataclasses.fields(cls):
         owner, comment = _origin(cls, f.name)
@@ -121,7 +126,9 @@ def _parser(cls, doc, prog):
         if bare := f.metadata.get("bare", BARE.get(f.name)):
             kind |= dict(nargs="?", const=bare)
         names = [f.name, *filter(None, [f.metadata.get("also")])]
-        group.add_argument(*dict.fromkeys("--" + n for name in names for n in (name, name.replace("_", "-"))), **kind)
+        flags = [*filter(None, [f.metadata.get("short")])]
+        flags += dict.fromkeys("--" + n for name in names for n in (name, name.replace("_", "-")))
+        group.add_argument(*flags, **kind)
     return parser
 
 
@@ -158,15 +165,16 @@ def _choose(variants, by, doc, argv, prog):
     parser.parse_args(argv)
 
 
-def _bundle(argv, prog, flatten):
+def _bundle(argv, prog, flatten, load):
     """Return (the flags of --config FILE, FILE); ([], "") without one."""
     probe = _Parser(prog=prog, add_help=False, allow_abbrev=False)
     probe.add_argument("--config", default="")
     path = probe.parse_known_args(argv)[0].config
-    return (_as_flags(path, probe, flatten), path) if path else ([], "")
+    return (_as_flags(path, probe, flatten, load), path) if path else ([], "")
 
 
-def _as_flags(path, parser, flatten):
+def _read_flags(path, parser):
+    """Return (what the YAML file holds, the keys as they stand there, also those that stand there twice)."""
     import yaml
 
     try:
@@ -176,7 +184,18 @@ def _as_flags(path, parser, flatten):
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as e:  # a date of month 13, 5000 digits, deep nesting
         there = ", ".join(map(str, sorted(Path(path).parent.glob("*.yaml")))) if isinstance(e, OSError) else ""
         parser.error(f"--config {path}: {' '.join(str(e).split())}" + f"\nbundles there: {there}" * bool(there))
-    keys = [key.replace("-", "_") for key in re.findall(r"^([\w-]+)\s*:", text, re.M)]
+    return bundle, [key.replace("-", "_") for key in re.findall(r"^([\w-]+)\s*:", text, re.M)]
+
+
+def _as_flags(path, parser, flatten, load):
+    keys = []
+    if load:
+        try:
+            bundle = load(path)
+        except (ValueError, UsageError) as e:
+            parser.error(f"--config {path}: {e}")
+    else:
+        bundle, keys = _read_flags(path, parser)
     if flatten and isinstance(bundle, dict):
         try:
             bundle = flatten(bundle)
@@ -195,3 +214,121 @@ def _as_flags(path, parser, flatten):
         else:
             flags += [f"{flag}={value}"]
     return flags
+
+
+# bundles of several files: a train.yaml that names a model.yaml, and so on
+
+
+def root():
+    """Return the folder of the training scripts, which {{ROOT}} stands for in bundles."""
+    return Path(__file__).resolve().parent.parent
+
+
+def load_config(path, resolve_paths=True):
+    """Read a YAML file of flat keys -> dict; a value that ends in .yaml is the dict of that file.
+
+    {{ROOT}} is the folder of the training scripts; what begins with ./ or ../ is relative to the file it stands in.
+    With resolve_paths=False all strings stay as written. Raises UsageError, with file and key, for what is missing,
+    damaged or nested, and for files that refer to each other in a circle.
+    """
+    return _load(Path(path), resolve_paths, ())
+
+
+def _load(path, resolve, above):
+    import yaml
+
+    if path.resolve() in above:
+        raise UsageError(f"{path} refers to itself, by {' -> '.join(p.name for p in (*above, path))}")
+    try:
+        text = path.read_text(encoding="utf-8")
+        values = yaml.safe_load(text) or {}
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as e:
+        there = ", ".join(map(str, sorted(path.parent.glob("*.yaml")))) if isinstance(e, OSError) else ""
+        by = f"{above[-1]}: " if above else ""
+        raise UsageError(f"{by}{path}: {' '.join(str(e).split())}" + f"\nfiles there: {there}" * bool(there)) from e
+    if not isinstance(values, dict):
+        raise UsageError(f"{path}: expected 'key: value' lines, found {type(values).__name__}")
+    keys = re.findall(r"^([\w-]+)\s*:", text, re.M)
+    for key, value in values.items():
+        inner = key
+        while isinstance(value, dict) and value:
+            name, value = next(iter(value.items()))
+            inner = f"{inner}.{name}"
+        if inner != key:
+            raise UsageError(f"{path}: {inner}: keys are flat here: write {str(inner).rpartition('.')[2]}: {value}")
+        if keys.count(str(key)) > 1:
+            raise UsageError(f"{path}: {key} stands there {keys.count(str(key))} times")
+        if isinstance(value, list) and any(isinstance(v, (dict, list)) for v in value):
+            raise UsageError(f"{path}: {key}: expected a list of plain values")
+    if not resolve:
+        return values
+
+    def resolved(value):
+        if isinstance(value, list):
+            return [resolved(v) for v in value]
+        if not isinstance(value, str):
+            return value
+        value = value.replace("{{ROOT}}", str(root()))
+        if value.startswith(("./", "../")):
+            value = os.path.normpath(path.parent.resolve() / value)
+        return _load(path.parent / value, resolve, (*above, path.resolve())) if value.endswith(".yaml") else value
+
+    return {key: resolved(value) for key, value in values.items()}
+
+
+REFERENCES = {  # of a bundle's files: {key: the file it names}
+    "train": dict(model="model", train_dataset="dataset_train", val_dataset="dataset_val"),
+    "model": dict(tokenizer="tokenizer"),
+    "dataset_train": dict(skeleton_pool="skeleton_pool_train", tokenizer="tokenizer"),
+    "dataset_val": dict(skeleton_pool="skeleton_pool_val", tokenizer="tokenizer"),
+}
+
+
+def save_config(config, folder):
+    """Write what `load_config` returned of a train.yaml into `folder` as the bundle's files, with ./ references.
+
+    Paths below the folder of the scripts are written with {{ROOT}}, so that the bundle can be moved with it.
+    """
+    import yaml
+
+    from data_utils.checkpoint import write_atomic
+
+    def portable(value):
+        if isinstance(value, (list, tuple)):
+            return [portable(v) for v in value]
+        inside = isinstance(value, str) and value.startswith(f"{root()}{os.sep}")
+        return value.replace(str(root()), "{{ROOT}}", 1) if inside else value
+
+    def write(values, name):
+        references = REFERENCES.get(name, {})
+        for key, file in references.items():
+            if isinstance(values.get(key), dict):
+                write(values[key], file)
+        lines = {k: f"./{references[k]}.yaml" if isinstance(v, dict) else portable(v) for k, v in values.items()}
+        text = yaml.safe_dump(lines, sort_keys=False, width=110)
+        write_atomic(Path(folder, f"{name}.yaml"), lambda file: file.write(text.encode("utf-8")))
+
+    write(config, "train")
+
+
+def build(cls, values, path):
+    """Return cls(**values), lists as tuples. Raises UsageError, with `path` and the nearest key, for an unknown key."""
+    known, made = {f.name: f for f in dataclasses.fields(cls)}, {}
+    for key, value in values.items():
+        near = difflib.get_close_matches(str(key), known, 1)
+        if key not in known:
+            raise UsageError(f"{path}: unknown key {key}" + f" (did you mean {near[0]}?)" * bool(near))
+        default, choices = known[key].default, typing.get_args(known[key].type)
+        try:
+            if isinstance(default, tuple):
+                made[key] = tuple(value) if isinstance(value, list) else (str(value),)
+            elif isinstance(value, bool) != isinstance(default, bool) or isinstance(value, list):
+                raise ValueError
+            else:
+                made[key] = type(default)(value)  # YAML takes 1e-4 for a text
+            if isinstance(default, str) and choices and value not in choices:
+                raise ValueError
+        except (ValueError, TypeError):
+            what = " or ".join(choices) if isinstance(default, str) and choices else type(default).__name__
+            raise UsageError(f"{path}: {key}: {value!r}: expected {what}") from None
+    return cls(**made)

@@ -20,7 +20,7 @@ def in_order(function, tasks, processes):
         yield from map(function, tasks)
         return
     context = multiprocessing.get_context("spawn")  # a fork would keep locks, and break after torch or tokenizers
-    pool = ProcessPoolExecutor(processes, context, _begin)
+    pool = ProcessPoolExecutor(processes, context, begin)
     try:
         under_way = deque()
         for task in tasks:
@@ -40,7 +40,7 @@ def cores():
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _begin():
+def begin():
     """In a new process: the parent alone answers signals, and when it is gone so is this one."""
     for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP"):
         if hasattr(signal, name):
