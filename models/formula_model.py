@@ -154,10 +154,9 @@ class FlashANSRModel(nn.Module):
         ids, before = ids.long(), ids.new_zeros(len(ids)).long() if before is None else before
         inside = (ids == self.alphabet.ids["<expression>"]).cumsum(1) + before[:, None] > 0
         open_slots = before[:, None] + (self.opens[ids] * inside).cumsum(1)
-        found = torch.zeros(*ids.shape, BITS, device=ids.device)
+        h = self.token(ids) + self.slots(open_slots.clamp(0, self.max_seq_len))
         if num is not None:  # a constant's value is what there is to find: only <float> has a number
-            found = bits(num[..., 0]) * (ids == self.alphabet.ids.get("<float>", -1))[..., None]
-        h = self.token(ids) + self.slots(open_slots.clamp(0, self.max_seq_len)) + self.number(found)
+            h = h + self.number(bits(num[..., 0]) * (ids == self.alphabet.ids.get("<float>", -1))[..., None])
         for i, block in enumerate(self.blocks):
             inputs = h, keys[i], self.rotary, self.cross_rotary, None if cache is None else cache[i], start
             if self.use_checkpointing and self.training:
@@ -210,8 +209,9 @@ class FlashANSRModel(nn.Module):
     def _fork(self, state, parents):
         """The state in which row i goes on from row parents[i]; rows that stay where they are cost nothing."""
         moved = (parents != torch.arange(len(parents), device=parents.device)).nonzero()[:, 0]
-        read = state.cache[..., : state.position, :]
-        read[:, :, moved] = read[:, :, parents[moved]]
+        if len(moved):
+            read = state.cache[..., : state.position, :]
+            read[:, :, moved] = read[:, :, parents[moved]]
         return state._replace(open=state.open[parents])
 
     def _begin(self, encoded, rows, max_len, prompt, numbers):

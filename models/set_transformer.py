@@ -23,9 +23,9 @@ NORMS = ("rms", "rms_set", "layer", "none")
 def bring_into_range(data, mask):
     """Columns of points, scaled by powers of two where float32 would lose them -> (scaled, present, exponent).
 
-    data: (B, M, N) of any float type, mask: (B, M) real points. scaled: (B, M, N) float32, 0 where padded or not finite;
-    present: (B, M, N) bool, neither; exponent: (B, N) int32, scaled = data 2^exponent. A column whose largest magnitude
-    lies outside [2^-60, 2^60] gets it into [1, 2), the others have exponent 0.
+    data: (B, M, N) of any float type, mask: (B, M) real points. scaled: (B, M, N) float32, 0 where not present;
+    present: (B, M, N) bool, real and finite; exponent: (B, N) int32, scaled = data 2^exponent. A column whose largest
+    magnitude lies outside [2^-60, 2^60] gets it into [1, 2), the others have exponent 0.
     """
     present = data.isfinite() & mask[..., None]
     data = torch.where(present, data, 0)
@@ -134,7 +134,7 @@ class Block(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x, memory=None, real=None, memory_real=None):
-        """real (B, T), memory_real (B, S): 1 for elements, 0 for padding, which is 0 in x and stays 0; absent: all 1."""
+        """real (B, T), memory_real (B, S): 1 for elements, 0 for padding, which is 0 in x and stays so; absent: 1."""
         count, memory_count = (None if r is None else r.sum(1).clamp_min(1)[:, None, None] for r in (real, memory_real))
         normed = x if self.norm is None else self.norm(x, count)
         keys = self.attention.keys(normed if memory is None else self.memory_norm(memory, memory_count))
@@ -154,8 +154,9 @@ class SetTransformer(nn.Module):
     look at the points -> SABs -> norm -> Linear.
     """
 
-    def __init__(self, *, n_columns, float_features, noise_scale, dim, n_heads, n_isab, n_sab, n_inducing_points, n_seeds,
-                 ffn_hidden_dim, dropout, attn_norm, ffn_norm, output_norm, output_dim, use_checkpointing):  # fmt: skip
+    def __init__(self, *, n_columns, float_features, noise_scale, dim, n_heads, n_isab, n_sab, n_inducing_points,
+                 n_seeds, ffn_hidden_dim, dropout, attn_norm, ffn_norm, output_norm, output_dim,
+                 use_checkpointing):  # fmt: skip
         super().__init__()
         self.n_columns, self.ieee = n_columns, float_features == "ieee"
         self.noise_scale, self.use_checkpointing = noise_scale, use_checkpointing
