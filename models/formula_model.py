@@ -1,0 +1,421 @@
+"""Points in, formulas out: a set encoder and a causal decoder that writes formulas in prefix order.
+
+B batch, T tokens of a sequence <bos> [prompt] <expression> PREFIX </expression> <eos>, M points, D variables, V tokens
+of the alphabet, S vectors that the encoder makes of a set, C width, H heads, R rows that are decoded side by side. Open
+slots: formulas that are still to be written; 1 after <expression>, an operator of arity a adds a - 1, 0 is the end.
+NeSymReS (arXiv 2106.06427), Flash-ANSR (2602.08885); decoding within the grammar: DSR (1912.04871), section 3.1.
+"""
+
+import inspect
+import zipfile
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+import yaml
+from torch.utils.checkpoint import checkpoint
+
+from data_utils.checkpoint import CheckpointError, write_atomic
+from data_utils.config import DataError, UsageError
+from data_utils.expressions import Alphabet
+from models.set_transformer import BITS, FFN, Attention, Norm, SetTransformer, bits
+from models.transformer import Attention as SelfAttention
+from models.transformer import Rotary
+
+MARKS = "<bos> <expression> </expression> <eos>".split()  # of every sequence
+ROPE_BASE = 10_000
+
+
+class Encoded(NamedTuple):
+    """Keys and values of each decoder layer, (B, H, S, D) each, and which variables the points have, (B, D) bool."""
+
+    keys: list
+    variables: torch.Tensor
+
+
+class State(NamedTuple):
+    """Tokens read, their keys and values (layers, 2, R, H, T, D), open slots (R,), and the keys of the points."""
+
+    position: int
+    cache: torch.Tensor
+    open: torch.Tensor
+    keys: list
+
+
+def _unturned(x, start=0):
+    return x
+
+
+class DecoderBlock(nn.Module):
+    """Causal self-attention, cross-attention to the points, FFN, each pre-norm and added: (B, T, C) -> (B, T, C)."""
+
+    def __init__(self, *, dim, memory_dim, n_heads, ffn_hidden_dim, dropout, self_attn_norm, cross_attn_norm, ffn_norm):
+        super().__init__()
+        self.self_attn_norm, self.cross_attn_norm = Norm(self_attn_norm, dim), Norm(cross_attn_norm, dim)
+        self.self_attention = SelfAttention(d_model=dim, n_heads=n_heads)
+        self.cross_attention = Attention(dim=dim, memory_dim=memory_dim, n_heads=n_heads)
+        self.ffn_norm, self.ffn = Norm(ffn_norm, dim), FFN(dim=dim, hidden_dim=ffn_hidden_dim)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x, keys, rotary, cross_rotary, cache=None, start=0):
+        x = x + self.dropout(self.self_attention(self.self_attn_norm(x), rotary, True, cache, start))
+        x = x + self.dropout(self.cross_attention(self.cross_attn_norm(x), keys, None, cross_rotary, start))
+        return x + self.dropout(self.ffn(self.ffn_norm(x)))
+
+
+class FlashANSRModel(nn.Module):
+    """Encoder and decoder of formulas over `alphabet`; raises UsageError for sizes that don't fit together.
+
+    encoder_max_n_variables: columns of the points with y, 0 = one more than the alphabet has variables.
+    decoder_input_dim: width of the encoder's vectors. pre_encoder_noise_scale: noise on `ieee` features in training.
+    """
+
+    def __init__(
+        self, alphabet, *, encoder_max_n_variables, encoder_dim, encoder_n_heads, encoder_n_isab, encoder_n_sab,
+        encoder_n_inducing_points, encoder_n_seeds, encoder_ffn_hidden_dim, encoder_dropout, encoder_attn_norm,
+        encoder_ffn_norm, encoder_output_norm, decoder_input_dim, decoder_model_dim, decoder_n_heads, decoder_n_layers,
+        decoder_max_seq_len, decoder_ffn_hidden_dim, decoder_dropout, decoder_block_self_attn_norm,
+        decoder_block_cross_attn_norm, decoder_block_ffn_norm, decoder_cross_attn_kv_norm, decoder_output_norm,
+        decoder_use_rope_self_attn, decoder_use_rope_cross_attn, float_features, pre_encoder_noise_scale,
+        use_checkpointing,
+    ):  # fmt: skip
+        args = {name: value for name, value in locals().items() if name in ARGUMENTS}
+        super().__init__()
+        _check(alphabet, args)
+        self.alphabet, self.model_args = alphabet, args
+        self.max_seq_len, self.use_checkpointing = decoder_max_seq_len, use_checkpointing
+        self.encoder = SetTransformer(
+            n_columns=encoder_max_n_variables or len(alphabet.variables) + 1, float_features=float_features,
+            noise_scale=pre_encoder_noise_scale, dim=encoder_dim, n_heads=encoder_n_heads, n_isab=encoder_n_isab,
+            n_sab=encoder_n_sab, n_inducing_points=encoder_n_inducing_points, n_seeds=encoder_n_seeds,
+            ffn_hidden_dim=encoder_ffn_hidden_dim, dropout=encoder_dropout, attn_norm=encoder_attn_norm,
+            ffn_norm=encoder_ffn_norm, output_norm=encoder_output_norm, output_dim=decoder_input_dim,
+            use_checkpointing=use_checkpointing,
+        )  # fmt: skip
+        self.memory_norm = Norm(decoder_cross_attn_kv_norm, decoder_input_dim)
+        V, C = len(alphabet.tokens), decoder_model_dim
+        self.token, self.number = nn.Embedding(V, C), nn.Linear(BITS, C, bias=False)
+        self.slots = nn.Embedding(decoder_max_seq_len + 1, C)
+        rotary = Rotary(C // decoder_n_heads, max(decoder_max_seq_len, encoder_n_seeds), ROPE_BASE)
+        self.rotary = rotary if decoder_use_rope_self_attn else _unturned
+        self.cross_rotary = rotary if decoder_use_rope_cross_attn else None
+        self.blocks = nn.ModuleList(
+            DecoderBlock(
+                dim=C, memory_dim=decoder_input_dim, n_heads=decoder_n_heads, ffn_hidden_dim=decoder_ffn_hidden_dim,
+                dropout=decoder_dropout, self_attn_norm=decoder_block_self_attn_norm,
+                cross_attn_norm=decoder_block_cross_attn_norm, ffn_norm=decoder_block_ffn_norm,
+            ) for _ in range(decoder_n_layers)
+        )  # fmt: skip
+        self.norm = Norm(decoder_output_norm, C)
+        self.head = nn.Sequential(nn.Linear(C, C), nn.GELU(), nn.Dropout(decoder_dropout), nn.Linear(C, V))
+        arity = torch.from_numpy(alphabet.arity).long()
+        self.register_buffer("arity", arity, persistent=False)
+        opens = torch.where(arity >= 0, arity - 1, 0)
+        opens[alphabet.ids["<expression>"]] = 1
+        self.register_buffer("opens", opens, persistent=False)  # (V,) slots that a token adds
+        self._initialize()
+
+    @torch.no_grad()
+    def _initialize(self):
+        """Torch's own start, but for: writes to the residual stream of the decoder small, all tokens equally likely."""
+        for embedding in (self.token, self.slots):
+            nn.init.normal_(embedding.weight, std=0.3)
+        for block in self.blocks:
+            for writer in (block.self_attention.out, block.cross_attention.out, block.ffn[2]):
+                writer.weight *= (2 * len(self.blocks)) ** -0.5
+        nn.init.normal_(self.head[3].weight, std=0.02)
+        nn.init.zeros_(self.head[3].bias)
+
+    def encode(self, data, mask, variables=None):
+        """Points data (B, M, D + 1), y last, mask (B, M) of real ones -> Encoded.
+
+        variables: (B, D) bool, those that formulas may have; if absent, those whose column isn't 0 throughout. Columns
+        out of float32's range are brought into it (`bring_into_range`): formulas then are about the scaled columns.
+        """
+        if variables is None:
+            variables = ((data[..., :-1] != 0) & mask[..., None]).any(1)
+        missing = self.encoder.n_columns - data.shape[-1]
+        if missing < 0:
+            raise ValueError(f"points with {data.shape[-1]} columns, the model was built for {self.encoder.n_columns}")
+        if missing:
+            data = torch.cat([F.pad(data[..., :-1], (0, missing)), data[..., -1:]], -1)
+        memory = self.memory_norm(self.encoder(data, mask))
+        return Encoded([block.cross_attention.keys(memory, self.cross_rotary) for block in self.blocks], variables)
+
+    def _read(self, ids, num, keys, before=None, cache=None, start=0):
+        """ids (B, T), num (B, T, 1) or None -> what the head reads (B, T, C) and the open slots after each (B, T).
+
+        before: open slots (B,) that ids begin with, 0 if absent.
+        """
+        if start + ids.shape[1] > self.max_seq_len:
+            raise ValueError(f"{start} + {ids.shape[1]} tokens do not fit decoder_max_seq_len {self.max_seq_len}")
+        ids, before = ids.long(), ids.new_zeros(len(ids)).long() if before is None else before
+        inside = (ids == self.alphabet.ids["<expression>"]).cumsum(1) + before[:, None] > 0
+        open_slots = before[:, None] + (self.opens[ids] * inside).cumsum(1)
+        h = self.token(ids) + self.slots(open_slots.clamp(0, self.max_seq_len))
+        if num is not None:  # a constant's value is what there is to find: only <float> has a number
+            h = h + self.number(bits(num[..., 0]) * (ids == self.alphabet.ids.get("<float>", -1))[..., None])
+        for i, block in enumerate(self.blocks):
+            inputs = h, keys[i], self.rotary, self.cross_rotary, None if cache is None else cache[i], start
+            if self.use_checkpointing and self.training:
+                h = checkpoint(block, *inputs, use_reentrant=False)
+            else:
+                h = block(*inputs)
+        return self.norm(h), open_slots
+
+    def forward(self, ids, data, mask, num=None):
+        """ids (B, T), points data (B, M, D + 1), mask (B, M), num (B, T, 1) -> logits of the next token (B, T, V).
+
+        num is read at <float> alone. Raises ValueError beyond decoder_max_seq_len or encoder_max_n_variables.
+        """
+        return self.head(self._read(ids, num, self.encode(data, mask).keys)[0])
+
+    def loss(self, batch, forward=None):
+        """Return (sum of nats, report) of a batch over PREFIX, </expression> and <eos>.
+
+        batch: input_ids (B, T), labels (B, T - 1), prompt_mask (B, T), input_num (B, T, 1), x_tensors (B, M, D),
+        y_tensors (B, M, 1), data_attn_mask (B, M). forward: this model, wrapped. The report holds detached (B, T - 1):
+        `loss` and `nll`, 0 where not `counted`, and `rank`, that of the label among the tokens, 1 = most likely.
+        """
+        data = torch.cat([batch["x_tensors"], batch["y_tensors"]], -1)
+        ids, num, labels = batch["input_ids"][:, :-1], batch["input_num"][:, :-1], batch["labels"].long()
+        logits = (forward or self)(ids, data, batch["data_attn_mask"], num).float()
+        counted = (labels > 0) & ~batch["prompt_mask"][:, 1:].bool() & (labels != self.alphabet.ids["<expression>"])
+        labels = labels.clamp_min(0)
+        nats = F.cross_entropy(logits.mT, labels, reduction="none") * counted
+        with torch.no_grad():
+            rank = 1 + (logits > logits.gather(-1, labels[..., None])).sum(-1)
+        return nats.sum(), dict(loss=nats.detach(), nll=nats.detach(), rank=rank, counted=counted)
+
+    def init_state(self, encoded, rows, length):
+        """An empty state for `step`: `rows` sequences of at most `length` tokens about one set, or about one each."""
+        D, H = encoded.keys[0][0].shape[-1], self.blocks[0].self_attention.n_heads
+        cache = encoded.keys[0][0].new_empty(len(self.blocks), 2, rows, H, length, D)
+        return State(0, cache, torch.zeros(rows, dtype=torch.long, device=cache.device), encoded.keys)
+
+    @torch.no_grad()
+    def step(self, ids, state, num=None):
+        """ids (R, T) that follow `state` -> (logits after the last (R, V), state). T > 1 only from an empty state.
+
+        R may be less than the state has rows: then it is the first ones that go on.
+        """
+        R, T = ids.shape
+        cache = state.cache[:, :, :R]
+        h, open_slots = self._read(ids, num, state.keys, state.open[:R], cache, state.position)
+        return self.head(h[:, -1]), State(state.position + T, state.cache, open_slots[:, -1], state.keys)
+
+    def _fork(self, state, parents):
+        """The state in which row i goes on from row parents[i]; rows that stay where they are cost nothing."""
+        moved = (parents != torch.arange(len(parents), device=parents.device)).nonzero()[:, 0]
+        if len(moved):
+            read = state.cache[..., : state.position, :]
+            read[:, :, moved] = read[:, :, parents[moved]]
+        return state._replace(open=state.open[parents])
+
+    def _begin(self, encoded, rows, max_len, prompt, numbers):
+        """Read <bos>, the prompt and <expression> -> (logits (1, V), state, greatest length of PREFIX)."""
+        room = max_len - len(prompt) - len(MARKS)
+        if max_len > self.max_seq_len or room < 1:
+            raise UsageError(
+                f"--max_len {max_len}: expected {len(prompt) + len(MARKS) + 1} (a prompt of {len(prompt)} tokens, "
+                f"{len(MARKS)} marks, a formula) to {self.max_seq_len} (decoder_max_seq_len)"
+            )
+        bos, expression = (self.alphabet.ids[mark] for mark in MARKS[:2])
+        device = self.arity.device
+        ids = torch.tensor([[bos, *prompt, expression]], device=device)
+        num = torch.tensor([0.0, *(numbers or [0.0] * len(prompt)), 0.0], device=device)[None, :, None]
+        return *self.step(ids, self.init_state(encoded, rows, max_len), num), room
+
+    def _log_probabilities(self, logits, open_slots, left, variables):
+        """Logits (R, V) -> log-probabilities of the tokens after which `left` - 1 more can still end the formula.
+
+        Every open slot costs at least one token: of arity at most left - open slots (R,). variables: (D,) bool.
+        """
+        fits = (self.arity >= 0) & (self.arity <= (left - open_slots)[:, None])
+        fits[:, len(self.arity) - len(self.alphabet.variables) :] &= variables
+        return logits.float().masked_fill(~fits, -torch.inf).log_softmax(-1)
+
+    @torch.no_grad()
+    def sample(self, encoded, n, *, temperature, top_k, top_p, max_len, generator=None, prompt=(), numbers=()):
+        """Draw n formulas about one encoded set -> rows of PREFIX (n, L) uint8, log-probabilities (n,); on the CPU.
+
+        top_k 0 and top_p 1 leave all tokens. max_len: tokens of the whole sequence. prompt: ids between <bos> and
+        <expression>, numbers: one for each of them. The log-probability is that of the model within the grammar, at
+        temperature 1. Rows that begin alike are computed once, until they part. Raises UsageError for what can't be.
+        """
+        if not (n > 0 and temperature > 0 and top_k >= 0 and 0 < top_p <= 1):
+            raise UsageError(
+                f"--choices {n} --temperature {temperature} --top_k {top_k} --top_p {top_p}: expected at least 1, more "
+                "than 0, 0 (off) or more, and more than 0 up to 1"
+            )
+        logits, state, room = self._begin(encoded, n, max_len, prompt, numbers)
+        V, device = len(self.arity), logits.device
+        rows, total = torch.zeros(n, room, dtype=torch.uint8, device=device), torch.zeros(n, device=device)
+        going, at = torch.arange(n, device=device), torch.zeros(n, dtype=torch.long, device=device)
+        for t in range(room):
+            log_p = self._log_probabilities(logits, state.open, room - t, encoded.variables[0])
+            p = _sharpened(log_p, temperature, top_k, top_p)
+            token = torch.multinomial(p[at], 1, generator=generator)[:, 0]
+            rows[going, t] = token.to(torch.uint8)
+            total[going] += log_p[at, token]
+            ends = state.open[at] + self.opens[token] == 0
+            going, at, token = going[~ends], at[~ends], token[~ends]
+            if not len(going):
+                break
+            pairs, child = (at * V + token).unique(return_inverse=True)
+            place = _places(pairs // V)
+            at, pairs = place[child], pairs[place.argsort()]
+            logits, state = self.step(pairs[:, None] % V, self._fork(state, pairs // V))
+        return rows[:, : t + 1].cpu(), total.cpu()
+
+    @torch.no_grad()
+    def beam(self, encoded, width, *, max_len, prompt=(), numbers=()):
+        """The likeliest formulas about one encoded set that a beam of `width` finds: as `sample`, best first.
+
+        Fewer rows than `width` where there are fewer formulas.
+        """
+        if width < 1:
+            raise UsageError(f"--beam_width {width}: expected 1 or more")
+        logits, state, room = self._begin(encoded, width, max_len, prompt, numbers)
+        V, device = len(self.arity), logits.device
+        rows, total = torch.zeros(1, room, dtype=torch.uint8, device=device), torch.zeros(1, device=device)
+        ended, scores = rows[:0], total[:0]
+        for t in range(room):
+            log_p = self._log_probabilities(logits, state.open, room - t, encoded.variables[0])
+            total, best = (total[:, None] + log_p).flatten().topk(min(width, log_p.numel()))
+            parents, token = best // V, best % V
+            rows = rows[parents]
+            rows[:, t] = token.to(torch.uint8)
+            ends = state.open[parents] + self.opens[token] == 0
+            scores, order = torch.cat([scores, total[ends]]).sort(descending=True, stable=True)
+            ended = torch.cat([ended, rows[ends]])[order][:width]
+            scores = scores[:width]
+            floor = scores[-1] if len(scores) == width else -torch.inf  # a longer formula is never likelier
+            going = ~ends & (total > floor)
+            if not going.any():
+                break
+            rows, total, token = rows[going], total[going], token[going]
+            logits, state = self.step(token[:, None], self._fork(state, parents[going]))
+        found = scores.isfinite()
+        return ended[found, : t + 1].cpu(), scores[found].cpu()
+
+    def save(self, folder, **more):
+        """Write model.yaml, tokenizer.yaml and state_dict.pt into `folder`; `more`: further keys of model.yaml."""
+        tokens, split = self.alphabet.tokens, len(self.alphabet.operators) + len(self.alphabet.variables)
+        tokenizer = dict(special_tokens=tokens[:-split], operators=self.alphabet.operators,
+                         variables=self.alphabet.variables)  # fmt: skip
+        model = self.model_args | dict(tokenizer="./tokenizer.yaml") | more
+        for name, content in (("model.yaml", model), ("tokenizer.yaml", tokenizer)):
+            text = yaml.safe_dump(content, sort_keys=False).encode()
+            write_atomic(Path(folder) / name, lambda file, text=text: file.write(text))
+        weights = {name: tensor.detach().cpu() for name, tensor in self.state_dict().items()}
+        write_atomic(Path(folder) / "state_dict.pt", lambda file: torch.save(weights, file))
+
+    @classmethod
+    def load(cls, folder):
+        """The model that `save` wrote into `folder`, on the CPU, for inference.
+
+        Raises UsageError for files that are missing or of another model, DataError for damaged ones.
+        """
+        folder = Path(folder)
+        names = ("model.yaml", "tokenizer.yaml", "state_dict.pt")
+        missing = [name for name in names if not (folder / name).is_file()]
+        if missing:
+            raise UsageError(f"{folder} has no {', '.join(missing)}: expected the folder of a trained model")
+        args, tokenizer = (_read_yaml(folder / name) for name in names[:2])
+        for name, found, needed in (
+            (names[0], args, ARGUMENTS), (names[1], tokenizer, ("special_tokens", "operators", "variables"))
+        ):  # fmt: skip
+            absent = [key for key in needed if key not in found]
+            if absent:
+                raise UsageError(f"{folder / name} has no {', '.join(absent)}")
+        alphabet = Alphabet(tokenizer["operators"], tokenizer["variables"], tokenizer["special_tokens"])
+        model = cls(alphabet, **{key: args[key] for key in ARGUMENTS})
+        weights = _read_weights(folder / names[2])
+        own = model.state_dict()
+        other = sorted(name for name in own.keys() | weights.keys()
+                       if name not in own or name not in weights or own[name].shape != weights[name].shape)  # fmt: skip
+        if other:
+            raise UsageError(f"{folder / names[2]} is not of the model in {names[0]}: {', '.join(other[:3])} differ")
+        model.load_state_dict(weights)
+        return model.eval()
+
+
+ARGUMENTS = [p.name for p in inspect.signature(FlashANSRModel).parameters.values() if p.kind is p.KEYWORD_ONLY]
+
+
+def _check(alphabet, args):
+    """Raise UsageError, with the numbers, for sizes that no model can have."""
+    absent = [token for token in (*MARKS, "<constant>") if token not in alphabet.ids]
+    if absent:
+        raise UsageError(f"the tokenizer has no {' '.join(absent)}: add it to special_tokens")
+    for name, value in args.items():
+        least = 1 if name.endswith(("dim", "heads", "seeds", "points", "layers", "seq_len")) else 0
+        if not isinstance(value, str) and not value >= least:
+            raise UsageError(f"--{name} {value}: expected {least} or more")
+    for part, dim in (("encoder", "encoder_dim"), ("decoder", "decoder_model_dim")):
+        width, heads = args[dim], args[f"{part}_n_heads"]
+        turned = part == "decoder" and (args["decoder_use_rope_self_attn"] or args["decoder_use_rope_cross_attn"])
+        if width % heads or turned and width // heads % 2:
+            kind = "an even multiple" if turned else "a multiple"
+            raise UsageError(f"--{dim} {width} --{part}_n_heads {heads}: expected {kind} of the number of heads")
+    columns, D = args["encoder_max_n_variables"], len(alphabet.variables)
+    if 0 < columns <= D:
+        raise UsageError(f"--encoder_max_n_variables {columns}: {D} variables and y take {D + 1} columns (0 = as many)")
+    if args["float_features"] not in ("fourier", "ieee"):
+        raise UsageError(f"--float_features {args['float_features']}: expected fourier or ieee")
+    for name in ("block_self_attn_norm", "block_cross_attn_norm", "block_ffn_norm", "output_norm"):
+        if args[f"decoder_{name}"] == "rms_set":
+            raise UsageError(f"--decoder_{name} rms_set: the tokens of a formula are no set, a norm over all would "
+                             "show later ones\ntry: rms")  # fmt: skip
+
+
+def _sharpened(log_p, temperature, top_k, top_p):
+    """Log-probabilities (R, V) -> probabilities at `temperature`, of the top_k likeliest, then of the top_p mass."""
+    p = (log_p / temperature).softmax(-1)
+    if top_k:
+        p = p.masked_fill(p < p.topk(min(top_k, p.shape[-1])).values[:, -1:], 0)
+    if top_p < 1:
+        mass, order = (p / p.sum(-1, keepdim=True)).sort(descending=True)
+        before = mass.cumsum(-1) - mass  # of likelier tokens
+        p = p.masked_fill(torch.zeros_like(p, dtype=torch.bool).scatter(-1, order, before >= top_p), 0)
+    return p
+
+
+def _places(parents):
+    """Rows 0 ... R - 1 for R children, given their parents' rows in order: a first child stays where its parent is."""
+    R, device = len(parents), parents.device
+    first = torch.ones(R, dtype=torch.bool, device=device)
+    first[1:] = parents[1:] != parents[:-1]
+    stays = first & (parents < R)
+    free = torch.ones(R, dtype=torch.bool, device=device)
+    free[parents[stays]] = False
+    places = parents.clone()
+    places[~stays] = free.nonzero()[:, 0]
+    return places
+
+
+def _read_yaml(path):
+    try:
+        found = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as e:
+        raise DataError(f"{path} can't be read: {' '.join(str(e).split())}") from e
+    if not isinstance(found, dict):
+        raise DataError(f"{path}: expected 'key: value' lines, found {type(found).__name__}")
+    return found
+
+
+def _read_weights(path):
+    """A bare dict of tensors. Raises CheckpointError for what is damaged or holds anything else."""
+    try:
+        with zipfile.ZipFile(path) as archive:  # torch.load checks no checksum
+            if archive.testzip() is not None:
+                raise ValueError("checksum differs")
+        weights = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as e:  # truncation and flipped bits raise a dozen types
+        raise CheckpointError(f"{path} can't be read: {type(e).__name__}: {(str(e).splitlines() or [''])[0]}") from e
+    if not isinstance(weights, dict) or not all(torch.is_tensor(t) for t in weights.values()):
+        raise CheckpointError(f"{path}: expected a dict of tensors, found {type(weights).__name__}")
+    return weights
