@@ -70,19 +70,24 @@ def save_checkpoint(path, state):
     write_atomic(path, lambda file: torch.save(state, file))
 
 
-def load_checkpoint(path, kinds):
-    """Return what was saved, on the CPU. Raises CheckpointError on any damage, UsageError if not one of `kinds`."""
+def read(path):
+    """Return the tensors and plain Python in a file, on the CPU. Raises CheckpointError on any damage."""
     try:
         with zipfile.ZipFile(path) as archive:  # torch.load checks no checksum: most flipped bits would go unseen
             packed = any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist())
             if packed or archive.testzip() is not None:
                 raise ValueError("checksum differs")
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as e:  # truncation and flipped bits raise a dozen types
         reason, culprit = (str(e).splitlines() or [""])[0], re.search(r"GLOBAL (\S+)", str(e))
         if reason.startswith("Weights only load failed"):  # where torch goes on to advise an unsafe load
             reason = f"holds {culprit[1] if culprit else 'a pickle'}, not tensors and plain Python only"
         raise CheckpointError(f"{path} can't be read: {type(e).__name__}: {reason}") from e
+
+
+def load_checkpoint(path, kinds):
+    """Return what was saved, on the CPU. Raises CheckpointError on any damage, UsageError if not one of `kinds`."""
+    state = read(path)
     kinds = [kinds] if isinstance(kinds, str) else kinds
     if not isinstance(state, dict) or state.get("kind") not in kinds:
         found = state.get("kind") if isinstance(state, dict) else type(state).__name__
@@ -111,15 +116,15 @@ def by_step(files, final, kind):
     return [*files[:place], final, *files[place:]]
 
 
-def first_good(paths, kind):
-    """Return (path, state) of the first checkpoint that loads, warning about each that does not; (None, None) for none.
+def first_good(paths, load):
+    """Return (path, load(path)) of the first checkpoint that loads, warning about each that does not; (None, None) for none.
 
     Raises CheckpointError when there are candidates and all are bad: never start over silently.
     """
     bad = []
     for path in filter(os.path.exists, paths):
         try:
-            return path, load_checkpoint(path, kind)
+            return path, load(path)
         except CheckpointError as e:
             bad.append(str(e))
             warn(f"{e}; trying the next one")
@@ -139,7 +144,7 @@ def find(resume, fresh, files, kind):
     if fresh or resume in ("", "none"):
         return None, None
     if resume in ("latest", "auto"):
-        path, state = first_good(files, kind)
+        path, state = first_good(files, lambda path: load_checkpoint(path, kind))
         if not state and resume == "latest":
             names = ", ".join(p.name for p in files)
             raise DataError(f"--resume: nothing in {files[0].parent} like {names}\ntry: the command without --resume")
@@ -228,12 +233,12 @@ def notice(path, state, about, cosmetic):
 class Saver:
     """saver(path, state, must): save; a rolling save (must=False) may fail FAILED_SAVES - 1 times in a row."""
 
-    def __init__(self):
-        self.failed, self.last = 0, "none of this run"
+    def __init__(self, save=save_checkpoint):
+        self.save, self.failed, self.last = save, 0, "none of this run"
 
     def __call__(self, path, state, must=True):
         try:
-            save_checkpoint(path, state)
+            self.save(path, state)
             self.failed, self.last = 0, path
         except CheckpointError as e:
             self.failed += 1

@@ -7,7 +7,6 @@ NeSymReS (arXiv 2106.06427), Flash-ANSR (2602.08885); decoding within the gramma
 """
 
 import inspect
-import zipfile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,7 +16,7 @@ import torch.nn.functional as F
 import yaml
 from torch.utils.checkpoint import checkpoint
 
-from data_utils.checkpoint import CheckpointError, write_atomic
+from data_utils.checkpoint import read, write_atomic
 from data_utils.config import DataError, UsageError
 from data_utils.expressions import Alphabet
 from models.set_transformer import BITS, FFN, Attention, Norm, SetTransformer, bits
@@ -333,7 +332,7 @@ class FlashANSRModel(nn.Module):
                 raise UsageError(f"{folder / name} has no {', '.join(absent)}")
         alphabet = Alphabet(tokenizer["operators"], tokenizer["variables"], tokenizer["special_tokens"])
         model = cls(alphabet, **{key: args[key] for key in ARGUMENTS})
-        weights = _read_weights(folder / names[2])
+        weights = read(folder / names[2])
         own = model.state_dict()
         other = sorted(name for name in own.keys() | weights.keys()
                        if name not in own or name not in weights or own[name].shape != weights[name].shape)  # fmt: skip
@@ -405,17 +404,3 @@ def _read_yaml(path):
     if not isinstance(found, dict):
         raise DataError(f"{path}: expected 'key: value' lines, found {type(found).__name__}")
     return found
-
-
-def _read_weights(path):
-    """A bare dict of tensors. Raises CheckpointError for what is damaged or holds anything else."""
-    try:
-        with zipfile.ZipFile(path) as archive:  # torch.load checks no checksum
-            if archive.testzip() is not None:
-                raise ValueError("checksum differs")
-        weights = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as e:  # truncation and flipped bits raise a dozen types
-        raise CheckpointError(f"{path} can't be read: {type(e).__name__}: {(str(e).splitlines() or [''])[0]}") from e
-    if not isinstance(weights, dict) or not all(torch.is_tensor(t) for t in weights.values()):
-        raise CheckpointError(f"{path}: expected a dict of tensors, found {type(weights).__name__}")
-    return weights

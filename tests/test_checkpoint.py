@@ -272,19 +272,23 @@ def test_numbered_goes_by_integer_not_by_name_or_time(tmp_path):
     assert checkpoint.numbered(tmp_path / "none", r"(\d+)") == []
 
 
+def load(path):
+    return checkpoint.load_checkpoint(path, "it")
+
+
 def test_first_good_falls_back_with_a_warning_each(tmp_path, capsys):
     paths = numbers(tmp_path, 1, 2, 3)
     paths[0].write_bytes(b"")
     paths[1].write_bytes(paths[1].read_bytes()[:-1])
-    path, state = checkpoint.first_good([tmp_path / "absent.pt", *paths], "it")
+    path, state = checkpoint.first_good([tmp_path / "absent.pt", *paths], load)
     lines = capsys.readouterr().err.splitlines()
     assert (path, state["step"], len(lines)) == (paths[2], 1, 2)
     for line, bad in zip(lines, paths, strict=False):
         assert line.startswith(f"warning: {bad} can't be read: ")
     paths[2].write_bytes(b"PK")
     with pytest.raises(CheckpointError, match="none of 3 checkpoints(.|\n)*--fresh"):
-        checkpoint.first_good(paths, "it")
-    assert checkpoint.first_good([tmp_path / "absent.pt"], "it") == (None, None)
+        checkpoint.first_good(paths, load)
+    assert checkpoint.first_good([tmp_path / "absent.pt"], load) == (None, None)
 
 
 def test_find(tmp_path):

@@ -341,7 +341,7 @@ def test_a_hostile_checkpoint_is_refused_and_runs_nothing(make, forced, tmp_path
     make(path, canary)
     ways = [
         lambda: load_checkpoint(path, "it"),
-        lambda: first_good([path], "it"),
+        lambda: first_good([path], lambda path: load_checkpoint(path, "it")),
         lambda: find(str(path), False, [path], "it"),
         lambda: load_expert(path),
     ]

@@ -1,0 +1,108 @@
+"""Checkpoints that are folders of several files: whole or absent, verified by the hashes that one of them holds."""
+
+import hashlib
+import os
+import re
+import shutil
+from pathlib import Path
+
+import torch
+
+from data_utils.checkpoint import CheckpointError, first_good, load_checkpoint, numbered, read, to_plain, write_atomic
+from data_utils.config import DataError, UsageError, save_config
+
+FOLDER = r"checkpoint_(\d+)"
+STATE = "training_state.pt"
+
+
+def save_folder(path, content):
+    """Write content: ({name: state dict} as name.pt each, state with their hashes as training_state.pt, the bundle)."""
+    path, (parts, state, config) = Path(path), content
+    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        for name, part in parts.items():
+            _save(temporary / f"{name}.pt", part)
+        files = {f"{name}.pt": _hash(temporary / f"{name}.pt") for name in parts}
+        _save(temporary / STATE, state | dict(files=files))
+        save_config(config, temporary)
+        if path.exists():  # of this very step, before a resume
+            shutil.rmtree(path)
+        temporary.rename(path)
+    except OSError as e:
+        raise CheckpointError(f"{path} was not written: {e.strerror or e}") from e
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _save(path, state):
+    state = to_plain(state)
+    write_atomic(path, lambda file: torch.save(state, file))
+
+
+def _hash(path):
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def load_folder(path, kind, names):
+    """Return (training state, {name: state}) of a checkpoint folder, on the CPU; absent parts are left out.
+
+    Raises CheckpointError for damage, or files that were not saved together.
+    """
+    path, parts = Path(path), {}
+    state = load_checkpoint(path / STATE, kind) if (path / STATE).exists() else {}
+    for name in names:
+        file = path / f"{name}.pt"
+        if file.exists():
+            if state and _hash(file) != state["files"].get(file.name):
+                raise CheckpointError(
+                    f"{file} is not the file that was saved with {STATE}: damaged, or of another step"
+                )
+            parts[name] = read(file)
+    return state, parts
+
+
+def find_folder(resume_from, out, kind, names):
+    """Return (folder, training state, parts) that --resume-from means; (None, {}, {}) to begin.
+
+    `auto` takes the newest good one of `out`, if there is one; an output folder its own newest good one; anything else
+    is a checkpoint folder, without fallback. Raises UsageError or CheckpointError.
+    """
+    if not resume_from:
+        return None, {}, {}
+    folder = Path(out if resume_from == "auto" else resume_from)
+    there = numbered(folder, FOLDER)
+    if resume_from == "auto" or there:
+        path, found = first_good(there, lambda path: load_folder(path, kind, names))
+        return (path, *found) if path else (None, {}, {})
+    if not folder.is_dir():
+        near = ", ".join(map(str, numbered(folder.parent, FOLDER)[:3])) or "none"
+        raise UsageError(f"--resume-from {folder}: no such folder\ncheckpoints there: {near}")
+    try:
+        return (folder, *load_folder(folder, kind, names))
+    except DataError as e:
+        raise UsageError(f"{e}\nno fallback for a named checkpoint; its output folder takes the newest good one") from e
+
+
+def step_of(path, state, given):
+    """Return the step of a checkpoint: as given (>= 0), else as saved, else as its folder is named."""
+    named = re.fullmatch(FOLDER, Path(path).name)
+    found = state.get("step", int(named[1]) if named else -1)
+    if given >= 0:
+        return given
+    if found < 0:
+        raise UsageError(f"{path} does not say its step\ntry: --resume-step N")
+    return found
+
+
+def prune(out, interval):
+    """Remove all but the newest checkpoint folder, except those at multiples of `interval` (0: none)."""
+    for path in numbered(out, FOLDER)[1:]:
+        if not interval or int(path.name.rpartition("_")[2]) % interval:
+            shutil.rmtree(path)
+
+
+def sweep(out):
+    """Remove what a killed process left half written."""
+    for torn in Path(out).glob("checkpoint_*.tmp-*"):
+        shutil.rmtree(torn, ignore_errors=True)
