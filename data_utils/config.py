@@ -45,8 +45,9 @@ def from_cli(cls, doc="", argv=None, prog=None, by="", flatten=None, load=None):
     The comment that ends a field's line is its help, and the class that has the field its group, inherited fields
     included. A Literal gives choices, a bool --flag/--no-flag, a tuple takes any number of values. --snake_case and
     --kebab-case both work. No default is None: say "", 0 or -1. A field's metadata may hold `bare`, the value of a flag
-    that stands alone, `also`, a second name, and `short`, one like -o. `cls` may be {choice: class}: then the flag --`by` picks the class, so
-    that each variant has defaults and help of its own; or a function of that flag's value ("" if absent) -> class.
+    that stands alone, `also`, a second name, and `short`, one like -o. `cls` may be {choice: class}: then the flag
+    --`by` picks the class, so that each variant has defaults and help of its own; or a function of that flag's value
+    ("" if absent) -> class.
     `flatten` turns the keys of a bundle into flags before they are looked at; `load` reads FILE instead (path -> dict,
     ValueError or UsageError). A field `config` of cls is an ordinary one. Exits with status 2 on a typo, a wrong type
     or a bad choice, naming the nearest flag. Returns None in a notebook, where sys.argv is the kernel's: there

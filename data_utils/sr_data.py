@@ -26,7 +26,7 @@ SCREEN = 16  # points on which most samples that won't do are found out
 MULTIPLE = 8  # of T: few shapes to compile
 READY = 8  # batches that each worker keeps ready
 IGNORED = -100  # label of a token that is not learned
-LONGEST_WAIT = 5.0  # seconds between two looks whether a worker still lives
+LONGEST_WAIT = 1.0  # seconds between two looks whether a worker still lives
 TAGS = dict(allowed="allowed_term", include="include_term", exclude="exclude_term")
 
 
