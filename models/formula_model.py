@@ -25,6 +25,7 @@ from models.transformer import Rotary
 
 MARKS = "<bos> <expression> </expression> <eos>".split()  # of every sequence
 ROPE_BASE = 10_000
+ALIKE = 32  # rows that go through the decoder together on a CPU: fewer fill its matrix products badly
 
 
 class Encoded(NamedTuple):
@@ -143,13 +144,16 @@ class FlashANSRModel(nn.Module):
         memory = self.memory_norm(self.encoder(data, mask))
         return Encoded([block.cross_attention.keys(memory, self.cross_rotary) for block in self.blocks], variables)
 
+    def _fits(self, length):
+        if length > self.max_seq_len:
+            raise ValueError(f"{length} tokens do not fit decoder_max_seq_len {self.max_seq_len}")
+
     def _read(self, ids, num, keys, before=None, cache=None, start=0):
         """ids (B, T), num (B, T, 1) or None -> what the head reads (B, T, C) and the open slots after each (B, T).
 
         before: open slots (B,) that ids begin with, 0 if absent.
         """
-        if start + ids.shape[1] > self.max_seq_len:
-            raise ValueError(f"{start} + {ids.shape[1]} tokens do not fit decoder_max_seq_len {self.max_seq_len}")
+        self._fits(start + ids.shape[1])
         ids, before = ids.long(), ids.new_zeros(len(ids)).long() if before is None else before
         inside = (ids == self.alphabet.ids["<expression>"]).cumsum(1) + before[:, None] > 0
         open_slots = before[:, None] + (self.opens[ids] * inside).cumsum(1)
@@ -167,9 +171,23 @@ class FlashANSRModel(nn.Module):
     def forward(self, ids, data, mask, num=None):
         """ids (B, T), points data (B, M, D + 1), mask (B, M), num (B, T, 1) -> logits of the next token (B, T, V).
 
-        num is read at <float> alone. Raises ValueError beyond decoder_max_seq_len or encoder_max_n_variables.
+        num is read at <float> alone. Raises ValueError beyond decoder_max_seq_len or encoder_max_n_variables. On a CPU
+        padding would cost as much as tokens: there rows go in groups of like length, and logits after a row are 0.
         """
-        return self.head(self._read(ids, num, self.encode(data, mask).keys)[0])
+        self._fits(ids.shape[1])
+        if not ids.is_cpu or torch.compiler.is_compiling():
+            return self.head(self._read(ids, num, self.encode(data, mask).keys)[0])
+        positions = torch.arange(1, ids.shape[1] + 1)
+        lengths, order = (positions * (ids > 0)).amax(1).sort(stable=True)
+        ids, data, mask, num = (None if t is None else t[order] for t in (ids, data, mask, num))
+        keys, logits = self.encode(data, mask).keys, []
+        for first in range(0, len(ids), ALIKE):
+            rows = slice(first, first + ALIKE)
+            longest = max(1, int(lengths[rows][-1]))
+            part = None if num is None else num[rows, :longest]
+            h, _ = self._read(ids[rows, :longest], part, [(k[rows], v[rows]) for k, v in keys])
+            logits.append(F.pad(self.head(h), (0, 0, 0, ids.shape[1] - longest)))
+        return torch.cat(logits)[order.argsort()]
 
     def loss(self, batch, forward=None):
         """Return (sum of nats, report) of a batch over PREFIX, </expression> and <eos>.

@@ -108,7 +108,19 @@ def test_steps_equal_the_full_forward(rope, shared):
         torch.testing.assert_close(logits, full[:, start - 1], rtol=1e-5, atol=1e-5)
     for t in range(start, ids.shape[1]):
         logits, state = model.step(ids[:, t : t + 1], state, num[:, t : t + 1])
-        torch.testing.assert_close(logits, full[:, t], rtol=1e-5, atol=1e-5)
+        real = ids[:, t] > 0
+        torch.testing.assert_close(logits[real], full[real, t], rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+def test_rows_in_groups_of_like_length_equal_padded_ones(monkeypatch):
+    monkeypatch.setattr("models.formula_model.ALIKE", 3)
+    model, batch = shaken(), batch_of(FORMULAS * 2, prompts=[PROMPT, [], [], [], [], PROMPT, [], []], numbers=range(8))
+    data, mask = points(8)
+    ids, num = batch["input_ids"], batch["input_num"]
+    h, _ = model._read(ids, num, model.encode(data, mask).keys)
+    expected = model.head(h) * (ids > 0)[..., None]
+    torch.testing.assert_close(model(ids, data, mask, num) * (ids > 0)[..., None], expected, rtol=1e-5, atol=1e-5)
 
 
 def plain_open_slots(tokens, alphabet):
