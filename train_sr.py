@@ -21,7 +21,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Literal
 
-from data_utils.bundles import flatten
+from data_utils.bundles import load_flags
 from data_utils.config import DataError, UsageError, at_least, from_cli, launch
 from data_utils.skeletons import PoolConfig
 from data_utils.sr_data import DataConfig
@@ -66,15 +66,15 @@ class ModelConfig:
 class SRConfig(ModelConfig, PoolConfig, DataConfig):
     # run
     config: str = ""  # train.yaml of a bundle
-    output_dir: str = field(default="", metadata=dict(short="o"))  # "" = models/ansr-models/<name of the bundle>
-    verbose: bool = field(default=True, metadata=dict(short="v"))  # a bar; else a line per validation
+    output_dir: str = field(default="", metadata=dict(short="-o"))  # "" = models/ansr-models/<name of the bundle>
+    verbose: bool = field(default=True, metadata=dict(short="-v"))  # a bar; else a line per validation
     resume_from: str = ""  # a checkpoint folder, an output folder, or auto: the newest there, if there is one
     resume_step: int = -1  # step of that checkpoint, if it does not say
     fresh: bool = False  # start over; the old output folder is renamed to *.bak
     seed: int = 0  # weights, data and dropout all follow from it
     # data
     skeleton_pool: str = ""  # saved pool to draw from; "" = drawn while training
-    num_workers: int = field(default=0, metadata=dict(short="w"))  # data processes; 0 = inside the training process
+    num_workers: int = field(default=0, metadata=dict(short="-w"))  # data processes; 0 = inside the training process
     # optimization
     lr: float = 1e-3  # peak learning rate
     warmup: float = 0.1  # share of the steps with a rising rate
@@ -90,13 +90,13 @@ class SRConfig(ModelConfig, PoolConfig, DataConfig):
     max_steps: int = 0  # stop earlier, on the same schedule; 0 = off
     max_seconds: float = 0.0  # stop after so many seconds; 0 = off
     # evaluation, checkpoints, hardware
-    validate_interval: int = field(default=1000, metadata=dict(short="vi"))  # steps between validations
+    validate_interval: int = field(default=1000, metadata=dict(short="-vi"))  # steps between validations
     val_size: int = 1024  # fixed validation samples
     val_batch_size: int = 128  # of them at a time
     val_problems: int = 48  # problems solved at each validation; 0 = off
     val_choices: int = 64  # candidates for each of them
     checkpoint_interval: int = field(
-        default=0, metadata=dict(short="ci")
+        default=0, metadata=dict(short="-ci")
     )  # steps between checkpoints that stay; 0 = off
     save_minutes: float = 10.0  # minutes between rolling saves: what a crash can cost; 0 = only when stopped
     log_interval: int = 50  # steps per row of metrics
@@ -113,7 +113,7 @@ Config = SRConfig
 
 
 if __name__ == "__main__":  # before torch is imported, so that --help and typos answer at once
-    cfg = from_cli(SRConfig, __doc__, flatten=flatten)
+    cfg = from_cli(SRConfig, __doc__, load=load_flags)
 
 import torch
 
@@ -336,7 +336,8 @@ def main(cfg):
                     append_row(metrics, dict(
                         step=at.step, split="train", loss=loss, lr=lr_at(at.step - 1), grad_norm=norm,
                         samples=at.samples, samples_per_s=seen / (now - mark), data_share=drawing / (now - mark),
-                        pflops=at.total_pflops, seconds=now - start, peak_mb=peak_mb(device), skipped=at.skipped))  # fmt: skip
+                        pflops=at.total_pflops, seconds=now - start, peak_mb=peak_mb(device),
+                        skipped=at.skipped))  # fmt: skip
                     seen, drawing, mark = 0, 0.0, now
             if due() and not stop_now:
                 before, row = time.monotonic(), evaluate()

@@ -13,7 +13,7 @@ from data_utils.sr_data import DataConfig, FlashANSRDataset
 OF_A_RUN = "config output_dir verbose resume_from resume_step fresh skeleton_pool".split()  # not of a bundle
 
 
-def flatten(bundle, path):
+def load_flags(path):
     """Return {flag: value} of the train.yaml at `path`, of its model, its training data, and the pool of these."""
     found, parts = {}, [load_config(path)]
     while parts:

@@ -117,9 +117,9 @@ def by_step(files, final, kind):
 
 
 def first_good(paths, load):
-    """Return (path, load(path)) of the first checkpoint that loads, warning about each that does not; (None, None) for none.
+    """Return (path, load(path)) of the first checkpoint that loads, warning about each that does not.
 
-    Raises CheckpointError when there are candidates and all are bad: never start over silently.
+    (None, None) for none. Raises CheckpointError when there are candidates and all are bad: never start over silently.
     """
     bad = []
     for path in filter(os.path.exists, paths):

@@ -49,9 +49,9 @@ def from_cli(cls, doc="", argv=None, prog=None, by="", flatten=None, load=None):
     --`by` picks the class, so that each variant has defaults and help of its own; or a function of that flag's value
     ("" if absent) -> class.
     `flatten` turns the keys of a bundle into flags before they are looked at; `load` reads FILE instead (path -> dict,
-    ValueError or UsageError). A field `config` of cls is an ordinary one. Exits with status 2 on a typo, a wrong type
-    or a bad choice, naming the nearest flag. Returns None in a notebook, where sys.argv is the kernel's: there
-    call main(Config(...)).
+    ValueError or UsageError). Without it a field `config` of cls is an ordinary one. Exits with status 2 on a typo, a
+    wrong type or a bad choice, naming the nearest flag. Returns None in a notebook, where sys.argv is the kernel's:
+    there call main(Config(...)).
     """
     if argv is None:
         if not hasattr(sys.modules["__main__"], "__file__"):
@@ -60,7 +60,8 @@ def from_cli(cls, doc="", argv=None, prog=None, by="", flatten=None, load=None):
     own = dataclasses.fields(cls) if dataclasses.is_dataclass(cls) else ()
     short = {f.metadata["short"]: f"--{f.name}" for f in own if "short" in f.metadata}
     argv = [{"-c": "--config", **short}.get(word, word) for word in argv]  # argparse would read -ci as -c i
-    flags, path = ([], "") if any(f.name == "config" for f in own) else _bundle(argv, prog, flatten, load)
+    plain = any(f.name == "config" for f in own) and not load
+    flags, path = ([], "") if plain else _bundle(argv, prog, flatten, load)
     if by:
         cls = _choose(cls, by, doc, flags + argv, prog)
     parser = _parser(cls, doc, prog)

@@ -1,0 +1,224 @@
+"""A formula for given points: candidates are proposed, bred from the best, fitted all at once, tidied and ranked.
+
+M points, D variables, N candidates (rows of prefix ids, see expressions.py). A network proposes what it read off the
+points (arXiv 2602.08885), the prior what training draws; offspring are a genetic programme's (Koza 1992).
+"""
+
+import time
+from collections import namedtuple
+
+import numpy as np
+import torch
+
+from data_utils.expressions import evaluate
+from data_utils.refine import fit, tidy
+from data_utils.simplify import NotReal, simplify
+from data_utils.skeletons import make_chunk
+
+ROUND = 128  # candidates that are fitted together
+ARCHIVE, DONORS = 100, 6000  # candidates that are bred from; proposals that lend them parts
+EXACT = 1e-14  # FVU (MSE over the variance of y) below which digits decide, not formulas
+SOLVED = 2.0**-23  # FVU below which float32 sees no difference
+FIT_POINTS, TIDIED, LONGEST, CONSTANTS = 64, 20, 24, 6
+HOT = 1.3  # temperature of the draws once they repeat themselves
+
+Candidate = namedtuple("Candidate", "prefix constants fvu length score log_prob")
+
+
+class Prior:
+    """prior(rng, n) -> n skeletons as training draws them, id lists over at most D variables. held: HoldOut."""
+
+    def __init__(self, alphabet, pool, D, held=None):
+        self.alphabet, self.pool, self.held = alphabet, pool, held
+        self.last = alphabet.first_variable + D  # ids from here on are variables that the points lack
+        self.rows, self.ends = [], np.zeros(0)
+
+    def __call__(self, rng, n):
+        if not self.rows:
+            chunk, _ = make_chunk(rng, 4096, self.alphabet, self.pool, self.held)
+            fits = chunk.tokens.max(1) < self.last
+            self.rows, self.ends = chunk.tokens[fits], np.sqrt(chunk.counts[fits]).cumsum()
+        chosen = np.searchsorted(self.ends, rng.random(n) * self.ends[-1], "right")
+        return [[t for t in row if t] for row in self.rows[chosen].tolist()]
+
+
+class Network:
+    """network(rng, n) -> n skeletons that the model reads off the points, each time off others and in another order."""
+
+    def __init__(self, model, X, y, *, max_points, prompt=(), numbers=(), **sampling):
+        self.model, self.X, self.y, self.max_points = model, X, y, max_points
+        self.sampling = dict(prompt=prompt, numbers=numbers) | sampling
+
+    def __call__(self, rng, n, temperature=None):
+        alphabet, D = self.model.alphabet, self.X.shape[1]
+        device = next(self.model.parameters()).device
+        rows = rng.permutation(len(self.X))[: self.max_points]
+        order = rng.permutation(D) if not self.sampling["prompt"] else np.arange(D)  # a prompt names variables
+        points = np.zeros((len(rows), len(alphabet.variables) + 1))
+        points[:, :D], points[:, -1] = self.X[rows][:, order], self.y[rows]
+        used = torch.zeros(1, len(alphabet.variables), dtype=torch.bool, device=device)
+        used[:, :D] = True
+        data = torch.from_numpy(points)[None].to(device)
+        with torch.no_grad():
+            encoded = self.model.encode(data, torch.ones(1, len(rows), dtype=torch.bool, device=device), used)
+            generator = torch.Generator(device).manual_seed(int(rng.integers(2**62)))
+            settings = self.sampling | (dict(temperature=temperature) if temperature else {})
+            drawn, _ = self.model.sample(encoded, n, generator=generator, **settings)
+        first = alphabet.first_variable
+        back = {first + i: first + int(v) for i, v in enumerate(order)}
+        return [[back.get(t, t) for t in row if t] for row in drawn.tolist()]
+
+
+def offspring(rng, archive, donors, alphabet, pool, D):
+    """One skeleton bred from the best: a subtree exchanged, cut to a leaf, wrapped in an operator, or a token swapped.
+
+    archive: id lists, best first; donors: id lists. Returns an id list that need not be in normal form.
+    """
+    parent = archive[int(len(archive) * rng.random() ** 2)]
+    begin = int(rng.integers(len(parent)))
+    end = subtree_end(alphabet, parent, begin)
+    leaves = [alphabet.constant, *range(alphabet.first_variable, alphabet.first_variable + D)]
+    kind = rng.random()
+    if kind < 0.5:
+        others = donors if kind < 0.3 and donors else archive
+        donor = others[int(rng.integers(len(others)))]
+        cut = int(rng.integers(len(donor)))
+        part = donor[cut : subtree_end(alphabet, donor, cut)]
+    elif kind < 0.65:
+        part = [int(rng.choice(leaves))]
+    elif kind < 0.85:
+        arity = 2 if rng.random() < 0.6 else 1
+        operator = _operator(rng, alphabet, pool, arity)
+        part = [operator, *parent[begin:end], *([int(rng.choice(leaves))] if arity == 2 else [])]
+    else:
+        arity = int(alphabet.arity[parent[begin]])
+        part = [int(rng.choice(leaves)) if not arity else _operator(rng, alphabet, pool, arity), *parent[begin + 1 : end]]
+    return [*parent[:begin], *part, *parent[end:]]
+
+
+def _operator(rng, alphabet, pool, arity):
+    from data_utils.skeletons import _weights
+
+    ids, weights = _weights(alphabet, pool)[arity]
+    return int(rng.choice(ids, p=weights / weights.sum()))
+
+
+def subtree_end(alphabet, row, begin):
+    """Place after the sub-expression that begins at `begin`."""
+    need, place = 1, begin
+    while need:
+        need += int(alphabet.arity[row[place]]) - 1
+        place += 1
+    return place
+
+
+def normal(alphabet, row, longest):
+    """The normal form of an id list, as a tuple; None if there is none that can be used."""
+    try:
+        prefix = simplify(alphabet.decode(row))[0]
+    except NotReal:
+        return None
+    if len(prefix) > longest or prefix.count("<constant>") > CONSTANTS or not all(t in alphabet.ids for t in prefix):
+        return None
+    return tuple(alphabet.encode(prefix))
+
+
+def padded(rows):
+    """Id lists -> (N, L) uint8."""
+    found = np.zeros((len(rows), max(map(len, rows))), np.uint8)
+    for i, row in enumerate(rows):
+        found[i, : len(row)] = row
+    return found
+
+
+def fvu(y, predicted):
+    """MSE over the variance of y; inf where a prediction is not finite."""
+    return float(np.mean((y - predicted) ** 2) / np.var(y)) if np.isfinite(predicted).all() else np.inf
+
+
+def predict(alphabet, candidate, X):
+    """Values of a candidate at X (M, D): (M,)."""
+    columns = np.zeros((len(X), len(alphabet.variables)))
+    columns[:, : X.shape[1]] = X
+    constants = np.asarray(candidate.constants, float)[None] if len(candidate.constants) else np.zeros((1, 1))
+    return evaluate(alphabet, padded([candidate.prefix]), constants, columns[None])[0]
+
+
+def find_formula(propose, X, y, *, alphabet, pool, rng, prior=None, choices=512, evolve=0.7, restarts=4, parsimony=0.05,
+                 max_seconds=0.0, refiner="lm", stop=lambda: False):  # fmt: skip
+    """Search a formula y = f(x) -> (list of Candidate, best first; how many were fitted).
+
+    propose: Network or Prior; prior: where half the proposals come from once it repeats itself. X: (M, D), y: (M,),
+    finite. Rounds go on until `choices` were tried, or with max_seconds until these are over, or the fit is EXACT.
+    """
+    start, seen, archive, donors, tried, hot = time.monotonic(), {}, [], [], 0, False
+    columns = np.zeros((len(X), len(alphabet.variables)))
+    columns[:, : X.shape[1]] = X
+    few = rng.permutation(len(X))[:FIT_POINTS]
+    D, longest = X.shape[1], max(LONGEST, pool.max_length)
+    while not stop() and (time.monotonic() - start < max_seconds if max_seconds else tried < choices):
+        n = min(ROUND, choices - tried) if not max_seconds else ROUND
+        bred = int(n * evolve) if len(archive) >= 20 else 0
+        new = []
+        if not bred or len(donors) < DONORS // 2 or rng.random() < 0.3:
+            if hot and prior:
+                new = propose(rng, (n - bred + 1) // 2, HOT) + prior(rng, (n - bred) // 2)
+            else:
+                new = propose(rng, n - bred)
+            donors = (donors + new)[-DONORS:]
+        drawn = len(new)
+        best = [candidate.prefix for candidate in archive]
+        new += [offspring(rng, best, donors, alphabet, pool, D) for _ in range(bred)]
+        rows = []
+        for row in new:
+            key = normal(alphabet, row, longest)
+            if key and key not in seen:
+                seen[key] = True
+                rows.append(key)
+        hot = hot or drawn and len(rows) < drawn / 2
+        tried += len(new)
+        if not rows:
+            continue
+        constants, error = fit(alphabet, padded(rows), columns[few], y[few], restarts=restarts, rng=rng, method=refiner)
+        archive += [
+            scored(row, c[: row.count(alphabet.constant)], e, parsimony)
+            for row, c, e in zip(rows, constants, error, strict=True) if np.isfinite(e)
+        ]  # fmt: skip
+        archive = sorted(archive, key=lambda candidate: candidate.score)[:ARCHIVE]
+        if archive and archive[0].fvu <= EXACT:
+            break
+    return finish(archive, columns, y, alphabet, rng, restarts, parsimony), tried
+
+
+def scored(row, constants, error, parsimony, log_prob=0.0):
+    """A Candidate with its score, the lower the better."""
+    score = np.log10(max(error, EXACT)) + parsimony * len(row)
+    return Candidate(list(row), [float(c) for c in constants], float(error), len(row), float(score), log_prob)
+
+
+def finish(archive, columns, y, alphabet, rng, restarts, parsimony):
+    """Refit the best on all points, round their constants where that costs nothing -> candidates, best first."""
+    found = []
+    for candidate in archive[:TIDIED]:
+        prefix, constants, error = tidy(alphabet, candidate.prefix, candidate.constants, columns, y)
+        found.append(scored(prefix, constants, error, parsimony))
+    return sorted(found, key=lambda candidate: candidate.score) + archive[TIDIED:]
+
+
+def solve_problems(model, batches, numbers, choices, seed, stop=lambda: False):
+    """How many of the samples `numbers` of fixed batches a model's own candidates solve: FVU <= SOLVED."""
+    solved, size = 0, len(batches[0]["x_tensors"])
+    for i in numbers:
+        if stop():
+            break
+        batch, j = batches[i // size], i % size
+        D = int((batch["skeletons"][j].max() - model.alphabet.first_variable + 1).clamp_min(1))
+        X, y = batch["x_tensors"][j, :, :D].double().numpy(), batch["y_tensors"][j, :, 0].double().numpy()
+        network = Network(model, X, y, max_points=len(X), temperature=1.0, top_k=0, top_p=1.0, max_len=model.max_seq_len)
+        rng = np.random.default_rng((seed, i))
+        rows = {normal(model.alphabet, row, LONGEST) for row in network(rng, choices)} - {None}
+        columns = batch["x_tensors"][j].double().numpy()
+        if rows:
+            error = fit(model.alphabet, padded(sorted(rows)), columns, y, restarts=4, rng=rng)[1]
+            solved += bool((error <= SOLVED).any())
+    return solved
