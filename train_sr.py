@@ -22,7 +22,7 @@ from types import SimpleNamespace
 from typing import Literal
 
 from data_utils.bundles import load_flags
-from data_utils.config import DataError, UsageError, at_least, from_cli, launch
+from data_utils.config import DataError, UsageError, at_least, from_cli, launch, save_config
 from data_utils.skeletons import PoolConfig
 from data_utils.sr_data import DataConfig
 
@@ -364,7 +364,8 @@ def main(cfg):
     # --- summary --------------------------------------------------------------------------
     if rank == 0 and over:
         if at.step >= cfg.steps:
-            raw_model.save(out, bundle)
+            save_config(bundle, out)
+            raw_model.save(out, dtype=cfg.dtype)  # last: with it the run counts as finished
         try:
             from plot import plot_losses
 
