@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from data_utils.expressions import evaluate
-from data_utils.refine import fit, tidy
+from data_utils.refine import refine, tidy, wrap
 from data_utils.simplify import NotReal, simplify
 from data_utils.skeletons import make_chunk
 
@@ -19,7 +19,7 @@ ROUND = 128  # candidates that are fitted together
 ARCHIVE, DONORS = 100, 6000  # candidates that are bred from; proposals that lend them parts
 EXACT = 1e-14  # FVU (MSE over the variance of y) below which digits decide, not formulas
 SOLVED = 2.0**-23  # FVU below which float32 sees no difference
-FIT_POINTS, TIDIED, LONGEST, CONSTANTS = 64, 20, 24, 6
+FIT_POINTS, TIDIED, LONGEST, CONSTANTS = 64, 20, 24, 6  # points and constants of a fit; ...
 HOT = 1.3  # temperature of the draws once they repeat themselves
 
 Candidate = namedtuple("Candidate", "prefix constants fvu length score log_prob")
@@ -92,7 +92,10 @@ def offspring(rng, archive, donors, alphabet, pool, D):
         part = [operator, *parent[begin:end], *([int(rng.choice(leaves))] if arity == 2 else [])]
     else:
         arity = int(alphabet.arity[parent[begin]])
-        part = [int(rng.choice(leaves)) if not arity else _operator(rng, alphabet, pool, arity), *parent[begin + 1 : end]]
+        part = [
+            int(rng.choice(leaves)) if not arity else _operator(rng, alphabet, pool, arity),
+            *parent[begin + 1 : end],
+        ]
     return [*parent[:begin], *part, *parent[end:]]
 
 
@@ -113,14 +116,32 @@ def subtree_end(alphabet, row, begin):
 
 
 def normal(alphabet, row, longest):
-    """The normal form of an id list, as a tuple; None if there is none that can be used."""
+    """The normal form of an id list without what a + b g gives it anyway, as a tuple; None if it can't be used."""
     try:
         prefix = simplify(alphabet.decode(row))[0]
     except NotReal:
         return None
     if len(prefix) > longest or prefix.count("<constant>") > CONSTANTS or not all(t in alphabet.ids for t in prefix):
         return None
-    return tuple(alphabet.encode(prefix))
+    row = alphabet.encode(prefix)
+    while (inner := _inside(alphabet, row)) != row:
+        row = inner
+    return tuple(row) if max(row) >= alphabet.first_variable else None
+
+
+def _inside(alphabet, row):
+    """g of a row that is g plus, minus, times or over a number, or the row itself."""
+    name = alphabet.tokens[row[0]]
+    if name == "neg" or name.startswith(("mult", "div")):
+        return row[1:]
+    if name in ("+", "-", "*", "/"):
+        cut = subtree_end(alphabet, row, 1)
+        left, right = row[1:cut], row[cut:]
+        if max(left) < alphabet.first_variable and (name != "/"):
+            return right
+        if max(right) < alphabet.first_variable:
+            return left
+    return row
 
 
 def padded(rows):
@@ -154,7 +175,6 @@ def find_formula(propose, X, y, *, alphabet, pool, rng, prior=None, choices=512,
     start, seen, archive, donors, tried, hot = time.monotonic(), {}, [], [], 0, False
     columns = np.zeros((len(X), len(alphabet.variables)))
     columns[:, : X.shape[1]] = X
-    few = rng.permutation(len(X))[:FIT_POINTS]
     D, longest = X.shape[1], max(LONGEST, pool.max_length)
     while not stop() and (time.monotonic() - start < max_seconds if max_seconds else tried < choices):
         n = min(ROUND, choices - tried) if not max_seconds else ROUND
@@ -179,15 +199,16 @@ def find_formula(propose, X, y, *, alphabet, pool, rng, prior=None, choices=512,
         tried += len(new)
         if not rows:
             continue
-        constants, error = fit(alphabet, padded(rows), columns[few], y[few], restarts=restarts, rng=rng, method=refiner)
+        constants, error = refine(alphabet, padded(rows), columns, y, rng, method=refiner, affine=True, points=FIT_POINTS,
+                                  restarts=restarts)  # fmt: skip
         archive += [
-            scored(row, c[: row.count(alphabet.constant)], e, parsimony)
+            scored(row, c[: 2 + row.count(alphabet.constant)], e, parsimony)
             for row, c, e in zip(rows, constants, error, strict=True) if np.isfinite(e)
         ]  # fmt: skip
         archive = sorted(archive, key=lambda candidate: candidate.score)[:ARCHIVE]
         if archive and archive[0].fvu <= EXACT:
             break
-    return finish(archive, columns, y, alphabet, rng, restarts, parsimony), tried
+    return finish(archive, columns, y, alphabet, parsimony), tried
 
 
 def scored(row, constants, error, parsimony, log_prob=0.0):
@@ -196,13 +217,14 @@ def scored(row, constants, error, parsimony, log_prob=0.0):
     return Candidate(list(row), [float(c) for c in constants], float(error), len(row), float(score), log_prob)
 
 
-def finish(archive, columns, y, alphabet, rng, restarts, parsimony):
-    """Refit the best on all points, round their constants where that costs nothing -> candidates, best first."""
+def finish(archive, columns, y, alphabet, parsimony):
+    """Write out a + b g, round the constants of the best where that costs nothing -> candidates, best first."""
     found = []
     for candidate in archive[:TIDIED]:
-        prefix, constants, error = tidy(alphabet, candidate.prefix, candidate.constants, columns, y)
-        found.append(scored(prefix, constants, error, parsimony))
-    return sorted(found, key=lambda candidate: candidate.score) + archive[TIDIED:]
+        whole = wrap(alphabet.decode(candidate.prefix))
+        prefix, constants, error = tidy(alphabet, whole, candidate.constants, columns, y)
+        found.append(scored(alphabet.encode(prefix), constants, error, parsimony))
+    return sorted(found, key=lambda candidate: candidate.score)
 
 
 def solve_problems(model, batches, numbers, choices, seed, stop=lambda: False):
@@ -214,11 +236,13 @@ def solve_problems(model, batches, numbers, choices, seed, stop=lambda: False):
         batch, j = batches[i // size], i % size
         D = int((batch["skeletons"][j].max() - model.alphabet.first_variable + 1).clamp_min(1))
         X, y = batch["x_tensors"][j, :, :D].double().numpy(), batch["y_tensors"][j, :, 0].double().numpy()
-        network = Network(model, X, y, max_points=len(X), temperature=1.0, top_k=0, top_p=1.0, max_len=model.max_seq_len)
+        network = Network(
+            model, X, y, max_points=len(X), temperature=1.0, top_k=0, top_p=1.0, max_len=model.max_seq_len
+        )
         rng = np.random.default_rng((seed, i))
         rows = {normal(model.alphabet, row, LONGEST) for row in network(rng, choices)} - {None}
         columns = batch["x_tensors"][j].double().numpy()
         if rows:
-            error = fit(model.alphabet, padded(sorted(rows)), columns, y, restarts=4, rng=rng)[1]
+            error = refine(model.alphabet, padded(sorted(rows)), columns, y, rng, affine=True)[1]
             solved += bool((error <= SOLVED).any())
     return solved
