@@ -60,6 +60,9 @@ def _snap(v):
         return float(whole)
     if 0.15 < abs(v) < 0.6 and abs(v * round(1 / v) - 1) < 1e-11:
         return 1 / round(1 / v)
+    for known in (math.pi, math.e):
+        if abs(v - known) < 1e-11:
+            return known
     return v
 
 
@@ -177,6 +180,9 @@ def _sum(c, terms):
                 terms.pop(t)
     terms = {t: (abs(k) if t.free else k) for t, k in ((t, _snap(k)) for t, k in terms.items()) if k != 0}
     c = _snap(c)
+    for t, k in terms.items():
+        if k != k and t.kind == "p" and any(_leads(b) and e == e for b, e in t.a):
+            return _add(_sum(c, {x: y for x, y in terms.items() if x is not t}), _product((_node("c", k), 1), (t, 1)))
     for group in [t for t in terms if t.kind == "s"]:  # unknown * (x + 1) + unknown = unknown * x + unknown
         left = {t: k for t, k in group.b if t not in terms or terms[t] == terms[t]}
         number = group.a if c == c else 0.0
@@ -216,9 +222,14 @@ def _not_negative(n):
 
 
 def _over_lead(n):
-    """A sum over its unknown first coefficient."""
-    (t, u), *rest = n.b
-    return _add(t, _scale(_sum(n.a, dict(rest)), u))
+    """A sum of unknown first coefficient over that one, or over the one before several known terms."""
+    i = len(n.b) - 1 if n.b[-1][0].kind == "s" else 0
+    t, u = n.b[i]
+    return _add(t, _scale(_sum(n.a, dict(n.b[:i] + n.b[i + 1 :])), u))
+
+
+def _leads(n):
+    return n.kind == "s" and n.b[0][1] != n.b[0][1]
 
 
 def _factors(n, e):
@@ -286,7 +297,7 @@ def _product(*parts):
             del powers[b], powers[other]
         elif b in powers and _open(b, e):
             again.append((b.b if b.a == "abs" else b, powers.pop(b)))
-        elif c != c and b.kind == "s" and b.b[0][1] != b.b[0][1] and e == e:
+        elif c != c and _leads(b) and e == e:
             again.append((_over_lead(b), powers.pop(b)))
     if again:
         return _product((_constant(c), 1), *powers.items(), *again)
@@ -335,11 +346,12 @@ def _absolute(a):
 
 
 def _logarithm(a):
-    c, r = _split(a)
+    c, factors = _factors(a, 1)
+    r = _product(*factors)
     if c < 0 and _not_negative(r):
         raise NotReal("a logarithm of a negative number")
     if abs(c) != 1 and c == c:
-        return _add(_logarithm(_scale(r, math.copysign(1.0, c))), _constant(math.log(abs(c))))
+        return _add(_function("log", _scale(r, math.copysign(1.0, c))), _constant(math.log(abs(c))))
     if c == 1 and r.kind == "p" and len(r.a) == 1:
         ((b, e),) = r.a
         b = _absolute(b) if _odd_root(e) and e.numerator % 2 == 0 else b
@@ -394,8 +406,9 @@ def _raised(text, e):
             left.append(size)
         if left == [1, 1]:
             return [*chain, *text]
-        if type(e) is int and e <= 64:
-            return ["*", *text, *_raised(text, e - 1)]
+        if e.numerator <= 64:  # a prime power above 5
+            whole = int(e) if type(e) is Fraction and e > 1 else Fraction(1, e.denominator)
+            return ["*", *_raised(text, _exponent(whole)), *_raised(text, _exponent(e - whole))]
     return ["pow", *text, float(e) if e == e else e]
 
 
@@ -566,7 +579,7 @@ def simplify(prefix, values=None):
     text, found = prefix, values
     try:
         while True:
-            numbers = _emit(_parse(text, found))
+            numbers = _emit(_parse(text, None if values is None else found))
             before, (text, found) = text, _written(numbers, values is not None)
             if values is not None or text == before or not any(type(x) is float and x == x for x in numbers):
                 break  # a number that became an unknown constant can merge with others
