@@ -181,7 +181,7 @@ def _sum(c, terms):
     terms = {t: (abs(k) if t.free else k) for t, k in ((t, _snap(k)) for t, k in terms.items()) if k != 0}
     c = _snap(c)
     for t, k in terms.items():
-        if k != k and t.kind == "p" and any(_leads(b) and e == e for b, e in t.a):
+        if k != k and t.kind == "p" and any(_loose(b) and e == e for b, e in t.a):
             return _add(_sum(c, {x: y for x, y in terms.items() if x is not t}), _product((_node("c", k), 1), (t, 1)))
     for group in [t for t in terms if t.kind == "s"]:  # unknown * (x + 1) + unknown = unknown * x + unknown
         left = {t: k for t, k in group.b if t not in terms or terms[t] == terms[t]}
@@ -228,15 +228,22 @@ def _over_lead(n):
     return _add(t, _scale(_sum(n.a, dict(n.b[:i] + n.b[i + 1 :])), u))
 
 
-def _leads(n):
-    return n.kind == "s" and n.b[0][1] != n.b[0][1]
+def _lead(n):
+    """The first known coefficient of a sum, or an unknown one."""
+    return next((k for _, k in n.b if k == k), n.b[0][1])
+
+
+def _loose(n):
+    """Whether an unknown factor before powers of this sum takes the place of its unknown first coefficient."""
+    unknown = sum(k != k for _, k in n.b) if n.kind == "s" and n.b[0][1] != n.b[0][1] else 0
+    return unknown and len(n.b) - unknown + (n.a == n.a and n.a != 0) < 2
 
 
 def _factors(n, e):
     """n ** e = number * product of (base, exponent)."""
     c, r = _split(n)
     if r.kind == "s":
-        k = r.b[0][1]
+        k = _lead(r)
         if k == k and k != 1:
             r, c = _scale(r, 1 / k), _times(c, k)
         elif k != k and _all_unknown(r):
@@ -268,7 +275,7 @@ def _open(b, e):
     if b.kind == "f":
         return b.a == "abs" and _odd_root(e) and e.numerator % 2 == 0
     if b.kind == "s":
-        k = b.b[0][1]
+        k = _lead(b)
         return _odd_root(e) and (len(b.b) == 1 and b.a == 0 or k == k and k != 1 or k != k and _all_unknown(b))
     return b.kind == "p" and _odd_root(e)
 
@@ -297,7 +304,7 @@ def _product(*parts):
             del powers[b], powers[other]
         elif b in powers and _open(b, e):
             again.append((b.b if b.a == "abs" else b, powers.pop(b)))
-        elif c != c and _leads(b) and e == e:
+        elif c != c and _loose(b) and e == e:
             again.append((_over_lead(b), powers.pop(b)))
     if again:
         return _product((_constant(c), 1), *powers.items(), *again)
