@@ -290,7 +290,7 @@ def _product(*parts):
             powers[b] = _exponent(_plus(powers[b], x)) if b in powers else x
     if c == 0:
         return _node("c", 0.0)
-    again, powers = [], {b: e for b, e in powers.items() if e != 0}
+    again = []
     exponentials = [b for b in powers if b.a == "exp"]
     if len(exponentials) > 1 or exponentials and powers[exponentials[0]] != 1:
         argument = _node("c", 0.0)
@@ -298,6 +298,11 @@ def _product(*parts):
             e = powers.pop(b)
             argument = _add(argument, _scale(b.b, float(e) if e == e else e))
         again.append((_function("exp", argument), 1))
+    for b in [b for b in powers if b.a == "abs" and type(powers.get(b.b)) is int and powers[b.b] != 1]:
+        odd = powers[b.b] % 2  # x^3 |x| is x |x|^3
+        powers[b] = _exponent(_plus(powers[b], powers[b.b] - odd))
+        powers[b.b] = odd
+    powers = {b: e for b, e in powers.items() if e != 0}
     for b, e in list(powers.items()):
         if b.a in QUOTIENTS and e == e and powers.get(other := _node("f", QUOTIENTS[b.a][0], b.b), 0) == -e:
             again.append((_node("f", QUOTIENTS[b.a][1], b.b), e))  # sin / cos
@@ -560,6 +565,12 @@ def _written(text, known):
     return tokens, values
 
 
+def _unsettled(text):
+    """Whether writing brought new unknowns, or one before a sum: they can merge with others."""
+    return any(type(x) is float and (x == x or text[i - 1] == "*" and text[i + 1] in ("+", "-"))
+               for i, x in enumerate(text[:-1], 0))  # fmt: skip
+
+
 def _in_order(prefix, values):
     """The same formula, operands of + and * sorted."""
     stack, left = [], list(values or [None] * prefix.count("<constant>"))
@@ -588,8 +599,8 @@ def simplify(prefix, values=None):
         while True:
             numbers = _emit(_parse(text, None if values is None else found))
             before, (text, found) = text, _written(numbers, values is not None)
-            if values is not None or text == before or not any(type(x) is float and x == x for x in numbers):
-                break  # a number that became an unknown constant can merge with others
+            if values is not None or text == before or not _unsettled(numbers):
+                break
     except NotReal:
         raise
     except (ValueError, OverflowError, ZeroDivisionError) as e:  # what math says of log(-1), exp(1000), 1 / 0
