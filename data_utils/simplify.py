@@ -261,8 +261,8 @@ def _factors(n, e):
             outside.append((_function("abs", b), _exponent(_times(x, e))))
         else:
             inside.append((b, x))
-    if len(inside) == 1 and c > 0:
-        outside.append((inside[0][0], _exponent(_times(inside[0][1], e))))
+    if len(inside) == 1:
+        outside.append((_scale(inside[0][0], math.copysign(1.0, c)), _exponent(_times(inside[0][1], e))))
     elif inside:
         outside.append((_scale(_product(*inside), 1.0 if c > 0 else -1.0), e))
     elif c < 0:
@@ -567,8 +567,8 @@ def _written(text, known):
 
 def _unsettled(text):
     """Whether writing brought new unknowns, or one before a sum: they can merge with others."""
-    return any(type(x) is float and (x == x or text[i - 1] == "*" and text[i + 1] in ("+", "-"))
-               for i, x in enumerate(text[:-1], 0))  # fmt: skip
+    pairs = zip(["", *text], text, [*text[1:], ""], strict=True)
+    return any(type(x) is float and (x == x or before == "*" and after in ("+", "-")) for before, x, after in pairs)
 
 
 def _in_order(prefix, values):
