@@ -325,7 +325,10 @@ def _product(*parts):
 # functions
 def _function(name, a):
     if a.kind == "c":
-        return a if a.a != a.a else _constant(getattr(math, name, abs)(a.a))
+        try:
+            return a if a.a != a.a else _constant(getattr(math, name, abs)(a.a))
+        except ValueError as e:
+            raise NotReal(f"{name}({a.a})") from e
     sign = 1.0
     if (name in ODD or name in EVEN) and a.kind == "s" and a.b[0][1] < 0:
         a, sign = _scale(a, -1.0), -1.0 if name in ODD else 1.0
@@ -567,7 +570,7 @@ def _written(text, known):
 
 def _unsettled(text):
     """Whether writing brought new unknowns, or one before a sum: they can merge with others."""
-    pairs = zip(["", *text], text, [*text[1:], ""], strict=True)
+    pairs = zip(["", *text], text, [*text[1:], ""], strict=False)
     return any(type(x) is float and (x == x or before == "*" and after in ("+", "-")) for before, x, after in pairs)
 
 
@@ -601,10 +604,8 @@ def simplify(prefix, values=None):
             before, (text, found) = text, _written(numbers, values is not None)
             if values is not None or text == before or not _unsettled(numbers):
                 break
-    except NotReal:
-        raise
-    except (ValueError, OverflowError, ZeroDivisionError) as e:  # what math says of log(-1), exp(1000), 1 / 0
-        raise NotReal(str(e)) from e
+    except OverflowError as e:
+        raise NotReal("a number beyond the range of floats") from e
     if len(text) > len(prefix):
         return _in_order(prefix, values)
     return text, None if values is None else found
