@@ -94,21 +94,19 @@ class _Problem:
     def __init__(self, alphabet, tokens, free, X, y, scale, affine):
         self.alphabet, self.tokens, self.free, self.X, self.y = alphabet, tokens, free, X, y
         self.scale, self.affine = scale, affine
-        self.program = Program(alphabet, tokens)
-        self.points = np.ascontiguousarray(X.T)[self.program.uses[1]]
+        self.program = Program(alphabet, tokens, X)
 
     def keep(self, rows):
         return _Problem(self.alphabet, self.tokens[rows], self.free[rows], self.X, self.y, self.scale, self.affine)
 
     def values(self, constants):
-        g = self.program(constants, self.points)
+        g = self.program(constants)
         return g if self.affine else g / self.scale
 
     def residuals(self, constants):
         """constants (R, C) -> residuals (R, M), derivatives (R, C, M), FVU (R,), inf where anything isn't finite."""
         with np.errstate(all="ignore"):
-            g, J = self.program.gradient(constants, self.points)
-            J = J.transpose(0, 2, 1)
+            g, J = self.program.gradient(constants)
             J = np.where(np.isfinite(J) & self.free[:, :, None], J, 0.0)
             if self.affine:
                 a, b, centred, power = _projected(g, self.y)
