@@ -19,7 +19,7 @@ ROUND = 128  # candidates that are fitted together
 ARCHIVE, DONORS = 100, 6000  # candidates that are bred from; proposals that lend them parts
 EXACT = 1e-14  # FVU (MSE over the variance of y) below which digits decide, not formulas
 SOLVED = 2.0**-23  # FVU below which float32 sees no difference
-FIT_POINTS, TIDIED, LONGEST, CONSTANTS = 64, 20, 24, 6  # points and constants of a fit; ...
+FIT_POINTS, TIDIED, LONGEST, CONSTANTS = 64, 20, 24, 6
 HOT = 1.3  # temperature of the draws once they repeat themselves
 
 Candidate = namedtuple("Candidate", "prefix constants fvu length score log_prob")
@@ -199,8 +199,8 @@ def find_formula(propose, X, y, *, alphabet, pool, rng, prior=None, choices=512,
         tried += len(new)
         if not rows:
             continue
-        constants, error = refine(alphabet, padded(rows), columns, y, rng, method=refiner, affine=True, points=FIT_POINTS,
-                                  restarts=restarts)  # fmt: skip
+        constants, error = refine(alphabet, padded(rows), columns, y, rng, method=refiner, affine=True,
+                                  points=FIT_POINTS, restarts=restarts)  # fmt: skip
         archive += [
             scored(row, c[: 2 + row.count(alphabet.constant)], e, parsimony)
             for row, c, e in zip(rows, constants, error, strict=True) if np.isfinite(e)
