@@ -60,6 +60,9 @@ def _snap(v):
         return float(whole)
     if 0.15 < abs(v) < 0.6 and abs(v * round(1 / v) - 1) < 1e-11:
         return 1 / round(1 / v)
+    for known in (math.pi, math.e):
+        if abs(v - known) < 1e-11:
+            return known
     return v
 
 
@@ -177,6 +180,9 @@ def _sum(c, terms):
                 terms.pop(t)
     terms = {t: (abs(k) if t.free else k) for t, k in ((t, _snap(k)) for t, k in terms.items()) if k != 0}
     c = _snap(c)
+    for t, k in terms.items():
+        if k != k and t.kind == "p" and any(_loose(b) and e == e for b, e in t.a):
+            return _add(_sum(c, {x: y for x, y in terms.items() if x is not t}), _product((_node("c", k), 1), (t, 1)))
     for group in [t for t in terms if t.kind == "s"]:  # unknown * (x + 1) + unknown = unknown * x + unknown
         left = {t: k for t, k in group.b if t not in terms or terms[t] == terms[t]}
         number = group.a if c == c else 0.0
@@ -216,16 +222,28 @@ def _not_negative(n):
 
 
 def _over_lead(n):
-    """A sum over its unknown first coefficient."""
-    (t, u), *rest = n.b
-    return _add(t, _scale(_sum(n.a, dict(rest)), u))
+    """A sum of unknown first coefficient over that one, or over the one before several known terms."""
+    i = len(n.b) - 1 if n.b[-1][0].kind == "s" else 0
+    t, u = n.b[i]
+    return _add(t, _scale(_sum(n.a, dict(n.b[:i] + n.b[i + 1 :])), u))
+
+
+def _lead(n):
+    """The first known coefficient of a sum, or an unknown one."""
+    return next((k for _, k in n.b if k == k), n.b[0][1])
+
+
+def _loose(n):
+    """Whether an unknown factor before powers of this sum takes the place of its unknown first coefficient."""
+    unknown = sum(k != k for _, k in n.b) if n.kind == "s" and n.b[0][1] != n.b[0][1] else 0
+    return unknown and len(n.b) - unknown + (n.a == n.a and n.a != 0) < 2
 
 
 def _factors(n, e):
     """n ** e = number * product of (base, exponent)."""
     c, r = _split(n)
     if r.kind == "s":
-        k = r.b[0][1]
+        k = _lead(r)
         if k == k and k != 1:
             r, c = _scale(r, 1 / k), _times(c, k)
         elif k != k and _all_unknown(r):
@@ -243,8 +261,8 @@ def _factors(n, e):
             outside.append((_function("abs", b), _exponent(_times(x, e))))
         else:
             inside.append((b, x))
-    if len(inside) == 1 and c > 0:
-        outside.append((inside[0][0], _exponent(_times(inside[0][1], e))))
+    if len(inside) == 1:
+        outside.append((_scale(inside[0][0], math.copysign(1.0, c)), _exponent(_times(inside[0][1], e))))
     elif inside:
         outside.append((_scale(_product(*inside), 1.0 if c > 0 else -1.0), e))
     elif c < 0:
@@ -257,7 +275,7 @@ def _open(b, e):
     if b.kind == "f":
         return b.a == "abs" and _odd_root(e) and e.numerator % 2 == 0
     if b.kind == "s":
-        k = b.b[0][1]
+        k = _lead(b)
         return _odd_root(e) and (len(b.b) == 1 and b.a == 0 or k == k and k != 1 or k != k and _all_unknown(b))
     return b.kind == "p" and _odd_root(e)
 
@@ -272,7 +290,7 @@ def _product(*parts):
             powers[b] = _exponent(_plus(powers[b], x)) if b in powers else x
     if c == 0:
         return _node("c", 0.0)
-    again, powers = [], {b: e for b, e in powers.items() if e != 0}
+    again = []
     exponentials = [b for b in powers if b.a == "exp"]
     if len(exponentials) > 1 or exponentials and powers[exponentials[0]] != 1:
         argument = _node("c", 0.0)
@@ -280,13 +298,18 @@ def _product(*parts):
             e = powers.pop(b)
             argument = _add(argument, _scale(b.b, float(e) if e == e else e))
         again.append((_function("exp", argument), 1))
+    for b in [b for b in powers if b.a == "abs" and type(powers.get(b.b)) is int and powers[b.b] != 1]:
+        odd = powers[b.b] % 2  # x^3 |x| is x |x|^3
+        powers[b] = _exponent(_plus(powers[b], powers[b.b] - odd))
+        powers[b.b] = odd
+    powers = {b: e for b, e in powers.items() if e != 0}
     for b, e in list(powers.items()):
         if b.a in QUOTIENTS and e == e and powers.get(other := _node("f", QUOTIENTS[b.a][0], b.b), 0) == -e:
             again.append((_node("f", QUOTIENTS[b.a][1], b.b), e))  # sin / cos
             del powers[b], powers[other]
         elif b in powers and _open(b, e):
             again.append((b.b if b.a == "abs" else b, powers.pop(b)))
-        elif c != c and b.kind == "s" and b.b[0][1] != b.b[0][1] and e == e:
+        elif c != c and _loose(b) and e == e:
             again.append((_over_lead(b), powers.pop(b)))
     if again:
         return _product((_constant(c), 1), *powers.items(), *again)
@@ -302,7 +325,10 @@ def _product(*parts):
 # functions
 def _function(name, a):
     if a.kind == "c":
-        return a if a.a != a.a else _constant(getattr(math, name, abs)(a.a))
+        try:
+            return a if a.a != a.a else _constant(getattr(math, name, abs)(a.a))
+        except ValueError as e:
+            raise NotReal(f"{name}({a.a})") from e
     sign = 1.0
     if (name in ODD or name in EVEN) and a.kind == "s" and a.b[0][1] < 0:
         a, sign = _scale(a, -1.0), -1.0 if name in ODD else 1.0
@@ -335,11 +361,12 @@ def _absolute(a):
 
 
 def _logarithm(a):
-    c, r = _split(a)
+    c, factors = _factors(a, 1)
+    r = _product(*factors)
     if c < 0 and _not_negative(r):
         raise NotReal("a logarithm of a negative number")
     if abs(c) != 1 and c == c:
-        return _add(_logarithm(_scale(r, math.copysign(1.0, c))), _constant(math.log(abs(c))))
+        return _add(_function("log", _scale(r, math.copysign(1.0, c))), _constant(math.log(abs(c))))
     if c == 1 and r.kind == "p" and len(r.a) == 1:
         ((b, e),) = r.a
         b = _absolute(b) if _odd_root(e) and e.numerator % 2 == 0 else b
@@ -394,8 +421,9 @@ def _raised(text, e):
             left.append(size)
         if left == [1, 1]:
             return [*chain, *text]
-        if type(e) is int and e <= 64:
-            return ["*", *text, *_raised(text, e - 1)]
+        if e.numerator <= 64:  # a prime power above 5
+            whole = int(e) if type(e) is Fraction and e > 1 else Fraction(1, e.denominator)
+            return ["*", *_raised(text, _exponent(whole)), *_raised(text, _exponent(e - whole))]
     return ["pow", *text, float(e) if e == e else e]
 
 
@@ -540,6 +568,12 @@ def _written(text, known):
     return tokens, values
 
 
+def _unsettled(text):
+    """Whether writing brought new unknowns, or one before a sum: they can merge with others."""
+    pairs = zip(["", *text], text, [*text[1:], ""], strict=False)
+    return any(type(x) is float and (x == x or before == "*" and after in ("+", "-")) for before, x, after in pairs)
+
+
 def _in_order(prefix, values):
     """The same formula, operands of + and * sorted."""
     stack, left = [], list(values or [None] * prefix.count("<constant>"))
@@ -566,14 +600,12 @@ def simplify(prefix, values=None):
     text, found = prefix, values
     try:
         while True:
-            numbers = _emit(_parse(text, found))
+            numbers = _emit(_parse(text, None if values is None else found))
             before, (text, found) = text, _written(numbers, values is not None)
-            if values is not None or text == before or not any(type(x) is float and x == x for x in numbers):
-                break  # a number that became an unknown constant can merge with others
-    except NotReal:
-        raise
-    except (ValueError, OverflowError, ZeroDivisionError) as e:  # what math says of log(-1), exp(1000), 1 / 0
-        raise NotReal(str(e)) from e
+            if values is not None or text == before or not _unsettled(numbers):
+                break
+    except OverflowError as e:
+        raise NotReal("a number beyond the range of floats") from e
     if len(text) > len(prefix):
         return _in_order(prefix, values)
     return text, None if values is None else found
