@@ -19,5 +19,8 @@ workers.py     tasks in other processes, in order: prepare.py, qa.py, pairs.py, 
 prepared.py    prepared folders, written so that a kill costs seconds: prepare.py, pairs.py
 pairs.py       padded batches of prompt and answer: train_hrm.py
 arithmetic.py  "What is 12 + 7?": train_hrm.py, prepare_data.py
+distributions.py  distributions as text: skeletons.py, sr_data.py
+skeletons.py   random formulas with blank constants, pools, hold-outs: train_sr.py, generate.py, prepare_data.py
+sr_data.py     points and formulas, a stream of batches: train_sr.py
 puzzles.py     Sudoku: train_hrm.py, train_multimodal.py, prepare_data.py
 """

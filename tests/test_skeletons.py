@@ -214,7 +214,8 @@ def test_no_test_set_skeleton_in_many_draws(held):
     alphabet = check_pool(pool)
     found, rejected = make_chunk(np.random.default_rng(5), 200_000, alphabet, pool, held)
     assert rejected["held out"] > 20_000 and found.counts.sum() + sum(rejected.values()) == 200_000
-    x = np.random.default_rng(1).uniform(0.3, 2.2, (3, 16)) * np.repeat([1, -1], [10, 6])
+    x = np.random.default_rng(1).uniform(0.3, 2.2, (3, 16))
+    x[:, 10:] *= [[-1, -1, -1, 1, 1, -1], [1, -1, 1, -1, -1, 1], [-1, 1, 1, -1, 1, -1]]
     tests, bare_tests = set(), set()
     with np.errstate(all="ignore"):
         for name in ("nguyen", "feynman", "fastsrb"):
@@ -232,11 +233,13 @@ def test_no_test_set_skeleton_in_many_draws(held):
 def test_processes_agree_on_chunks():
     code = (
         "import hashlib, numpy as np; from data_utils import skeletons as s; p = s.PoolConfig(max_operators=5);"
+        "import sys; s.make_chunk(np.random.default_rng(4), int(sys.argv[1]), s.check_pool(p), p);"
         "c, r = s.make_chunk(np.random.default_rng(3), 1500, s.check_pool(p), p, s.hold_out(p));"
         "print(hashlib.sha256(c.tokens.tobytes() + c.counts.tobytes()).hexdigest(), sorted(r.items()))"
     )
-    found = {subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=os.environ | {"PYTHONHASHSEED": seed},
-                            capture_output=True, text=True, check=True).stdout for seed in ("1", "2")}  # fmt: skip
+    found = {subprocess.run([sys.executable, "-c", code, str(1000 * seed)], cwd=ROOT, capture_output=True, text=True,
+                            env=os.environ | {"PYTHONHASHSEED": str(seed)}, check=True).stdout
+             for seed in (1, 2)}  # fmt: skip
     assert len(found) == 1 and "held out" in found.pop()
 
 
@@ -378,14 +381,15 @@ def test_bundles_load_build_and_save(tmp_path):
 
 def test_bad_bundles(tmp_path):
     path = tmp_path / "train.yaml"
-    for text, words in [("model: ./none.yaml", ["none.yaml", "train.yaml"]),
-                        ("model: ./train.yaml", ["refers to itself"]), ("optimizer: {kwargs: {lr: 1}}", ["optimizer.kwargs.lr", "write lr"]), ("- 1", ["list"]),
-                        ("a: 1\na: 2", ["a stands there 2 times"]), ("a: !!python/name:os.system", ["train.yaml"]),
-                        ("a: [[1]]", ["plain values"])]:  # fmt: skip
+    cases = [("model: ./none.yaml", "none.yaml"), ("model: ./train.yaml", "refers to itself"), ("- 1", "list"),
+             ("optimizer: {kwargs: {lr: 1}}", "optimizer.kwargs.lr: keys are flat here: write lr"),
+             ("a: 1\na: 2", "a stands there 2 times"), ("a: !!python/name:os.system", "python"),
+             ("a: [[1]]", "plain values")]  # fmt: skip
+    for text, word in cases:
         path.write_text(text)
         with pytest.raises(UsageError) as e:
             load_config(path)
-        assert all(word in str(e.value) for word in words), e.value
+        assert word in str(e.value) and "train.yaml" in str(e.value), e.value
     (tmp_path / "sub").mkdir()
     (tmp_path / "sub" / "b.yaml").write_text("pool: ../saved\nroot: '{{ROOT}}/x'\nplain: data/x\n")
     path.write_text("b: ./sub/b.yaml")
