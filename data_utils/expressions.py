@@ -144,115 +144,148 @@ def _buffer(name, rows, columns, dtype):
 
 
 def structure(arity):
-    """Where the right operand of each prefix position stands, and its height: (N, L) arities -> two (N, L) arrays.
+    """Tokens and height of the subtree at each prefix position: (N, L) arities, -1 = padding -> two (N, L + 2) arrays.
 
-    Raises ValueError where a row is not exactly one formula. Rows are padded with arity -1.
+    Raises ValueError where a row is not exactly one formula.
     """
     N, L = arity.shape
-    size, height = np.zeros((N, L + 2), np.intp), np.zeros((N, L + 2), np.int16)
-    right, rows = np.zeros((N, L), np.intp), np.arange(N)
+    size, height, rows = np.zeros((N, L + 2), np.intp), np.zeros((N, L + 2), np.int16), np.arange(N)
     for p in range(L - 1, -1, -1):
         operator, two = arity[:, p] > 0, arity[:, p] == 2
-        right[:, p] = after = np.minimum(p + 1 + size[:, p + 1], L)
-        size[:, p] = (arity[:, p] >= 0) + operator * size[:, p + 1] + two * size[rows, after]
-        height[:, p] = operator * (1 + np.maximum(height[:, p + 1], two * height[rows, after]))
+        right = np.minimum(p + 1 + size[:, p + 1], L)
+        size[:, p] = (arity[:, p] >= 0) + operator * size[:, p + 1] + two * size[rows, right]
+        height[:, p] = operator * (1 + np.maximum(height[:, p + 1], two * height[rows, right]))
     bad = ((arity >= 0).sum(1) != size[:, 0]) | (np.where(arity >= 0, arity - 1, 0).sum(1) != -1)
     if bad.any():
         raise ValueError(f"row {bad.argmax()} is not one formula: arities {arity[bad.argmax()].tolist()}")
-    return right, height[:, :L]
+    return size, height
 
 
 class Program:
-    """Rows compiled for evaluation on any points: one numpy call for each (height, operator) that occurs.
+    """Rows compiled for evaluation: one numpy call for each (height, operator) that occurs.
 
-    The values of a variable in a row, of each constant and of each operator are rows of one work array ("slots"), the
+    The values of a variable in a row, of each constant, literal and operator are rows of one work array ("slots"), the
     operators' sorted by (height, operator), so that results are contiguous and only operands are gathered.
-    `uses` = (rows, variables), the pairs that occur, in the order in which `values` expects them.
+    `uses` = (rows, variables), the pairs that occur, in the order in which `values` expects them. With X, (M, D) for
+    all rows or (N, M, D), what depends on no constant is computed once, in float64, and calls take constants alone.
     """
 
-    def __init__(self, alphabet, tokens):
+    def __init__(self, alphabet, tokens, X=None):
         tokens = np.asarray(tokens)
+        N, L = tokens.shape
         arity = alphabet.arity[tokens]
         if (arity < 0)[tokens > 0].any():
             raise ValueError(f"{alphabet.tokens[tokens[(arity < 0) & (tokens > 0)][0]]!r} can't stand in a formula")
-        right, height = structure(arity)
+        size, height = structure(arity)
         row, place = np.nonzero(arity > 0)
         token = tokens[row, place]
+        seen = np.zeros((N, L + 1), np.intp)
+        seen[:, 1:] = np.cumsum(tokens == alphabet.constant, 1)
         key = height[row, place].astype(np.int32) * 256 + token
+        if X is not None:
+            key += (seen[row, place + size[row, place]] > seen[row, place]) * 2**24  # has a constant: comes last
         order = key.argsort(kind="stable")
         row, place, token, key = row[order], place[order], token[order], key[order]
-        here = np.nonzero(tokens >= alphabet.first_variable)
+        here, constant = np.nonzero(tokens >= alphabet.first_variable), np.nonzero(tokens == alphabet.constant)
+        used = np.zeros((N, len(alphabet.variables)), bool)
         variable = tokens[here] - np.intp(alphabet.first_variable)
-        used = np.zeros((len(tokens), len(alphabet.variables)), bool)
         used[here[0], variable] = True
-        self.uses = np.nonzero(used)
-        constants = np.nonzero(tokens == alphabet.constant)
-        self.constants = constants[0], (np.cumsum(tokens == alphabet.constant, 1) - 1)[constants]
-        self.literals = [value for name, value in LITERALS.items() if name in alphabet.ids]
-        sizes = len(self.uses[0]), len(constants[0]), len(self.literals), len(row)
-        starts = np.cumsum([0, *sizes])
-        slot = np.zeros(tokens.shape, np.intp)
+        self.uses, self.constants, self.N = np.nonzero(used), (constant[0], seen[constant]), N
+        literals = [name for name in LITERALS if name in alphabet.ids]
+        self.literals = np.array([[LITERALS[name]] for name in literals]).reshape(-1, 1)
+        self.starts = np.cumsum([0, len(self.uses[0]), len(constant[0]), len(literals), len(row)]).tolist()
+        slot = np.zeros((N, L + 1), np.intp)
         slot[here] = (used.ravel().cumsum() - 1).reshape(used.shape)[here[0], variable]
-        slot[constants] = starts[1] + np.arange(sizes[1])
-        for i, name in enumerate(name for name in LITERALS if name in alphabet.ids):
-            slot[tokens == alphabet.ids[name]] = starts[2] + i
-        slot[row, place] = starts[3] + np.arange(sizes[3])
-        last = tokens.shape[1] - 1
-        self.root, self.starts, self.N = slot[:, 0], starts, len(tokens)
-        self.left, self.right = slot[row, np.minimum(place + 1, last)], slot[row, np.minimum(right[row, place], last)]
-        cuts = [0, *(np.flatnonzero(np.diff(key)) + 1).tolist(), len(row)] if len(row) else [0]
-        names = [alphabet.tokens[token[a]] for a in cuts[:-1]]
-        self.groups = [(a, b, OPERATORS[n]) for a, b, n in zip(cuts, cuts[1:], names, strict=False)]
-        self.widest = max((b - a for a, b, _ in self.groups), default=0)
+        slot[constant] = self.starts[1] + np.arange(len(constant[0]))
+        for i, name in enumerate(literals):
+            slot[:, :L][tokens == alphabet.ids[name]] = self.starts[2] + i
+        slot[row, place] = self.starts[3] + np.arange(len(row))
+        self.root, self.left = slot[:, 0], slot[row, place + 1]
+        self.right = slot[row, np.minimum(place + 1 + size[row, place + 1], L)]
+        cuts = np.flatnonzero(np.diff(key, prepend=-1)).tolist()
+        self.groups = [
+            (a, b, OPERATORS[alphabet.tokens[token[a]]], key[a] < 2**24)
+            for a, b in zip(cuts, [*cuts[1:], len(row)], strict=False)
+        ]
+        self.widest = max((b - a for a, b, _, _ in self.groups), default=0)
+        self.slots = None
+        if X is not None:
+            slots = np.empty((self.starts[4], X.shape[-2]))
+            slots[: self.starts[1]] = X.T[self.uses[1]] if X.ndim == 2 else X[self.uses[0], :, self.uses[1]]
+            slots[self.starts[2] : self.starts[3]] = self.literals
+            self._run(slots, [group for group in self.groups if group[3]])
+            self.slots, self.groups = slots, [group for group in self.groups if not group[3]]
+            self._trace(alphabet, token)
 
-    def _fill(self, constants, values):
-        M, kind = values.shape[1], values.dtype.str
-        slots = _buffer("slots", self.starts[4], M, kind)
-        a, b, c, d, _ = self.starts
-        slots[a:b], slots[b:c] = values, np.asarray(constants)[self.constants][:, None]
-        slots[c:d] = np.array(self.literals)[:, None]
+    def _run(self, slots, groups):
+        kind, M, first = slots.dtype.str, slots.shape[1], self.starts[3]
         spare = _buffer("left", self.widest, M, kind), _buffer("right", self.widest, M, kind)
         with np.errstate(all="ignore"):
-            for a, b, operator in self.groups:
-                left = slots.take(self.left[a:b], 0, spare[0][: b - a], "clip")
-                if operator.arity == 1:
-                    operator.function(left, slots[d + a : d + b])
-                else:
-                    right = slots.take(self.right[a:b], 0, spare[1][: b - a], "clip")
-                    operator.function(left, right, slots[d + a : d + b])
-        return slots
+            for a, b, operator, _ in groups:
+                operands = [
+                    slots.take(side[a:b], 0, there[: b - a], "clip")
+                    for side, there in zip((self.left, self.right)[: operator.arity], spare, strict=False)
+                ]
+                operator.function(*operands, slots[first + a : first + b])
 
-    def __call__(self, constants, values, out=None):
+    def __call__(self, constants, values=None, out=None):
         """constants (N, C), values (len(uses[0]), M) -> y (N, M) of the dtype of `values`, into `out` where given."""
-        return self._fill(constants, values).take(self.root, 0, out, "clip")
+        slots, (_, a, b, c, d) = self.slots, self.starts
+        if values is not None:
+            slots = _buffer("slots", d, values.shape[1], values.dtype.str)
+            slots[:a], slots[b:c] = values, self.literals
+        slots[a:b] = np.asarray(constants)[self.constants][:, None]
+        self._run(slots, self.groups)
+        return slots.take(self.root, 0, out, "clip")
 
-    def gradient(self, constants, values):
-        """As a call, in float64 -> y (N, M), dy / dconstants (N, M, C).
+    def _trace(self, alphabet, token):
+        """Where derivatives flow: the edges from operators to operands that are or contain a constant.
 
-        From the root down: in a tree the derivative by a constant is the product of the derivatives on the one path to
-        it, so that a pass costs as much for many constants as for one.
+        An edge's own derivative is computed with those of all edges of its (operator, operand); then, from the root
+        down, each is multiplied by that of the edge above it.
         """
-        constants, values = np.asarray(constants, np.float64), np.asarray(values, np.float64)
-        slots, M = self._fill(constants, values), values.shape[1]
-        wanted = np.zeros(len(slots), bool)  # is, or contains, a constant
-        wanted[self.starts[1] : self.starts[2]] = True
-        for a, b, operator in self.groups:
-            wanted[self.starts[3] + a : self.starts[3] + b] = wanted[self.left[a:b]] | (
-                wanted[self.right[a:b]] if operator.arity == 2 else False
-            )
-        slopes = _buffer("slopes", len(slots), M, "<f8")
-        slopes[self.root] = 1
+        first, total = self.starts[3], self.starts[4]
+        parent = np.concatenate([np.arange(len(token)), np.flatnonzero(alphabet.arity[token] == 2)])
+        side = (np.arange(len(parent)) >= len(token)).astype(np.intp)
+        child = np.where(side, self.right[parent], self.left[parent])
+        leads = np.zeros(total, bool)
+        leads[self.starts[1] : self.starts[2]] = True
+        for a, b, _, _ in self.groups:
+            leads[first + a : first + b] = True
+        parent, side, child = (x[leads[child]] for x in (parent, side, child))
+        kind = token[parent] * np.intp(2) + side
+        order = kind.argsort(kind="stable")
+        parent, child, kind = parent[order], child[order], kind[order]
+        cuts = np.flatnonzero(np.diff(kind, prepend=-1)).tolist()
+        self.kinds = [
+            (a, b, OPERATORS[alphabet.tokens[kind[a] // 2]], kind[a] % 2, first + parent[a:b])
+            for a, b in zip(cuts, [*cuts[1:], len(kind)], strict=False)
+        ]
+        edge = np.full(total, len(kind))  # of a slot: the one above it; the root has none, and the derivative 1
+        edge[child] = np.arange(len(kind))
+        above, self.ends, self.levels = edge[first + parent], edge[self.starts[1] : self.starts[2]], []
+        level = np.flatnonzero(above == len(kind))
+        while len(level):
+            level = np.flatnonzero(np.isin(above, level))
+            self.levels.append((level, above[level]))
+
+    def gradient(self, constants):
+        """constants (N, C) -> y (N, M), dy / dconstants (N, C, M), in float64; only with X.
+
+        In a tree the derivative by a constant is the product along the one path to it: all cost as much as one.
+        """
+        y = self(constants)
+        first, slots = self.starts[3], self.slots
+        slopes = np.ones(((self.kinds[-1][1] if self.kinds else 0) + 1, slots.shape[1]))
         with np.errstate(all="ignore"):
-            for a, b, operator in reversed(self.groups):
-                for side, derivative in zip((self.left, self.right), operator.derivative, strict=False):
-                    into = np.flatnonzero(wanted[side[a:b]]) + a
-                    if len(into):
-                        operands = [slots[x[into]] for x in (self.left, self.right)[: operator.arity]]
-                        node = self.starts[3] + into
-                        slopes[side[into]] = slopes[node] * derivative(*operands, slots[node])
-        jacobian = np.zeros((self.N, constants.shape[1], M))
-        jacobian[self.constants] = slopes[self.starts[1] : self.starts[2]]
-        return slots[self.root], jacobian.transpose(0, 2, 1)
+            for a, b, operator, side, node in self.kinds:
+                operands = [slots[x[node - first]] for x in (self.left, self.right)[: operator.arity]]
+                slopes[a:b] = operator.derivative[side](*operands, slots[node])
+            for edges, above in self.levels:
+                slopes[edges] *= slopes[above]
+        jacobian = np.zeros((self.N, np.shape(constants)[1], slots.shape[1]))
+        jacobian[self.constants] = slopes[self.ends]
+        return y, jacobian
 
 
 def evaluate(alphabet, tokens, constants, X):
@@ -271,9 +304,8 @@ def evaluate(alphabet, tokens, constants, X):
 
 def evaluate_grad(alphabet, tokens, constants, X):
     """As `evaluate`, in float64 -> y (N, M), dy / dconstants (N, M, C), 0 for columns beyond a row's constants."""
-    program = Program(alphabet, tokens)
-    row, variable = program.uses
-    return program.gradient(constants, X[row, :, variable])
+    y, jacobian = Program(alphabet, tokens, np.asarray(X, np.float64)).gradient(constants)
+    return y, jacobian.transpose(0, 2, 1)
 
 
 def from_text(text, variables):

@@ -13,8 +13,9 @@ from data_utils.expressions import Program
 from data_utils.simplify import NotReal, simplify
 
 SOLVED = 1e-28  # FVU at which only rounding is left
-STALLED = 1e-9  # share of the FVU below which a gain counts as none: two of those end a row
-STUCK = 1e9  # damping at which a step no longer moves anything
+STALLED = 1e-4  # share of the FVU below which a gain counts as none: two of those end a row
+PROMISE = 1e-9  # the same of a gain that the linear model expects: one of those ends a row
+STUCK = 1e7  # damping at which a step no longer moves anything
 EXACT = 1e-14  # FVU up to which a tidied formula is right
 
 
@@ -94,21 +95,19 @@ class _Problem:
     def __init__(self, alphabet, tokens, free, X, y, scale, affine):
         self.alphabet, self.tokens, self.free, self.X, self.y = alphabet, tokens, free, X, y
         self.scale, self.affine = scale, affine
-        self.program = Program(alphabet, tokens)
-        self.points = np.ascontiguousarray(X.T)[self.program.uses[1]]
+        self.program = Program(alphabet, tokens, X)
 
     def keep(self, rows):
         return _Problem(self.alphabet, self.tokens[rows], self.free[rows], self.X, self.y, self.scale, self.affine)
 
     def values(self, constants):
-        g = self.program(constants, self.points)
+        g = self.program(constants)
         return g if self.affine else g / self.scale
 
     def residuals(self, constants):
         """constants (R, C) -> residuals (R, M), derivatives (R, C, M), FVU (R,), inf where anything isn't finite."""
         with np.errstate(all="ignore"):
-            g, J = self.program.gradient(constants, self.points)
-            J = J.transpose(0, 2, 1)
+            g, J = self.program.gradient(constants)
             J = np.where(np.isfinite(J) & self.free[:, :, None], J, 0.0)
             if self.affine:
                 a, b, centred, power = _projected(g, self.y)
@@ -144,11 +143,13 @@ def _levenberg(problem, constants, steps):
             square = unit @ unit.transpose(0, 2, 1) + (mu[:, None, None] + 1e-14) * eye
             empty = ~(np.einsum("rkk->rk", square) > 0.5)
             square += empty[:, :, None] * eye
-            step = np.linalg.solve(square, (unit @ r[:, :, None]))[:, :, 0] / size
-            trial = c - np.nan_to_num(step, posinf=0.0, neginf=0.0)
+            slope = (unit @ r[:, :, None])[:, :, 0]
+            step = np.nan_to_num(np.linalg.solve(square, slope[:, :, None])[:, :, 0], posinf=0.0, neginf=0.0)
+            trial = c - step / size
+            slow = np.where((step * slope).sum(1) > PROMISE * fvu * r.shape[1], slow, 2)
         r2, J2, fvu2 = problem.residuals(trial)
         good = fvu2 < fvu
-        slow = np.where(good & (fvu - fvu2 > STALLED * fvu), 0, slow + good)
+        slow = np.where(good & (fvu - fvu2 > STALLED * fvu), np.where(slow > 1, slow, 0), slow + good)
         mu = np.where(good, mu / 3, np.maximum(4 * mu, 1e-2))
         c, fvu = np.where(good[:, None], trial, c), np.where(good, fvu2, fvu)
         r, J = np.where(good[:, None], r2, r), np.where(good[:, None, None], J2, J)
