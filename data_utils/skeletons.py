@@ -342,7 +342,7 @@ def _renamed(tokens):
 def _without_constants(tokens):
     """Drop numbers, binary operators with a number as operand, mult, div, neg; c / x becomes inv x, - becomes +."""
     arity = EVERY.arity[tokens]
-    right, _ = structure(arity)
+    size, _ = structure(arity)
     N, L = tokens.shape
     varies, rows = np.zeros((N, L + 1), bool), np.arange(N)
     varies[:, :L] = tokens >= EVERY.first_variable
@@ -350,7 +350,7 @@ def _without_constants(tokens):
     scales = [EVERY.ids[name] for name in OPERATORS if name.startswith(("mult", "div", "neg"))]
     scale, tokens = np.isin(tokens, scales), np.where(tokens == EVERY.ids["-"], EVERY.ids["+"], tokens)
     for p in range(L - 1, -1, -1):
-        left, other = varies[:, p + 1], varies[rows, right[:, p]]
+        left, other = varies[:, p + 1], varies[rows, np.minimum(p + 1 + size[:, p + 1], L)]
         two = arity[:, p] == 2
         varies[:, p] |= (arity[:, p] > 0) & (left | two & other)
         inverse = two & (tokens[:, p] == EVERY.ids["/"]) & ~left & other
