@@ -9,6 +9,8 @@ from typing import Literal
 
 from data_utils.config import DataError, UsageError, from_cli, launch
 
+TestSet = Literal["nguyen", "feynman", "fastsrb"]
+
 
 @dataclass
 class ExpertConfig:
@@ -133,9 +135,7 @@ class GeneratePoolConfig:
 @dataclass
 class ImportPoolConfig:
     input: str = field(default="", metadata=dict(short="-i"))  # csv: name,formula,variables,ranges
-    parser: Literal["nguyen", "feynman", "fastsrb"] = field(
-        default="nguyen", metadata=dict(short="-p")
-    )  # columns of it
+    parser: TestSet = field(default="nguyen", metadata=dict(short="-p"))  # whose columns; fastsrb has two more
     base_skeleton_pool: str = field(default="", metadata=dict(short="-b"))  # yaml: operators and variables come from it
     output_dir: str = field(default="", metadata=dict(short="-o"))  # folder to write
     verbose: bool = field(default=False, metadata=dict(short="-v"))  # say what goes beyond the base pool

@@ -279,7 +279,8 @@ class HoldOut:
 
     A skeleton is compared in three ways, under every order of the variables: its normal form with numbers as constants;
     the values of that form on fixed points (its image); the image of what is left without constants, where a binary
-    operator with a constant operand becomes the other operand, and mult, div, neg become their operand.
+    operator with a constant operand becomes the other operand (c / x its inverse), mult, div, neg their operand, and
+    differences sums, as the sign is that of a constant.
     """
 
     def __init__(self, prefixes):
@@ -339,20 +340,22 @@ def _renamed(tokens):
 
 
 def _without_constants(tokens):
-    """Drop numbers, binary operators with a number as operand, and mult, div and neg."""
+    """Drop numbers, binary operators with a number as operand, mult, div, neg; c / x becomes inv x, - becomes +."""
     arity = EVERY.arity[tokens]
-    right, _ = structure(arity)
+    size, _ = structure(arity)
     N, L = tokens.shape
     varies, rows = np.zeros((N, L + 1), bool), np.arange(N)
     varies[:, :L] = tokens >= EVERY.first_variable
     keep = varies[:, :L].copy()
     scales = [EVERY.ids[name] for name in OPERATORS if name.startswith(("mult", "div", "neg"))]
-    scale = np.isin(tokens, scales)
+    scale, tokens = np.isin(tokens, scales), np.where(tokens == EVERY.ids["-"], EVERY.ids["+"], tokens)
     for p in range(L - 1, -1, -1):
-        left, other = varies[:, p + 1], varies[rows, right[:, p]]
+        left, other = varies[:, p + 1], varies[rows, np.minimum(p + 1 + size[:, p + 1], L)]
         two = arity[:, p] == 2
         varies[:, p] |= (arity[:, p] > 0) & (left | two & other)
-        keep[:, p] |= (arity[:, p] > 0) & left & ~scale[:, p] & (other | ~two)
+        inverse = two & (tokens[:, p] == EVERY.ids["/"]) & ~left & other
+        keep[:, p] |= (arity[:, p] > 0) & left & ~scale[:, p] & (other | ~two) | inverse
+        tokens[inverse, p] = EVERY.ids["inv"]
     order = (~keep).argsort(1, kind="stable")
     return np.where(np.arange(L) < keep.sum(1)[:, None], np.take_along_axis(tokens, order, 1), 0).astype(np.uint8)
 

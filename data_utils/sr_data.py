@@ -94,16 +94,16 @@ class FlashANSRDataset:
     def _made(self, j):
         rng = np.random.default_rng((self.seed, self.number, 2, j))
         draws = DRAWS * self.batch_size
-        found, rejected = skeletons.make_chunk(rng, draws, self.alphabet, self.pool, self.held)
-        self.skipped += rejected
-        return self._short(found, rejected, draws)
+        return self._short(*skeletons.make_chunk(rng, draws, self.alphabet, self.pool, self.held), draws)
 
-    def _short(self, found, rejected=None, draws=0):
+    def _short(self, found, rejected=(), draws=0):
+        """Leave out what is too long for a sequence; DataError when hardly anything is left of the draws."""
         fits = (found.tokens > 0).sum(1) + 4 <= self.max_seq_len
-        self.skipped["longer than max_seq_len"] += int((~fits).sum())
+        rejected = Counter(rejected) + Counter({"longer than max_seq_len": int((~fits).sum())})
+        self.skipped += rejected
         if fits.sum() < max(1, draws / 1e4):
-            reasons = ", ".join(f"{n} {reason}" for reason, n in (rejected or self.skipped).most_common())
-            raise DataError(f"of {draws or len(found.tokens)} skeletons {fits.sum()} can be used: {reasons}\n"
+            reasons = ", ".join(f"{n} {reason}" for reason, n in rejected.most_common())
+            raise DataError(f"of {draws or len(fits)} skeletons only {fits.sum()} can be used: {reasons}\n"
                             "try: fewer holdout_pools, a larger max_length, other operators")  # fmt: skip
         return skeletons.Pool(found.tokens[fits], found.counts[fits])
 
@@ -346,16 +346,18 @@ def usable(y, pool):
             low, high = np.where(finite, y, np.inf).min(1), np.where(finite, y, -np.inf).max(1)
         else:
             low, high = y.min(1), y.max(1)
-        return (high <= pool.y_limit) & (low >= -pool.y_limit) & (high - low >= 1e-4 * np.maximum(high, -low))
+        inside = (low < high) & (high <= pool.y_limit) & (low >= -pool.y_limit)
+        return inside & (high - low >= 1e-4 * np.maximum(high, -low))
 
 
 def add_noise(rng, y, data):
     """Add normal noise to a share of y (B, M, 1), its standard deviation a multiple of theirs."""
     level = parse(data.noise_level)(rng, len(y)) * (rng.random(len(y)) < data.noise_probability)
-    noise = rng.standard_normal(y.shape, np.float32)
-    with np.errstate(all="ignore"):
-        scale = (np.nanstd(np.where(np.isfinite(y), y, np.nan), 1, dtype=np.float64)[:, 0] * level).astype(np.float32)
-    return np.where(level[:, None, None] > 0, y + noise * scale[:, None, None], y)
+    finite, clean = np.isfinite(y), y.astype(np.float64)
+    mean = clean.mean(1, keepdims=True, where=finite)
+    spread = np.sqrt(np.square(clean - mean, where=finite, out=np.zeros_like(clean)).mean(1, where=finite))
+    scale = (spread[:, 0] * level).astype(np.float32)[:, None, None]
+    return np.where(scale > 0, y + rng.standard_normal(y.shape, np.float32) * scale, y)
 
 
 def _padded(sequences, alphabet):
