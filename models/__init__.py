@@ -9,6 +9,8 @@ router.py         mixture of frozen experts: train_mla.py, generate.py
 vector_store.py   memory of training contexts: train_mla.py, generate.py
 trm.py            recursive core: hrm.py
 hrm.py            encoder, recursive core, decoder or cell head: train_hrm.py, generate.py
+set_transformer.py  features of points, set attention: formula_model.py
+formula_model.py  points in, formulas out, decoding: train_sr.py, generate.py
 adamw8bit.py      AdamW with 8-bit moments: train_hrm.py
 average.py        moving average of weights: train_hrm.py
 """

@@ -129,18 +129,18 @@ class FlashANSRModel(nn.Module):
         nn.init.zeros_(self.head[3].bias)
 
     def encode(self, data, mask, variables=None):
-        """Points data (B, M, D + 1), y last, mask (B, M) of real ones -> Encoded.
+        """Points data (B, M, D + 1), y last, mask (B, M) of real ones -> Encoded. Fewer columns will do.
 
         variables: (B, D) bool, those that formulas may have; if absent, those whose column isn't 0 throughout. Columns
         out of float32's range are brought into it (`bring_into_range`): formulas then are about the scaled columns.
         """
-        if variables is None:
-            variables = ((data[..., :-1] != 0) & mask[..., None]).any(1)
         missing = self.encoder.n_columns - data.shape[-1]
         if missing < 0:
             raise ValueError(f"points with {data.shape[-1]} columns, the model was built for {self.encoder.n_columns}")
         if missing:
             data = torch.cat([F.pad(data[..., :-1], (0, missing)), data[..., -1:]], -1)
+        if variables is None:
+            variables = ((data[..., : len(self.alphabet.variables)] != 0) & mask[..., None]).any(1)
         memory = self.memory_norm(self.encoder(data, mask))
         return Encoded([block.cross_attention.keys(memory, self.cross_rotary) for block in self.blocks], variables)
 

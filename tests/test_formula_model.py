@@ -168,6 +168,11 @@ def test_columns_beyond_float32_are_scaled_and_missing_ones_are_empty():
     torch.testing.assert_close(model(ids, far, mask), found)
     wide = torch.cat([data[..., :3], torch.zeros(2, 8, 2), data[..., 3:]], -1)
     torch.testing.assert_close(model(ids, wide, mask), found)
+    assert model.encode(wide, mask).variables.tolist() == [[True] * 3] * 2
+    narrow = model.encode(data[:1, :, 2:], mask[:1])
+    assert narrow.variables.tolist() == [[True, False, False]]
+    rows, _ = model.sample(narrow, 200, **PLAIN, max_len=12)
+    assert (rows < WHOLE.ids["x2"]).all()
     with pytest.raises(ValueError, match="8 columns.*6"):
         model(ids, torch.zeros(2, 8, 8), mask)
 
