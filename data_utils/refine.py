@@ -61,11 +61,10 @@ def refine(alphabet, tokens, X, y, rng, *, method="lm", affine=False, points=64,
     few, many = (rng.permutation(len(y))[:n] if len(y) > n else slice(None) for n in (points, most))
     constants, fvu = fit(alphabet, tokens, X[few], y[few], restarts, rng, steps=10, method=method, affine=affine)
     best = np.argsort(fvu, kind="stable")[: -(-len(fvu) // 4)]
-    start = constants[best, 2 * affine :]
-    constants[best], again = fit(
-        alphabet, tokens[best], X[many], y[many], more, rng, method=method, affine=affine, start=start
-    )
-    fvu[best] = again
+    width = 2 * affine + (tokens[best] == alphabet.constant).sum(1).max(initial=0)
+    start = constants[best, 2 * affine : width]
+    again = fit(alphabet, tokens[best], X[many], y[many], more, rng, method=method, affine=affine, start=start)
+    constants[best, :width], fvu[best] = again
     return constants, fvu
 
 
@@ -198,7 +197,7 @@ def _tidy_values(v):
     """Numbers that people write near v, the plainest first: 0, 1, -1, integers, fractions, multiples of pi and e."""
     near = [round(v)] + [round(v * k) / k for k in (2, 3, 4)]
     near += [round(v * k / math.pi) * math.pi / k for k in (1, 2, 3, 4) if abs(v) * k < 5 * math.pi]
-    near += [round(v / math.e) * math.e] * (abs(v) < 5 * math.e)
+    near += [round(v / math.e) * math.e] * bool(abs(v) < 5 * math.e)
     return list(dict.fromkeys([0.0, 1.0, -1.0, *map(float, near)]))
 
 

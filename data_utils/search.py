@@ -34,7 +34,7 @@ class Prior:
         self.rows, self.ends = [], np.zeros(0)
 
     def __call__(self, rng, n):
-        if not self.rows:
+        if not len(self.rows):
             chunk, _ = make_chunk(rng, 4096, self.alphabet, self.pool, self.held)
             fits = chunk.tokens.max(1) < self.last
             self.rows, self.ends = chunk.tokens[fits], np.sqrt(chunk.counts[fits]).cumsum()
@@ -119,6 +119,9 @@ def normal(alphabet, row, longest):
     """The normal form of an id list without what a + b g gives it anyway, as a tuple; None if it can't be used."""
     try:
         prefix = simplify(alphabet.decode(row))[0]
+    except RecursionError:
+        print("RECURSION", alphabet.decode(row))
+        return None
     except NotReal:
         return None
     if len(prefix) > longest or prefix.count("<constant>") > CONSTANTS or not all(t in alphabet.ids for t in prefix):
