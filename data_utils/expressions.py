@@ -7,6 +7,7 @@ value constants[n, i]. Nothing is protected: even roots, log and fractional powe
 import ast
 import difflib
 import math
+import operator
 import threading
 from collections import namedtuple
 
@@ -50,11 +51,14 @@ OPERATORS = {
     "*": Operator(2, np.multiply, (lambda a, b, y: b, lambda a, b, y: a), ("{}*{}", 2, (2, 2))),
     "/": Operator(2, np.divide, (lambda a, b, y: 1 / b, lambda a, b, y: -y / b), ("{}/{}", 2, (2, 3))),
     "pow": Operator(
-        2, np.power, (lambda a, b, y: b * a ** (b - 1), lambda a, b, y: y * np.log(a)), ("{}**{}", 4, (5, 4))
+        2,
+        np.power,
+        (lambda a, b, y: b * a ** (b - 1), lambda a, b, y: np.where(y == 0, 0, y * np.log(a))),
+        ("{}**{}", 4, (5, 4)),
     ),
     "abs": _unary(np.abs, lambda a, y: np.sign(a), _call("abs")),
     "inv": _unary(lambda a, out: np.divide(1.0, a, out), lambda a, y: -y * y, ("1/{}", 2, (3,))),
-    "neg": _unary(np.negative, lambda a, y: -1.0, ("-{}", 1, (2,))),
+    "neg": _unary(np.negative, lambda a, y: -1.0, ("-{}", 2, (2,))),
     "pow2": _unary(np.square, lambda a, y: 2 * a, ("{}**2", 4, (5,))),
     "pow3": _unary(lambda a, out: np.multiply(np.square(a, out), a, out), lambda a, y: 3 * a * a, ("{}**3", 4, (5,))),
     "pow4": _unary(lambda a, out: np.square(np.square(a, out), out), lambda a, y: 4 * a * a * a, ("{}**4", 4, (5,))),
@@ -88,6 +92,7 @@ OPERATORS = {
     **{f"mult{k}": _multiple(k) for k in (2, 3, 4, 5)},
     **{f"div{k}": _fraction(k) for k in (2, 3, 4, 5)},
 }
+FOLDS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv, ast.Pow: pow}
 SYNONYMS = {"sqrt": "pow1_2", "ln": "log", "arcsin": "asin", "arccos": "acos", "arctan": "atan"}
 
 
@@ -151,10 +156,10 @@ def structure(arity):
     N, L = arity.shape
     size, height, rows = np.zeros((N, L + 2), np.intp), np.zeros((N, L + 2), np.int16), np.arange(N)
     for p in range(L - 1, -1, -1):
-        operator, two = arity[:, p] > 0, arity[:, p] == 2
+        inner, two = arity[:, p] > 0, arity[:, p] == 2
         right = np.minimum(p + 1 + size[:, p + 1], L)
-        size[:, p] = (arity[:, p] >= 0) + operator * size[:, p + 1] + two * size[rows, right]
-        height[:, p] = operator * (1 + np.maximum(height[:, p + 1], two * height[rows, right]))
+        size[:, p] = (arity[:, p] >= 0) + inner * size[:, p + 1] + two * size[rows, right]
+        height[:, p] = inner * (1 + np.maximum(height[:, p + 1], two * height[rows, right]))
     bad = ((arity >= 0).sum(1) != size[:, 0]) | (np.where(arity >= 0, arity - 1, 0).sum(1) != -1)
     if bad.any():
         raise ValueError(f"row {bad.argmax()} is not one formula: arities {arity[bad.argmax()].tolist()}")
@@ -221,12 +226,12 @@ class Program:
         kind, M, first = slots.dtype.str, slots.shape[1], self.starts[3]
         spare = _buffer("left", self.widest, M, kind), _buffer("right", self.widest, M, kind)
         with np.errstate(all="ignore"):
-            for a, b, operator, _ in groups:
+            for a, b, made, _ in groups:
                 operands = [
                     slots.take(side[a:b], 0, there[: b - a], "clip")
-                    for side, there in zip((self.left, self.right)[: operator.arity], spare, strict=False)
+                    for side, there in zip((self.left, self.right)[: made.arity], spare, strict=False)
                 ]
-                operator.function(*operands, slots[first + a : first + b])
+                made.function(*operands, slots[first + a : first + b])
 
     def __call__(self, constants, values=None, out=None):
         """constants (N, C), values (len(uses[0]), M) -> y (N, M) of the dtype of `values`, into `out` where given."""
@@ -278,9 +283,9 @@ class Program:
         first, slots = self.starts[3], self.slots
         slopes = np.ones(((self.kinds[-1][1] if self.kinds else 0) + 1, slots.shape[1]))
         with np.errstate(all="ignore"):
-            for a, b, operator, side, node in self.kinds:
-                operands = [slots[x[node - first]] for x in (self.left, self.right)[: operator.arity]]
-                slopes[a:b] = operator.derivative[side](*operands, slots[node])
+            for a, b, made, side, node in self.kinds:
+                operands = [slots[x[node - first]] for x in (self.left, self.right)[: made.arity]]
+                slopes[a:b] = made.derivative[side](*operands, slots[node])
             for edges, above in self.levels:
                 slopes[edges] *= slopes[above]
         jacobian = np.zeros((self.N, np.shape(constants)[1], slots.shape[1]))
@@ -382,18 +387,19 @@ def _power(base, tree, convert, number):
 
 
 def _folded(tree):
-    """The value of a tree that holds only numbers and + - * /, else None."""
+    """The value of a tree that holds only numbers and + - * / **, else None; inf for what is none of them."""
     match tree:
         case ast.Constant(value=value) if type(value) in (int, float):
             return float(value) if abs(value) < LARGEST else math.inf
         case ast.UnaryOp(op=ast.USub()):
             value = _folded(tree.operand)
             return value if value is None else -value
-        case ast.BinOp(op=ast.Add() | ast.Sub() | ast.Mult() | ast.Div()):
+        case ast.BinOp() if type(tree.op) in FOLDS:
             a, b = _folded(tree.left), _folded(tree.right)
-            if a is not None and b is not None and not (b == 0 and isinstance(tree.op, ast.Div)):
-                signs = {ast.Add: float.__add__, ast.Sub: float.__sub__, ast.Mult: float.__mul__}
-                return signs.get(type(tree.op), float.__truediv__)(a, b)
+            try:
+                return None if a is None or b is None else float(FOLDS[type(tree.op)](a, b))
+            except (ArithmeticError, TypeError):  # TypeError: a complex power
+                return math.inf
     return None
 
 
@@ -414,8 +420,8 @@ def to_text(prefix, values=None, names=None, precision=0):
             return text, 2 if text.startswith("-") else 5
         template, precedence, least = OPERATORS[token].infix
         parts = [text if found >= low else f"({text})" for low in least for text, found in [read()]]
-        if token == "neg" and parts[0].startswith("-"):
-            parts = [f"({parts[0]})"]
+        if precedence < 5 and token not in ("+", "-"):  # no sign after another one
+            parts = [f"({x})" if x.startswith("-") and (i or template[0] != "{") else x for i, x in enumerate(parts)]
         text = template.format(*parts)
         return text.replace(" + -", " - ").replace(" - -", " + ") if token in ("+", "-") else text, precedence
 
