@@ -1,0 +1,242 @@
+"""The contract of the simplifier on random trees, and pairs written by hand."""
+
+import numpy as np
+import pytest
+
+from data_utils.expressions import OPERATORS, Alphabet, evaluate, from_text
+from data_utils.simplify import NotReal, simplify
+
+ALPHABET = Alphabet(OPERATORS, ["x1", "x2", "x3"])
+LEAVES = ["x1", "x2", "x3", "<constant>", "<constant>", "0", "1", "(-1)", "np.pi", "np.e"]
+SHARES = [0.24, 0.2, 0.16, 0.15, 0.15, 0.02, 0.02, 0.02, 0.02, 0.02]
+
+
+def random_prefix(rng, operators, names):
+    if operators == 0:
+        return [str(rng.choice(LEAVES, p=SHARES))]
+    name = names[int(rng.integers(len(names)))]
+    left = operators - 1 if OPERATORS[name].arity == 1 else int(rng.integers(operators))
+    rest = [] if OPERATORS[name].arity == 1 else random_prefix(rng, operators - 1 - left, names)
+    return [name, *random_prefix(rng, left, names), *rest]
+
+
+@pytest.fixture(scope="module")
+def trees():
+    """20,000 prefix formulas, and values of their constants: half of them whole numbers."""
+    rng, names = np.random.default_rng(0), [*OPERATORS, *["+", "-", "*", "/"] * 6]
+    prefixes = [random_prefix(rng, int(rng.integers(1, 9)), names) for _ in range(20_000)]
+    draw = (lambda n: rng.normal(0, 2, n), lambda n: rng.integers(-5, 6, n).astype(float))
+    return [(p, draw[i % 2](p.count("<constant>")).tolist()) for i, p in enumerate(prefixes)]
+
+
+def values_of(formulas, X):
+    """y (N, M) of (prefix, values) on X (N, M, 3)."""
+    width = max(len(prefix) for prefix, _ in formulas)
+    tokens = np.array([ALPHABET.encode(p) + [0] * (width - len(p)) for p, _ in formulas], np.uint8)
+    constants = np.array([[*v, *[0.0] * (width - len(v))] for _, v in formulas])
+    return evaluate(ALPHABET, tokens, constants, X)
+
+
+def attempt(prefix, values):
+    try:
+        return simplify(prefix, values)
+    except NotReal:
+        return None
+
+
+def test_with_values_it_is_equal_never_longer_and_final(trees):
+    found = [(tree, attempt(*tree)) for tree in trees]
+    kept = [(tree, short) for tree, short in found if short is not None]
+    assert 0.9 < len(kept) / len(trees)
+    assert all(len(short[0]) <= len(tree[0]) for tree, short in kept)
+    assert np.mean([len(s[0]) for _, s in kept]) < 0.8 * np.mean([len(t[0]) for t, _ in kept])
+    for _, (prefix, values) in kept:
+        again = simplify(prefix, values)
+        assert again[0] == prefix and np.allclose(again[1], values, rtol=1e-9)
+    rng = np.random.default_rng(1)
+    X = rng.normal(size=(len(kept), 24, 3)) * 10 ** rng.uniform(-1, 0.7, (len(kept), 1, 1))
+    X[::3], X[1::3] = abs(X[::3]), -abs(X[1::3])
+    originals = [tree for tree, _ in kept]
+    y, made = values_of(originals, X), values_of([short for _, short in kept], X)
+    with np.errstate(all="ignore"):
+        finite = np.isfinite(y) & (abs(y) < 1e10)
+        size = np.maximum(abs(y), np.nanmedian(np.where(finite, abs(y), 0), 1, keepdims=True)) + 1e-9
+        moved = np.zeros_like(y)  # by a change of the inputs in the 13th digit: cancellation and sin(1e9) are no error
+        for change in (1e-13, -1e-13, 3e-13):
+            near = [(p, [x * (1 + change) for x in v]) for p, v in originals]
+            moved = np.fmax(moved, np.nan_to_num(abs(values_of(near, X * (1 + change)) - y), nan=np.inf))
+        wrong = finite & ~(abs(made - y) < 1e-6 * size) & ~(abs(made - y) <= 1000 * moved)
+    assert finite.any(1).mean() > 0.85
+    texts = [(originals[i], kept[i][1]) for i in np.flatnonzero(wrong.any(1))]
+    assert not texts
+
+
+def test_nothing_finite_is_refused(trees):
+    """What raises has, at random points, no finite value."""
+    refused = [tree for tree in trees if attempt(*tree) is None]
+    X = np.random.default_rng(2).normal(0, 2, (len(refused), 50, 3))
+    finite = np.isfinite(values_of(refused, X))
+    assert len(refused) > 300 and finite.any(1).mean() < 0.01
+
+
+def test_without_values_it_is_never_longer_and_final(trees):
+    for prefix, _ in trees:
+        short = attempt(prefix, None)
+        if short is not None:
+            assert short[1] is None and len(short[0]) <= len(prefix)
+            assert simplify(short[0]) == short
+            assert not any(t == "<constant>" and set(short[0][i + 2 : i + 3]) == {"<constant>"}
+                           for i, t in enumerate(short[0][1:-1]) if short[0][i] in "+*/")  # fmt: skip
+
+
+def test_operands_in_another_order_have_the_same_form(trees):
+    rng = np.random.default_rng(3)
+
+    def turned(tokens):
+        token = next(tokens)
+        operands = [turned(tokens) for _ in range(OPERATORS[token].arity if token in OPERATORS else 0)]
+        if token in "+*" and rng.random() < 0.5:
+            operands.reverse()
+        return [token, *(x for operand in operands for x in operand)]
+
+    for prefix, _ in trees[:4000]:
+        if prefix.count("<constant>") < 2:
+            assert attempt(turned(iter(prefix)), None) == attempt(prefix, None)
+
+
+PAIRS = """
+x1 + x1                         | mult2 x1
+x1 - x1                         | 0
+x1/x1                           | 1
+0*x1 + x2                       | x2
+x2*1 - 0                        | x2
+x1 + x2 + x1 + x2               | mult2 + x1 x2
+x2 + x1                         | + x1 x2
+x2*x1                           | * x1 x2
+x1*x1*x1                        | pow3 x1
+pow2(pow3(x1))                  | pow3 pow2 x1
+pow3(pow2(x1))                  | pow3 pow2 x1
+pow2(x1)*pow3(x1)               | pow5 x1
+x1**3/x1**2                     | x1
+1/(1/x1)                        | x1
+-(-x1)                          | x1
+x1 - -x2                        | + x1 x2
+-x1 + x2                        | - x2 x1
+x1/(x2/x3)                      | / * x1 x3 x2
+(x1*x2)**2/x1                   | * x1 pow2 x2
+mult2(mult3(x1))/mult3(x1)      | 1 + 1 is no token
+exp(log(x1))                    | x1
+log(exp(x1))                    | x1
+sin(asin(x1))                   | x1
+tan(atan(x1))                   | x1
+sinh(asinh(x1))                 | x1
+acosh(cosh(x1))                 | abs x1
+sqrt(x1**2)                     | abs x1
+sqrt(x1)**2                     | x1
+pow1_3(x1**3)                   | x1
+pow1_3(x1)**3                   | x1
+pow1_4(x1**4)                   | abs x1
+pow1_2(pow1_2(x1))              | pow1_4 x1
+pow1_5(x1**5) - x1              | 0
+abs(abs(x1))                    | abs x1
+abs(-x1)                        | abs x1
+abs(x1)**2                      | pow2 x1
+abs(x1)*abs(x2)                 | abs * x1 x2
+abs(x1**2)                      | pow2 x1
+abs(exp(x1))                    | exp x1
+sin(-x1)                        | neg sin x1
+cos(-x1)                        | cos x1
+cos(x2 - x1)                    | cos - x1 x2
+atan(x2 - x1) + atan(x1 - x2)   | 0
+sin(x1)/cos(x1)                 | tan x1
+sin(x1)**2 + cos(x1)**2         | 1
+exp(x1)*exp(x2)                 | exp + x1 x2
+exp(x1)/exp(x2)                 | exp - x1 x2
+exp(-x1)*x2                     | / x2 exp x1
+log(x1**3)                      | mult3 log x1
+log(x1) + log(x1)               | mult2 log x1
+exp(2*log(x1))                  | pow2 x1
+(x1 + x2)*(x2 + x1)             | pow2 + x1 x2
+(x1 - x2)*(x2 - x1)             | neg pow2 - x1 x2
+(x1 + x2)/(2*x1 + 2*x2)         | div2 1
+(x1 - x2)**3 + (x2 - x1)**3     | 0
+x1**0                           | 1
+pow(x1, -1)                     | inv x1
+pow(x1, 0.5)                    | pow1_2 x1
+pow(e, x1)                      | exp x1
+pow(1, x1)                      | 1
+sqrt(4*x1)                      | mult2 pow1_2 x1
+sqrt(x1**2*x2)                  | * pow1_2 x2 abs x1
+x1*(x2 + x2)                    | mult2 * x1 x2
+x1/2 + x1/2                     | x1
+x1/3 + x1/5 - 8*x1/15           | 0
+(x1**2)**0.5 - abs(x1)          | 0
+"""
+PAIRS = [[side.strip() for side in line.split("|")] for line in PAIRS.strip().splitlines()]
+UNKNOWN = """
+c + c                           | c
+c*c*x1                          | * c x1
+c*x1 + x1                       | * c x1
+c*x1 + c*x1 + c                 | + * c x1 c
+c*(x1 + c)                      | + * c x1 c
+c*(x1 + x2)                     | * c + x1 x2
+c*(c*x1 + x2)                   | + * c x1 * c x2
+sin(c)*x1                       | * c x1
+x1**c*x1**2                     | pow x1 c
+exp(x1 + c)                     | * c exp x1
+abs(c*x1)                       | * c abs x1
+sin(c*x1) + sin(c*x1)           | + sin * c x1 sin * c x1
+(x1 + c)*(x1 + c)               | * + x1 c + x1 c
+c/(c*x1 + c)                    | / c + x1 c
+-(c*x1)                         | * c x1
+-sin(c*x1)                      | sin * c x1
+c*sqrt(c*x1)                    | * c pow1_2 x1
+(c*x1)**3                       | * c pow3 x1
+c - x1 - c                      | - c x1
+log(c*x1)/c                     | * c log * c x1
+"""
+UNKNOWN = [[side.strip() for side in line.split("|")] for line in UNKNOWN.strip().splitlines()]
+
+
+@pytest.mark.parametrize("text, expected", PAIRS)
+def test_pairs(text, expected):
+    prefix, values = from_text(text, ["x1", "x2", "x3"])
+    short, numbers = simplify(prefix, values)
+    if "1 + 1" in expected:
+        assert (short, numbers) == (["<constant>"], [2.0])
+    elif expected == "div2 1":
+        assert (short, numbers) == (["<constant>"], [0.5])
+    else:
+        assert (" ".join(short), numbers) == (expected, [])
+
+
+@pytest.mark.parametrize("text, expected", UNKNOWN)
+def test_pairs_with_unknown_constants(text, expected):
+    prefix, _ = from_text(text.replace("c", "1.5").replace("1.5os", "cos"), ["x1", "x2", "x3"])
+    assert " ".join(simplify(prefix)[0]).replace("<constant>", "c") == expected
+
+
+def test_values_follow_their_constants():
+    assert simplify(["+", "*", "<constant>", "x2", "*", "<constant>", "x1"], [2.5, 7.0]) == (
+        ["+", "*", "<constant>", "x1", "*", "<constant>", "x2"], [7.0, 2.5])  # fmt: skip
+    tiny = simplify(["*", "<constant>", "x1"], [1e-13])
+    assert tiny == (["*", "<constant>", "x1"], [1e-13])  # not 0
+    assert simplify(["*", "<constant>", "x1"], [6.62607015e-34]) == (["*", "<constant>", "x1"], [6.62607015e-34])
+
+
+@pytest.mark.parametrize("text", ["log(-1)", "sqrt(-2)*x1", "1/(x1 - x1)", "asin(2)", "log(-abs(x1))", "exp(1000) + x1",
+                                  "x1/0", "acosh(0) - x1", "sqrt(-exp(x1))", "pow(0, -1)"])  # fmt: skip
+def test_what_has_no_finite_value_raises(text):
+    prefix, values = from_text(text, ["x1"])
+    with pytest.raises(NotReal):
+        simplify(prefix, values)
+
+
+def test_bounded_memory():
+    from data_utils import simplify as module
+
+    rng = np.random.default_rng(4)
+    for _ in range(3):
+        for i in range(1000):
+            simplify(["+", "x1", "sin", "*", "<constant>", "x2"], [rng.normal() + i])
+        assert len(module._nodes) <= module.BOUND + 100
