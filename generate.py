@@ -5,6 +5,8 @@
     python generate.py --checkpoint checkpoints/nanothink_mla.pt --prompt "In the beginning"
     python generate.py --run_name addition --prompt "What is 12 + 7?"
     python generate.py --run_name sudoku9 --input puzzles.txt                       # one a line, . for blanks
+    python generate.py formula --model models/ansr-models/sr-cpu --data points.csv  # y = f(x) for a table
+    python generate.py formula --method prior --suite nguyen                        # without a network, on a test set
 
 Text goes to stdout as it is made, timing to stderr.
 """
@@ -52,14 +54,53 @@ class AnswerConfig:
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
 
 
+@dataclass
+class FormulaConfig:
+    model: str = ""  # folder of a model of train_sr.py; not needed by --method prior
+    data: str = ""  # csv with a header and numbers
+    target: str = ""  # its column y; "" = the last
+    method: Literal["sampling", "beam", "prior"] = (
+        "sampling"  # who proposes: the network, or training's draws without it
+    )
+    choices: int = 512  # candidates
+    temperature: float = 1.0  # of the network's draws
+    top_k: int = 0  # choose among so many likeliest tokens; 0 = all
+    top_p: float = 1.0  # choose among the likeliest tokens that hold this share of the probability
+    max_len: int = 64  # longest sequence of tokens, prompt and marks included
+    beam_width: int = 32  # of --method beam
+    evolve: float = 0.7  # share of candidates bred from the best so far, from the second round on
+    restarts: int = 4  # starts of each fit
+    refiner: Literal["lm", "bfgs"] = "lm"  # how constants are fitted
+    parsimony: float = 0.05  # what a token costs, in tenfold errors
+    max_seconds: float = 0.0  # search as long as this, or to an exact fit, whatever --choices says; 0 = off
+    max_points: int = 64  # points that the network reads at once
+    precision: int = 6  # digits of constants
+    top: int = 10  # candidates listed
+    out: str = ""  # csv or jsonl of all candidates, or of all runs of a suite
+    plot: str = ""  # PNG of fit and residuals
+    complexity: int = 0  # prompt: tokens of the formula; 0 = not told
+    allowed_terms: tuple[str, ...] = ()  # prompt: terms that may occur
+    include_terms: tuple[str, ...] = ()  # prompt: terms that do occur
+    exclude_terms: tuple[str, ...] = ()  # prompt: terms that do not
+    suite: tuple[str, ...] = ()  # nguyen, feynman, fastsrb, or csv files like them, instead of --data
+    seeds: int = 1  # data sets of each problem
+    noise: float = 0.0  # on y, in its standard deviations
+    max_variables: int = 0  # problems with more are left out; 0 = none
+    seed: int = 0  # of the draws
+    device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
+
+
 def variant(run_name):
-    """The flags of train_hrm.py's runs, which lie in runs/, or those of language models."""
+    """The flags of formulas, of train_hrm.py's runs, which lie in runs/, or of language models."""
+    if sys.argv[1:2] == ["formula"]:
+        return FormulaConfig
     answers = run_name or any("runs/" in word for word in sys.argv)
     return AnswerConfig if answers else Config
 
 
 if __name__ == "__main__":  # before torch is imported, so that --help and typos answer at once
-    cfg = from_cli(variant, __doc__, by="run_name")
+    words = sys.argv[2:] if sys.argv[1:2] == ["formula"] else sys.argv[1:]
+    cfg = from_cli(variant, __doc__, words, by="run_name")
 
 import torch
 
@@ -169,6 +210,10 @@ def read_lines(path):
 
 
 def main(cfg):
+    if isinstance(cfg, FormulaConfig):
+        from data_utils.formula import find  # the others need none of it
+
+        return find(cfg)
     if isinstance(cfg, AnswerConfig):
         return answer(cfg)
     at_least(cfg, 1, "num_samples", "steps", "length", "max_new_tokens")

@@ -33,7 +33,7 @@ class Prior:
         self.last = alphabet.first_variable + D  # ids from here on are variables that the points lack
         self.rows, self.ends = [], np.zeros(0)
 
-    def __call__(self, rng, n):
+    def __call__(self, rng, n, temperature=None):
         if not len(self.rows):
             chunk, _ = make_chunk(rng, 4096, self.alphabet, self.pool, self.held)
             fits = chunk.tokens.max(1) < self.last
@@ -45,8 +45,9 @@ class Prior:
 class Network:
     """network(rng, n) -> n skeletons that the model reads off the points, each time off others and in another order."""
 
-    def __init__(self, model, X, y, *, max_points, prompt=(), numbers=(), **sampling):
-        self.model, self.X, self.y, self.max_points = model, X, y, max_points
+    def __init__(self, model, X, y, *, max_points, prompt=(), numbers=(), width=0, **sampling):
+        """width: of a beam, which then proposes the same each time but for points and order; 0 = draws."""
+        self.model, self.X, self.y, self.max_points, self.width = model, X, y, max_points, width
         self.sampling = dict(prompt=prompt, numbers=numbers) | sampling
 
     def __call__(self, rng, n, temperature=None):
@@ -63,7 +64,11 @@ class Network:
             encoded = self.model.encode(data, torch.ones(1, len(rows), dtype=torch.bool, device=device), used)
             generator = torch.Generator(device).manual_seed(int(rng.integers(2**62)))
             settings = self.sampling | (dict(temperature=temperature) if temperature else {})
-            drawn, _ = self.model.sample(encoded, n, generator=generator, **settings)
+            if self.width:
+                kept = {name: settings[name] for name in ("max_len", "prompt", "numbers")}
+                drawn, _ = self.model.beam(encoded, self.width, **kept)
+            else:
+                drawn, _ = self.model.sample(encoded, n, generator=generator, **settings)
         first = alphabet.first_variable
         back = {first + i: first + int(v) for i, v in enumerate(order)}
         return [[back.get(t, t) for t in row if t] for row in drawn.tolist()]
@@ -209,8 +214,11 @@ def find_formula(propose, X, y, *, alphabet, pool, rng, prior=None, choices=512,
             for row, c, e in zip(rows, constants, error, strict=True) if np.isfinite(e)
         ]  # fmt: skip
         archive = sorted(archive, key=lambda candidate: candidate.score)[:ARCHIVE]
-        if archive and archive[0].fvu <= EXACT:
-            break
+        if archive and archive[0].fvu <= EXACT:  # as fitted; written out, large constants can cancel
+            found = finish(archive, columns, y, alphabet, parsimony)
+            if found[0].fvu <= SOLVED:
+                return found, tried
+            archive.pop(0)
     return finish(archive, columns, y, alphabet, parsimony), tried
 
 
