@@ -16,13 +16,14 @@ SOLVED = 1e-28  # FVU at which only rounding is left
 STALLED = 1e-4  # share of the FVU below which a gain counts as none: two of those end a row
 PROMISE = 1e-9  # the same of a gain that the linear model expects: one of those ends a row
 STUCK = 1e7  # damping at which a step no longer moves anything
+REDRAWN = 2  # times that a start without finite values is drawn again
 EXACT = 1e-14  # FVU up to which a tidied formula is right
 
 
 def fit(alphabet, tokens, X, y, restarts, rng, *, steps=50, method="lm", affine=False, start=None, free=None):
     """Fit the constants of tokens (N, L) to X (M, D), y (M,) -> constants (N, C), fvu (N,), best of the restarts.
 
-    restarts: starts per formula: ones (or `start` (N, C)), then numbers of any size from the numpy Generator `rng`.
+    restarts: starts per formula: ones (or `start` (N, C or more)), then numbers of any size from the Generator `rng`.
     affine: fit a + b g instead of g; the constants are then (N, 2 + C), a and b first, as `wrap` writes the formula.
     free (N, C) bool: the constants that may move. fvu is inf where no start gave finite values everywhere.
     Raises UsageError for an unknown method: "lm" or "bfgs".
@@ -32,16 +33,17 @@ def fit(alphabet, tokens, X, y, restarts, rng, *, steps=50, method="lm", affine=
     tokens, X, y = np.asarray(tokens), np.asarray(X, np.float64), np.asarray(y, np.float64)
     counts = (tokens == alphabet.constant).sum(1)
     used = np.arange(counts.max(initial=0)) < counts[:, None]
-    free = used if free is None else used & free
+    C, scale = used.shape[1], np.std(y) or 1.0
+    start = np.ones(used.shape) if start is None else np.asarray(start, np.float64)[:, :C]
+    free = used if free is None else used & free[:, :C]
     owner = np.repeat(np.arange(len(tokens)), np.where(free.any(1), restarts, 1))
     first = np.diff(owner, prepend=-1) > 0
-    constants = _starts(rng, (len(owner), used.shape[1]))
-    constants[first] = 1.0 if start is None else start
-    if start is not None:
-        constants = np.where(free[owner], constants, start[owner])
-    constants = np.where(used[owner], constants, 0.0)
-    scale = np.std(y) or 1.0
+    fixed = first[:, None] | ~free[owner]
     problem = _Problem(alphabet, tokens[owner], free[owner], X, y / scale, scale, affine)
+    constants = np.where(fixed, start[owner], _starts(rng, fixed.shape)) * used[owner]
+    for _ in range(REDRAWN):
+        lost = np.flatnonzero(~first & ~np.isfinite(problem.values(constants)).all(1))
+        constants[lost] = np.where(fixed[lost], constants[lost], _starts(rng, (len(lost), C)) * used[owner][lost])
     constants, fvu = METHODS[method](problem, constants, steps)
     order = np.lexsort((fvu, owner))
     best = order[first]  # rows of a formula stand together, in the old order and in the new
@@ -49,7 +51,7 @@ def fit(alphabet, tokens, X, y, restarts, rng, *, steps=50, method="lm", affine=
     if affine:
         g = _Problem(alphabet, tokens, free, X, y / scale, scale, affine).values(constants)
         a, b, _, _ = _projected(g, y / scale)
-        constants = np.column_stack([a * scale, b, constants])
+        constants = np.column_stack([a * scale, b * scale, constants])
     return constants, fvu
 
 
@@ -61,10 +63,11 @@ def refine(alphabet, tokens, X, y, rng, *, method="lm", affine=False, points=64,
     few, many = (rng.permutation(len(y))[:n] if len(y) > n else slice(None) for n in (points, most))
     constants, fvu = fit(alphabet, tokens, X[few], y[few], restarts, rng, steps=10, method=method, affine=affine)
     best = np.argsort(fvu, kind="stable")[: -(-len(fvu) // 4)]
-    width = 2 * affine + (tokens[best] == alphabet.constant).sum(1).max(initial=0)
-    start = constants[best, 2 * affine : width]
-    again = fit(alphabet, tokens[best], X[many], y[many], more, rng, method=method, affine=affine, start=start)
-    constants[best, :width], fvu[best] = again
+    start = constants[best, 2 * affine :]
+    constants[best], again = fit(
+        alphabet, tokens[best], X[many], y[many], more, rng, method=method, affine=affine, start=start
+    )
+    fvu[best] = again
     return constants, fvu
 
 
@@ -148,7 +151,7 @@ def _levenberg(problem, constants, steps):
             slow = np.where((step * slope).sum(1) > PROMISE * fvu * r.shape[1], slow, 2)
         r2, J2, fvu2 = problem.residuals(trial)
         good = fvu2 < fvu
-        slow = np.where(good & (fvu - fvu2 > STALLED * fvu), np.where(slow > 1, slow, 0), slow + good)
+        slow = np.where(good & (fvu2 < (1 - STALLED) * fvu), np.where(slow > 1, slow, 0), slow + good)
         mu = np.where(good, mu / 3, np.maximum(4 * mu, 1e-2))
         c, fvu = np.where(good[:, None], trial, c), np.where(good, fvu2, fvu)
         r, J = np.where(good[:, None], r2, r), np.where(good[:, None, None], J2, J)
@@ -183,7 +186,7 @@ def _bfgs(problem, constants, steps):
             V = eye - s[:, :, None] * t[:, None, :] / curved[:, None, None]
             H2 = V @ H @ V.transpose(0, 2, 1) + s[:, :, None] * s[:, None, :] / curved[:, None, None]
         H = np.where((update & np.isfinite(H2).all((1, 2)))[:, None, None], H2, H)
-        slow = np.where(good & (fvu - fvu2 > STALLED * fvu), 0, slow + good)
+        slow = np.where(good & (fvu2 < (1 - STALLED) * fvu), 0, slow + good)
         length = np.where(good, 1.0, length / 4)
         c, fvu = np.where(good[:, None], trial, c), np.where(good, fvu2, fvu)
         slope = np.where(good[:, None], slope2, slope)
@@ -195,9 +198,10 @@ METHODS = {"lm": _levenberg, "bfgs": _bfgs}
 
 def _tidy_values(v):
     """Numbers that people write near v, the plainest first: 0, 1, -1, integers, fractions, multiples of pi and e."""
-    near = [round(v)] + [round(v * k) / k for k in (2, 3, 4)]
+    v = float(v)
+    near = [round(v * k) / k for k in (1, 2, 3, 4)]
     near += [round(v * k / math.pi) * math.pi / k for k in (1, 2, 3, 4) if abs(v) * k < 5 * math.pi]
-    near += [round(v / math.e) * math.e] * bool(abs(v) < 5 * math.e)
+    near += [round(v / math.e) * math.e] if abs(v) < 5 * math.e else []
     return list(dict.fromkeys([0.0, 1.0, -1.0, *map(float, near)]))
 
 

@@ -22,6 +22,7 @@ SCALES = {float(k): f"mult{k}" for k in (2, 3, 4, 5)} | {1 / k: f"div{k}" for k 
 CHAINS = {a * b: [SCALES[a], SCALES[b]] for a in sorted(SCALES) for b in sorted(SCALES) if a * b not in SCALES}
 NUMBERS = {value: name for name, value in LITERALS.items()}
 SMALLEST_LAST = (5, 4, 3, 2)  # powers and roots that are one token
+ODD_FIRST = (5, 3, 4, 2)  # the odd root of an unknown factor would come out of an even one
 BOUND = 2**17  # nodes kept
 
 
@@ -415,7 +416,7 @@ def _raised(text, e):
     if type(e) is not float:
         left, chain = [], []
         for prefix, size in (("pow", e.numerator), ("pow1_", e.denominator)):
-            for k in SMALLEST_LAST:
+            for k in SMALLEST_LAST if prefix == "pow" else ODD_FIRST:
                 while size % k == 0:
                     size, chain = size // k, [*chain, f"{prefix}{k}"]
             left.append(size)

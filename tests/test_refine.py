@@ -1,0 +1,160 @@
+"""Fits in batches against one plain fit at a time; what tidying restores."""
+
+import math
+
+import numpy as np
+import pytest
+
+from data_utils.config import UsageError
+from data_utils.expressions import OPERATORS, Alphabet, evaluate, from_text
+from data_utils.refine import fit, refine, tidy, wrap
+
+ALPHABET = Alphabet(OPERATORS, ["x1", "x2"])
+FORMULAS = [  # starts near these constants find them
+    "2.5*x1 + 1.5", "1.5*sin(2.5*x1 + 0.5)", "2.5*x1**2 + 0.5*exp(0.7*x1)", "log(1.5 + x1) + log(2.5 + x2**2)",
+    "(2.5*x1 + 1.5)/(0.5 + x1**2)", "1.7*cos(x2)*sin(x1)", "1.2*exp(-(x1 - 0.8)**2/0.6)", "2.2*x1**1.7 + 0.4",
+    "sqrt(x1 + 1.3) - 0.6*x2", "0.8*tanh(1.4*x1 - 0.9)", "1/(1.1 + 0.6*x1*x2)", "x1**2 - 1.9*x1 + 0.3*x2",
+]  # fmt: skip
+
+
+def rows(texts):
+    """(N, L) tokens, (N, C) constants of the formulas."""
+    read = [from_text(text, ["x1", "x2"]) for text in texts]
+    width, most = (max(len(x[i]) for x in read) for i in (0, 1))
+    tokens = np.array([ALPHABET.encode(p) + [0] * (width - len(p)) for p, _ in read], np.uint8)
+    return tokens, np.array([v + [0.0] * (most - len(v)) for _, v in read])
+
+
+def points(n=20, seed=0):
+    return np.random.default_rng(seed).uniform(0.1, 2, (n, 2))
+
+
+def plain_fit(f, y, c, steps=50):
+    """Levenberg-Marquardt on one start, derivatives by central differences -> constants, FVU."""
+    mu, r = 0.0, f(c) - y
+    for _ in range(steps):
+        J = np.stack([(f(c + d) - f(c - d)) / 2e-6 for d in 1e-6 * np.eye(len(c))], 1)
+        square = J.T @ J
+        step = np.linalg.lstsq(square + mu * np.diag(np.diag(square)), J.T @ r, rcond=None)[0]
+        trial = f(c - step) - y
+        if trial @ trial < r @ r:
+            c, r, mu = c - step, trial, mu / 3
+        else:
+            mu = max(4 * mu, 1e-2)
+    return c, r @ r / len(y) / np.var(y)
+
+
+@pytest.mark.parametrize("method, affine", [("lm", False), ("lm", True), ("bfgs", False)])
+def test_twelve_formulas_from_twenty_starts_as_a_plain_fit(method, affine):
+    tokens, truth = rows(FORMULAS)
+    X, rng, solved = points(), np.random.default_rng(1), 0
+    for token, c in zip(tokens[:, None], truth[:, None], strict=True):
+        y, used = evaluate(ALPHABET, token, c, X[None])[0], (token == ALPHABET.constant).sum()
+        starts = c * rng.uniform(0.7, 1.4, (20, c.shape[1]))
+        found, fvu = fit(ALPHABET, np.repeat(token, 20, 0), X, y, 1, rng, method=method, affine=affine, start=starts)
+
+        def f(v, token=token, c=c, used=used, X=X):
+            return evaluate(ALPHABET, token, np.concatenate([v, c[0, used:]])[None], X[None])[0]
+
+        plain = np.array([plain_fit(f, y, start[:used])[1] for start in starts])
+        solved += (fvu < 1e-12).sum()
+        if method == "lm":
+            assert ((fvu < 1e-12) | (plain > 1e-12)).mean() >= 0.9
+        if not affine:
+            again = evaluate(ALPHABET, np.repeat(token, 20, 0), found, np.repeat(X[None], 20, 0))
+            np.testing.assert_allclose(((again - y) ** 2).mean(1) / y.var(), fvu, rtol=1e-6, atol=1e-25)
+    assert solved > (0.95 if method == "lm" else 0.8) * 240
+
+
+def test_a_batch_is_its_formulas_one_by_one():
+    tokens, truth = rows(FORMULAS)
+    X = points()
+    y = evaluate(ALPHABET, tokens[4:5], truth[4:5], X[None])[0]
+    for kind in (dict(), dict(affine=True), dict(method="bfgs")):
+        together = fit(ALPHABET, tokens, X, y, 1, np.random.default_rng(0), steps=8, start=truth * 1.1, **kind)
+        for i in range(len(tokens)):
+            one = fit(ALPHABET, tokens[i : i + 1], X, y, 1, np.random.default_rng(0), steps=8, start=1.1 * truth[i:i+1],
+                      **kind)  # fmt: skip
+            np.testing.assert_allclose(together[1][i], one[1][0], rtol=1e-5)
+
+
+def test_linear_constants_take_one_step():
+    tokens, truth = rows(["2.5*x1 + 1.5", "3.5*sin(x1) - 2.5*x2 + 0.5", "1.5*x1*x2"])
+    for i in range(3):
+        y = evaluate(ALPHABET, tokens[i : i + 1], truth[i : i + 1], points()[None])[0]
+        constants, fvu = fit(ALPHABET, tokens[i : i + 1], points(), y, 1, np.random.default_rng(0), steps=1)
+        assert fvu < 1e-24
+        np.testing.assert_allclose(constants, truth[i : i + 1, : constants.shape[1]], rtol=1e-9)
+
+
+def test_affine_constants_are_those_of_the_wrapped_formula():
+    prefix, values = from_text("exp(-1.5*x1)", ["x1", "x2"])
+    y = 3 - 7 * np.exp(-1.5 * points()[:, 0])
+    tokens = np.array([ALPHABET.encode(prefix)], np.uint8)
+    constants, fvu = fit(ALPHABET, tokens, points(), y, 4, np.random.default_rng(0), affine=True)
+    np.testing.assert_allclose(constants, [[3, -7, -1.5]], rtol=1e-7)
+    wrapped = np.array([ALPHABET.encode(wrap(prefix))], np.uint8)
+    np.testing.assert_allclose(evaluate(ALPHABET, wrapped, constants, points()[None])[0], y, rtol=1e-9)
+    assert fvu < 1e-14
+
+
+def test_regions_without_values_are_survived():
+    tokens, truth = rows(["log(x1 + 5.5) + 1.5*sqrt(x2 + 3.5)", "log(-1.5)*x1", "1/(x1 - x1)", "x1"])
+    X = points() - 3
+    y = evaluate(ALPHABET, tokens[:1], truth[:1], X[None])[0]
+    constants, fvu = fit(ALPHABET, tokens, X, y, 40, np.random.default_rng(0))
+    assert fvu[0] < 1e-12 and fvu[2] == np.inf and fvu[3] > 0.01
+    np.testing.assert_allclose(constants[0], truth[0], rtol=1e-4)
+    for method in ("lm", "bfgs"):
+        _, worst = fit(ALPHABET, tokens, X, np.full(20, 3.0), 2, np.random.default_rng(0), method=method)  # constant y
+        assert worst.shape == (4,)
+    with pytest.raises(UsageError, match="'newton'.*lm or bfgs"):
+        fit(ALPHABET, tokens, X, y, 1, np.random.default_rng(0), method="newton")
+
+
+def test_constants_that_are_not_free_stay():
+    tokens, truth = rows(["2.5*x1 + 1.5"])
+    y = 4 * points()[:, 0] + 1.5
+    constants, fvu = fit(ALPHABET, tokens, points(), y, 3, np.random.default_rng(0), start=truth,
+                         free=np.array([[True, False]]))  # fmt: skip
+    np.testing.assert_allclose(constants, [[4, 1.5]], rtol=1e-9)
+    assert fvu < 1e-20
+
+
+def test_two_rounds_find_the_law_among_others():
+    tokens, truth = rows(FORMULAS)
+    X = points(3000)
+    y = evaluate(ALPHABET, tokens[1:2], truth[1:2], X[None])[0]
+    for affine in (False, True):
+        constants, fvu = refine(ALPHABET, tokens, X, y, np.random.default_rng(0), affine=affine)
+        assert fvu.argmin() == 1 and fvu[1] < 1e-12 and constants.shape == (12, truth.shape[1] + 2 * affine)
+
+
+@pytest.mark.parametrize("text, expected", [
+    ("2*x1 + sin(x2/2)", "+ mult2 x1 sin div2 x2"),
+    ("sin(pi*x1) + x2", "+ x2 sin * np.pi x1"),
+    ("x1**2/4 + 0*x2", "div4 pow2 x1"),
+    ("exp(-x1)*3", "mult3 exp neg x1"),
+])  # fmt: skip
+def test_tidy_restores_plain_numbers_under_noise(text, expected):
+    X, rng = points(200), np.random.default_rng(3)
+    law = text.replace("2*x1", "2.0*x1").replace("x2/2", "0.5*x2").replace("pi*x1", "3.1415926535897931*x1")
+    law = law.replace("x1**2/4", "0.25*x1**2").replace("-x1", "-1.0*x1")
+    prefix, truth = from_text(law, ["x1", "x2"])
+    tokens = np.array([ALPHABET.encode(prefix)], np.uint8)
+    y = evaluate(ALPHABET, tokens, np.array([truth]), X[None])[0]
+    y += 0.01 * y.std() * rng.normal(size=len(y))
+    constants, before = fit(ALPHABET, tokens, X, y, 1, rng, start=np.array([truth]) * 1.03 + 0.01)
+    assert all(v not in (2, 0.5, 0.25, math.pi) for v in constants[0])
+    prefix, values, fvu = tidy(ALPHABET, prefix, constants[0].tolist(), X, y)
+    assert " ".join(prefix) == expected and values == []
+    assert fvu <= before[0] * (1 + 4 / len(y)) + 1e-14
+
+
+def test_tidy_keeps_what_it_must():
+    X = points(50)
+    prefix, truth = from_text("1.2345*x1 + 0.777", ["x1", "x2"])
+    y = 1.2345 * X[:, 0] + 0.777
+    prefix, values, fvu = tidy(ALPHABET, prefix, truth, X, y)
+    assert " ".join(prefix) == "+ * <constant> x1 <constant>" and fvu < 1e-20
+    np.testing.assert_allclose(values, truth, rtol=1e-9)
