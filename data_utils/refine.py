@@ -63,11 +63,10 @@ def refine(alphabet, tokens, X, y, rng, *, method="lm", affine=False, points=64,
     few, many = (rng.permutation(len(y))[:n] if len(y) > n else slice(None) for n in (points, most))
     constants, fvu = fit(alphabet, tokens, X[few], y[few], restarts, rng, steps=10, method=method, affine=affine)
     best = np.argsort(fvu, kind="stable")[: -(-len(fvu) // 4)]
-    start = constants[best, 2 * affine :]
-    constants[best], again = fit(
-        alphabet, tokens[best], X[many], y[many], more, rng, method=method, affine=affine, start=start
-    )
-    fvu[best] = again
+    width = 2 * affine + (tokens[best] == alphabet.constant).sum(1).max(initial=0)
+    start = constants[best, 2 * affine : width]
+    again = fit(alphabet, tokens[best], X[many], y[many], more, rng, method=method, affine=affine, start=start)
+    constants[best, :width], fvu[best] = again
     return constants, fvu
 
 

@@ -124,9 +124,6 @@ def normal(alphabet, row, longest):
     """The normal form of an id list without what a + b g gives it anyway, as a tuple; None if it can't be used."""
     try:
         prefix = simplify(alphabet.decode(row))[0]
-    except RecursionError:
-        print("RECURSION", alphabet.decode(row))
-        return None
     except NotReal:
         return None
     if len(prefix) > longest or prefix.count("<constant>") > CONSTANTS or not all(t in alphabet.ids for t in prefix):

@@ -607,6 +607,8 @@ def simplify(prefix, values=None):
                 break
     except OverflowError as e:
         raise NotReal("a number beyond the range of floats") from e
+    except RecursionError as e:  # two rules undo each other: two of 200,000 random trees
+        raise NotReal("no normal form was found") from e
     if len(text) > len(prefix):
         return _in_order(prefix, values)
     return text, None if values is None else found
