@@ -78,11 +78,11 @@ def test_a_batch_is_its_formulas_one_by_one():
     X = points()
     y = evaluate(ALPHABET, tokens[4:5], truth[4:5], X[None])[0]
     for kind in (dict(), dict(affine=True), dict(method="bfgs")):
-        together = fit(ALPHABET, tokens, X, y, 1, np.random.default_rng(0), steps=8, start=truth * 1.1, **kind)
+        together = fit(ALPHABET, tokens, X, y, 1, np.random.default_rng(0), steps=3, start=truth * 1.1, **kind)
         for i in range(len(tokens)):
-            one = fit(ALPHABET, tokens[i : i + 1], X, y, 1, np.random.default_rng(0), steps=8, start=1.1 * truth[i:i+1],
+            one = fit(ALPHABET, tokens[i : i + 1], X, y, 1, np.random.default_rng(0), steps=3, start=1.1 * truth[i:i+1],
                       **kind)  # fmt: skip
-            np.testing.assert_allclose(together[1][i], one[1][0], rtol=1e-3, atol=1e-20)
+            np.testing.assert_allclose(together[1][i], one[1][0], rtol=1e-6, atol=1e-20)
 
 
 def test_linear_constants_take_one_step():
