@@ -113,8 +113,11 @@ class _Problem:
             J = np.where(np.isfinite(J) & self.free[:, :, None], J, 0.0)
             if self.affine:
                 a, b, centred, power = _projected(g, self.y)
+                whole = J
                 J = J - J.mean(2, keepdims=True)
-                J = b[:, None, None] * (J - (J @ centred[:, :, None]) / power[:, None, None] * centred[:, None, :])
+                J = J - (J @ centred[:, :, None]) / power[:, None, None] * centred[:, None, :]
+                noise = (J * J).sum(2) < 1e-20 * (whole * whole).sum(2)  # a and b do what this constant does
+                J = np.where(noise[:, :, None], 0.0, b[:, None, None] * J)
                 g = a[:, None] + b[:, None] * g
             else:
                 g, J = g / self.scale, J / self.scale
