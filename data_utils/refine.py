@@ -112,8 +112,11 @@ class _Problem:
             J = np.where(np.isfinite(J) & self.free[:, :, None], J, 0.0)
             if self.affine:
                 a, b, centred, power = _projected(g, self.y)
+                whole = J
                 J = J - J.mean(2, keepdims=True)
-                J = b[:, None, None] * (J - (J @ centred[:, :, None]) / power[:, None, None] * centred[:, None, :])
+                J = J - (J @ centred[:, :, None]) / power[:, None, None] * centred[:, None, :]
+                noise = (J * J).sum(2) < 1e-20 * (whole * whole).sum(2)  # a and b do what this constant does
+                J = np.where(noise[:, :, None], 0.0, b[:, None, None] * J)
                 g = a[:, None] + b[:, None] * g
             else:
                 g, J = g / self.scale, J / self.scale
@@ -157,12 +160,18 @@ def _levenberg(problem, constants, steps):
     return found, best
 
 
+def _slope(J, r):
+    """Derivative of the FVU by the constants: (R, C)."""
+    with np.errstate(all="ignore"):
+        return 2 * (J @ r[:, :, None])[:, :, 0] / r.shape[1]
+
+
 def _bfgs(problem, constants, steps):
     """Dense inverse Hessians of the FVU, steps halved until they gain what Armijo asks for -> constants, fvu."""
     found, best = constants.copy(), np.full(len(constants), np.inf)
     rows, c, eye = np.arange(len(constants)), constants, np.eye(constants.shape[1])
     r, J, fvu = problem.residuals(c)
-    slope = 2 * (J @ r[:, :, None])[:, :, 0] / r.shape[1]
+    slope = _slope(J, r)
     H, length, slow = np.tile(eye, (len(c), 1, 1)), np.ones(len(c)), np.zeros(len(c), int)
     for _ in range(steps + 1):
         done = ~(fvu > SOLVED) | (slow > 1) | (length < 1 / STUCK) | ~np.isfinite(fvu) | ~problem.free.any(1)
@@ -177,7 +186,7 @@ def _bfgs(problem, constants, steps):
             way = -(H @ slope[:, :, None])[:, :, 0]
             trial = c + length[:, None] * way
             r2, J2, fvu2 = problem.residuals(trial)
-            slope2 = 2 * (J2 @ r2[:, :, None])[:, :, 0] / r2.shape[1]
+            slope2 = _slope(J2, r2)
             good = fvu2 <= fvu + 1e-4 * length * (way * slope).sum(1)
             s, t = trial - c, slope2 - slope
             curved = (s * t).sum(1)

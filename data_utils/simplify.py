@@ -23,6 +23,7 @@ CHAINS = {a * b: [SCALES[a], SCALES[b]] for a in sorted(SCALES) for b in sorted(
 NUMBERS = {value: name for name, value in LITERALS.items()}
 SMALLEST_LAST = (5, 4, 3, 2)  # powers and roots that are one token
 ODD_FIRST = (5, 3, 4, 2)  # the odd root of an unknown factor would come out of an even one
+SPELLED = {"pow1_4": ["pow1_2", "pow1_2"], "pow4": ["pow2", "pow2"], "neg": ["*", "(-1)"], "inv": ["/", "1"]}
 BOUND = 2**17  # nodes kept
 
 
@@ -589,12 +590,13 @@ def _in_order(prefix, values):
     return stack[0][0], values and stack[0][1]
 
 
-def simplify(prefix, values=None):
+def simplify(prefix, values=None, operators=None):
     """Prefix tokens (and the values of their "<constant>"s) -> (tokens, values or None) of the shortest form known.
 
     Never longer, equal wherever the input is finite, and itself when simplified again. With values they are numbers
     like any other; without, each "<constant>" is unknown: what depends on it alone becomes one, a sum or product keeps
-    one, and a number that no operator spells may become one. Raises NotReal where no input gives a finite real number.
+    one, and a number that no operator spells may become one. operators: those that may be written; where the form needs
+    another one, the sorted input is returned. Raises NotReal where no input gives a finite real number.
     """
     if len(_nodes) > BOUND:
         _nodes.clear(), _results.clear()
@@ -609,6 +611,8 @@ def simplify(prefix, values=None):
         raise NotReal("a number beyond the range of floats") from e
     except RecursionError as e:  # two rules undo each other: two of 200,000 random trees
         raise NotReal("no normal form was found") from e
-    if len(text) > len(prefix):
+    if operators is not None:
+        text = [y for x in text for y in (SPELLED.get(x, [x]) if x in OPERATORS and x not in operators else [x])]
+    if len(text) > len(prefix) or operators is not None and any(x in OPERATORS and x not in operators for x in text):
         return _in_order(prefix, values)
     return text, None if values is None else found

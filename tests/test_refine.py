@@ -10,11 +10,20 @@ from data_utils.expressions import OPERATORS, Alphabet, evaluate, from_text
 from data_utils.refine import fit, refine, tidy, wrap
 
 ALPHABET = Alphabet(OPERATORS, ["x1", "x2"])
-FORMULAS = [  # starts near these constants find them
-    "2.5*x1 + 1.5", "1.5*sin(2.5*x1 + 0.5)", "2.5*x1**2 + 0.5*exp(0.7*x1)", "log(1.5 + x1) + log(2.5 + x2**2)",
-    "(2.5*x1 + 1.5)/(0.5 + x1**2)", "1.7*cos(x2)*sin(x1)", "1.2*exp(-(x1 - 0.8)**2/0.6)", "2.2*x1**1.7 + 0.4",
-    "sqrt(x1 + 1.3) - 0.6*x2", "0.8*tanh(1.4*x1 - 0.9)", "1/(1.1 + 0.6*x1*x2)", "x1**2 - 1.9*x1 + 0.3*x2",
-]  # fmt: skip
+FORMULAS = {  # starts near these constants find them
+    "2.5*x1 + 1.5": lambda x, z, c: c[0] * x + c[1],
+    "1.5*sin(2.5*x1 + 0.5)": lambda x, z, c: c[0] * np.sin(c[1] * x + c[2]),
+    "2.5*x1**2 + 0.5*exp(0.7*x1)": lambda x, z, c: c[0] * x * x + c[1] * np.exp(c[2] * x),
+    "log(1.5 + x1) + log(2.5 + x2**2)": lambda x, z, c: np.log(c[0] + x) + np.log(c[1] + z * z),
+    "(2.5*x1 + 1.5)/(0.5 + x1**2)": lambda x, z, c: (c[0] * x + c[1]) / (c[2] + x * x),
+    "1.7*cos(x2)*sin(x1)": lambda x, z, c: c[0] * np.cos(z) * np.sin(x),
+    "exp(-(x1 - 0.8)**2/0.6)": lambda x, z, c: np.exp(-((x - c[0]) ** 2) / c[1]),
+    "2.2*x1**1.7 + 0.4": lambda x, z, c: c[0] * x ** c[1] + c[2],
+    "sqrt(x1 + 1.3) - 0.6*x2": lambda x, z, c: np.sqrt(x + c[0]) - c[1] * z,
+    "0.8*tanh(1.4*x1 - 0.9)": lambda x, z, c: c[0] * np.tanh(c[1] * x - c[2]),
+    "inv(1.1 + 0.6*x1*x2)": lambda x, z, c: 1 / (c[0] + c[1] * x * z),
+    "x1**2 - 1.9*x1 + 0.3*x2": lambda x, z, c: x * x - c[0] * x + c[1] * z,
+}
 
 
 def rows(texts):
@@ -29,10 +38,12 @@ def points(n=20, seed=0):
     return np.random.default_rng(seed).uniform(0.1, 2, (n, 2))
 
 
-def plain_fit(f, y, c, steps=50):
-    """Levenberg-Marquardt on one start, derivatives by central differences -> constants, FVU."""
+def plain_fit(f, y, c):
+    """Levenberg-Marquardt on one start, derivatives by central differences -> FVU."""
     mu, r = 0.0, f(c) - y
-    for _ in range(steps):
+    for _ in range(50):
+        if r @ r < 1e-16:
+            break
         J = np.stack([(f(c + d) - f(c - d)) / 2e-6 for d in 1e-6 * np.eye(len(c))], 1)
         square = J.T @ J
         step = np.linalg.lstsq(square + mu * np.diag(np.diag(square)), J.T @ r, rcond=None)[0]
@@ -41,29 +52,25 @@ def plain_fit(f, y, c, steps=50):
             c, r, mu = c - step, trial, mu / 3
         else:
             mu = max(4 * mu, 1e-2)
-    return c, r @ r / len(y) / np.var(y)
+    return r @ r / len(y) / np.var(y)
 
 
-@pytest.mark.parametrize("method, affine", [("lm", False), ("lm", True), ("bfgs", False)])
-def test_twelve_formulas_from_twenty_starts_as_a_plain_fit(method, affine):
-    tokens, truth = rows(FORMULAS)
-    X, rng, solved = points(), np.random.default_rng(1), 0
-    for token, c in zip(tokens[:, None], truth[:, None], strict=True):
-        y, used = evaluate(ALPHABET, token, c, X[None])[0], (token == ALPHABET.constant).sum()
-        starts = c * rng.uniform(0.7, 1.4, (20, c.shape[1]))
-        found, fvu = fit(ALPHABET, np.repeat(token, 20, 0), X, y, 1, rng, method=method, affine=affine, start=starts)
-
-        def f(v, token=token, c=c, used=used, X=X):
-            return evaluate(ALPHABET, token, np.concatenate([v, c[0, used:]])[None], X[None])[0]
-
-        plain = np.array([plain_fit(f, y, start[:used])[1] for start in starts])
-        solved += (fvu < 1e-12).sum()
-        if method == "lm":
-            assert ((fvu < 1e-12) | (plain > 1e-12)).mean() >= 0.9
-        if not affine:
-            again = evaluate(ALPHABET, np.repeat(token, 20, 0), found, np.repeat(X[None], 20, 0))
-            np.testing.assert_allclose(((again - y) ** 2).mean(1) / y.var(), fvu, rtol=1e-6, atol=1e-25)
-    assert solved > (0.95 if method == "lm" else 0.8) * 240
+@pytest.mark.parametrize("text", FORMULAS)
+def test_from_twenty_starts_as_a_plain_fit(text):
+    tokens, truth = rows([text])
+    X, rng = points(), np.random.default_rng(1)
+    y = FORMULAS[text](*X.T, truth[0])
+    starts, tokens = truth * rng.uniform(0.7, 1.4, (20, truth.shape[1])), np.repeat(tokens, 20, 0)
+    with np.errstate(all="ignore"):
+        plain = np.array([plain_fit(lambda c: FORMULAS[text](*X.T, c), y, start) for start in starts])
+    assert (plain < 1e-12).mean() > 0.7
+    for kind in (dict(), dict(affine=True), dict(method="bfgs", steps=100)):
+        found, fvu = fit(ALPHABET, tokens, X, y, 1, rng, start=starts, **kind)
+        assert (fvu < 1e-12).mean() >= (plain < 1e-12).mean() - (0.5 if "method" in kind else 0.05)
+        again = [FORMULAS[text](*X.T, c) for c in found[:, 2 * (found.shape[1] > truth.shape[1]) :]]
+        if "affine" in kind:
+            again = found[:, :1] + found[:, 1:2] * np.array(again)
+        np.testing.assert_allclose(np.mean((again - y) ** 2, 1) / y.var(), fvu, rtol=1e-6, atol=1e-20)
 
 
 def test_a_batch_is_its_formulas_one_by_one():
@@ -71,11 +78,11 @@ def test_a_batch_is_its_formulas_one_by_one():
     X = points()
     y = evaluate(ALPHABET, tokens[4:5], truth[4:5], X[None])[0]
     for kind in (dict(), dict(affine=True), dict(method="bfgs")):
-        together = fit(ALPHABET, tokens, X, y, 1, np.random.default_rng(0), steps=8, start=truth * 1.1, **kind)
+        together = fit(ALPHABET, tokens, X, y, 1, np.random.default_rng(0), steps=3, start=truth * 1.1, **kind)
         for i in range(len(tokens)):
-            one = fit(ALPHABET, tokens[i : i + 1], X, y, 1, np.random.default_rng(0), steps=8, start=1.1 * truth[i:i+1],
+            one = fit(ALPHABET, tokens[i : i + 1], X, y, 1, np.random.default_rng(0), steps=3, start=1.1 * truth[i:i+1],
                       **kind)  # fmt: skip
-            np.testing.assert_allclose(together[1][i], one[1][0], rtol=1e-5)
+            np.testing.assert_allclose(together[1][i], one[1][0], rtol=1e-6, atol=1e-20)
 
 
 def test_linear_constants_take_one_step():

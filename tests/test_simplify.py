@@ -98,7 +98,7 @@ def test_nothing_finite_is_refused(trees):
 
 
 def test_without_values_it_is_never_longer_and_final(trees):
-    for prefix, _ in trees:
+    for prefix, _ in trees[:10_000]:
         short = attempt(prefix, None)
         if short is not None:
             assert short[1] is None and len(short[0]) <= len(prefix)
@@ -248,6 +248,21 @@ def test_what_has_no_finite_value_raises(text):
     prefix, values = from_text(text, ["x1"])
     with pytest.raises(NotReal):
         simplify(prefix, values)
+
+
+def test_only_the_operators_that_may_be_written(trees):
+    few = set(OPERATORS) - {"pow1_4", "neg", "abs", "mult2", "tan"}
+    assert simplify(["pow1_2", "pow1_2", "x1"], None, few)[0] == ["pow1_2", "pow1_2", "x1"]
+    assert simplify(["-", "0", "x1"], None, few)[0] == ["*", "(-1)", "x1"]
+    assert simplify(["+", "x2", "x1"], None, few - {"mult3"})[0] == ["+", "x1", "x2"]
+    assert simplify(["pow1_2", "pow2", "+", "x2", "x1"], None, few)[0] == ["pow1_2", "pow2", "+", "x1", "x2"]
+    for prefix, values in trees[:3000]:
+        try:
+            short = simplify(prefix, values, few | set(prefix))
+        except NotReal:
+            continue
+        assert not set(short[0]) & (set(OPERATORS) - few - set(prefix))
+        assert simplify(*short, few | set(prefix))[0] == short[0]
 
 
 def test_bounded_memory():
