@@ -29,7 +29,7 @@ import matplotlib.pyplot as plt
 from data_utils.metrics import read_rows
 
 COLOURS = plt.get_cmap("tab10").colors
-SHARES = "exact", "exact_short", "exact_halting", "cells"  # of train_hrm.py
+SHARES = "exact", "exact_short", "exact_halting", "cells", "recovery", "top1"  # of train_hrm.py and train_sr.py
 
 
 def plot_losses(paths, out):
@@ -76,6 +76,10 @@ def plot_losses(paths, out):
     for axes, place in ((left, {}), (right, dict(loc="center left", bbox_to_anchor=(1, 0.5)))):
         if axes.get_legend_handles_labels()[0]:
             axes.legend(frameon=False, **place)
+    _write(figure, out)
+
+
+def _write(figure, out):
     try:
         Path(out).parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(out, dpi=130)
@@ -90,6 +94,34 @@ def _weights(path):
     domains = next((row["domains"] for row in reversed(read_rows(path)) if "domains" in row), {})
     names = [n.removeprefix("weight_") for row in list(domains.values())[:1] for n in row if n.startswith("weight_")]
     return {name: {domain: row[f"weight_{name}"] for domain, row in domains.items()} for name in names}
+
+
+def plot_fit(X, y, predicted, names, target, title, out):
+    """Write points X (M, D), y (M,) and what a formula gives for them to `out`: fit and residuals.
+
+    Over x for one variable; for more, what was found over what is so.
+    """
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    x = X[:, 0] if X.shape[1] == 1 else y
+    order = x.argsort()
+    left.plot(x, y, "o", ms=4, alpha=0.7, label="data") if X.shape[1] == 1 else None
+    style, label = ("-", "formula") if X.shape[1] == 1 else ("o", "points")
+    left.plot(x[order], predicted[order], style, ms=4, color=COLOURS[1], label=label)
+    if X.shape[1] > 1:
+        left.axline((y.mean(), y.mean()), slope=1, color="grey", lw=1, label="equal")
+    left.set(
+        xlabel=names[0] if X.shape[1] == 1 else f"{target}, data",
+        ylabel=f"{target}, formula" if X.shape[1] > 1 else target,
+    )
+    right.axhline(0, color="grey", lw=1)
+    right.plot(x, y - predicted, "o", ms=4, color=COLOURS[2])
+    right.set(xlabel=left.get_xlabel(), ylabel="data minus formula", title="residuals")
+    left.legend(frameon=False)
+    left.set_title(title if len(title) < 70 else title[:67] + "...", fontsize=10)
+    for axes in (left, right):
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+    _write(figure, out)
 
 
 def table(paths):

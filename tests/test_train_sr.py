@@ -1,0 +1,189 @@
+"""The script train_sr.py and `generate.py formula` as a user starts them, at toy size: pytest tests/test_train_sr.py"""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import time
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, finish, start, start_two
+
+from data_utils.bundles import load_flags
+from data_utils.checkpoint import read
+from data_utils.config import from_cli, launch
+from train_sr import SRConfig, main
+
+TINY = """--encoder_dim 32 --decoder_input_dim 32 --decoder_model_dim 32 --encoder_n_heads 2 --decoder_n_heads 2
+--encoder_ffn_hidden_dim 32 --decoder_ffn_hidden_dim 32 --decoder_n_layers 1 --encoder_n_sab 1 --batch_size 4
+--val_size 16 --val_batch_size 8 --val_problems 2 --val_choices 4 --log_interval 1 --device cpu --max_operators 3
+--dtype float32""".split()
+VOLATILE = {"seconds", "samples_per_s", "data_share", "peak_mb"}
+
+
+def train(folder, *flags, **more):
+    return start("train_sr.py", *TINY, *flags, cwd=folder, **more)
+
+
+def results(out):
+    """Tensors of the newest checkpoint and of the model, and metrics without what a clock measures."""
+    newest = max(out.glob("checkpoint_*"), key=lambda p: int(p.name.split("_")[1]))
+    parts = {p.name: read(p) for p in newest.glob("*.pt")}
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()[1:]]
+    return parts, [{k: v for k, v in row.items() if k not in VOLATILE} for row in rows]
+
+
+def assert_equal(a, b, path=""):
+    assert type(a) is type(b), path
+    if isinstance(a, dict):
+        assert a.keys() == b.keys(), path
+        for key in a.keys() - {"config", "files"}:
+            assert_equal(a[key], b[key], f"{path}.{key}")
+    elif isinstance(a, (list, tuple)):
+        assert len(a) == len(b), path
+        for i, pair in enumerate(zip(a, b, strict=True)):
+            assert_equal(*pair, f"{path}[{i}]")
+    elif isinstance(a, torch.Tensor):
+        assert torch.equal(a, b), path
+    else:
+        assert a == b or a != a and b != b, path
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory):
+    """A folder with a model that took a few steps."""
+    folder = tmp_path_factory.mktemp("sr")
+    finish(train(folder, "--steps=4", "-vi", "2", "-o", "model"))
+    return folder / "model"
+
+
+def test_minimal_example_of_the_guide(tmp_path):
+    clone = tmp_path / "clone"
+    shutil.copytree(ROOT, clone, ignore=shutil.ignore_patterns(".*", "peers", "work", "runs", "checkpoints", "data"))
+    env = os.environ | dict(OMP_NUM_THREADS="1")
+    done = subprocess.run(
+        ["bash", "./scripts/train.sh", "configs/test"], cwd=clone, env=env, capture_output=True, text=True
+    )
+    assert not done.returncode, done.stderr
+    out = clone / "models" / "ansr-models" / "test"
+    bundle = {
+        f"{n}.yaml"
+        for n in "train model tokenizer dataset_train dataset_val skeleton_pool_train skeleton_pool_val".split()
+    }
+    assert bundle | {"state_dict.pt", "metrics.jsonl", "loss.png"} <= {p.name for p in out.iterdir()}
+    parts = {f"{n}.pt" for n in "state_dict optimizer lr_scheduler scaler training_state".split()}
+    assert parts | bundle == {p.name for p in (out / "checkpoint_2").iterdir()}
+    path = f"{clone}/scripts:{os.environ['PATH']}"
+    words = ["flash_ansr", "train", "-c", str(out / "train.yaml"), "-o", "again", "-v", "-ci", "1", "-vi", "2"]
+    done = subprocess.run(words, cwd=tmp_path, env=env | dict(PATH=path), capture_output=True, text=True)
+    assert not done.returncode, done.stderr
+    assert (tmp_path / "again" / "checkpoint_1").exists() and (tmp_path / "again" / "state_dict.pt").exists()
+    assert subprocess.run(["flash_ansr", "find"], env=env | dict(PATH=path), capture_output=True).returncode == 2
+
+
+def test_interrupted_and_resumed_equals_uninterrupted(tmp_path):
+    flags = [
+        "--steps=40",
+        "-vi",
+        "16",
+        "--gradient_accumulation_steps=2",
+        "--encoder_dropout=0.1",
+        "--save_minutes=0.0005",
+    ]
+    names = ("whole", "SIGKILL", "SIGTERM")
+    runs = {name: train(tmp_path, *flags, "-o", name) for name in names}
+    for name in names[1:]:
+        while not list((tmp_path / name).glob("checkpoint_*[0-9]")) and runs[name].poll() is None:
+            time.sleep(0.01)
+        time.sleep(random.Random(name).random() * 0.3)
+        runs[name].send_signal(getattr(signal, name))
+    finish(runs["whole"])
+    expected, rows = results(tmp_path / "whole")
+    for name in names[1:]:
+        runs[name].communicate()
+        assert runs[name].returncode == dict(SIGKILL=-9, SIGTERM=143)[name]
+        _, err = finish(train(tmp_path, *flags, "-o", name), 2)
+        assert "--resume-from auto" in err and "--fresh" in err
+        out, _ = finish(train(tmp_path, *flags, "-o", name, "--resume-from", "auto", "-w", "2"))
+        assert "exact resume is lost" not in out
+        found, found_rows = results(tmp_path / name)
+        assert_equal(found, expected)
+        assert found_rows == rows
+
+
+def test_two_ranks_equal_an_accumulation_of_two(tmp_path):
+    flags = [*TINY, "--steps=4", "-vi", "4"]
+    one = train(tmp_path, "--steps=4", "-vi", "4", "--gradient_accumulation_steps=2", "-o", "one")
+    finish(start_two("train_sr.py", *flags, "-o", "two", cwd=tmp_path))
+    finish(one)
+    a, b = (read(tmp_path / name / "state_dict.pt") for name in ("one", "two"))
+    for key, weight in a.items():
+        torch.testing.assert_close(weight, b[key], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("damage", ["cut", "missing", "mixed", "renamed"])
+def test_damaged_checkpoints(damage, model, tmp_path):
+    shutil.copytree(model, tmp_path / "run")
+    folder = tmp_path / "run" / "checkpoint_4"
+    flags = ["--steps=6", "-vi", "2", "-o", "run"]
+    if damage == "renamed":
+        (folder / "training_state.pt").unlink()
+        folder = folder.rename(tmp_path / "run" / "mine")
+        _, err = finish(train(tmp_path, *flags, "--resume-from", folder), 2)
+        assert "--resume-step" in err
+        out, _ = finish(train(tmp_path, *flags, "--resume-from", folder, "--resume-step", "4"))
+        assert "step 6 of 6" in out
+        return
+    if damage == "cut":
+        (folder / "optimizer.pt").write_bytes((folder / "optimizer.pt").read_bytes()[:-100])
+    elif damage == "missing":
+        (folder / "optimizer.pt").unlink()
+    else:
+        shutil.copy(model / "state_dict.pt", folder / "optimizer.pt")
+    _, err = finish(train(tmp_path, *flags, "--resume-from", folder), 2)
+    assert "optimizer.pt" in err and len(err.splitlines()) <= 3
+
+
+def test_formula_of_a_table(model, tmp_path):
+    x = np.linspace(-2, 2, 30)
+    lines = ["t,u,height", *(f"{a},{b},{3 * a * a + 1.5}" for a, b in zip(x, x[::-1] ** 2, strict=True))]
+    (tmp_path / "points.csv").write_text("\n".join(lines) + "\n")
+    flags = ["--data", "points.csv", "--choices", "256", "--out", "all.jsonl", "--plot", "fit.png"]
+    for more in (["--model", model], ["--method=prior"], ["--model", model, "--method=beam", "--beam_width=4"]):
+        out, err = finish(start("generate.py", "formula", *flags, *more, cwd=tmp_path))
+        assert out.startswith("height = ") and "candidates" in err and (tmp_path / "fit.png").exists()
+        best = json.loads((tmp_path / "all.jsonl").read_text().splitlines()[0])
+        assert best["rank"] == 1 and best["r2"] > 0.5
+    out, _ = finish(start("generate.py", "formula", *flags[:4], "--method=prior", "--suite", "nguyen", cwd=tmp_path), 2)
+    few = ["--method=prior", "--suite", "nguyen", "--choices=64", "--max_variables=1", "--out=rows.csv"]
+    out, _ = finish(start("generate.py", "formula", *few, cwd=tmp_path))
+    assert "nguyen, 8 runs: vNRR" in out and len((tmp_path / "rows.csv").read_text().splitlines()) == 9
+
+
+ERRORS = [
+    ("--steps 0", 2, "--steps 0: expected 1"),
+    ("--warmup 0.7 --cooldown 0.5", 2, "together at most 1"),
+    ("--lr_schedule 0:1,x", 2, "STEP:RATE"),
+    ("--resume-from nowhere", 2, "no such folder"),
+    ("--encoder_dim 30", 2, "--encoder_dim 30"),
+    ("--literal_prior normal(0,", 2, "normal"),
+    ("--min_operators 5 --max_operators 3", 2, "--min_operators 5"),
+    ("--holdout_pools nowhere.csv", 1, "nowhere.csv"),
+    ("--device cuda", 2, "--device cuda"),
+    ("--stepz 3", 2, "did you mean --steps"),
+    ("-c nowhere/train.yaml", 2, "nowhere/train.yaml"),
+]
+
+
+@pytest.mark.parametrize("flags, status, words", ERRORS, ids=[e[0] for e in ERRORS])
+def test_user_errors(flags, status, words, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stopped:
+        launch(main, from_cli(SRConfig, argv=[*TINY, *flags.split()], prog="train_sr.py", load=load_flags))
+    err = capsys.readouterr().err
+    assert stopped.value.code == status, err
+    assert words in err and "Traceback" not in err and len(err.splitlines()) <= 3
