@@ -427,7 +427,7 @@ def main(argv=None):
     add("--picture", type=Path, default=HERE / "sudoku.png")
     add("--out", type=Path, default=HERE / "hrm.json")
     add("--peak", type=json.loads, help=argparse.SUPPRESS)  # a child process of the memory figure
-    for name, default in dict(seeds=3, times=7, threads=2, text_steps=1200).items():
+    for name, default in dict(seeds=3, times=7, threads=2, text_steps=300).items():
         add(f"--{name}", type=int, default=default, help=f"default {default}")
     args = parser.parse_args(argv)
     if args.peak:
