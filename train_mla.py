@@ -219,7 +219,7 @@ def main(cfg):
     raw_model.eval()
     with torch.no_grad(), hardware.autocast:
         if not path:
-            order = data.order(42, 0, math.ceil(EM_TOKENS / cfg.max_seq_len))
+            order = data.order(42, 0, min(data.windows("train"), math.ceil(EM_TOKENS / cfg.max_seq_len)))
             reports = [raw_model(x, y)[1] for _, x, y in read(order)]
             raw_model.set_static(torch.stack([torch.cat([r[n].flatten() for r in reports]) for n in FAMILIES], 1))
             tell("static mixture:", *(f"{n} {w:.3f}" for n, w in zip(FAMILIES, raw_model.static.tolist(), strict=True)))

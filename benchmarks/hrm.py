@@ -39,15 +39,17 @@ HERE = Path(__file__).resolve().parent
 GET = "git clone https://github.com/sapientinc/HRM benchmarks/peers/HRM"
 PLAIN = "--core plain --segments 1 --no-halting"
 SUDOKU = dict(  # what it is called, flags, seeds; steps such that all take about the same seconds
-    recursive=("recursion", "", 3),
+    recursive=("recursion", "--steps 3300", 3),
+    short=("recursion, 2,300 steps", "", 1),
     plain=("the same parameters once", f"{PLAIN} --steps 9200", 1),
-    twelve=("twelve layers", f"{PLAIN} --core_layers 12 --steps 1500", 1),
+    twelve=("twelve layers", f"{PLAIN} --core_layers 12 --steps 2370", 1),
 )
 SUMS = dict(
     recursive=("recursion", "", 3),
     none=("core none, a layer more", "--core none --encoder_layers 2", 3),
     rope=("positions from the left", "--positions rope", 1),
 )
+TEXT = "--warmup_steps 50 --grad_clip 1 --batch_size 8 --eval_rows 400 --mixed_precision auto"
 SEGMENTS = 16
 STEP = dict(width=128, batch=64, length=81, vocab=11, layers=4)  # the architecture of the official code, made small
 QUICK = STEP | dict(width=64, batch=2, length=9, layers=1)
@@ -359,8 +361,7 @@ def text(args):
     arms = {"recursion": "", "core none, two layers more": "--core none --encoder_layers 4"}
     for arm, more in arms.items():
         name = f"text-{arm.split()[0].strip(',')}"
-        _, val = train(args, name, f"--dataset {folder} --steps {args.text_steps} --warmup_steps 50 --grad_clip 1",
-                       f"--mixed_precision auto --eval_rows 400 {more}")  # fmt: skip
+        _, val = train(args, name, f"{TEXT} --dataset {folder} --steps {args.text_steps} {more}")
         with contextlib.chdir(args.home):
             model, about, _, _ = load_reasoner(name, "", "auto")
         data = open_pairs(folder, max_seq_len=about["config"]["max_seq_len"])
@@ -399,8 +400,7 @@ def entropy(data):
 def moments(args):
     """8-bit AdamW against fp32 on the same batches of text."""
     folder = prepared(args)
-    flags = f"--dataset {folder} --steps {args.text_steps // 2} --warmup_steps 50 --grad_clip 1 --eval_rows 400"
-    flags += " --mixed_precision auto --optimizer "
+    flags = f"{TEXT} --dataset {folder} --steps {args.text_steps // 2} --optimizer "
     found = [train(args, f"text-{name}", flags + name)[1]["loss"] for name in ("adamw_8bit", "adamw")]
     yield figure("GSM8K, validation nats with 8-bit moments, against fp32", "<= 1.01", [tuple(found)])
     p = torch.nn.Parameter(torch.randn(512, 512))
@@ -427,7 +427,7 @@ def main(argv=None):
     add("--picture", type=Path, default=HERE / "sudoku.png")
     add("--out", type=Path, default=HERE / "hrm.json")
     add("--peak", type=json.loads, help=argparse.SUPPRESS)  # a child process of the memory figure
-    for name, default in dict(seeds=3, times=7, threads=2, text_steps=1200).items():
+    for name, default in dict(seeds=3, times=7, threads=2, text_steps=300).items():
         add(f"--{name}", type=int, default=default, help=f"default {default}")
     args = parser.parse_args(argv)
     if args.peak:

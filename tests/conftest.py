@@ -1,6 +1,7 @@
 """Toy data and tiny runs that several test files share."""
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -16,14 +17,30 @@ SIZES = dict(transformer=["--ffn_mult=2"], state_space=["--d_inner=32", "--d_sta
 
 def start(script, *flags, **more):
     """Start a script of the repo as a user would, from another folder, with its output caught."""
-    env = os.environ | dict(OMP_NUM_THREADS="1", PYTHONPATH=str(ROOT))
-    words = [sys.executable, str(ROOT / script), *map(str, flags)]
-    return subprocess.Popen(words, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **more)
+    return launch([sys.executable, str(ROOT / script), *map(str, flags)], **more)
+
+
+def start_two(script, *flags, **more):
+    """The same on two processes, by torchrun."""
+    launcher = "import sys, torch.distributed.run as r; r.main(sys.argv[1:])"
+    words = [sys.executable, "-c", launcher, "--standalone", "--nproc-per-node=2", str(ROOT / script)]
+    return launch([*words, *map(str, flags)], **more)
+
+
+def launch(words, **more):
+    env = os.environ | dict(OMP_NUM_THREADS="1", PYTHONPATH=str(ROOT), PYTHONFAULTHANDLER="1")
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(words, env=env, start_new_session=True, **pipes, **more)
 
 
 def finish(process, status=0):
-    """Wait, check the exit status, return (stdout, stderr)."""
-    out, err = process.communicate(timeout=120)
+    """Wait, check the exit status, return (stdout, stderr). What hangs says where."""
+    try:
+        out, err = process.communicate(timeout=120)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGABRT)  # on which each Python writes its stacks
+        out, err = process.communicate(timeout=20)
+        raise AssertionError(f"no end after 120 s\n{out}\n{err}") from None
     assert process.returncode == status, err or out
     return out, err
 

@@ -1,12 +1,8 @@
 """Two processes equal one with twice the micro-batches, and one goes on for two: pytest tests/test_parallel.py"""
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
-from conftest import ROOT, finish, start, train_flags
+from conftest import finish, start, start_two, train_flags
 
 from data_utils.checkpoint import load_checkpoint
 
@@ -15,19 +11,14 @@ from data_utils.checkpoint import load_checkpoint
 def test_two_ranks_equal_one(expert, toy, experts, tmp_path):
     script, *common = train_flags(expert, toy, experts)
     common += ["--no-use_amp", *("--entropy_reg=0 --balance_reg=0 --z_reg=0".split() if "mla" in expert else ())]
-    launcher = "import sys, torch.distributed.run as r; r.main(sys.argv[1:])"
 
     def one(folder, *flags):
         return start(script, *common, f"--checkpoint_dir={folder}", "--grad_accum_steps=2", *flags)
 
-    def two(folder, *flags):
-        words = [sys.executable, "-c", launcher, "--standalone", "--nproc-per-node=2", ROOT / script, *common]
-        env = os.environ | dict(OMP_NUM_THREADS="1")
-        return subprocess.Popen(
-            [*words, f"--checkpoint_dir={folder}", *flags], env=env, stdout=-1, stderr=-1, text=True
-        )
-
-    single, double = one(tmp_path / "one", "--max_steps=12"), two(tmp_path / "two", "--max_steps=12")
+    single, double = (
+        one(tmp_path / "one", "--max_steps=12"),
+        start_two(script, *common, f"--checkpoint_dir={tmp_path / 'two'}", "--max_steps=12"),
+    )
     finish(single)
     finish(double)
     name, kind = ("nanothink_mla", "mla") if "mla" in expert else (f"{expert}_expert", expert)

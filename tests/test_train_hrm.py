@@ -1,17 +1,14 @@
 """The script train_hrm.py as a user starts it, at toy size: pytest tests/test_train_hrm.py"""
 
 import json
-import os
 import random
 import signal
-import subprocess
-import sys
 import time
 
 import pytest
 import torch
 import yaml
-from conftest import ROOT, finish, start
+from conftest import finish, start, start_two
 from test_resume import assert_same
 
 from data_utils.checkpoint import load_checkpoint
@@ -111,11 +108,7 @@ def test_interrupted_and_resumed_equals_uninterrupted(kind, optimizer, puzzles, 
 def test_two_ranks_equal_one(puzzles, tmp_path):
     flags = ["--max_seq_len=16", "--core_layers=1", f"--dataset={puzzles}", "--steps=6", "--segments=3", "--no-halting"]
     one = train(tmp_path, *flags, "--run_name=one", "--batch_size=16")
-    launcher = "import sys, torch.distributed.run as r; r.main(sys.argv[1:])"
-    words = [sys.executable, "-c", launcher, "--standalone", "--nproc-per-node=2", ROOT / "train_hrm.py", *SIZES]
-    env = os.environ | dict(OMP_NUM_THREADS="1")
-    words = [*words, *flags, "--run_name=two", "--batch_size=8"]
-    finish(subprocess.Popen(words, env=env, cwd=tmp_path, stdout=-1, stderr=-1, text=True))
+    finish(start_two("train_hrm.py", *SIZES, *flags, "--run_name=two", "--batch_size=8", cwd=tmp_path))
     finish(one)
     states = [load_checkpoint(tmp_path / f"runs/{n}/checkpoints/final.pt", "hrm") for n in ("one", "two")]
     for key, weight in states[0]["model_state"].items():
