@@ -171,7 +171,7 @@ def predict(alphabet, candidate, X):
 
 
 def find_formula(propose, X, y, *, alphabet, pool, rng, prior=None, choices=512, evolve=0.7, restarts=4, parsimony=0.05,
-                 max_seconds=0.0, refiner="lm", stop=lambda: False):  # fmt: skip
+                 max_seconds=0.0, refiner="lm", stop=False):  # fmt: skip
     """Search a formula y = f(x) -> (list of Candidate, best first; how many were fitted).
 
     propose: Network or Prior; prior: where half the proposals come from once it repeats itself. X: (M, D), y: (M,),
@@ -181,7 +181,7 @@ def find_formula(propose, X, y, *, alphabet, pool, rng, prior=None, choices=512,
     columns = np.zeros((len(X), len(alphabet.variables)))
     columns[:, : X.shape[1]] = X
     D, longest = X.shape[1], max(LONGEST, pool.max_length)
-    while not stop() and (time.monotonic() - start < max_seconds if max_seconds else tried < choices):
+    while not stop and (time.monotonic() - start < max_seconds if max_seconds else tried < choices):
         n = min(ROUND, choices - tried) if not max_seconds else ROUND
         bred = int(n * evolve) if len(archive) >= 20 else 0
         new = []
@@ -235,11 +235,11 @@ def finish(archive, columns, y, alphabet, parsimony):
     return sorted(found, key=lambda candidate: candidate.score)
 
 
-def solve_problems(model, batches, numbers, choices, seed, stop=lambda: False):
+def solve_problems(model, batches, numbers, choices, seed, stop=False):
     """How many of the samples `numbers` of fixed batches a model's own candidates solve: FVU <= SOLVED."""
     solved, size = 0, len(batches[0]["x_tensors"])
     for i in numbers:
-        if stop():
+        if stop:
             break
         batch, j = batches[i // size], i % size
         D = int((batch["skeletons"][j].max() - model.alphabet.first_variable + 1).clamp_min(1))

@@ -169,7 +169,7 @@ ERRORS = [
     ("--warmup 0.7 --cooldown 0.5", 2, "together at most 1"),
     ("--lr_schedule 0:1,x", 2, "STEP:RATE"),
     ("--resume-from nowhere", 2, "no such folder"),
-    ("--encoder_dim 30", 2, "--encoder_dim 30"),
+    ("--encoder_dim 31", 2, "--encoder_dim 31"),
     ("--literal_prior normal(0,", 2, "normal"),
     ("--min_operators 5 --max_operators 3", 2, "--min_operators 5"),
     ("--holdout_pools nowhere.csv", 1, "nowhere.csv"),
