@@ -94,7 +94,12 @@ def _power(c, e):
 
 
 def _exponent(e):
-    """An exponent as int where it is one, or as the fraction that a root is."""
+    """An exponent as int where it is one, or as the fraction that a root is.
+
+    1.5 is a fraction too: as keys of nodes the two are equal, and one that behaves otherwise must not take its place.
+    """
+    if type(e) is float and e == e and 4 * e == int(4 * e):
+        e = Fraction(e)
     if type(e) is float and e == e:
         e = Fraction(1, round(1 / e)) if e and round(1 / e) in SMALLEST_LAST and 1 / round(1 / e) == e else e
         return int(e) if e == int(e) and abs(e) < 2**53 else e

@@ -273,3 +273,20 @@ def test_bounded_memory():
         for i in range(1000):
             simplify(["+", "x1", "sin", "*", "<constant>", "x2"], [rng.normal() + i])
         assert len(module._nodes) <= module.BOUND + 100
+
+
+def test_what_came_before_changes_nothing():
+    """Nodes are shared between formulas: one that is equal as a key but of another type must not take a place."""
+    from data_utils import simplify as module
+
+    later = [["*", "x1", "pow1_2", "x1"], ["pow", "x1", "*", "x1", "pow1_2", "x1"], ["pow3", "pow1_2", "x1"]]
+
+    def forms():
+        return [module.simplify(prefix) for prefix in later]
+
+    module._nodes.clear(), module._results.clear()
+    fresh = forms()
+    module._nodes.clear(), module._results.clear()
+    for value in (1.5, 2.5, 0.5, 2.0, 3.0, 0.25):
+        module.simplify(["pow", "x1", "<constant>"], [value])
+    assert forms() == fresh

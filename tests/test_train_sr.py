@@ -6,7 +6,9 @@ import random
 import shutil
 import signal
 import subprocess
+import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -64,7 +66,8 @@ def model(tmp_path_factory):
 def test_minimal_example_of_the_guide(tmp_path):
     clone = tmp_path / "clone"
     shutil.copytree(ROOT, clone, ignore=shutil.ignore_patterns(".*", "peers", "work", "runs", "checkpoints", "data"))
-    env = os.environ | dict(OMP_NUM_THREADS="1")
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    env = os.environ | dict(OMP_NUM_THREADS="1", PATH=path)
     done = subprocess.run(
         ["bash", "./scripts/train.sh", "configs/test"], cwd=clone, env=env, capture_output=True, text=True
     )
@@ -77,7 +80,7 @@ def test_minimal_example_of_the_guide(tmp_path):
     assert bundle | {"state_dict.pt", "metrics.jsonl", "loss.png"} <= {p.name for p in out.iterdir()}
     parts = {f"{n}.pt" for n in "state_dict optimizer lr_scheduler scaler training_state".split()}
     assert parts | bundle == {p.name for p in (out / "checkpoint_2").iterdir()}
-    path = f"{clone}/scripts:{os.environ['PATH']}"
+    path = f"{clone}/scripts:{path}"
     words = ["flash_ansr", "train", "-c", str(out / "train.yaml"), "-o", "again", "-v", "-ci", "1", "-vi", "2"]
     done = subprocess.run(words, cwd=tmp_path, env=env | dict(PATH=path), capture_output=True, text=True)
     assert not done.returncode, done.stderr
@@ -97,7 +100,10 @@ def test_interrupted_and_resumed_equals_uninterrupted(tmp_path):
     names = ("whole", "SIGKILL", "SIGTERM")
     runs = {name: train(tmp_path, *flags, "-o", name) for name in names}
     for name in names[1:]:
-        while not list((tmp_path / name).glob("checkpoint_*[0-9]")) and runs[name].poll() is None:
+        while (
+            not [p for p in (tmp_path / name).glob("checkpoint_*") if ".tmp" not in p.name]
+            and runs[name].poll() is None
+        ):
             time.sleep(0.01)
         time.sleep(random.Random(name).random() * 0.3)
         runs[name].send_signal(getattr(signal, name))
