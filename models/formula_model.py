@@ -350,8 +350,9 @@ class FlashANSRModel(nn.Module):
                 raise UsageError(f"{folder / name} has no {', '.join(absent)}")
         alphabet = Alphabet(tokenizer["operators"], tokenizer["variables"], tokenizer["special_tokens"])
         model = cls(alphabet, **{key: args[key] for key in ARGUMENTS})
-        weights = read(folder / names[2])
-        own = model.state_dict()
+        weights, own = read(folder / names[2]), model.state_dict()
+        if not isinstance(weights, dict) or not all(torch.is_tensor(weight) for weight in weights.values()):
+            raise DataError(f"{folder / names[2]}: expected a dict of tensors")
         other = sorted(name for name in own.keys() | weights.keys()
                        if name not in own or name not in weights or own[name].shape != weights[name].shape)  # fmt: skip
         if other:
