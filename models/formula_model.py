@@ -352,7 +352,7 @@ class FlashANSRModel(nn.Module):
         model = cls(alphabet, **{key: args[key] for key in ARGUMENTS})
         weights, own = read(folder / names[2]), model.state_dict()
         if not isinstance(weights, dict) or not all(torch.is_tensor(weight) for weight in weights.values()):
-            raise DataError(f"{folder / names[2]}: expected a dict of tensors")
+            raise DataError(f"{folder / names[2]}: expected a dict of tensors, found {type(weights).__name__}")
         other = sorted(name for name in own.keys() | weights.keys()
                        if name not in own or name not in weights or own[name].shape != weights[name].shape)  # fmt: skip
         if other:
