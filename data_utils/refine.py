@@ -83,11 +83,13 @@ def _starts(rng, shape):
 
 def _projected(g, y):
     """The best a + b g for y (M,) in each row of g (R, M) -> a (R,), b (R,), g without its mean, sum of its squares."""
-    centred = g - g.mean(1, keepdims=True)
-    power = (centred * centred).sum(1)
-    flat = ~(power > 1e-24 * (g * g).sum(1))
-    b = np.where(flat, 0.0, centred @ y / np.where(flat, 1.0, power))
-    return y.mean() - b * g.mean(1), b, centred, np.where(flat, 1.0, power)
+    with np.errstate(all="ignore"):  # rows that are not finite stay so
+        centred = g - g.mean(1, keepdims=True)
+        power = (centred * centred).sum(1)
+        flat = ~(power > 1e-24 * (g * g).sum(1))
+        power = np.where(flat, 1.0, power)
+        b = np.where(flat, 0.0, centred @ y / power)
+        return y.mean() - b * g.mean(1), b, centred, power
 
 
 class _Problem:

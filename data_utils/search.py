@@ -227,12 +227,13 @@ def scored(row, constants, error, parsimony, log_prob=0.0):
 
 def finish(archive, columns, y, alphabet, parsimony):
     """Write out a + b g, round the constants of the best where that costs nothing -> candidates, best first."""
-    found = []
+    found = {}
     for candidate in archive[:TIDIED]:
         whole = wrap(alphabet.decode(candidate.prefix))
         prefix, constants, error = tidy(alphabet, whole, candidate.constants, columns, y)
-        found.append(scored(alphabet.encode(prefix), constants, error, parsimony))
-    return sorted(found, key=lambda candidate: candidate.score)
+        same = (*prefix, *(f"{c:.6g}" for c in constants))
+        found.setdefault(same, scored(alphabet.encode(prefix), constants, error, parsimony))
+    return sorted(found.values(), key=lambda candidate: candidate.score)
 
 
 def solve_problems(model, batches, numbers, choices, seed, stop=False):
