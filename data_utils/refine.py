@@ -239,7 +239,7 @@ def tidy(alphabet, prefix, values, X, y):
         k = min(good, key=lambda k: (tried[k][0], fvus[k]))
         values, free, fvu = fitted[k : k + 1], rest[k : k + 1], fvus[k : k + 1]
     try:
-        prefix, numbers = simplify(prefix, values[0].tolist())
+        prefix, numbers = simplify(prefix, values[0].tolist(), alphabet.operators)
     except NotReal:
         numbers = values[0].tolist()
     return prefix, numbers, float(fvu[0])

@@ -123,7 +123,7 @@ def subtree_end(alphabet, row, begin):
 def normal(alphabet, row, longest):
     """The normal form of an id list without what a + b g gives it anyway, as a tuple; None if it can't be used."""
     try:
-        prefix = simplify(alphabet.decode(row))[0]
+        prefix = simplify(alphabet.decode(row), operators=alphabet.operators)[0]
     except NotReal:
         return None
     if len(prefix) > longest or prefix.count("<constant>") > CONSTANTS or not all(t in alphabet.ids for t in prefix):
