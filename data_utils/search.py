@@ -13,16 +13,17 @@ import torch
 from data_utils.expressions import evaluate
 from data_utils.refine import refine, tidy, wrap
 from data_utils.simplify import NotReal, simplify
-from data_utils.skeletons import make_chunk
+from data_utils.skeletons import make_chunk, operator_weights
 
 ROUND = 128  # candidates that are fitted together
 ARCHIVE, DONORS = 100, 6000  # candidates that are bred from; proposals that lend them parts
 EXACT = 1e-14  # FVU (MSE over the variance of y) below which digits decide, not formulas
 SOLVED = 2.0**-23  # FVU below which float32 sees no difference
 FIT_POINTS, TIDIED, LONGEST, CONSTANTS = 64, 20, 24, 6
+DRAWS = 4096  # trees of the prior that are drawn at a time
 HOT = 1.3  # temperature of the draws once they repeat themselves
 
-Candidate = namedtuple("Candidate", "prefix constants fvu length score log_prob")
+Candidate = namedtuple("Candidate", "prefix constants fvu length score")
 
 
 class Prior:
@@ -31,13 +32,15 @@ class Prior:
     def __init__(self, alphabet, pool, D, held=None):
         self.alphabet, self.pool, self.held = alphabet, pool, held
         self.last = alphabet.first_variable + D  # ids from here on are variables that the points lack
-        self.rows, self.ends = [], np.zeros(0)
+        self.rows, self.ends, self.left = [], np.zeros(0), 0
 
     def __call__(self, rng, n, temperature=None):
-        if not len(self.rows):
-            chunk, _ = make_chunk(rng, 4096, self.alphabet, self.pool, self.held)
+        if self.left <= 0:  # most of these were tried
+            chunk, _ = make_chunk(rng, DRAWS, self.alphabet, self.pool, self.held)
             fits = chunk.tokens.max(1) < self.last
             self.rows, self.ends = chunk.tokens[fits], np.sqrt(chunk.counts[fits]).cumsum()
+            self.left = len(self.rows)
+        self.left -= n
         chosen = np.searchsorted(self.ends, rng.random(n) * self.ends[-1], "right")
         return [[t for t in row if t] for row in self.rows[chosen].tolist()]
 
@@ -92,7 +95,7 @@ def offspring(rng, archive, donors, alphabet, pool, D):
     elif kind < 0.65:
         part = [int(rng.choice(leaves))]
     elif kind < 0.85:
-        arity = 2 if rng.random() < 0.6 else 1
+        arity = 2 if rng.random() < 0.6 or not len(operator_weights(alphabet, pool)[1][0]) else 1
         operator = _operator(rng, alphabet, pool, arity)
         part = [operator, *parent[begin:end], *([int(rng.choice(leaves))] if arity == 2 else [])]
     else:
@@ -105,9 +108,7 @@ def offspring(rng, archive, donors, alphabet, pool, D):
 
 
 def _operator(rng, alphabet, pool, arity):
-    from data_utils.skeletons import _weights
-
-    ids, weights = _weights(alphabet, pool)[arity]
+    ids, weights = operator_weights(alphabet, pool)[arity]
     return int(rng.choice(ids, p=weights / weights.sum()))
 
 
@@ -219,10 +220,10 @@ def find_formula(propose, X, y, *, alphabet, pool, rng, prior=None, choices=512,
     return finish(archive, columns, y, alphabet, parsimony), tried
 
 
-def scored(row, constants, error, parsimony, log_prob=0.0):
+def scored(row, constants, error, parsimony):
     """A Candidate with its score, the lower the better."""
     score = np.log10(max(error, EXACT)) + parsimony * len(row)
-    return Candidate(list(row), [float(c) for c in constants], float(error), len(row), float(score), log_prob)
+    return Candidate(list(row), [float(c) for c in constants], float(error), len(row), float(score))
 
 
 def finish(archive, columns, y, alphabet, parsimony):

@@ -78,7 +78,7 @@ def check_pool(pool):
         raise UsageError(f"--constant_probability {pool.constant_probability} --lambda_ {pool.lambda_} "
                          f"--y_limit {pool.y_limit}: expected 0 to 1, above 0, above 0")  # fmt: skip
     alphabet = Alphabet(pool.operators, pool.variables)
-    _weights(alphabet, pool)
+    operator_weights(alphabet, pool)
     point_counts(pool)
     parse(pool.literal_prior), parse(pool.support_prior, support=True)
     return alphabet
@@ -93,7 +93,7 @@ def point_counts(pool):
     return counts
 
 
-def _weights(alphabet, pool):
+def operator_weights(alphabet, pool):
     """Return {arity: (ids, weights)} of the operators of a pool."""
     named = {}
     for term in filter(None, pool.operator_weights.split(",")):
@@ -148,7 +148,7 @@ def sample_arities(rng, sizes, unary=True, binary=True):
 
 def sample_trees(rng, n, alphabet, pool):
     """Return n drawn skeletons (n, 2 max_operators + 1) uint8, not simplified, each with a variable at least."""
-    operators = _weights(alphabet, pool)
+    operators = operator_weights(alphabet, pool)
     k = np.arange(pool.min_operators, pool.max_operators + 1)
     with np.errstate(divide="ignore", over="ignore"):
         grown = k.astype(float) ** pool.power
