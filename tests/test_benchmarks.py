@@ -2,7 +2,7 @@ import json
 
 import torch
 
-from benchmarks import experts
+from benchmarks import experts, hrm
 
 
 def test_every_row_of_the_expert_figures_runs_at_toy_size(tmp_path, capsys):
@@ -39,3 +39,12 @@ def test_a_missing_peer_says_how_to_get_it(monkeypatch, capsys, tmp_path):
     out = str(tmp_path / "figures.json")
     experts.main(["--quick", "--threads", str(torch.get_num_threads()), "--rows", "speed,memory", "--out", out])
     assert capsys.readouterr().out.count("git clone https://github.com/karpathy/nanoGPT") == 6
+
+
+def test_speed_of_hrm_runs_at_toy_size(tmp_path):
+    out = tmp_path / "figures.json"
+    flags = ["--quick", "--times", "1", "--threads", str(torch.get_num_threads()), "--out", str(out)]
+    hrm.main([*flags, "--rows", "step,generate"])
+    results = json.loads(out.read_text())
+    assert set(results) == {"step", "generate"}
+    assert all(f["ours"] > 0 for row in results.values() for f in row["figures"])
