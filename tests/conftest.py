@@ -36,11 +36,11 @@ def launch(words, **more):
 def finish(process, status=0):
     """Wait, check the exit status, return (stdout, stderr). What hangs says where."""
     try:
-        out, err = process.communicate(timeout=120)
+        out, err = process.communicate(timeout=200)
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGABRT)  # on which each Python writes its stacks
         out, err = process.communicate(timeout=20)
-        raise AssertionError(f"no end after 120 s\n{out}\n{err}") from None
+        raise AssertionError(f"no end after 200 s\n{out}\n{err}") from None
     assert process.returncode == status, err or out
     return out, err
 
