@@ -1,0 +1,219 @@
+"""Figures of symbolic regression: the pipeline beside the plain way, in turn in one process, one thread.
+
+    python benchmarks/sr.py                                   # all rows; suites takes most of an hour
+    python benchmarks/sr.py --rows data,simplify --times 3
+    python benchmarks/sr.py --rows suites --model models/ansr-models/sr-cpu --seconds 10
+    python benchmarks/sr.py --rows "" --readme                # only write the table into README.md
+
+The control of `suites` is the same search without the network. Peers: pip install sympy scipy; without them their side
+is left out.
+"""
+
+import argparse
+import json
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks.experts import figure, load, save, table, write_readme
+from data_utils.expressions import LITERALS, OPERATORS, evaluate, to_text
+from data_utils.refine import fit
+from data_utils.simplify import NotReal, simplify
+from data_utils.skeletons import PoolConfig, check_pool, sample_trees
+from data_utils.sr_data import CHUNK, DataConfig, FlashANSRDataset
+
+HERE = Path(__file__).resolve().parent
+LIMIT = 5  # seconds that sympy has for a formula
+
+
+def spent(run):
+    """CPU seconds."""
+    start = time.process_time()
+    run()
+    return time.process_time() - start
+
+
+def walk(prefix, constants, X):
+    """Values of one formula at X (M, D), node by node."""
+    tokens, numbers = iter(prefix), iter(constants)
+
+    def value():
+        token = next(tokens)
+        if token in OPERATORS:
+            operands = [value() for _ in range(OPERATORS[token].arity)]
+            return OPERATORS[token].function(*operands, np.empty(len(X), X.dtype))
+        if token == "<constant>":
+            return np.full(len(X), next(numbers), X.dtype)
+        return np.full(len(X), LITERALS[token], X.dtype) if token in LITERALS else X[:, int(token[1:]) - 1]
+
+    return value()
+
+
+def data(args):
+    """Accepted samples per CPU second, and evaluation alone against one formula at a time."""
+    drawn = PoolConfig(simplify=False, n_support_prior="constant(512)")
+    arms = (
+        ("512 points, fresh trees, no simplifier", drawn, ">= 20000"),
+        ("16 to 64 points, the whole chain", PoolConfig(), ">= 10000"),
+    )
+    for name, pool, target in arms:
+        rounds = []
+        for k in range(min(3, args.times)):  # each a whole chunk of skeletons
+            stream = FlashANSRDataset(check_pool(pool), pool, DataConfig(), seed=k, split="train", batch_size=64)
+            rounds.append([CHUNK * 64 / spent(lambda stream=stream: [stream.arrays(i) for i in range(CHUNK)])])
+        yield figure(f"samples per CPU second, {name}", target, rounds)
+    pool = PoolConfig(simplify=False)
+    alphabet, rng = check_pool(pool), np.random.default_rng(0)
+    rows = sample_trees(rng, 512, alphabet, pool)
+    constants, X = rng.standard_normal((512, 24)), rng.uniform(0.1, 3, (512, 512, 3)).astype(np.float32)
+    prefixes = [alphabet.decode(row[row > 0]) for row in rows]
+
+    def one_by_one():
+        with np.errstate(all="ignore"):
+            for prefix, c, x in zip(prefixes, constants, X, strict=True):
+                walk(prefix, c, x)
+
+    rounds = []
+    for _ in range(args.times):
+        rounds.append([512 / spent(lambda: evaluate(alphabet, rows, constants, X)), 512 / spent(one_by_one)])
+    yield figure("evaluations per CPU second, 512 points, against a formula at a time", "", rounds)
+
+
+def simpler(args):
+    """Seconds of a normal form against sympy.simplify, at most LIMIT each."""
+    pool = PoolConfig()
+    alphabet = check_pool(pool)
+    rows = sample_trees(np.random.default_rng(1), args.formulas, alphabet, pool)
+    prefixes = [alphabet.decode(row[row > 0]) for row in rows]
+    ours, lengths = [], []
+    for prefix in prefixes:
+        start = time.perf_counter()
+        try:
+            lengths.append((len(simplify(prefix)[0]), len(prefix)))
+        except NotReal:
+            pass
+        ours.append(time.perf_counter() - start)
+    after, before = (statistics.mean(column) for column in zip(*lengths, strict=True))
+    yield figure("tokens of a formula, simplified against drawn", "", [(after, before)])
+    try:
+        import sympy
+    except ImportError:
+        yield figure("microseconds of a normal form, mean", "", [(1e6 * statistics.mean(ours),)], "pip install sympy")
+        return
+
+    def late(number, frame):
+        raise TimeoutError
+
+    signal.signal(signal.SIGALRM, late)
+    theirs = []
+    for prefix in prefixes:
+        text = to_text(prefix, [1.5 + i for i in range(prefix.count("<constant>"))])
+        start = time.perf_counter()
+        signal.alarm(LIMIT)
+        try:
+            sympy.simplify(sympy.sympify(text))
+        except Exception:  # of any kind, sympy's own included: it has had its time
+            pass
+        finally:
+            signal.alarm(0)
+        theirs.append(time.perf_counter() - start)
+    for middle in (statistics.mean, statistics.median):
+        found = [(1e6 * middle(ours), 1e6 * middle(theirs))]
+        yield figure(f"microseconds of a normal form, {middle.__name__}, against sympy.simplify", "<= 0.002", found)
+
+
+def fits(args):
+    """Fits per CPU second, 96 candidates x 4 restarts, against scipy one at a time."""
+    pool = PoolConfig(max_operators=5)
+    alphabet, rng = check_pool(pool), np.random.default_rng(2)
+    rows = sample_trees(rng, 4000, alphabet, pool)
+    rows = rows[(rows == alphabet.constant).sum(1) > 0][:96]
+    for M, target in ((20, ">= 15"), (512, ">= 5")):
+        X = rng.uniform(0.5, 2, (M, 3))
+        y = np.sin(1.3 * X[:, 0]) * 2 + 0.5 * X[:, 1]
+
+        def batched(X=X, y=y):
+            fit(alphabet, rows, X, y, 4, np.random.default_rng(0))
+
+        try:
+            from scipy.optimize import curve_fit
+        except ImportError:
+            rounds = [[96 * 4 / spent(batched)] for _ in range(args.times)]
+            yield figure(f"fits per CPU second, {M} points", target, rounds, "pip install scipy")
+            continue
+
+        def singly(X=X, y=y):
+            draw = np.random.default_rng(0)
+            for row in rows:
+                count = int((row == alphabet.constant).sum())
+                for _ in range(4):
+                    try:
+                        curve_fit(lambda x, *c, row=row: evaluate(alphabet, row[None], np.array([c]), x[None])[0],
+                                  X, y, draw.normal(0, 5, count), method="lm", maxfev=200)  # fmt: skip
+                    except (RuntimeError, ValueError, TypeError):
+                        continue
+
+        rounds = [[96 * 4 / spent(run) for run in (batched, singly)] for _ in range(args.times)]
+        yield figure(f"fits per CPU second, {M} points, against scipy.optimize.curve_fit", target, rounds)
+
+
+def suites(args):
+    """Shares of test problems found in --seconds each: with the network of --model, and by the search without it."""
+    arms = {"without the network": "--method prior"} | ({"network": f"--model {args.model}"} if args.model else {})
+    for suite, more in (("nguyen", ""), ("feynman", "--max_variables 3")):
+        for arm, flags in arms.items():
+            out = args.out.parent / "work" / f"sr-{suite}.jsonl"
+            words = (
+                f"generate.py formula {flags} --suite {suite} {more} --seeds {args.seeds} --max_seconds {args.seconds}"
+            )
+            command = [sys.executable, *words.split(), "--out", str(out)]
+            subprocess.run(command, check=True, cwd=HERE.parent, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+            rows = [json.loads(line) for line in out.read_text().splitlines()]
+            share = {name: 100 * statistics.mean(bool(row.get(name)) for row in rows) for name in ("recovered", "vnrr")}
+            close = 100 * statistics.mean((row.get("r2") or 0) > 0.999 for row in rows)
+            seconds = statistics.median(row["cpu_seconds"] for row in rows)
+            which = f"{suite} {more.replace('--max_variables ', '<= ')}".strip()
+            yield dict(
+                figure=f"{which}, {len(rows)} runs of {args.seconds} s, % recovered, {arm}",
+                ours=round(share["recovered"], 1),
+                target=">= 75" * (suite == "nguyen"),
+                spread=f"vNRR {share['vnrr']:.1f} %, R2 > 0.999 {close:.1f} %, median {seconds:.1f} CPU s",
+            )
+
+
+ROWS = dict(data=data, simplify=simpler, refine=fits, suites=suites)
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--rows", default=",".join(ROWS), help=f"of {','.join(ROWS)}")
+    add("--readme", action="store_true", help="write the table into README.md")
+    add("--model", default="", help="folder of a model of train_sr.py")
+    add("--out", type=Path, default=HERE / "sr.json")
+    for name, default in dict(times=7, formulas=200, seeds=3, seconds=5).items():
+        add(f"--{name}", type=int, default=default, help=f"default {default}")
+    args = parser.parse_args(argv)
+    args.threads = 1
+    torch.set_num_threads(1)
+    for name in filter(None, args.rows.split(",")):
+        said = f" --model {args.model}" * bool(args.model and name == "suites")
+        figures = []
+        for found in ROWS[name](args):
+            figures.append(found | dict(command=f"python benchmarks/sr.py --rows {name}{said}"))
+            print(json.dumps(figures[-1]), flush=True)
+        save(args, name, figures=figures)
+    if args.readme:
+        write_readme(table(load(args.out)), name="sr")
+
+
+if __name__ == "__main__":
+    main()
