@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, finish, start, start_two
+from test_resume import assert_same
 
 from data_utils.bundles import load_flags
 from data_utils.checkpoint import read
@@ -37,22 +38,6 @@ def results(out):
     parts = {p.name: read(p) for p in newest.glob("*.pt")}
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()[1:]]
     return parts, [{k: v for k, v in row.items() if k not in VOLATILE} for row in rows]
-
-
-def assert_equal(a, b, path=""):
-    assert type(a) is type(b), path
-    if isinstance(a, dict):
-        assert a.keys() == b.keys(), path
-        for key in a.keys() - {"config", "files"}:
-            assert_equal(a[key], b[key], f"{path}.{key}")
-    elif isinstance(a, (list, tuple)):
-        assert len(a) == len(b), path
-        for i, pair in enumerate(zip(a, b, strict=True)):
-            assert_equal(*pair, f"{path}[{i}]")
-    elif isinstance(a, torch.Tensor):
-        assert torch.equal(a, b), path
-    else:
-        assert a == b or a != a and b != b, path
 
 
 @pytest.fixture(scope="session")
@@ -117,7 +102,7 @@ def test_interrupted_and_resumed_equals_uninterrupted(tmp_path):
         out, _ = finish(train(tmp_path, *flags, "-o", name, "--resume-from", "auto", "-w", "2"))
         assert "exact resume is lost" not in out
         found, found_rows = results(tmp_path / name)
-        assert_equal(found, expected)
+        assert_same(found, expected)
         assert found_rows == rows
 
 
