@@ -100,7 +100,12 @@ def launch(main, cfg):
         status = 1
         print(f"error: out of memory: {(str(e).splitlines() or ['no reason given'])[0][:300]}\n"
               "try: a smaller --batch_size with a larger --grad_accum_steps", file=sys.stderr)  # fmt: skip
-    sys.exit(0 if torchrun and status > 128 else status)
+    status = 0 if torchrun and status > 128 else status
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:  # see Hardware.close
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    sys.exit(status)
 
 
 def at_least(cfg, low, *names):

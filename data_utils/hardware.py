@@ -77,11 +77,10 @@ class Hardware:
         return numbers.tolist()
 
     def close(self):
-        """Leave the process group, all ranks together.
+        """Leave the process group.
 
-        Without the barrier a rank can hang: gloo's thread may still hold tensors of the last reduction and wait for
-        the interpreter, while the interpreter waits for that thread to end.
+        Gloo's stays until the process ends (`config.launch`): its thread may still hold tensors of the last reduction
+        and wait for the interpreter, which would wait for that thread while it destroys the group.
         """
-        if self.world > 1 and dist.is_initialized():
-            dist.barrier()
+        if self.world > 1 and dist.get_backend() == "nccl":
             dist.destroy_process_group()
