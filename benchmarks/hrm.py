@@ -19,6 +19,7 @@ import statistics
 import subprocess
 import sys
 from dataclasses import asdict
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -128,9 +129,10 @@ def singles(puzzles):
     return statistics.mean(solved(puzzle.tolist()) for puzzle in puzzles)
 
 
-def traced(args, name):
+@cache
+def traced(home, name):
     """Trace of a finished run over its validation puzzles, `SEGMENTS` segments: (N, SEGMENTS) each; model; puzzles."""
-    with contextlib.chdir(args.home):
+    with contextlib.chdir(home):
         model, about, _, _ = load_reasoner(name, "", "auto")
     puzzles, solutions = grids(about["config"]["data_seed"])
     parts = []
@@ -139,10 +141,10 @@ def traced(args, name):
     return {key: torch.cat([part[key] for part in parts]) for key in parts[0]}, model, (puzzles, solutions)
 
 
-def grids(seed, cached={}):  # noqa: B006  the same for all runs
-    if seed not in cached:
-        cached[seed] = [torch.from_numpy(grid).long() for grid in make(**BUILT_IN, seed=seed, processes=2)["val"]]
-    return cached[seed]
+@cache
+def grids(seed):
+    """Held-out puzzles and solutions, (1000, 81) each."""
+    return [torch.from_numpy(grid).long() for grid in make(**BUILT_IN, seed=seed, processes=2)["val"]]
 
 
 def sudoku(args):
@@ -155,7 +157,7 @@ def sudoku(args):
             about.insert(0, f"halting {quoted(runs, 'exact_halting')} after {used:.2f} segments")
         name, target = f"sudoku, 40 givens, held out, % solved, {called}", ">= 95" if arm == "recursive" else ""
         yield dict(figure=name, ours=quoted(runs, "exact"), target=target, spread="; ".join(about))
-        traces = [traced(args, f"sudoku-{arm}-seed{seed}")[0] for seed in range(len(runs))]
+        traces = [traced(args.home, f"sudoku-{arm}-seed{seed}")[0] for seed in range(len(runs))]
         curves[called] = [100 * trace["right"].double().mean(0) for trace in traces]
     for k in (1, 2, 4, 8, SEGMENTS):
         values = [curve[k - 1].item() for curve in curves["recursion"]]
@@ -194,7 +196,7 @@ def draw(curves, naked, out):
 def halting(args):
     """Stopping by the halting head, the threshold chosen on one half of the held-out puzzles, measured on the other."""
     for seed in range(args.seeds):
-        trace, *_ = traced(args, f"sudoku-recursive-seed{seed}")
+        trace, *_ = traced(args.home, f"sudoku-recursive-seed{seed}")
         half = len(trace["right"]) // 2
         threshold = pick_threshold({key: values[:half] for key, values in trace.items()})
         right, last = trace["right"][half:].double(), stops(trace["halt"][half:], threshold)
@@ -210,7 +212,7 @@ def halting(args):
 def failures(args):
     """Easy puzzles and fixed points: what such models are known to fail at (arXiv 2601.10679)."""
     for seed in range(args.seeds):
-        trace, model, (puzzles, solutions) = traced(args, f"sudoku-recursive-seed{seed}")
+        trace, model, (puzzles, solutions) = traced(args.home, f"sudoku-recursive-seed{seed}")
         blank = torch.randint(81, (len(solutions), 1), generator=torch.Generator().manual_seed(0))
         one = model.trace(dict(encoder_ids=solutions.scatter(1, blank, 0), labels=solutions), 4)["right"][:, -1]
         yield dict(figure=f"sudoku, puzzles with one blank solved after 4 segments, %, seed {seed}", target=">= 99.9",
