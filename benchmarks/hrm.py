@@ -333,7 +333,7 @@ def resident(side, step, threads):
 
 
 def generate(args):
-    """Greedy answers of 64 ids to prompts of 256 with the cache against encoder, core and decoder done again for every id."""
+    """Answers of 64 ids to prompts of 256, with the cache and with encoder, core and decoder done again for each id."""
     torch.manual_seed(0)
     model = HRM(vocab_size=8192, d_model=256, max_seq_len=256, n_heads=4, encoder_layers=2, decoder_layers=4,
                 core="recursive", core_layers=2, share=True, h_cycles=2, l_steps=2, grad="last_cycle", ffn_dim=0,
