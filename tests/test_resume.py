@@ -13,7 +13,7 @@ from data_utils.checkpoint import load_checkpoint
 
 VOLATILE = {"seconds", "tokens_per_s", "peak_mb"}  # of a row of metrics
 ENDS = dict(transformer=["SIGKILL", "SIGTERM"], state_space=["SIGKILL", "SIGINT"], diffuser=["SIGKILL", "SIGTERM"],
-            mla=["SIGKILL", "SIGTERM"], mla_store=["SIGKILL", "SIGINT"])  # fmt: skip
+            mla_store=["SIGKILL", "SIGINT"])  # fmt: skip
 STATUS = dict(SIGKILL=-9, SIGTERM=143, SIGINT=130)
 
 
