@@ -121,7 +121,7 @@ from data_utils import checkpoint
 from data_utils.bundles import open_formulas
 from data_utils.folders import find_folder, prune, save_folder, step_of, sweep
 from data_utils.hardware import Hardware
-from data_utils.metrics import append_row, start_rows
+from data_utils.metrics import append_row, start_rows, to_wandb
 from data_utils.progress import Progress, peak_mb, say
 from data_utils.search import solve_problems
 from data_utils.stop import Stop
@@ -183,9 +183,8 @@ def main(cfg):
 
     # --- model and optimizer --------------------------------------------------------------
     model_args = {name: getattr(cfg, name) for name in ARGUMENTS}
-    raw_model = FlashANSRModel(alphabet, **model_args).to(
-        device
-    )  # the one that is saved: no _orig_mod. or module. keys
+    raw_model = FlashANSRModel(alphabet, **model_args)  # the one that is saved: no _orig_mod. or module. keys
+    raw_model.to(device)
     trained = dict(raw_model.named_parameters())
     groups = [
         dict(params=[p for name, p in trained.items() if decays(name, p)], weight_decay=cfg.weight_decay),
@@ -248,7 +247,13 @@ def main(cfg):
             saver(out / f"checkpoint_{at.step}", (parts, about | vars(at), bundle), must)
             prune(out, cfg.checkpoint_interval)
 
-    call, saver = hardware.wrap(raw_model, cfg.compile_mode not in ("", "off")), checkpoint.Saver(save_folder)
+    call = hardware.wrap(raw_model, "" if cfg.compile_mode == "off" else cfg.compile_mode)
+    saver = checkpoint.Saver(save_folder)
+    log = to_wandb(cfg.wandb_mode if rank == 0 else "disabled", cfg.project, cfg.entity, cfg.name, asdict(cfg))
+
+    def write(row):
+        append_row(metrics, row)
+        log(row)
 
     # --- schedule, evaluation, stop -------------------------------------------------------
     def lr_at(step):  # linear between the points: a pure function of the step
@@ -333,7 +338,7 @@ def main(cfg):
                 at.total_pflops += 6e-15 * samples * work
                 progress(loss=f"{loss:.3f}", **val_row, lr=f"{lr_at(at.step - 1):.1e}")
                 if rank == 0 and (at.step % cfg.log_interval == 0 or over):
-                    append_row(metrics, dict(
+                    write(dict(
                         step=at.step, split="train", loss=loss, lr=lr_at(at.step - 1), grad_norm=norm,
                         samples=at.samples, samples_per_s=seen / (now - mark), data_share=drawing / (now - mark),
                         pflops=at.total_pflops, seconds=now - start, peak_mb=peak_mb(device),
@@ -349,7 +354,7 @@ def main(cfg):
                         {name: f"{number:.3f}" for name, number in row.items() if name != "loss"},
                     )
                     if rank == 0:
-                        append_row(metrics, dict(step=at.step, split="val", samples=at.samples) | row)
+                        write(dict(step=at.step, split="val", samples=at.samples) | row)
                         if not cfg.verbose:
                             tell(f"step {at.step} | val " + " | ".join(f"{k} {v:.4f}" for k, v in row.items()))
                     if row["loss"] < at.best_val_loss:

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 from data_utils.config import build, load_config
 from data_utils.expressions import SPECIAL, Alphabet
-from data_utils.skeletons import PoolConfig, hold_out, load_pool
+from data_utils.skeletons import PoolConfig, hold_out, load_pool, translate
 from data_utils.sr_data import DataConfig, FlashANSRDataset
 
 OF_A_RUN = "config output_dir verbose resume_from resume_step fresh skeleton_pool".split()  # not of a bundle
@@ -50,7 +50,7 @@ def open_formulas(cfg, rank, world):
 
     def dataset(split, excluded=(), **sizes):
         pool, data, path = settings[split]
-        saved = load_pool(path, alphabet) if path else None
+        saved = translate(*load_pool(path), alphabet) if path else None
         return FlashANSRDataset(alphabet, pool, data, seed=cfg.seed, split=split, max_seq_len=cfg.decoder_max_seq_len,
                                 saved=saved, held=hold_out(pool, excluded), **sizes)  # fmt: skip
 

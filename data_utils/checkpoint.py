@@ -311,8 +311,11 @@ def lock_run(folder, name):
 
 
 def set_aside(paths):
-    """Rename files to *.bak (one generation), aloud: starting over loses nothing."""
+    """Rename files or folders to *.bak (one generation), aloud: starting over loses nothing."""
     for path in map(Path, paths):
         if path.exists():
-            path.replace(path.with_name(path.name + ".bak"))
+            backup = path.with_name(path.name + ".bak")
+            if backup.is_dir():  # a folder can't take the place of one with content
+                shutil.rmtree(backup)
+            path.replace(backup)
             print(f"{path} -> {path.name}.bak", file=sys.stderr)

@@ -49,8 +49,11 @@ class Hardware:
         self.reason = f"{self.device}, {self.precision} ({reason})" + f", {self.world} processes" * (self.world > 1)
 
     def wrap(self, model, compile=False):
-        """Return `model` as it is called in training: compiled on request, with gradients averaged over ranks."""
-        model = torch.compile(model) if compile else model
+        """Return `model` as it is called in training: compiled on request, with gradients averaged over ranks.
+
+        compile: whether, or a mode of torch.compile.
+        """
+        model = torch.compile(model, mode=compile if isinstance(compile, str) else None) if compile else model
         return DistributedDataParallel(model) if self.world > 1 else model
 
     def largest(self, *numbers):

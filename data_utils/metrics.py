@@ -55,6 +55,18 @@ def append_row(path, row):
         file.write(_line(row))
 
 
+def to_wandb(mode, project, entity, name, config):
+    """Return log(row), which also sends a row to Weights & Biases; nothing when disabled or not installed."""
+    if mode == "disabled":
+        return lambda row: None
+    try:
+        import wandb
+    except ImportError:
+        print(f"wandb_mode {mode}: not installed, training goes on without it; try: pip install wandb", file=sys.stderr)
+        return lambda row: None
+    return wandb.init(mode=mode, project=project, entity=entity or None, name=name or None, config=config).log
+
+
 def _line(row):
     return json.dumps(_strict(row), allow_nan=False) + "\n"
 

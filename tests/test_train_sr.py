@@ -106,6 +106,27 @@ def test_interrupted_and_resumed_equals_uninterrupted(tmp_path):
         assert found_rows == rows
 
 
+def test_saved_pools_wandb_and_starting_over(tmp_path):
+    """Saved pools train and validate; without wandb it goes on; a second --fresh keeps one *.bak."""
+    pool = tmp_path / "pool"
+    finish(start("prepare_data.py", "generate-skeleton-pool", "-c", ROOT / "configs/test/skeleton_pool_val.yaml",
+                 "-o", pool, "-s", "40"))  # fmt: skip
+    bundle = tmp_path / "mine"
+    shutil.copytree(ROOT / "configs" / "test", bundle)
+    text = (bundle / "dataset_val.yaml").read_text().replace("./skeleton_pool_val.yaml", str(pool))
+    (bundle / "dataset_val.yaml").write_text(text)
+    small = [flag for flag in TINY if flag not in ("--max_operators", "3")]
+    flags = [*small, "-c", bundle / "train.yaml", "--skeleton_pool", pool, "--holdout_pools", "none"]
+    (tmp_path / "wandb.py").write_text("raise ImportError\n")
+    env = dict(os.environ, PYTHONPATH=f"{tmp_path}:{ROOT}", OMP_NUM_THREADS="1")
+    words = [sys.executable, str(ROOT / "train_sr.py"), *map(str, flags), "-o", "out", "--mode", "offline"]
+    for more in ([], ["--fresh"], ["--fresh"]):
+        done = subprocess.run([*words, *more], cwd=tmp_path, env=env, capture_output=True, text=True)
+        assert not done.returncode, done.stderr
+        assert "pip install wandb" in done.stderr
+    assert (tmp_path / "out" / "state_dict.pt").exists() and (tmp_path / "out.bak" / "state_dict.pt").exists()
+
+
 def test_two_ranks_equal_an_accumulation_of_two(tmp_path):
     flags = [*TINY, "--steps=4", "-vi", "4"]
     one = train(tmp_path, "--steps=4", "-vi", "4", "--gradient_accumulation_steps=2", "-o", "one")
