@@ -1,4 +1,7 @@
-"""Plain torch checkpoints: whole or absent, verified when read, tensors and plain Python only."""
+"""Plain torch checkpoints: whole or absent, verified when read, tensors and plain Python only.
+
+Imports torch where tensors are: prepare_data.py writes files too, and has none.
+"""
 
 import math
 import os
@@ -8,8 +11,6 @@ import shutil
 import sys
 import zipfile
 from pathlib import Path
-
-import torch
 
 from data_utils.config import DataError, UsageError
 
@@ -28,6 +29,8 @@ def warn(message):
 
 def to_plain(x, path="checkpoint"):
     """Return a copy of `x` on the CPU. Raises TypeError, with the key's path, on what weights_only would refuse."""
+    import torch
+
     if isinstance(x, torch.Tensor):
         return x.detach().to("cpu", copy=True)
     if type(x) is dict or type(x).__name__ == "OrderedDict":
@@ -63,6 +66,8 @@ def write_atomic(path, write):
 
 def save_checkpoint(path, state):
     """Write `state` to `path`; what was there stays if anything fails. Refuses weights that are not finite."""
+    import torch
+
     state = to_plain(state)
     weights = state.get("model_state", {}).values()
     if not all(w.isfinite().all() for w in weights if w.is_floating_point()):
@@ -72,6 +77,8 @@ def save_checkpoint(path, state):
 
 def read(path):
     """Return the tensors and plain Python in a file, on the CPU. Raises CheckpointError on any damage."""
+    import torch
+
     try:
         with zipfile.ZipFile(path) as archive:  # torch.load checks no checksum: most flipped bits would go unseen
             packed = any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist())
@@ -204,6 +211,8 @@ def load_parts(parts, state, path, about, allow_partial=False):
 
 def _check_optimizer(optimizer, saved, path):
     """torch accepts any shape here and fails at the next step."""
+    import torch
+
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     for i, slots in saved["state"].items():
         tensors = {name: t for name, t in slots.items() if torch.is_tensor(t) and t.ndim}

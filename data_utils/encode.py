@@ -169,8 +169,8 @@ def _groups(documents, most):
 def _encode(tokenizer, texts):
     """Return the ids of each text, (n,) arrays; long texts in pieces."""
     pieces = [list(cut(text, PIECE_CHARACTERS)) for text in texts]
-    found = iter(tokenizer.encode_batch([piece for text in pieces for piece in text]))
-    return [np.concatenate([np.array(next(found), np.int64) for _ in text]) for text in pieces]
+    found = iter(tokenizer.encode_arrays([piece for text in pieces for piece in text]))
+    return [np.concatenate([next(found) for _ in text]) for text in pieces]
 
 
 def _chunks(ids, prefix_ratio, *, bos, eos, size):

@@ -1,4 +1,7 @@
-"""Prepared folders out of text, out of each other, out of the generators: the work of prepare_data.py's commands."""
+"""Prepared folders out of text, out of each other, out of the generators: the work of prepare_data.py's commands.
+
+What reads rows back needs torch and is imported where it is used: `language` starts at once.
+"""
 
 import hashlib
 import os
@@ -11,11 +14,9 @@ from pathlib import Path
 import numpy as np
 
 from data_utils import prepared, puzzles, sources
-from data_utils.arithmetic import build_synthetic_dataset
 from data_utils.checkpoint import changed, lock_run, warn, write_atomic
 from data_utils.config import DataError, UsageError, at_least
 from data_utils.encode import SPLITS, encode_task, id_type, pack, read_texts
-from data_utils.pairs import open_splits
 from data_utils.prepared import FILES, FINISHED, KNOWN, Writer, read_index, read_meta, read_row
 from data_utils.stop import Stop
 from data_utils.tokenizer import CONTROL, load_tokenizer, train_bpe
@@ -275,6 +276,8 @@ def _joined(metas):
 
 
 def _mix(cfg, started):
+    from data_utils.pairs import open_splits
+
     opened = {folder: open_splits(folder) for folder in cfg.sources}
     if len(opened) < len(cfg.sources) or len(cfg.weights) != len(opened) or not all(w > 0 for w in cfg.weights):
         raise UsageError("--sources and --weights: different folders, and a weight above 0 for each")
@@ -320,6 +323,8 @@ def mixture(weights, sizes, n, seed):
 
 def convert(cfg):
     """A prepared folder in the other format, equal ids; cfg: ConvertConfig of prepare_data.py."""
+    from data_utils.pairs import open_splits
+
     started = time.monotonic()
     if not cfg.dataset or not cfg.output_dir:
         raise UsageError("--dataset FOLDER --output-dir FOLDER: both are needed")
@@ -362,6 +367,8 @@ def _rewrite(cfg, metas, specification, tasks, part, source, started):
 
 def arithmetic(cfg):
     """Questions of arithmetic as a prepared folder; cfg: ArithmeticConfig of prepare_data.py."""
+    from data_utils.arithmetic import build_synthetic_dataset
+
     started = time.monotonic()
     names = ("digits", "operators", "val_ratio", "seed", "samples")
     options = {name: getattr(cfg, name) for name in names}

@@ -9,14 +9,13 @@ from collections import Counter
 from functools import partial
 from pathlib import Path
 
-import numpy as np
-
 from data_utils import sources
 from data_utils.checkpoint import lock_run, write_atomic
 from data_utils.config import DataError, UsageError, at_least
 from data_utils.stop import Stop
 from data_utils.workers import cores, in_order
 
+PROCESS_BYTES = 16 * 2**20  # of input for each process: starting one takes as long as reading that much
 EACH = "[]"  # the step of a path that gives a record per element
 ESCAPES = {r"\n": "\n", r"\t": "\t", r"\\": "\\", "{{": "{", "}}": "}"}
 
@@ -50,6 +49,9 @@ def records(row, paths):
     """
     main = paths["question"]
     edges = [i + 1 for i, step in enumerate(main) if step == EACH]
+    if not edges:
+        yield {name: _text(_follow(row, steps)) for name, steps in paths.items()}
+        return
 
     def walk(bound):
         if len(bound) == len(edges) + 1:
@@ -89,7 +91,7 @@ def _text(value):
 
 def normalize_task(task, *, paths, templates, skip_missing):
     """Return (lines, counts) of one task."""
-    lines, counts = [], Counter()
+    lines, counts, quoted = [], Counter(), json.JSONEncoder(ensure_ascii=False).encode
     columns = {steps[0] for steps in paths.values()}
     for place, row in sources.rows(task, columns):
         if isinstance(row, ValueError):
@@ -102,7 +104,7 @@ def normalize_task(task, *, paths, templates, skip_missing):
                 continue
             prompt, response = ("".join(record.get(p[0], "") if isinstance(p, tuple) else p for p in template)
                                 for template in templates)  # fmt: skip
-            line = json.dumps(dict(prompt=prompt, response=response), ensure_ascii=False) + "\n"
+            line = f'{{"prompt": {quoted(prompt)}, "response": {quoted(response)}}}\n'
             lines.append(line.encode("utf-8", errors="replace"))
             counts["records"] += 1
     return lines, counts
@@ -118,7 +120,8 @@ def normalize(cfg):
     paths = {name: parse_path(path, f"{name}_field") for name, path in fields.items() if path}
     templates = [parse_template(getattr(cfg, name), name) for name in ("prompt_template", "response_template")]
     files = sources.find_files(cfg.input)
-    processes = min(cfg.num_threads or cores(), cores())
+    share = max(1, sum(path.stat().st_size for path in files) // PROCESS_BYTES)
+    processes = min(cfg.num_threads or cores(), cores(), share)
     function = partial(normalize_task, paths=paths, templates=templates, skip_missing=cfg.skip_missing)
     counts, stop = Counter(), Stop()
 
@@ -138,6 +141,8 @@ def normalize(cfg):
         return offsets
 
     def write_shuffled(file):
+        import numpy as np
+
         with tempfile.TemporaryFile(dir=output.parent) as ordered:
             edges = np.array(write(ordered))
             for i in np.random.default_rng(cfg.seed).permutation(len(edges) - 1):

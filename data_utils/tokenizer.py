@@ -7,6 +7,9 @@ encode_batch, decode. Control ids are never produced by encode: "<|endoftext|>" 
 import hashlib
 import importlib.util
 import json
+import re
+from array import array
+from itertools import chain, islice
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +23,15 @@ GPT2_FILES = {  # sha256, so that ids mean the same on every machine
 MAX_FILE_BYTES = 64 * 2**20
 END = ("<eos>", "<|endoftext|>")
 CONTROL = ("<pad>", "<bos>", "<eos>", "<unk>")  # of prepared folders
+# Pieces that GPT-2's pattern never joins: letters, an ending like 's, digits or other signs of ASCII with the space
+# before them; any run without white space; white space. What lies beyond ASCII is left whole for the tokenizer, whose
+# tables of letters may be newer than Python's.
+SPACE = r"\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
+PIECES = re.compile(
+    rf" ?[A-Za-z]++(?![^\0-\x7f])|'(?:[sdmt]|ll|ve|re)| ?[0-9]++(?![^\0-\x7f])"
+    rf"| ?[!-/:-@\[-`{{-~]++(?![^\t-\r -\x7e])| ?[^{SPACE}]+|[{SPACE}]+(?![^{SPACE}])|[{SPACE}]"
+)
+MOST_PIECES, MOST_CHARACTERS = 2**18, 2**22  # whose ids are kept: some 60 MB
 
 
 def load_tokenizer(spec):
@@ -100,6 +112,14 @@ def _byte_level(vocab, merges):
     return bpe
 
 
+class _Places(dict):
+    """Numbers what it is asked for from 0 on."""
+
+    def __missing__(self, piece):
+        self[piece] = len(self)
+        return self[piece]
+
+
 class BPETokenizer:
     """Byte-level BPE of a vocabulary {token: id} and merges [(token, token)] in order; no added tokens."""
 
@@ -117,12 +137,38 @@ class BPETokenizer:
         self.control = {self.eos, *(vocab[token] for token in CONTROL if token in vocab)}
         lengths = {i: len(token) * (i not in self.control) for token, i in vocab.items()}  # a letter is one byte
         self.token_bytes = np.array([lengths[i] for i in range(len(vocab))], dtype=np.int64)
+        self._forget()
 
     def encode(self, text):
         return self.bpe.encode(text, add_special_tokens=False).ids
 
     def encode_batch(self, texts):
         return [found.ids for found in self.bpe.encode_batch_fast(texts, add_special_tokens=False)]
+
+    def encode_arrays(self, texts):
+        """Return the ids of each text as an array; several times faster than encode_batch on one core.
+
+        The tokenizer meets each piece of text once, its ids are kept: (piece i) = ids[ends[i - 1] : ends[i]].
+        """
+        if len(self.places) > MOST_PIECES or self.characters > MOST_CHARACTERS:
+            self._forget()
+        known, pieces = len(self.places), [PIECES.findall(text) for text in texts]
+        sizes = np.array([len(found) for found in pieces], np.int64)
+        chosen = np.fromiter(map(self.places.__getitem__, chain.from_iterable(pieces)), np.int64, sizes.sum())
+        new = list(islice(self.places, known, None))
+        self.characters += sum(map(len, new))
+        for found in self.bpe.encode_batch_fast(new, add_special_tokens=False):
+            self.ids.extend(found.ids)
+            self.ends.append(len(self.ids))
+        ids, ends = np.frombuffer(self.ids, self.ids.typecode), np.frombuffer(self.ends, np.int64)
+        begins, lengths = ends[chosen], ends[chosen + 1] - ends[chosen]
+        after = np.cumsum(lengths)
+        flat = ids[np.arange(lengths.sum()) + np.repeat(begins - after + lengths, lengths)]
+        return np.split(flat, np.append(0, after)[np.cumsum(sizes)[:-1]])
+
+    def _forget(self):
+        self.places, self.characters = _Places(), 0
+        self.ids, self.ends = array("H" if self.vocab_size <= 65536 else "I"), array("q", [0])
 
     def to_json(self):
         return self.bpe.to_str()

@@ -1,9 +1,12 @@
 """Tasks done by other processes, their results taken in order; memory stays flat, and none outlives a kill."""
 
+import contextlib
 import multiprocessing
 import os
 import signal
+import sys
 import threading
+import types
 from collections import deque
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -14,17 +17,24 @@ from data_utils.config import DataError
 def in_order(function, tasks, processes):
     """Yield function(task) of each task in order; `processes` below 2: here. At most 2 a process are under way.
 
-    Raises what `function` raises, and DataError when a process died.
+    Raises what `function`, of an importable module, raises, and DataError when a process died.
     """
     if processes < 2:
         yield from map(function, tasks)
         return
     context = multiprocessing.get_context("spawn")  # a fork would keep locks, and break after torch or tokenizers
     pool = ProcessPoolExecutor(processes, context, begin)
+
+    def submit(*call):
+        with _bare():
+            return pool.submit(*call)
+
     try:
+        for _ in range(processes):  # each starts a process, which imports what it needs while tasks are looked for
+            submit(callable, function)
         under_way = deque()
         for task in tasks:
-            under_way.append(pool.submit(function, task))
+            under_way.append(submit(function, task))
             if len(under_way) == 2 * processes:
                 yield under_way.popleft().result()
         while under_way:
@@ -33,6 +43,17 @@ def in_order(function, tasks, processes):
         raise DataError("a worker process died, perhaps of too little memory\ntry: fewer processes") from e
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+@contextlib.contextmanager
+def _bare():
+    """Let new processes not import the running program, and with it torch: seconds for nothing."""
+    program = sys.modules["__main__"]
+    sys.modules["__main__"] = types.ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = program
 
 
 def cores():

@@ -506,6 +506,7 @@ def test_templates(tmp_path):
 
 def test_shuffle_and_processes(tmp_path, monkeypatch):
     monkeypatch.setattr(sources.split, "__defaults__", (300,))
+    monkeypatch.setattr(qa, "PROCESS_BYTES", 100)
     rows = [dict(q=f"question {i}", a=str(i)) for i in range(200)]
     plain = normalized(tmp_path, rows)
     assert plain == [(row["q"], row["a"]) for row in rows] == normalized(tmp_path, rows, num_threads=2)

@@ -51,6 +51,17 @@ def test_help_imports_nothing_heavy():
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True).returncode == 0
 
 
+def test_commands_and_their_processes_start_without_torch_and_the_program(tmp_path):
+    code = "import sys, data_utils.prepare, data_utils.qa, data_utils.encode; assert 'torch' not in sys.modules"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True).returncode == 0
+    program = tmp_path / "program.py"
+    program.write_text("from data_utils.workers import in_order\nprint('imported')\n"
+                       "if __name__ == '__main__':\n    print(list(in_order(abs, [-3, 2, -1], 2)))\n")  # fmt: skip
+    environment = os.environ | dict(PYTHONPATH=ROOT)
+    found = subprocess.run([sys.executable, program], env=environment, capture_output=True, text=True)
+    assert found.stdout.split("\n") == ["imported", "[3, 2, 1]", ""], found.stderr
+
+
 def test_toy_is_small_enough_large_enough_and_repeats(toy, tmp_path):
     found = files(toy)
     assert {name.split("/")[0] for name in found} == {*corpus.TOY, "SOURCES.md"}

@@ -63,6 +63,24 @@ def test_ids_of_pieces_are_the_ids_of_the_whole(names, which):
     assert list(cut("x" * 25, 10)) == ["x" * 10, "x" * 10, "x" * 5]
 
 
+def test_arrays_hold_the_ids_of_encode(names, monkeypatch):
+    tokenizer, rng = load_tokenizer(names[2]), np.random.default_rng(2)
+    signs = [" "] * 9
+    signs += list("ab'sltdmrveZ09.,!-_\n\t\r\x00\x1c\x1f\x7f\x85\xa0é’日\u2028\u3000\u180e\u200b٣Ⅷ½👍\u0301ǅ")
+    texts = ["".join(rng.choice(signs, rng.integers(0, 40))) for _ in range(1000)]
+    texts += [f"a{sign} {sign}1{sign}{sign}'s\n{sign}" for sign in map(chr, range(0x3100))]
+
+    def split(text):
+        return [word for word, _ in tokenizer.bpe.pre_tokenizer.pre_tokenize_str(text)]
+
+    assert [sum(map(split, module.PIECES.findall(text)), []) for text in texts] == [split(text) for text in texts]
+    monkeypatch.setattr(module, "MOST_PIECES", 400)  # forgets now and then
+    texts = [*TEXTS, *texts[:200], "", *texts[-300:]]
+    for start in range(0, len(texts), 9):
+        group = texts[start : start + 9]
+        assert [ids.tolist() for ids in tokenizer.encode_arrays(group)] == [tokenizer.encode(text) for text in group]
+
+
 def test_known_ids():
     gpt2 = load_tokenizer("gpt2")
     assert gpt2.encode("Hello world") == [15496, 995]
