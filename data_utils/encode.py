@@ -192,20 +192,44 @@ def _pair(prompt, answer, counts, *, bos, eos, size):
 
 # ---- lines of ids ----------------------------------------------------------------------------------------------------
 
+LIST = rb"\[(?!,|0[0-9])([0-9,]++)(?<!,)\]"
+PLAIN = re.compile(rb'\{"encoder_ids": ?%b,"decoder_input_ids": ?%b,"labels": ?%b\}\r?\n?' % (LIST, LIST, LIST))
+ODD = re.compile(rb",(?:,|0[0-9])")  # no JSON
+
 
 def read_ids(task, *, vocab_size, bos_id, skip_bad_lines):
     """Return the part of a task of train.jsonl or val.jsonl, decoder inputs kept where they are not BOS and labels."""
     path, rows, counts = task[0], [], Counter()
-    for place, line in sources.rows(task):
+
+    def parse(line):
+        return _plain_ids(line, vocab_size, bos_id) or sources.parse_line(line)
+
+    for place, line in sources.rows(task, parse=parse):
         try:
             if isinstance(line, ValueError):
                 raise line
-            rows.append(_ids(line, vocab_size, bos_id))
+            rows.append(line if isinstance(line, tuple) else _ids(line, vocab_size, bos_id))
         except ValueError as e:
             if not skip_bad_lines:
                 raise DataError(f"{sources.where(task, place)}: {e}\ntry: mend the line, or --skip_bad_lines") from None
             counts["bad_rows"] += 1
     return pack({path.stem: rows}, id_type(vocab_size), "bin", bos_id, counts)
+
+
+def _plain_ids(line, vocab_size, bos_id):
+    """Return what _ids does, of a good line of bytes written as `language` or json.dump would; None of any other.
+
+    Several times faster than by way of Python's integers.
+    """
+    found = PLAIN.fullmatch(line) or PLAIN.fullmatch(line.replace(b", ", b","))
+    if not found:
+        return None
+    encoder_ids, decoder, labels = found.groups()
+    both, shifted = encoder_ids + b"," + labels, labels.rpartition(b",")[0]
+    if decoder != (b"%d,%b" % (bos_id, shifted) if shifted else b"%d" % bos_id) or ODD.search(both):
+        return None
+    ids, middle = np.fromstring(both, np.int64, sep=","), encoder_ids.count(b",") + 1
+    return (ids[:middle], ids[middle:], ids[:0]) if ids.max() < vocab_size else None
 
 
 def _ids(line, vocab_size, bos_id):

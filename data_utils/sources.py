@@ -64,10 +64,10 @@ def split(files, block=BLOCK_BYTES):
                 yield path, "values", number, values
 
 
-def rows(task, columns=None):
+def rows(task, columns=None, parse=None):
     """Yield (place, row) of a task: a dict, or a ValueError that says what is wrong; `where` makes a text of place.
 
-    `columns`: of a table only these are read.
+    `columns`: of a table only these are read. `parse`: what makes a row of a line of JSON instead of parse_line.
     """
     path, kind, first, content = task
     if kind == "group":
@@ -84,7 +84,7 @@ def rows(task, columns=None):
             yield number, _checked(value)
     else:
         lines = _lines(path, first, content) if kind == "lines" else enumerate(io.BytesIO(content), first)
-        read = _text if _suffix(path) == ".txt" else parse_line
+        read = _text if _suffix(path) == ".txt" else parse or parse_line
         yield from ((place, read(line)) for place, line in lines if line.strip())
 
 

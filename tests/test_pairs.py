@@ -90,6 +90,18 @@ def test_old_names_and_absent_decoder_inputs(tmp_path):
     assert equal(data.batch("train", [0, 1]), naive_batch(expected, 0, 0)) and data.rows("val") == 0
 
 
+def test_every_way_to_write_a_line_gives_the_same_row(tmp_path):
+    row = dict(encoder_ids=[5, 0, 97], decoder_input_ids=[1, 40, 0], labels=[40, 0, 2])
+    one = dict(encoder_ids=[0], decoder_input_ids=[1], labels=[10])
+    lines = []
+    for line in [json.dumps(row), json.dumps(one)]:
+        compact = line.replace(" ", "")
+        lines += [line, compact, line + "\r", compact + " ", line.replace(",", " ,"), compact.replace(",", ",\t")]
+    data = open_pairs(write(tmp_path / "data", lines), say=quiet)
+    expected = [tuple(row.values())] * 6 + [tuple(one.values())] * 6
+    assert equal(data.batch("train", range(12)), naive_batch(expected, 0, 0))
+
+
 def test_order_is_a_permutation_of_seed_and_epoch():
     data = from_rows(some_rows(50), some_rows(5), SimpleTokenizer())
     first = data.order(3, 0)
@@ -114,7 +126,13 @@ BAD = [
     ("{", "invalid JSON"),
     ("[" * 100_000, "invalid JSON"),
     (b'{"encoder_ids": "\xff"}', "invalid UTF-8"),
-]
+    ('{"encoder_ids":[5],"decoder_input_ids":[1,98],"labels":[98,2]}', r"id 98 is not in \[0, 98\)"),
+    ('{"encoder_ids":[5],"decoder_input_ids":[1,2],"labels":[3]}', "2 decoder_input_ids, 1 labels"),
+    *[(json.dumps(dict(encoder_ids=[5], decoder_input_ids=[1, 7], labels=[7, 2])).replace("[5]", f"[{ids}]"), reason)
+      for ids, reason in [("1,,2", "invalid JSON"), ("1,", "invalid JSON"), (",1", "invalid JSON"), ("01", "JSON"),
+                          ("1,02", "invalid JSON"), ("1 2", "invalid JSON"), ("", "no encoder_ids"), ("1,-2", "id -2"),
+                          ("9" * 19, "is not in"), ("9" * 20, "expected integers|is not in")]],
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("line, reason", BAD, ids=range(len(BAD)))
