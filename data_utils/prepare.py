@@ -165,6 +165,7 @@ def merge(cfg):
     if cfg.sources:
         return _mix(cfg, started)
     output = Path(cfg.output_dir)
+    prepared.refuse_complete(output, cfg.fresh)  # else the chunks, already deleted, would be missed
     begun = None if cfg.fresh else prepared.read_progress(output)
     chunks = begun["plan"] if begun else None  # those already deleted are only known from there
     if not chunks:
@@ -390,8 +391,7 @@ def sudoku(cfg):
     at_least(cfg, 1, "train", "val")
     options = {name: getattr(cfg, name) for name in ("size", "givens", "train", "val", "seed")}
     with lock_run(out, "prepare"):
-        if (out / "meta.json").exists() and not cfg.fresh:
-            raise UsageError(f"{out} is complete\ntry: --fresh to make it again")
+        prepared.refuse_complete(out, cfg.fresh)
         (out / "meta.json").unlink(missing_ok=True)
         made = puzzles.make(**options, processes=min(cfg.num_threads or cores(), cores()))
         for split, grids in made.items():

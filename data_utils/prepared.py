@@ -98,6 +98,12 @@ def read_row(ids, index, i):
     return ids[begin : index[i, 0]], ids[index[i, 0] : index[i, 1]], ids[index[i, 1] : index[i, -1]]
 
 
+def refuse_complete(folder, fresh):
+    """Raise UsageError when the folder is finished, unless it is to be made again."""
+    if not fresh and Path(folder, "meta.json").exists():
+        raise UsageError(f"{folder} is complete\ntry: --fresh to make it again")
+
+
 class Writer:
     """The files of a prepared folder, appended to part by part; run again, it goes on where the last record stands.
 
@@ -111,8 +117,7 @@ class Writer:
         self.lock = lock_run(self.folder, "prepare")
         try:
             begun = None if fresh else read_progress(self.folder)
-            if not fresh and (self.folder / "meta.json").exists():
-                raise UsageError(f"{folder} is complete\ntry: --fresh to make it again")
+            refuse_complete(folder, fresh)
             specification = json.loads(json.dumps(specification))
             if begun and begun["specification"] != specification:
                 differs = changed(begun["specification"], specification) or "other flags"

@@ -371,6 +371,9 @@ def test_merge_is_one_run_over_all_sources(prepared, chunks, tmp_path, capsys):
     assert [p.as_posix() for p in (tmp_path / "chunks").rglob("*")] == [
         f"{tmp_path}/chunks/1", f"{tmp_path}/chunks/1/mine.txt"]  # fmt: skip
     assert "chunks/1 stays: it holds other files" in capsys.readouterr().err
+    shutil.rmtree(tmp_path / "chunks")
+    with pytest.raises(UsageError, match="complete"):
+        prepare.merge(config("merge", batches=str(tmp_path / "chunks"), output_dir=str(tmp_path / "out")))
 
 
 def test_chunks_that_differ_are_refused_before_a_byte_is_written(chunks, tmp_path):
