@@ -80,7 +80,8 @@ class SRConfig(ModelConfig, PoolConfig, DataConfig):
     warmup: float = 0.1  # share of the steps with a rising rate
     cooldown: float = 0.2  # share of the steps with a falling rate
     lr_schedule: str = ""  # points 0:0,100000:1e-4,... instead: linear between, flat after the last
-    weight_decay: float = 0.01  # AdamW decay, on matrices only
+    muon: float = 20.0  # rate of the matrices, stepped by Muon, in units of lr; 0 = AdamW for all
+    weight_decay: float = 0.01  # decay, on matrices only
     beta1: float = 0.9  # AdamW
     beta2: float = 0.95  # AdamW
     clip: float = 2.0  # largest gradient norm; 0 = off
@@ -126,6 +127,7 @@ from data_utils.progress import Progress, peak_mb, say
 from data_utils.search import solve_problems
 from data_utils.stop import Stop
 from models.formula_model import ARGUMENTS, FlashANSRModel
+from models.muon import Muon
 
 BAD_STEPS = 10  # non-finite steps in a row that end a run
 SAVED = "state_dict optimizer lr_scheduler scaler".split()
@@ -158,7 +160,7 @@ def main(cfg):
     at_least(cfg, 1, *"batch_size gradient_accumulation_steps steps validate_interval val_batch_size".split())
     at_least(cfg, 1, "log_interval", "val_choices", "val_size")
     at_least(cfg, 0, *"num_workers warmup cooldown weight_decay clip max_steps max_seconds seed save_minutes".split())
-    at_least(cfg, 0, "checkpoint_interval", "val_problems", "lr")
+    at_least(cfg, 0, "checkpoint_interval", "val_problems", "lr", "muon")
     if cfg.warmup + cfg.cooldown > 1:
         raise UsageError(f"--warmup {cfg.warmup} --cooldown {cfg.cooldown}: shares of the steps, together at most 1")
     points = schedule(cfg)
@@ -186,12 +188,14 @@ def main(cfg):
     raw_model = FlashANSRModel(alphabet, **model_args)  # the one that is saved: no _orig_mod. or module. keys
     raw_model.to(device)
     trained = dict(raw_model.named_parameters())
+    matrices = {name: p for name, p in trained.items() if decays(name, p)}
+    last = [p for name, p in matrices.items() if name.startswith("head.3")]  # logits are no hidden layer: AdamW
     groups = [
-        dict(params=[p for name, p in trained.items() if decays(name, p)], weight_decay=cfg.weight_decay),
-        dict(params=[p for name, p in trained.items() if not decays(name, p)], weight_decay=0.0),
+        dict(params=[p for p in matrices.values() if p is not last[0]], weight_decay=cfg.weight_decay, times=cfg.muon),
+        dict(params=last, weight_decay=cfg.weight_decay),
+        dict(params=[p for name, p in trained.items() if name not in matrices]),
     ]
-    fused = device.type in ("cpu", "cuda")
-    optimizer = torch.optim.AdamW(groups, lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), fused=fused)
+    optimizer = Muon(groups, lr=cfg.lr, betas=(cfg.beta1, cfg.beta2))
     count = {part: sum(p.numel() for name, p in trained.items() if name.startswith("encoder") == (part == "encoder"))
              for part in ("encoder", "decoder")}  # fmt: skip
 

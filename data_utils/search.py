@@ -14,12 +14,14 @@ from data_utils.expressions import evaluate
 from data_utils.refine import refine, tidy, wrap
 from data_utils.simplify import NotReal, simplify
 from data_utils.skeletons import make_chunk, operator_weights
+from data_utils.sums import Library
 
 ROUND = 128  # candidates that are fitted together
 ARCHIVE, DONORS = 100, 6000  # candidates that are bred from; proposals that lend them parts
 EXACT = 1e-14  # FVU (MSE over the variance of y) below which digits decide, not formulas
 SOLVED = 2.0**-23  # FVU below which float32 sees no difference
 FIT_POINTS, TIDIED, LONGEST, CONSTANTS = 64, 20, 24, 6
+SUMS = 4  # sums of parts that are sought in a round
 DRAWS = 4096  # trees of the prior that are drawn at a time
 HOT = 1.3  # temperature of the draws once they repeat themselves
 
@@ -182,6 +184,8 @@ def find_formula(propose, X, y, *, alphabet, pool, rng, prior=None, choices=512,
     columns = np.zeros((len(X), len(alphabet.variables)))
     columns[:, : X.shape[1]] = X
     D, longest = X.shape[1], max(LONGEST, pool.max_length)
+    few = rng.permutation(len(y))[:FIT_POINTS]
+    library = Library(alphabet, columns[few], y[few])
     while not stop and (time.monotonic() - start < max_seconds if max_seconds else tried < choices):
         n = min(ROUND, choices - tried) if not max_seconds else ROUND
         bred = int(n * evolve) if len(archive) >= 20 else 0
@@ -195,6 +199,9 @@ def find_formula(propose, X, y, *, alphabet, pool, rng, prior=None, choices=512,
         drawn = len(new)
         best = [candidate.prefix for candidate in archive]
         new += [offspring(rng, best, donors, alphabet, pool, D) for _ in range(bred)]
+        if evolve:
+            library.add([tuple(row) for row in new])
+            new += [row for _ in range(SUMS) for row in library(rng)]
         rows = []
         for row in new:
             key = normal(alphabet, row, longest)
