@@ -77,10 +77,10 @@ class SRConfig(ModelConfig, PoolConfig, DataConfig):
     num_workers: int = field(default=0, metadata=dict(short="-w"))  # data processes; 0 = inside the training process
     # optimization
     lr: float = 1e-3  # peak learning rate
-    warmup: float = 0.1  # share of the steps with a rising rate
-    cooldown: float = 0.2  # share of the steps with a falling rate
+    warmup: float = 0.05  # share of the steps with a rising rate
+    cooldown: float = 0.4  # share of the steps with a falling rate
     lr_schedule: str = ""  # points 0:0,100000:1e-4,... instead: linear between, flat after the last
-    muon: float = 20.0  # rate of the matrices, stepped by Muon, in units of lr; 0 = AdamW for all
+    muon: float = 8.0  # rate of the matrices, stepped by Muon, in units of lr; 0 = AdamW for all
     weight_decay: float = 0.01  # decay, on matrices only
     beta1: float = 0.9  # AdamW
     beta2: float = 0.95  # AdamW

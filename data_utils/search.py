@@ -4,6 +4,7 @@ M points, D variables, N candidates (rows of prefix ids, see expressions.py). A 
 points (arXiv 2602.08885), the prior what training draws; offspring are a genetic programme's (Koza 1992).
 """
 
+import math
 import time
 from collections import namedtuple
 
@@ -178,15 +179,16 @@ def find_formula(propose, X, y, *, alphabet, pool, rng, prior=None, choices=512,
     """Search a formula y = f(x) -> (list of Candidate, best first; how many were fitted).
 
     propose: Network or Prior; prior: where half the proposals come from once it repeats itself. X: (M, D), y: (M,),
-    finite. Rounds go on until `choices` were tried, or with max_seconds until these are over, or the fit is EXACT.
+    finite. Rounds go on until `choices` were tried, or with max_seconds until these are over. An EXACT fit ends
+    them after as many candidates again, since a simpler one may follow.
     """
-    start, seen, archive, donors, tried, hot = time.monotonic(), {}, [], [], 0, False
+    start, seen, archive, donors, tried, hot, enough = time.monotonic(), {}, [], [], 0, False, math.inf
     columns = np.zeros((len(X), len(alphabet.variables)))
     columns[:, : X.shape[1]] = X
     D, longest = X.shape[1], max(LONGEST, pool.max_length)
     few = rng.permutation(len(y))[:FIT_POINTS]
     library = Library(alphabet, columns[few], y[few])
-    while not stop and (time.monotonic() - start < max_seconds if max_seconds else tried < choices):
+    while not stop and tried < enough and (time.monotonic() - start < max_seconds if max_seconds else tried < choices):
         n = min(ROUND, choices - tried) if not max_seconds else ROUND
         bred = int(n * evolve) if len(archive) >= 20 else 0
         new = []
@@ -219,11 +221,11 @@ def find_formula(propose, X, y, *, alphabet, pool, rng, prior=None, choices=512,
             for row, c, e in zip(rows, constants, error, strict=True) if np.isfinite(e)
         ]  # fmt: skip
         archive = sorted(archive, key=lambda candidate: candidate.score)[:ARCHIVE]
-        if archive and archive[0].fvu <= EXACT:  # as fitted; written out, large constants can cancel
-            found = finish(archive, columns, y, alphabet, parsimony)
-            if found[0].fvu <= SOLVED:
-                return found, tried
-            archive.pop(0)
+        if enough == math.inf and archive and archive[0].fvu <= EXACT:
+            if finish(archive[:1], columns, y, alphabet, parsimony)[0].fvu <= SOLVED:
+                enough = 2 * tried
+            else:  # written out, its large constants cancel
+                archive.pop(0)
     return finish(archive, columns, y, alphabet, parsimony), tried
 
 

@@ -115,5 +115,5 @@ class Library:
         for part in parts[1:]:
             row = [plus, *row, times, c, *part]
         if name == "exp":
-            return [self.alphabet.ids[name], *([times, c, *row] if len(parts) > 0 else row)]
+            return [self.alphabet.ids[name], times, c, *row]
         return [self.alphabet.ids[name], plus, c, *row] if name else row
