@@ -17,6 +17,7 @@ import math
 import sys
 import time
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Literal
@@ -80,7 +81,8 @@ class SRConfig(ModelConfig, PoolConfig, DataConfig):
     warmup: float = 0.05  # share of the steps with a rising rate
     cooldown: float = 0.4  # share of the steps with a falling rate
     lr_schedule: str = ""  # points 0:0,100000:1e-4,... instead: linear between, flat after the last
-    muon: float = 8.0  # rate of the matrices, stepped by Muon, in units of lr; 0 = AdamW for all
+    optimizer: Literal["adamw", "muon"] = "muon"  # of the hidden matrices; the rest is always AdamW's
+    muon: float = 8.0  # rate of the hidden matrices with muon, in units of lr
     weight_decay: float = 0.01  # decay, on matrices only
     beta1: float = 0.9  # AdamW
     beta2: float = 0.95  # AdamW
@@ -137,9 +139,11 @@ validate_interval val_size val_batch_size val_problems val_choices checkpoint_in
 wandb_mode project entity name device compile_mode""".split()
 
 
-def decays(name, parameter):
+def kind_of(name, parameter):
     """Weight decay is for matrices: not for norms, biases, embeddings, seeds and inducing points."""
-    return parameter.ndim == 2 and not any(word in name for word in ("token.", "slots.", "seeds", "inducing"))
+    if parameter.ndim != 2 or any(word in name for word in ("token.", "slots.", "seeds", "inducing")):
+        return ""
+    return "last" if name.startswith("head.3") else "hidden"
 
 
 def schedule(cfg):
@@ -188,14 +192,12 @@ def main(cfg):
     raw_model = FlashANSRModel(alphabet, **model_args)  # the one that is saved: no _orig_mod. or module. keys
     raw_model.to(device)
     trained = dict(raw_model.named_parameters())
-    matrices = {name: p for name, p in trained.items() if decays(name, p)}
-    last = [p for name, p in matrices.items() if name.startswith("head.3")]  # logits are no hidden layer: AdamW
     groups = [
-        dict(params=[p for p in matrices.values() if p is not last[0]], weight_decay=cfg.weight_decay, times=cfg.muon),
-        dict(params=last, weight_decay=cfg.weight_decay),
-        dict(params=[p for name, p in trained.items() if name not in matrices]),
+        dict(params=[p for name, p in trained.items() if kind_of(name, p) == kind], weight_decay=decay, times=times)
+        for kind, decay, times in (("hidden", cfg.weight_decay, cfg.muon), ("last", cfg.weight_decay, 0), ("", 0, 0))
     ]
-    optimizer = Muon(groups, lr=cfg.lr, betas=(cfg.beta1, cfg.beta2))
+    kinds = dict(adamw=partial(torch.optim.AdamW, fused=device.type in ("cpu", "cuda")), muon=Muon)
+    optimizer = kinds[cfg.optimizer](groups, lr=cfg.lr, betas=(cfg.beta1, cfg.beta2))
     count = {part: sum(p.numel() for name, p in trained.items() if name.startswith("encoder") == (part == "encoder"))
              for part in ("encoder", "decoder")}  # fmt: skip
 
