@@ -67,7 +67,8 @@ class HrmConfig:
     checkpoint_limit: int = 0  # newest step files kept; 0 = all
     save_minutes: float = 10.0  # minutes between rolling saves: what a crash can cost; 0 = only when stopped
     # optimization
-    optimizer: Literal["adamw", "adamw_8bit"] = "adamw"  # 8bit: moments in a quarter of the memory
+    optimizer: Literal["adamw", "adamw_8bit", "muon"] = "adamw"  # 8bit: moments in a quarter of the memory
+    muon: float = 4.0  # rate of the hidden matrices with muon, in units of learning_rate
     learning_rate: float = field(default=1e-3, metadata=dict(also="lr"))  # peak learning rate
     lr_scheduler: Literal["cosine", "linear", "constant"] = "cosine"  # after the warmup
     lr_min_ratio: float = 0.05  # floor of the schedule as a share of the peak
@@ -155,6 +156,7 @@ from data_utils.stop import Stop
 from models.adamw8bit import AdamW8bit
 from models.average import Average
 from models.hrm import HRM
+from models.muon import Muon
 
 BAD_STEPS = 10  # non-finite steps in a row that end a run
 # what a resumed run may change and still do bit for bit the same
@@ -163,9 +165,10 @@ checkpoint_limit save_minutes max_steps max_seconds val_every eval_batch_size ev
 device compile""".split()
 
 
-def decays(name, parameter):
+def kind_of(name, parameter):
     """Weight decay is for matrices, tables of ids and places too: without it held-out sums come much later."""
-    return parameter.ndim == 2
+    inside = name.startswith(("encoder.", "core.", "decoder."))
+    return "" if parameter.ndim != 2 else "hidden" if inside else "table"
 
 
 def main(cfg):
@@ -175,7 +178,7 @@ def main(cfg):
     at_least(cfg, 1, *"d_model n_heads h_cycles l_steps segments max_seq_len batch_size log_steps".split())
     at_least(cfg, 0, *"encoder_layers decoder_layers core_layers ffn_dim warmup_steps learning_rate seed".split())
     at_least(cfg, 0, *"checkpoint_limit save_minutes val_every eval_batch_size eval_rows eval_segments".split())
-    at_least(cfg, 0, *"lr_min_ratio weight_decay ema max_steps max_seconds halting_weight reveal".split())
+    at_least(cfg, 0, *"lr_min_ratio weight_decay ema max_steps max_seconds halting_weight reveal muon".split())
     if cfg.d_model % (2 * cfg.n_heads):
         raise UsageError(f"--d_model {cfg.d_model} over --n_heads {cfg.n_heads}: the head dim must be whole and even")
     if cfg.segments > 1 and cfg.core != "recursive":
@@ -193,11 +196,8 @@ def main(cfg):
     torch.manual_seed(cfg.seed)
 
     # --- data -----------------------------------------------------------------------------
-    home = (
-        Path("runs", cfg.run_name)
-        if cfg.run_name
-        else Path(cfg.save_dir or f"checkpoints/hrm/{Path(cfg.dataset).name}")
-    )
+    folder = cfg.save_dir or f"checkpoints/hrm/{Path(cfg.dataset).name}"
+    home = Path("runs", cfg.run_name) if cfg.run_name else Path(folder)
     folder = home / "checkpoints" if cfg.run_name else home
     if train:
         data = open_questions(
@@ -232,11 +232,11 @@ def main(cfg):
         raise UsageError(f"--steps {cfg.steps} --epochs {cfg.epochs}: one of them must be 1 or more")
     trained = dict(raw_model.named_parameters())
     groups = [
-        dict(params=[p for name, p in trained.items() if decays(name, p)], weight_decay=cfg.weight_decay),
-        dict(params=[p for name, p in trained.items() if not decays(name, p)], weight_decay=0.0),
+        dict(params=[p for name, p in trained.items() if kind_of(name, p) == kind], weight_decay=decay, times=times)
+        for kind, decay, times in (("hidden", cfg.weight_decay, cfg.muon), ("table", cfg.weight_decay, 0), ("", 0, 0))
     ]
-    fused = device.type in ("cpu", "cuda")
-    kinds = dict(adamw=partial(torch.optim.AdamW, fused=fused), adamw_8bit=partial(AdamW8bit, seed=cfg.seed))
+    fused = partial(torch.optim.AdamW, fused=device.type in ("cpu", "cuda"))
+    kinds = dict(adamw=fused, adamw_8bit=partial(AdamW8bit, seed=cfg.seed), muon=Muon)
     optimizer = kinds[cfg.optimizer](groups, lr=cfg.learning_rate, betas=(cfg.beta1, cfg.beta2))
     average = Average(trained, cfg.ema)
     parts = dict(model_state=raw_model, optimizer_state=optimizer, amp_scaler=scaler, ema=average)  # all that is saved

@@ -17,6 +17,7 @@ import math
 import sys
 import time
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Literal
@@ -77,10 +78,12 @@ class SRConfig(ModelConfig, PoolConfig, DataConfig):
     num_workers: int = field(default=0, metadata=dict(short="-w"))  # data processes; 0 = inside the training process
     # optimization
     lr: float = 1e-3  # peak learning rate
-    warmup: float = 0.1  # share of the steps with a rising rate
-    cooldown: float = 0.2  # share of the steps with a falling rate
+    warmup: float = 0.05  # share of the steps with a rising rate
+    cooldown: float = 0.4  # share of the steps with a falling rate
     lr_schedule: str = ""  # points 0:0,100000:1e-4,... instead: linear between, flat after the last
-    weight_decay: float = 0.01  # AdamW decay, on matrices only
+    optimizer: Literal["adamw", "muon"] = "muon"  # of the hidden matrices; the rest is always AdamW's
+    muon: float = 8.0  # rate of the hidden matrices with muon, in units of lr
+    weight_decay: float = 0.01  # decay, on matrices only
     beta1: float = 0.9  # AdamW
     beta2: float = 0.95  # AdamW
     clip: float = 2.0  # largest gradient norm; 0 = off
@@ -126,6 +129,7 @@ from data_utils.progress import Progress, peak_mb, say
 from data_utils.search import solve_problems
 from data_utils.stop import Stop
 from models.formula_model import ARGUMENTS, FlashANSRModel
+from models.muon import Muon
 
 BAD_STEPS = 10  # non-finite steps in a row that end a run
 SAVED = "state_dict optimizer lr_scheduler scaler".split()
@@ -135,9 +139,11 @@ validate_interval val_size val_batch_size val_problems val_choices checkpoint_in
 wandb_mode project entity name device compile_mode""".split()
 
 
-def decays(name, parameter):
+def kind_of(name, parameter):
     """Weight decay is for matrices: not for norms, biases, embeddings, seeds and inducing points."""
-    return parameter.ndim == 2 and not any(word in name for word in ("token.", "slots.", "seeds", "inducing"))
+    if parameter.ndim != 2 or any(word in name for word in ("token.", "slots.", "seeds", "inducing")):
+        return ""
+    return "last" if name.startswith("head.3") else "hidden"
 
 
 def schedule(cfg):
@@ -158,7 +164,7 @@ def main(cfg):
     at_least(cfg, 1, *"batch_size gradient_accumulation_steps steps validate_interval val_batch_size".split())
     at_least(cfg, 1, "log_interval", "val_choices", "val_size")
     at_least(cfg, 0, *"num_workers warmup cooldown weight_decay clip max_steps max_seconds seed save_minutes".split())
-    at_least(cfg, 0, "checkpoint_interval", "val_problems", "lr")
+    at_least(cfg, 0, "checkpoint_interval", "val_problems", "lr", "muon")
     if cfg.warmup + cfg.cooldown > 1:
         raise UsageError(f"--warmup {cfg.warmup} --cooldown {cfg.cooldown}: shares of the steps, together at most 1")
     points = schedule(cfg)
@@ -187,11 +193,11 @@ def main(cfg):
     raw_model.to(device)
     trained = dict(raw_model.named_parameters())
     groups = [
-        dict(params=[p for name, p in trained.items() if decays(name, p)], weight_decay=cfg.weight_decay),
-        dict(params=[p for name, p in trained.items() if not decays(name, p)], weight_decay=0.0),
+        dict(params=[p for name, p in trained.items() if kind_of(name, p) == kind], weight_decay=decay, times=times)
+        for kind, decay, times in (("hidden", cfg.weight_decay, cfg.muon), ("last", cfg.weight_decay, 0), ("", 0, 0))
     ]
-    fused = device.type in ("cpu", "cuda")
-    optimizer = torch.optim.AdamW(groups, lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), fused=fused)
+    kinds = dict(adamw=partial(torch.optim.AdamW, fused=device.type in ("cpu", "cuda")), muon=Muon)
+    optimizer = kinds[cfg.optimizer](groups, lr=cfg.lr, betas=(cfg.beta1, cfg.beta2))
     count = {part: sum(p.numel() for name, p in trained.items() if name.startswith("encoder") == (part == "encoder"))
              for part in ("encoder", "decoder")}  # fmt: skip
 

@@ -17,7 +17,7 @@ STALLED = 1e-4  # share of the FVU below which a gain counts as none: two of tho
 PROMISE = 1e-9  # the same of a gain that the linear model expects: one of those ends a row
 STUCK = 1e7  # damping at which a step no longer moves anything
 REDRAWN = 2  # times that a start without finite values is drawn again
-EXACT = 1e-14  # FVU up to which a tidied formula is right
+EXACT = 1e-14  # FVU up to which a tidied formula is right; below it digits decide, not formulas
 
 
 def fit(alphabet, tokens, X, y, restarts, rng, *, steps=50, method="lm", affine=False, start=None, free=None):

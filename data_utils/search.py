@@ -4,6 +4,7 @@ M points, D variables, N candidates (rows of prefix ids, see expressions.py). A 
 points (arXiv 2602.08885), the prior what training draws; offspring are a genetic programme's (Koza 1992).
 """
 
+import math
 import time
 from collections import namedtuple
 
@@ -11,15 +12,17 @@ import numpy as np
 import torch
 
 from data_utils.expressions import evaluate
-from data_utils.refine import refine, tidy, wrap
+from data_utils.refine import EXACT, fit, refine, tidy, wrap
 from data_utils.simplify import NotReal, simplify
 from data_utils.skeletons import make_chunk, operator_weights
+from data_utils.sums import Library
 
 ROUND = 128  # candidates that are fitted together
 ARCHIVE, DONORS = 100, 6000  # candidates that are bred from; proposals that lend them parts
-EXACT = 1e-14  # FVU (MSE over the variance of y) below which digits decide, not formulas
+PERFECT = 1e-22  # FVU (MSE over the variance of y) that the formula itself stays below; those close to it don't
 SOLVED = 2.0**-23  # FVU below which float32 sees no difference
 FIT_POINTS, TIDIED, LONGEST, CONSTANTS = 64, 20, 24, 6
+SUMS, KEPT, LONGEST_SUM = 16, 8, 40  # searches for sums in a round, sums that are fitted, tokens of one
 DRAWS = 4096  # trees of the prior that are drawn at a time
 HOT = 1.3  # temperature of the draws once they repeat themselves
 
@@ -176,13 +179,35 @@ def find_formula(propose, X, y, *, alphabet, pool, rng, prior=None, choices=512,
     """Search a formula y = f(x) -> (list of Candidate, best first; how many were fitted).
 
     propose: Network or Prior; prior: where half the proposals come from once it repeats itself. X: (M, D), y: (M,),
-    finite. Rounds go on until `choices` were tried, or with max_seconds until these are over, or the fit is EXACT.
+    finite. Rounds go on until `choices` were tried, or with max_seconds until these are over. A perfect fit ends
+    them after as many candidates again, since a simpler one may follow.
     """
-    start, seen, archive, donors, tried, hot = time.monotonic(), {}, [], [], 0, False
+    start, seen, donors, archive, sums = time.monotonic(), set(), [], [], []
+    tried, hot, enough = 0, False, math.inf
     columns = np.zeros((len(X), len(alphabet.variables)))
     columns[:, : X.shape[1]] = X
     D, longest = X.shape[1], max(LONGEST, pool.max_length)
-    while not stop and (time.monotonic() - start < max_seconds if max_seconds else tried < choices):
+    few = rng.permutation(len(y))[:FIT_POINTS]
+    library = Library(alphabet, columns[few], y[few])
+
+    def unseen(rows, longest):
+        keys = {normal(alphabet, row, longest): 0 for row in rows}.keys() - seen - {None}
+        seen.update(keys)
+        return sorted(keys)
+
+    def fitted(rows, by, **settings):
+        if not rows:
+            return []
+        constants, error = by(alphabet, padded(rows), columns, y, rng=rng, affine=True, **settings)
+        return [
+            scored(row, c[: 2 + row.count(alphabet.constant)], e, parsimony)
+            for row, c, e in zip(rows, constants, error, strict=True) if np.isfinite(e)
+        ]  # fmt: skip
+
+    def best(candidates):
+        return sorted(candidates, key=lambda candidate: candidate.score)[:ARCHIVE]
+
+    while not stop and tried < enough and (time.monotonic() - start < max_seconds if max_seconds else tried < choices):
         n = min(ROUND, choices - tried) if not max_seconds else ROUND
         bred = int(n * evolve) if len(archive) >= 20 else 0
         new = []
@@ -192,32 +217,24 @@ def find_formula(propose, X, y, *, alphabet, pool, rng, prior=None, choices=512,
             else:
                 new = propose(rng, n - bred)
             donors = (donors + new)[-DONORS:]
-        drawn = len(new)
-        best = [candidate.prefix for candidate in archive]
-        new += [offspring(rng, best, donors, alphabet, pool, D) for _ in range(bred)]
-        rows = []
-        for row in new:
-            key = normal(alphabet, row, longest)
-            if key and key not in seen:
-                seen[key] = True
-                rows.append(key)
-        hot = hot or drawn and len(rows) < drawn / 2
-        tried += len(new)
-        if not rows:
-            continue
-        constants, error = refine(alphabet, padded(rows), columns, y, rng, method=refiner, affine=True,
-                                  points=FIT_POINTS, restarts=restarts)  # fmt: skip
-        archive += [
-            scored(row, c[: 2 + row.count(alphabet.constant)], e, parsimony)
-            for row, c, e in zip(rows, constants, error, strict=True) if np.isfinite(e)
-        ]  # fmt: skip
-        archive = sorted(archive, key=lambda candidate: candidate.score)[:ARCHIVE]
-        if archive and archive[0].fvu <= EXACT:  # as fitted; written out, large constants can cancel
-            found = finish(archive, columns, y, alphabet, parsimony)
-            if found[0].fvu <= SOLVED:
-                return found, tried
-            archive.pop(0)
-    return finish(archive, columns, y, alphabet, parsimony), tried
+        rows = unseen(new, longest)
+        hot = hot or len(rows) < len(new) / 2
+        parents = [candidate.prefix for candidate in archive]
+        rows += unseen([offspring(rng, parents, donors, alphabet, pool, D) for _ in range(bred)], longest)
+        archive = best(archive + fitted(rows, refine, method=refiner, points=FIT_POINTS, restarts=restarts))
+        tried += len(new) + bred
+        if evolve:
+            library.add(new)
+            new = [row for _, row in sorted(pair for _ in range(SUMS) for pair in library(rng, parsimony))[:KEPT]]
+            sums = best(sums + fitted(unseen(new, LONGEST_SUM), fit, restarts=2, steps=20))
+            tried += len(new)
+        first = best(archive[:1] + sums[:1])[:1]
+        if enough == math.inf and first and first[0].fvu <= PERFECT:
+            if finish(first, columns, y, alphabet, parsimony)[0].fvu <= SOLVED:
+                enough = 2 * tried
+            else:  # written out, its large constants cancel
+                (archive if archive and first[0] is archive[0] else sums).pop(0)
+    return finish(best(archive + sums), columns, y, alphabet, parsimony), tried
 
 
 def scored(row, constants, error, parsimony):

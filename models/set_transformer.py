@@ -150,8 +150,8 @@ class Block(nn.Module):
 class SetTransformer(nn.Module):
     """Points (B, M, N), the last column y, -> S vectors a set: (B, S, output_dim).
 
-    Features -> Linear -> ISABs (the points look at inducing points, which have looked at them) -> learned seeds that
-    look at the points -> SABs -> norm -> Linear.
+    Features -> MLP of each point -> ISABs (the points look at inducing points, which have looked at them) -> learned
+    seeds that look at the points -> SABs -> norm -> Linear.
     """
 
     def __init__(self, *, n_columns, float_features, noise_scale, dim, n_heads, n_isab, n_sab, n_inducing_points,
@@ -163,7 +163,9 @@ class SetTransformer(nn.Module):
         sizes = dict(dim=dim, n_heads=n_heads, ffn_hidden_dim=ffn_hidden_dim, dropout=dropout, attn_norm=attn_norm,
                      ffn_norm=ffn_norm)  # fmt: skip
         features = BITS * n_columns if self.ieee else (2 + 2 * OCTAVES) * (n_columns + 1)
-        self.embedding = nn.Linear(features, dim)
+        self.embedding = nn.Sequential(
+            nn.Linear(features, dim), nn.GELU(), nn.Linear(dim, dim), nn.GELU(), nn.Linear(dim, dim)
+        )
         self.inducing = nn.ParameterList(nn.Parameter(0.5 * torch.randn(n_inducing_points, dim)) for _ in range(n_isab))
         self.gather = nn.ModuleList(Block(queries="learned", **sizes) for _ in range(n_isab))
         self.spread = nn.ModuleList(Block(queries="elements", **sizes) for _ in range(n_isab))

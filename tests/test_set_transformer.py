@@ -129,7 +129,9 @@ def plain_block(block, x, memory=None):
 def test_encoder_equals_plain_blocks(norm):
     model, data = build(attn_norm=norm, ffn_norm=norm, output_norm=norm), points(2, 7, 3)
     for one, found in zip(data, model(data, everything(data)), strict=True):
-        x = model.features(one[None], everything(one[None]))[0] @ model.embedding.weight.T + model.embedding.bias
+        x = model.features(one[None], everything(one[None]))[0]
+        for i, layer in enumerate(model.embedding[::2]):
+            x = (torch.nn.functional.gelu(x) if i else x) @ layer.weight.T + layer.bias
         x = plain_block(model.spread[0], x, plain_block(model.gather[0], model.inducing[0], x))
         x = plain_block(model.blocks[0], plain_block(model.pool, model.seeds, x))
         torch.testing.assert_close(found, plain_norm(model.norm, x) @ model.out.weight.T, rtol=1e-4, atol=1e-5)

@@ -80,7 +80,7 @@ def test_commands_of_the_guide(tmp_path):
     assert "step 2 of 2" in out
 
 
-@pytest.mark.parametrize("kind, optimizer", [("puzzles", "adamw"), ("sums", "adamw_8bit")])
+@pytest.mark.parametrize("kind, optimizer", [("puzzles", "muon"), ("sums", "adamw_8bit"), ("sums", "adamw")])
 def test_interrupted_and_resumed_equals_uninterrupted(kind, optimizer, puzzles, tmp_path):
     flags = [*KINDS[kind], f"--optimizer={optimizer}", "--save_minutes=0.0008", "--checkpoint_limit=2"]
     flags += [f"--dataset={puzzles}"] * (kind == "puzzles")

@@ -1,0 +1,90 @@
+"""The search of formulas: sums of parts against all subsets, whole searches: pytest tests/test_search.py"""
+
+import itertools
+
+import numpy as np
+import pytest
+
+from data_utils.expressions import to_text
+from data_utils.search import Prior, find_formula, offspring, subtree_end
+from data_utils.skeletons import PoolConfig, check_pool
+from data_utils.sums import Library, choose
+
+POOL = PoolConfig(variables=("x1", "x2"), max_operators=4)
+ALPHABET = check_pool(POOL)
+
+
+def points(n=20, seed=0):
+    return np.random.default_rng(seed).uniform(0.2, 2, (n, 2))
+
+
+def test_beam_over_all_sets_is_the_best_of_all_subsets():
+    rng = np.random.default_rng(0)
+    parts, y = rng.normal(size=(7, 12)), rng.normal(size=12)
+    found = choose(parts, y, width=99, most=3)
+    for size in (1, 2, 3):
+        best = {}
+        for rows in itertools.combinations(range(7), size):
+            columns = np.column_stack([np.ones(12), *parts[list(rows)]])
+            rest = y - columns @ np.linalg.lstsq(columns, y, rcond=None)[0]
+            best[rows] = rest @ rest / (12 * np.var(y))
+        share, rows = min(pair for pair in found if len(pair[1]) == size)
+        assert share == pytest.approx(min(best.values()), rel=1e-9) and best[rows] == pytest.approx(share, rel=1e-9)
+
+
+def test_parts_that_say_the_same_are_taken_once():
+    x = np.linspace(0, 1, 9)
+    found = choose(np.stack([x, 2 * x + 1, x * x]), x + x * x, most=3)
+    assert all(len({0, 1} & set(rows)) < 2 for _, rows in found) and min(found)[0] < 1e-20
+
+
+@pytest.mark.parametrize(
+    "truth",
+    [
+        lambda x: 2 * x[:, 0] ** 2 + x[:, 1] - 3 * np.sin(x[:, 0]),
+        lambda x: x[:, 0] ** 1.5 / x[:, 1] ** 2,
+        lambda x: np.sqrt(x[:, 0] ** 2 + 4 * x[:, 1]),
+        lambda x: 1 / (x[:, 0] + 3 * x[:, 1] ** 2),
+        lambda x: np.log(1 + x[:, 0] + x[:, 1] ** 2),
+    ],
+)
+def test_laws_are_found_without_a_network(truth):
+    X = points()
+    prior = Prior(ALPHABET, POOL, 2)
+    found, tried = find_formula(prior, X, truth(X), alphabet=ALPHABET, pool=POOL, rng=np.random.default_rng(1),
+                                choices=3000)  # fmt: skip
+    assert found[0].fvu < 1e-20 and tried <= 3000 + 200, to_text(ALPHABET.decode(found[0].prefix), found[0].constants)
+
+
+def test_the_same_seed_finds_the_same():
+    X = points()
+    y = X[:, 0] ** X[:, 1] + np.exp(X[:, 1])
+
+    def run():
+        return find_formula(Prior(ALPHABET, POOL, 2), X, y, alphabet=ALPHABET, pool=POOL,
+                            rng=np.random.default_rng(3), choices=400)[0]  # fmt: skip
+
+    assert run() == run()
+
+
+def test_offspring_are_formulas_and_a_library_needs_its_operators():
+    rng = np.random.default_rng(0)
+    rows = Prior(ALPHABET, POOL, 2)(rng, 100)
+    for _ in range(300):
+        child = offspring(rng, rows, rows, ALPHABET, POOL, 2)
+        assert subtree_end(ALPHABET, child, 0) == len(child)
+    alone = PoolConfig(variables=("x1",), operators=("sin", "exp"), operator_weights="", max_operators=2)
+    library = Library(check_pool(alone), points()[:, :1], points()[:, 1])
+    assert library(rng, 0.05) == []
+
+
+def test_a_library_skips_what_it_cannot_use():
+    X = points() - 1
+    library = Library(ALPHABET, X, X[:, 0])
+    before = len(library.counts)
+    library.add([ALPHABET.encode(row.split()) for row in ("log x1", "- x1 x1", "* <constant> x2", "+ 1 1")])
+    assert len(library.counts) == before == 2
+    library.add([ALPHABET.encode("sin pow2 x1".split())] * 3)
+    part = tuple(ALPHABET.encode("sin pow2 x1".split()))
+    assert len(library.counts) == 4 and library.counts[part] == 3
+    np.testing.assert_allclose(library.values[part], np.sin(X[:, 0] ** 2), atol=1e-12)
