@@ -5,8 +5,8 @@
     python benchmarks/sr.py --rows suites --model models/ansr-models/sr-cpu --seconds 10
     python benchmarks/sr.py --rows "" --readme                # only write the table into README.md
 
-The control of `suites` is the same search without the network. Peers: pip install sympy scipy; without them their side
-is left out.
+The control of `suites` is the same search without the network. Peers: pip install sympy scipy gplearn pyoperon; without
+them their side is left out.
 """
 
 import argparse
@@ -16,6 +16,7 @@ import statistics
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -26,9 +27,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.experts import figure, load, save, table, write_readme
 from data_utils.expressions import LITERALS, OPERATORS, evaluate
 from data_utils.refine import fit
+from data_utils.search import SOLVED, fvu
 from data_utils.simplify import NotReal, simplify
 from data_utils.skeletons import PoolConfig, check_pool, sample_trees
 from data_utils.sr_data import CHUNK, DataConfig, FlashANSRDataset
+from data_utils.suites import problems
 
 HERE = Path(__file__).resolve().parent
 LIMIT = 5  # seconds that sympy has for a formula
@@ -199,31 +202,86 @@ def fits(args):
         yield figure(f"fits per CPU second, {M} points, against scipy.optimize.curve_fit", target, rounds)
 
 
+def of_gplearn(X, y, seed, seconds):
+    """A function of X found by gplearn in so many seconds."""
+    import gplearn.functions
+    from gplearn.genetic import SymbolicRegressor
+
+    exp = gplearn.functions.make_function(function=lambda a: np.exp(np.clip(a, -50, 20)), name="exp", arity=1)
+    names = ("add", "sub", "mul", "div", "sqrt", "log", "sin", "cos", exp)
+    found = SymbolicRegressor(
+        population_size=1000, generations=1, warm_start=True, metric="rmse", tournament_size=20, function_set=names,
+        const_range=(-5, 5), parsimony_coefficient=0.0005, p_crossover=0.7, p_subtree_mutation=0.1,
+        p_hoist_mutation=0.05, p_point_mutation=0.1, stopping_criteria=1e-8, random_state=seed,
+    )  # fmt: skip
+    start, generations = time.monotonic(), 0
+    while time.monotonic() - start < seconds and (not generations or found._program.raw_fitness_ > 1e-8):
+        generations += 1
+        found.set_params(generations=generations)
+        found.fit(X, y)
+    return found.predict
+
+
+def of_pyoperon(X, y, seed, seconds):
+    """A function of X found by pyoperon in so many seconds."""
+    from pyoperon.sklearn import SymbolicRegressor
+
+    found = SymbolicRegressor(
+        allowed_symbols="add,sub,mul,div,sin,cos,exp,log,sqrt,square,constant,variable", max_length=30,
+        optimizer_iterations=5, population_size=1000, generations=100_000, max_evaluations=10**9, max_time=seconds,
+        n_threads=1, random_state=seed, epsilon=1e-10, tournament_size=3,
+    )  # fmt: skip
+    found.fit(X, y)
+    return found.predict
+
+
+def peers(args):
+    """Shares of Nguyen's problems that public packages find in --seconds each."""
+    for name, search in (("gplearn", of_gplearn), ("pyoperon", of_pyoperon)):
+        rows = []
+        try:
+            for seed in range(args.seeds):
+                for problem in problems("nguyen", seed, 0.0):
+                    start = time.process_time()
+                    with warnings.catch_warnings(), np.errstate(all="ignore"):
+                        warnings.simplefilter("ignore")
+                        predict = search(problem.X, problem.y, seed, args.seconds)
+                        val, wide = (fvu(y, predict(X)) for X, y in ((problem.X_val, problem.y_val),
+                                                                     (problem.X_wide, problem.y_wide)))  # fmt: skip
+                    rows.append(dict(vnrr=val <= SOLVED, recovered=val <= SOLVED and wide <= SOLVED, r2=1 - val,
+                                     cpu_seconds=time.process_time() - start))  # fmt: skip
+        except ImportError:
+            yield dict(figure=f"nguyen, {args.seconds} s, % recovered, {name}", peer=f"pip install {name}", target="")
+            continue
+        yield shares(f"nguyen, {len(rows)} runs of {args.seconds} s, % recovered, {name}", rows, "")
+
+
+def shares(name, rows, target):
+    """A figure of runs: dicts with recovered, vnrr, r2, cpu_seconds."""
+    share = {key: 100 * statistics.mean(bool(row.get(key)) for row in rows) for key in ("recovered", "vnrr")}
+    close = 100 * statistics.mean((row.get("r2") or 0) > 0.999 for row in rows)
+    seconds = statistics.median(row["cpu_seconds"] for row in rows)
+    spread = f"vNRR {share['vnrr']:.1f} %, R2 > 0.999 {close:.1f} %, median {seconds:.1f} CPU s"
+    return dict(figure=name, ours=round(share["recovered"], 1), target=target, spread=spread)
+
+
 def suites(args):
     """Shares of test problems found in --seconds each: with the network of --model, and by the search without it."""
     arms = {"without the network": "--method prior"} | ({"network": f"--model {args.model}"} if args.model else {})
-    for suite, more in (("nguyen", ""), ("feynman", "--max_variables 3")):
+    for suite, more, target in (("nguyen", "", ">= 75"), ("feynman", "--max_variables 3", ">= 60")):
         for arm, flags in arms.items():
-            out = args.out.parent / "work" / f"sr-{suite}.jsonl"
+            out = args.out.parent / "work" / f"sr-{suite}-{arm.split()[0]}.jsonl"
             words = (
                 f"generate.py formula {flags} --suite {suite} {more} --seeds {args.seeds} --max_seconds {args.seconds}"
             )
             command = [sys.executable, *words.split(), "--out", str(out)]
             subprocess.run(command, check=True, cwd=HERE.parent, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
             rows = [json.loads(line) for line in out.read_text().splitlines()]
-            share = {name: 100 * statistics.mean(bool(row.get(name)) for row in rows) for name in ("recovered", "vnrr")}
-            close = 100 * statistics.mean((row.get("r2") or 0) > 0.999 for row in rows)
-            seconds = statistics.median(row["cpu_seconds"] for row in rows)
             which = f"{suite} {more.replace('--max_variables ', '<= ')}".strip()
-            yield dict(
-                figure=f"{which}, {len(rows)} runs of {args.seconds} s, % recovered, {arm}",
-                ours=round(share["recovered"], 1),
-                target=">= 75" * (suite == "nguyen"),
-                spread=f"vNRR {share['vnrr']:.1f} %, R2 > 0.999 {close:.1f} %, median {seconds:.1f} CPU s",
-            )
+            yield shares(f"{which}, {len(rows)} runs of {args.seconds} s, % recovered, {arm}", rows, target)
 
 
-ROWS = dict(data=data, simplify=simpler, refine=fits, suites=suites)
+ROWS = dict(data=data, simplify=simpler, refine=fits, suites=suites, peers=peers)
 
 
 def main(argv=None):
@@ -233,7 +291,7 @@ def main(argv=None):
     add("--readme", action="store_true", help="write the table into README.md")
     add("--model", default="", help="folder of a model of train_sr.py")
     add("--out", type=Path, default=HERE / "sr.json")
-    for name, default in dict(times=7, formulas=200, seeds=3, seconds=5).items():
+    for name, default in dict(times=7, formulas=200, seeds=3, seconds=10).items():
         add(f"--{name}", type=int, default=default, help=f"default {default}")
     args = parser.parse_args(argv)
     args.threads = 1
