@@ -81,7 +81,7 @@ class SRConfig(ModelConfig, PoolConfig, DataConfig):
     warmup: float = 0.05  # share of the steps with a rising rate
     cooldown: float = 0.4  # share of the steps with a falling rate
     lr_schedule: str = ""  # points 0:0,100000:1e-4,... instead: linear between, flat after the last
-    optimizer: Literal["adamw", "muon"] = "muon"  # of the hidden matrices; the rest is always AdamW's
+    optimizer: Literal["adamw", "adamw_8bit", "muon"] = "muon"  # 8bit: moments in a quarter of the memory
     muon: float = 8.0  # rate of the hidden matrices with muon, in units of lr
     weight_decay: float = 0.01  # decay, on matrices only
     beta1: float = 0.9  # AdamW
@@ -128,6 +128,7 @@ from data_utils.metrics import append_row, start_rows, to_wandb
 from data_utils.progress import Progress, peak_mb, say
 from data_utils.search import solve_problems
 from data_utils.stop import Stop
+from models.adamw8bit import AdamW8bit
 from models.formula_model import ARGUMENTS, FlashANSRModel
 from models.muon import Muon
 
@@ -196,7 +197,8 @@ def main(cfg):
         dict(params=[p for name, p in trained.items() if kind_of(name, p) == kind], weight_decay=decay, times=times)
         for kind, decay, times in (("hidden", cfg.weight_decay, cfg.muon), ("last", cfg.weight_decay, 0), ("", 0, 0))
     ]
-    kinds = dict(adamw=partial(torch.optim.AdamW, fused=device.type in ("cpu", "cuda")), muon=Muon)
+    fused = partial(torch.optim.AdamW, fused=device.type in ("cpu", "cuda"))
+    kinds = dict(adamw=fused, adamw_8bit=partial(AdamW8bit, seed=cfg.seed), muon=Muon)
     optimizer = kinds[cfg.optimizer](groups, lr=cfg.lr, betas=(cfg.beta1, cfg.beta2))
     count = {part: sum(p.numel() for name, p in trained.items() if name.startswith("encoder") == (part == "encoder"))
              for part in ("encoder", "decoder")}  # fmt: skip

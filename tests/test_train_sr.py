@@ -120,7 +120,7 @@ def test_saved_pools_wandb_and_starting_over(tmp_path):
     (tmp_path / "wandb.py").write_text("raise ImportError\n")
     env = dict(os.environ, PYTHONPATH=f"{tmp_path}:{ROOT}", OMP_NUM_THREADS="1")
     words = [sys.executable, str(ROOT / "train_sr.py"), *map(str, flags), "-o", "out", "--mode", "offline"]
-    for more in ([], ["--fresh"], ["--fresh"]):
+    for more in (["--optimizer=adamw"], ["--fresh", "--optimizer=adamw_8bit"], ["--fresh"]):
         done = subprocess.run([*words, *more], cwd=tmp_path, env=env, capture_output=True, text=True)
         assert not done.returncode, done.stderr
         assert "pip install wandb" in done.stderr
