@@ -274,16 +274,16 @@ def sudoku(cfg):
 
 def generate_skeleton_pool(cfg):
     """Draw skeletons of formulas, none of a test set, and save them as a pool for train_sr.py."""
-    from data_utils import skeletons
+    from data_utils import pools
 
-    return skeletons.generate(cfg)
+    return pools.generate(cfg)
 
 
 def import_data(cfg):
     """Save the formulas of a csv file as a pool of skeletons, to be held out or evaluated."""
-    from data_utils import skeletons
+    from data_utils import pools
 
-    return skeletons.import_data(cfg)
+    return pools.import_data(cfg)
 
 
 COMMANDS = {

@@ -24,12 +24,16 @@ nested.py      configuration files in sections: train_hrm.py
 arithmetic.py  "What is 12 + 7?": questions.py, prepare_data.py
 puzzles.py     Sudoku: questions.py, answers.py, prepare_data.py
 distributions.py  distributions as text: skeletons.py, sr_data.py
-skeletons.py   random formulas with blank constants, pools, hold-outs: train_sr.py, generate.py, prepare_data.py
+skeletons.py   random formulas with blank constants: train_sr.py, sr_data.py, search.py, pools.py
+pool_files.py  test sets and saved pools in files: holdout.py, pools.py, suites.py, bundles.py
+holdout.py     which skeletons are never drawn: bundles.py, pools.py, formula.py
+pools.py       pools of skeletons: prepare_data.py
 sr_data.py     points and formulas, a stream of batches: bundles.py
 bundles.py     train.yaml and all that it names: train_sr.py
 folders.py     checkpoints that are folders: train_sr.py
 expressions.py formulas as rows of tokens, their values, text: skeletons.py, refine.py, search.py
 simplify.py    the normal form of a formula: skeletons.py, search.py
 refine.py      constants of many formulas at once: search.py
+sums.py        sums of known parts that explain y: search.py
 search.py      a formula for given points: train_sr.py, generate.py
 """

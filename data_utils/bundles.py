@@ -7,7 +7,9 @@ from types import SimpleNamespace
 
 from data_utils.config import build, load_config
 from data_utils.expressions import SPECIAL, Alphabet
-from data_utils.skeletons import PoolConfig, hold_out, load_pool, translate
+from data_utils.holdout import hold_out
+from data_utils.pool_files import load_pool, translate
+from data_utils.skeletons import PoolConfig
 from data_utils.sr_data import DataConfig, FlashANSRDataset
 
 OF_A_RUN = "config output_dir verbose resume_from resume_step fresh skeleton_pool".split()  # not of a bundle

@@ -14,8 +14,9 @@ from data_utils.checkpoint import write_atomic
 from data_utils.config import UsageError, at_least
 from data_utils.expressions import to_text
 from data_utils.hardware import Hardware
+from data_utils.holdout import hold_out
 from data_utils.search import Network, Prior, find_formula, predict
-from data_utils.skeletons import PoolConfig, check_pool, hold_out
+from data_utils.skeletons import PoolConfig, check_pool
 from data_utils.suites import problems, read_table, score, terms
 from models.formula_model import FlashANSRModel
 

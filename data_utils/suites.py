@@ -13,8 +13,8 @@ import numpy as np
 
 from data_utils.config import DataError, UsageError, root
 from data_utils.expressions import evaluate, from_text
+from data_utils.pool_files import EVERY, read_formulas
 from data_utils.search import SOLVED, fvu, predict
-from data_utils.skeletons import EVERY, read_formulas
 
 POINTS = dict(nguyen=20)  # to fit; 512 in other suites
 MOST_TRIES = 1000  # draws of a point that is not finite

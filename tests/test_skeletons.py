@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from data_utils import skeletons
+from data_utils import holdout, pool_files, pools, skeletons
 from data_utils.config import DataError, UsageError, build, load_config, save_config
 from data_utils.distributions import parse
 from data_utils.expressions import OPERATORS, Alphabet
@@ -29,7 +29,7 @@ NEAR_MISSES = """cos x1|+ x1 pow4 x1|+ pow2 x1 pow4 x1|+ x1 exp x1|+ sin x1 cos 
 
 @pytest.fixture(scope="module")
 def held():
-    return skeletons.hold_out(PoolConfig())
+    return holdout.hold_out(PoolConfig())
 
 
 def arity(token):
@@ -157,7 +157,7 @@ def test_test_sets_are_recognised_renamed_reordered_and_with_constants(held):
     draw, alphabet = random.Random(0), Alphabet(OPERATORS, [f"x{i + 1}" for i in range(9)])
     missed = []
     for name in ("nguyen", "feynman", "fastsrb"):
-        for formula in skeletons.read_formulas(ROOT / f"configs/test_set/{name}.csv"):
+        for formula in pool_files.read_formulas(ROOT / f"configs/test_set/{name}.csv"):
             assert len(tree(formula.prefix)) > 1
             k = len(formula.variables)
             if k > 5:
@@ -219,7 +219,7 @@ def test_no_test_set_skeleton_in_many_draws(held):
     tests, bare_tests = set(), set()
     with np.errstate(all="ignore"):
         for name in ("nguyen", "feynman", "fastsrb"):
-            for formula in skeletons.read_formulas(ROOT / f"configs/test_set/{name}.csv"):
+            for formula in pool_files.read_formulas(ROOT / f"configs/test_set/{name}.csv"):
                 orders = [*itertools.permutations(range(3))] if len(formula.variables) <= 3 else []
                 normal = tree(simplify(formula.prefix)[0])
                 tests |= {signature(tree(formula.prefix), x[list(order)]) for order in orders}
@@ -232,9 +232,10 @@ def test_no_test_set_skeleton_in_many_draws(held):
 
 def test_processes_agree_on_chunks():
     code = (
-        "import hashlib, numpy as np; from data_utils import skeletons as s; p = s.PoolConfig(max_operators=5);"
+        "import hashlib, numpy as np; from data_utils import holdout, skeletons as s;"
+        "p = s.PoolConfig(max_operators=5);"
         "import sys; s.make_chunk(np.random.default_rng(4), int(sys.argv[1]), s.check_pool(p), p);"
-        "c, r = s.make_chunk(np.random.default_rng(3), 1500, s.check_pool(p), p, s.hold_out(p));"
+        "c, r = s.make_chunk(np.random.default_rng(3), 1500, s.check_pool(p), p, holdout.hold_out(p));"
         "print(hashlib.sha256(c.tokens.tobytes() + c.counts.tobytes()).hexdigest(), sorted(r.items()))"
     )
     found = {subprocess.run([sys.executable, "-c", code, str(1000 * seed)], cwd=ROOT, capture_output=True, text=True,
@@ -262,48 +263,48 @@ def test_saved_pools(tmp_path):
     alphabet = check_pool(pool)
     found = skeletons.draw_pool(300, alphabet, pool, None, seed=1, split=1)
     assert len({bytes(row) for row in found.tokens}) == 300
-    skeletons.save_pool(tmp_path / "a", found, alphabet, pool)
-    skeletons.save_pool(tmp_path / "b", found, alphabet, pool)
+    pool_files.save_pool(tmp_path / "a", found, alphabet, pool)
+    pool_files.save_pool(tmp_path / "b", found, alphabet, pool)
     for name in ("skeletons.npz", "skeleton_pool.yaml"):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
-    loaded, old = skeletons.load_pool(tmp_path / "a")
+    loaded, old = pool_files.load_pool(tmp_path / "a")
     new = Alphabet(list(pool.operators)[::-1], [*pool.variables, "x4"])
-    moved = skeletons.translate(loaded, old, new)
+    moved = pool_files.translate(loaded, old, new)
     assert [new.decode(row) for row in moved.tokens] == [alphabet.decode(row) for row in found.tokens]
     assert (moved.counts == found.counts).all()
     with pytest.raises(UsageError, match="lacks"):
-        skeletons.translate(loaded, old, Alphabet(["+"], ["x1"]))
-    closed = skeletons.HoldOut([alphabet.decode(row) for row in found.tokens])
+        pool_files.translate(loaded, old, Alphabet(["+"], ["x1"]))
+    closed = holdout.HoldOut([alphabet.decode(row) for row in found.tokens])
     assert closed(found.tokens, alphabet).all()
     other = dataclasses.replace(pool, holdout_pools=(str(tmp_path / "a"),))
-    assert skeletons.hold_out(other)(found.tokens, alphabet).all()
+    assert holdout.hold_out(other)(found.tokens, alphabet).all()
     again, _ = make_chunk(np.random.default_rng(9), 3000, alphabet, pool, closed)
     assert not {bytes(row) for row in again.tokens} & {bytes(row) for row in found.tokens}
     with pytest.raises(DataError, match="nothing"):
-        skeletons.hold_out(dataclasses.replace(pool, holdout_pools=(str(tmp_path / "nothing"),)))
+        holdout.hold_out(dataclasses.replace(pool, holdout_pools=(str(tmp_path / "nothing"),)))
 
 
 def test_damaged_pools_are_refused(tmp_path):
     pool = small()
     alphabet = check_pool(pool)
-    skeletons.save_pool(tmp_path, skeletons.draw_pool(50, alphabet, pool, None, seed=1, split=1), alphabet, pool)
+    pool_files.save_pool(tmp_path, skeletons.draw_pool(50, alphabet, pool, None, seed=1, split=1), alphabet, pool)
     npz = (tmp_path / "skeletons.npz").read_bytes()
     good = dict(np.load(tmp_path / "skeletons.npz"))
     for damage in (npz[:-30], npz[:100], b"", npz[:90] + bytes([npz[90] ^ 255]) + npz[91:]):
         (tmp_path / "skeletons.npz").write_bytes(damage)
         with pytest.raises(DataError, match="skeletons.npz"):
-            skeletons.load_pool(tmp_path)
+            pool_files.load_pool(tmp_path)
     hostile = [dict(tokens=np.array([{}], object)), dict(tokens=good["tokens"].astype(int)), dict(counts=np.zeros(50)),
                dict(tokens=good["tokens"] + np.uint8(200)), dict(tokens=good["tokens"][:, ::-1])]  # fmt: skip
     for change in hostile:
         np.savez(tmp_path / "skeletons.npz", **(good | change))
         with pytest.raises(DataError, match="skeletons.npz"):
-            skeletons.load_pool(tmp_path)
+            pool_files.load_pool(tmp_path)
     np.savez(tmp_path / "skeletons.npz", **good)
     for text in ("!!python/object/apply:os.system [ls]", "operators: [", "operators: 5", "[" * 4000):
         (tmp_path / "skeleton_pool.yaml").write_text(text)
         with pytest.raises(DataError, match="skeleton_pool.yaml"):
-            skeletons.load_pool(tmp_path)
+            pool_files.load_pool(tmp_path)
 
 
 def test_exhausted_pool_says_how_many_exist(monkeypatch):
@@ -334,10 +335,10 @@ def test_bad_csv_names_the_line(tmp_path):
                        (head + "a,x+1,x,0:1 0:1\n", "1 variables, 2 ranges")]:  # fmt: skip
         path.write_text(text)
         with pytest.raises(DataError) as e:
-            skeletons.read_formulas(str(path))
+            pool_files.read_formulas(str(path))
         assert word in str(e.value), e.value
     with pytest.raises(DataError, match="import_test_sets"):
-        skeletons.read_formulas(str(tmp_path / "none.csv"))
+        pool_files.read_formulas(str(tmp_path / "none.csv"))
 
 
 def run(*arguments):
@@ -349,7 +350,7 @@ def test_commands(tmp_path):
     (tmp_path / "pool.yaml").write_text("max_operators: 3\nholdout_pools: ['{{ROOT}}/configs/test_set/nguyen.csv']\n")
     first = run("generate-skeleton-pool", "-c", tmp_path / "pool.yaml", "-o", tmp_path / "out", "-s", 40, "-v")
     assert first.returncode == 0 and "40 skeletons" in first.stdout, first.stderr
-    assert len(skeletons.load_pool(tmp_path / "out")[0].tokens) == 40
+    assert len(pool_files.load_pool(tmp_path / "out")[0].tokens) == 40
     assert run("generate-skeleton-pool", "-c", tmp_path / "pool.yaml", "-o", tmp_path / "out").returncode == 2
     (tmp_path / "pool.yaml").write_text("max_operator: 3\n")
     typo = run("generate-skeleton-pool", "-c", tmp_path / "pool.yaml", "-o", tmp_path / "new")
@@ -359,8 +360,8 @@ def test_commands(tmp_path):
                               base_skeleton_pool="configs/test/skeleton_pool_val.yaml", fresh=False,
                               output_dir=str(tmp_path / name))  # fmt: skip
         cfg.input, cfg.base_skeleton_pool = (str(ROOT / path) for path in (cfg.input, cfg.base_skeleton_pool))
-        skeletons.import_data(cfg)
-        assert skeletons.load_pool(tmp_path / name)[0].counts.sum() == number
+        pools.import_data(cfg)
+        assert pool_files.load_pool(tmp_path / name)[0].counts.sum() == number
 
 
 def test_bundles_load_build_and_save(tmp_path):

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from data_utils import skeletons, sr_data
+from data_utils import holdout, skeletons, sr_data
 from data_utils.config import DataError, UsageError
 from data_utils.expressions import OPERATORS, SPECIAL, Alphabet
 from data_utils.skeletons import PoolConfig, check_pool
@@ -274,7 +274,7 @@ def test_held_out_skeletons_never_come_and_saved_pools_do():
     pool = PoolConfig(**SMALL)
     alphabet = check_pool(pool)
     val = skeletons.draw_pool(200, alphabet, pool, None, seed=0, split=1)
-    held = skeletons.hold_out(pool, [alphabet.decode(row) for row in val.tokens])
+    held = holdout.hold_out(pool, [alphabet.decode(row) for row in val.tokens])
     b = dataset(held=held, batch_size=128).batch(0)
     assert not held(b["skeletons"].numpy(), alphabet).any()
     b = dataset(saved=val, split="val", batch_size=64).batch(0)
@@ -292,7 +292,7 @@ def test_what_a_user_gets_wrong():
         with pytest.raises(UsageError, match=word):
             dataset(data=data)
     with pytest.raises(DataError, match="held out"):
-        every = skeletons.HoldOut([["x1"], ["sin", "x1"], ["sin", "sin", "x1"]])
+        every = holdout.HoldOut([["x1"], ["sin", "x1"], ["sin", "sin", "x1"]])
         tiny = dict(
             operators=("sin",), operator_weights="", variables=("x1",), max_operators=2, constant_probability=0.0
         )
