@@ -337,7 +337,7 @@ def generate(args):
     torch.manual_seed(0)
     model = HRM(vocab_size=8192, d_model=256, max_seq_len=256, n_heads=4, encoder_layers=2, decoder_layers=4,
                 core="recursive", core_layers=2, share=True, h_cycles=2, l_steps=2, grad="last_cycle", ffn_dim=0,
-                positions="rope", relation_bias=False, halting=False, halting_weight=0.5).eval()  # fmt: skip
+                positions="rope", relation_bias=False, halting=False, halting_weight=0.5).frozen()  # fmt: skip
     prompt, n = torch.randint(4, 8192, (1, 256)), 64 if not args.quick else 4
 
     @torch.no_grad()

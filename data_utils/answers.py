@@ -88,13 +88,13 @@ def load_reasoner(run_name, path, dataset):
     except RuntimeError as e:
         raise CheckpointError(f"{path} does not fit its own model_args: {str(e).splitlines()[0]}") from e
     if model.cells:
-        return model.requires_grad_(False).eval(), state, lambda prompt: parse(prompt).tolist(), None
+        return model.frozen(), state, lambda prompt: parse(prompt).tolist(), None
     tokenizer = open_tokenizer(Path(path).parent, state["meta"] | dict(tokenizer_file="tokenizer.json"))
     plain = (
         partial(tokenizer.encode, add_specials=False) if isinstance(tokenizer, SimpleTokenizer) else tokenizer.encode
     )
     return (
-        model.requires_grad_(False).eval(),
+        model.frozen(),
         state,
         lambda prompt: [tokenizer.bos_id, *plain(prompt), tokenizer.eos_id],
         tokenizer,

@@ -262,6 +262,17 @@ class HRM(nn.Module):
         x, bias, z_H, used = self.think(ids, None, segments, threshold)
         return self.guess(self.answer(x, z_H, bias, None)), used
 
+    def frozen(self):
+        """Make it ready to answer, not to be trained again -> self.
+
+        The weights of the decoder that are taller than wide are stored by columns: one token at a time, a CPU reads
+        them two to three times as fast.
+        """
+        for part in [self.head, *self.decoder.modules()]:
+            if isinstance(part, nn.Linear) and part.out_features > part.in_features:
+                part.weight.data = part.weight.data.T.contiguous().T
+        return self.requires_grad_(False).eval()
+
     def init_state(self, x, z_H, bias):
         """An empty cache for `step`: position, keys and values of the answer (layers, 2, B, heads, max_seq_len, D) and
         of the memory (layers, 2, B, heads, S, D), bias of the memory's keys."""

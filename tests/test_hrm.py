@@ -156,6 +156,8 @@ def test_steps_equal_the_full_forward(head):
     x, bias, z_H, _ = model.think(batch["encoder_ids"], batch["encoder_mask"], 2, math.inf)
     tokens = ids(4, 16)
     full = F.linear(model.answer(x, z_H, bias, tokens), model.head.weight)
+    model.frozen()  # other strides, the same numbers
+    assert model.head.weight.stride() == (1, V)
     for prompt in (1, 5):
         logits, state = model.step(tokens[:, :prompt], model.init_state(x, z_H, bias))
         torch.testing.assert_close(logits, full[:, prompt - 1], rtol=0, atol=1e-5)

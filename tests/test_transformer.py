@@ -72,6 +72,9 @@ def test_norm_and_its_gradients_equal_the_library():
     found = torch.autograd.grad(_RMSNorm.apply(x, norm.weight).sin().sum(), [x, norm.weight])
     plain = F.rms_norm(x, (32,), norm.weight, EPS)
     torch.testing.assert_close(found, torch.autograd.grad(plain.sin().sum(), [x, norm.weight]))
+    trained = norm(x)
+    with torch.no_grad():  # another path
+        assert torch.equal(norm(x), trained)
     assert torch.autograd.gradcheck(build().rotary.double(), (x[:, :, :8].detach().unsqueeze(2).requires_grad_(),))
 
 
