@@ -268,7 +268,7 @@ def stepper(side, args, dtype, compile=False):
                     relation_bias=False, halting=True, halting_weight=0.5)  # fmt: skip
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
         state = SimpleNamespace(carry=None)
-        call = torch.compile(model) if compile else model
+        call = model.compiled() if compile else model
 
         def step():
             with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bf16"):
@@ -303,9 +303,12 @@ def stepper(side, args, dtype, compile=False):
 def step(args):
     """Training steps per second of the same architecture, 4 + 4 layers at width 128, in turn."""
     pairs = [("fp32", "fp32", "official", ">= 1.7"), ("bf16", "bf16", "official", ">= 1.6"),
-             ("bf16", "fp32", "official", ">= 4"), ("fp32", "fp32", "official, one forward", "")]  # fmt: skip
+             ("bf16", "fp32", "official", ">= 4"), ("bf16, compiled", "bf16", "official", ">= 2"),
+             ("bf16, compiled", "fp32", "official", ">= 4"), ("fp32", "fp32", "official, one forward", "")]  # fmt: skip
     for ours, theirs, side, target in pairs:
-        sides = [stepper("ours", args, ours), peer(side, args, theirs)]
+        if args.quick and "compiled" in ours:  # takes a minute to start
+            continue
+        sides = [stepper("ours", args, ours[:4], "compiled" in ours), peer(side, args, theirs)]
         yield timed(f"training steps/s in {ours}, against {side} HRM in {theirs}", target, args, sides, (1, 1), GET)
     rounds = [[peak("ours", args), *filter(None, [peak("official", args)])] for _ in range(min(3, args.times))]
     yield figure("peak MB of the process, training in bf16, against official HRM in fp32", "<= 0.5", rounds, GET)

@@ -262,6 +262,13 @@ class HRM(nn.Module):
         x, bias, z_H, used = self.think(ids, None, segments, threshold)
         return self.guess(self.answer(x, z_H, bias, None)), used
 
+    def compiled(self):
+        """Let torch.compile make each block of the core anew -> self; names of weights stay, the whole takes longer."""
+        for blocks in self.core.stacks:
+            for block in blocks:
+                block.compile()
+        return self
+
     def frozen(self):
         """Make it ready to answer, not to be trained again -> self.
 
