@@ -263,10 +263,9 @@ class HRM(nn.Module):
         return self.guess(self.answer(x, z_H, bias, None)), used
 
     def compiled(self):
-        """Let torch.compile make each block of the core anew -> self; names of weights stay, the whole takes longer."""
-        for blocks in self.core.stacks:
-            for block in blocks:
-                block.compile()
+        """Let torch.compile make each stack of the core anew -> self; weights keep their names."""
+        for stack in self.core.stacks:
+            stack.compile()
         return self
 
     def frozen(self):

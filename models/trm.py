@@ -79,6 +79,16 @@ class Block(nn.Module):
         return rms(h + self.ffn(h))
 
 
+class Stack(nn.ModuleList):
+    """Blocks one after another, on the sum of the states (B, S, C) that are given: -> (B, S, C)."""
+
+    def forward(self, states, rotary, biases):
+        h = sum(states[1:], states[0])
+        for block, bias in zip(self, biases, strict=True):
+            h = block(h, rotary, bias)
+        return h
+
+
 class Core(nn.Module):
     """z_H after one segment of reasoning about x.
 
@@ -95,7 +105,7 @@ class Core(nn.Module):
         self.without_grad = self.calls - dict(bptt=self.calls, last_cycle=l_steps + 1, one_step=2)[grad]
         sizes = dict(d_model=d_model, n_heads=n_heads, ffn_dim=ffn_dim)
         count = 0 if core == "none" else 1 if share else 2  # the first is f_L, the last f_H
-        self.stacks = nn.ModuleList(nn.ModuleList(Block(**sizes) for _ in range(core_layers)) for _ in range(count))
+        self.stacks = nn.ModuleList(Stack(Block(**sizes) for _ in range(core_layers)) for _ in range(count))
         if self.recursive:
             self.register_buffer("start_L", torch.randn(d_model))
             self.register_buffer("start_H", torch.randn(d_model))
@@ -124,10 +134,8 @@ class Core(nn.Module):
         """x, z_H, z_L: (B, S, C), bias of the keys (B, 1, 1, S) or None -> z_H, z_L after one segment."""
         biases = self.biases(bias)
 
-        def f(i, h):
-            for block, b in zip(self.stacks[i], biases[i], strict=True):
-                h = block(h, rotary, b)
-            return h
+        def f(i, *states):
+            return self.stacks[i](states, rotary, biases[i])
 
         if not self.recursive:
             for i in range(len(self.stacks)):
@@ -136,7 +144,7 @@ class Core(nn.Module):
         for call in range(self.calls):
             with torch.set_grad_enabled(torch.is_grad_enabled() and call >= self.without_grad):
                 if (call + 1) % (self.l_steps + 1):
-                    z_L = f(0, z_L + z_H + x)
+                    z_L = f(0, z_L, z_H, x)
                 else:
-                    z_H = f(-1, z_H + z_L)
+                    z_H = f(-1, z_H, z_L)
         return z_H, z_L
