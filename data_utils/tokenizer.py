@@ -31,7 +31,7 @@ PIECES = re.compile(
     rf" ?[A-Za-z]++(?![^\0-\x7f])|'(?:[sdmt]|ll|ve|re)| ?[0-9]++(?![^\0-\x7f])"
     rf"| ?[!-/:-@\[-`{{-~]++(?![^\t-\r -\x7e])| ?[^{SPACE}]+|[{SPACE}]+(?![^{SPACE}])|[{SPACE}]"
 )
-MOST_PIECES, MOST_CHARACTERS = 2**17, 2**22  # whose ids are kept: some 30 MB
+MOST_PIECES, MOST_CHARACTERS = 2**16, 2**21  # whose ids are kept: some 15 MB
 
 
 def load_tokenizer(spec):
