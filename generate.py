@@ -42,7 +42,7 @@ class AnswerConfig:
     run_name: str = ""  # a run of train_hrm.py: its best model, else its final one
     checkpoint: str = ""  # or a file of it
     dataset: str = "auto"  # what it must have been trained on
-    prompt: tuple[str, ...] = ()  # questions or puzzles, each in quotes, one after the other
+    prompt: tuple[str, ...] = ()  # questions or puzzles, each in quotes
     input: str = ""  # or a file, one a line
     max_new_tokens: int = 64  # longest answer
     temperature: float = 0.0  # 0 takes the likeliest token

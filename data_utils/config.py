@@ -43,11 +43,11 @@ def from_cli(cls, doc="", argv=None, prog=None, by="", flatten=None, load=None):
     """Return cls() changed by --config FILE.yaml, then by the flags.
 
     The comment that ends a field's line is its help, and the class that has the field its group, inherited fields
-    included. A Literal gives choices, a bool --flag/--no-flag, a tuple takes any number of values. --snake_case and
-    --kebab-case both work. No default is None: say "", 0 or -1. A field's metadata may hold `bare`, the value of a flag
-    that stands alone, `also`, a second name, and `short`, one like -o. `cls` may be {choice: class}: then the flag
-    --`by` picks the class, so that each variant has defaults and help of its own; or a function of that flag's value
-    ("" if absent) -> class.
+    included. A Literal gives choices, a bool --flag/--no-flag, a tuple takes any number of values, at once or flag by
+    flag. --snake_case and --kebab-case both work. No default is None: say "", 0 or -1. A field's metadata may hold
+    `bare`, the value of a flag that stands alone, `also`, a second name, and `short`, one like -o. `cls` may be
+    {choice: class}: then the flag --`by` picks the class, so that each variant has defaults and help of its own; or a
+    function of that flag's value ("" if absent) -> class.
     `flatten` turns the keys of a bundle into flags before they are looked at; `load` reads FILE instead (path -> dict,
     ValueError or UsageError). Without it a field `config` of cls is an ordinary one. Exits with status 2 on a typo, a
     wrong type or a bad choice, naming the nearest flag. Returns None in a notebook, where sys.argv is the kernel's:
@@ -65,13 +65,24 @@ def from_cli(cls, doc="", argv=None, prog=None, by="", flatten=None, load=None):
     if by:
         cls = _choose(cls, by, doc, flags + argv, prog)
     parser = _parser(cls, doc, prog)
-    if path:  # a bundle is only more flags: same checks, same errors, with the file named
-        error, parser.error = parser.error, lambda message: error(f"--config {path}: {message}")
-        parser.parse_args(flags)
-        parser.error = error
-    args = parser.parse_args(flags + argv)
-    values = {f.name: getattr(args, f.name) for f in dataclasses.fields(cls)}
-    return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+    error, bundle = parser.error, f"--config {path}: " if path else ""
+    parser.error = lambda message: error(bundle + message)  # a bundle is only more flags: same checks, same errors
+    args = _tuples(parser.parse_args(flags))
+    parser.error = error
+    args = _tuples(parser.parse_args(argv, args))
+    return cls(**{f.name: getattr(args, f.name) for f in dataclasses.fields(cls)})
+
+
+def _tuples(args):
+    return argparse.Namespace(**{k: tuple(v) if isinstance(v, list) else v for k, v in vars(args).items()})
+
+
+class _Several(argparse.Action):
+    """--flag a --flag b is --flag a b; what stood there before this command line, a tuple, is replaced."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        before = getattr(namespace, self.dest)
+        setattr(namespace, self.dest, [*before, *values] if isinstance(before, list) else list(values))
 
 
 def launch(main, cfg):
@@ -127,7 +138,7 @@ def _parser(cls, doc, prog):
         if isinstance(f.default, bool):
             kind |= dict(action=argparse.BooleanOptionalAction)
         elif isinstance(f.default, tuple):
-            kind |= dict(type=typing.get_args(f.type)[0], nargs="*")
+            kind |= dict(type=typing.get_args(f.type)[0], nargs="*", action=_Several)
         else:
             kind |= dict(type=type(f.default), choices=typing.get_args(f.type) or None)
         if bare := f.metadata.get("bare", BARE.get(f.name)):

@@ -59,6 +59,7 @@ def refused(capsys, *argv, cls=Child, **more):
         (["--names"], "names", ()),
         (["--names", "a", "b"], "names", ("a", "b")),
         (["--sizes", "7"], "sizes", (7,)),
+        (["--sizes", "7", "8", "--kind=two", "--sizes=9"], "sizes", (7, 8, 9)),
         (["--rate=1e-4"], "rate", 1e-4),
         (["--kind", "two"], "kind", "two"),
         ([], "resume", ""),
