@@ -85,7 +85,7 @@ class Library:
         """Sums of some parts, under a link or none -> (score, id list) of those found, constants still to be fitted."""
         ids, names, values = self.alphabet.ids, list(self.counts), list(self.values.values())
         link = str(rng.choice(list(LINKS)[1:])) if rng.random() < 0.5 else ""
-        if not {"+", "*", link or "+"} <= ids.keys():
+        if not names or not {"+", "*", link or "+"} <= ids.keys():
             return []
         weights = np.array([n / len(part) for part, n in self.counts.items()])
         chosen = rng.choice(len(names), min(DRAWN, len(names)), replace=False, p=weights / weights.sum())
@@ -97,10 +97,11 @@ class Library:
                 parts |= {(ids["*"], *names[i], *names[k]): values[i] * values[k] for i, k in pairs}
             elif "log" in ids:  # sums of logs are products
                 parts |= {(ids["log"], *g): np.log(v) for g, v in parts.items() if (v > 0).all()}
-        if not np.isfinite(y).all() or np.ptp(y) == 0:
+        largest = np.abs(y).max()
+        if not np.isfinite(y).all() or np.ptp(y) <= RELATED * largest:
             return []
         names = list(parts)
-        found = choose(np.array(list(parts.values())), y)
+        found = choose(np.array(list(parts.values())), y / largest)
         rows = [self._row(link, [names[i] for i in chosen]) for _, chosen in found]
         return [(np.log10(max(share, EXACT)) + parsimony * len(row), row)
                 for (share, _), row in zip(found, rows, strict=True)]  # fmt: skip

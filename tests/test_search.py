@@ -78,6 +78,15 @@ def test_offspring_are_formulas_and_a_library_needs_its_operators():
     assert library(rng, 0.05) == []
 
 
+def test_a_library_takes_numbers_of_any_size():
+    rng, X = np.random.default_rng(0), points()
+    with np.errstate(all="raise", under="ignore"):
+        for y in (1e200 * X[:, 0], 600 * X[:, 0] ** 2, 1e-200 * X[:, 1], np.ones(len(X))):
+            library = Library(ALPHABET, X, y)
+            library.add([ALPHABET.encode(row.split()) for row in ("pow2 x1", "* x1 x2", "exp x2")])
+            assert all(np.isfinite(score) for _ in range(20) for score, _ in library(rng, 0.05))
+
+
 def test_a_library_skips_what_it_cannot_use():
     X = points() - 1
     library = Library(ALPHABET, X, X[:, 0])
