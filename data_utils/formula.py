@@ -52,7 +52,7 @@ def search(cfg, model, alphabet, pool, X, y, rng, names=(), held=None):
                           width=cfg.beam_width if cfg.method == "beam" else 0, **sampling)  # fmt: skip
     return find_formula(
         propose, X, y, alphabet=alphabet, pool=pool, rng=rng, prior=prior, choices=cfg.choices, evolve=cfg.evolve,
-        restarts=cfg.restarts, parsimony=cfg.parsimony, max_seconds=cfg.max_seconds, refiner=cfg.refiner,
+        restarts=cfg.restarts, parsimony=cfg.parsimony, max_seconds=cfg.max_seconds, refiner=cfg.refiner, rank=cfg.rank,
     )  # fmt: skip
 
 
@@ -124,10 +124,13 @@ def measure(cfg, model, alphabet, pool):
                 words = f"{problem.name:14} seed {seed} FVU {row.get('fvu_val', np.inf):8.1e} {verdict:9}"
                 print(f"{words} {row['seconds']:5.1f} s  {row.get('formula', '')[:90]}", file=sys.stderr, flush=True)
         own = [row for row in rows if row["suite"] == suite]
-        shares = {name: 100 * statistics.mean(bool(row.get(name)) for row in own) for name in ("vnrr", "recovered")}
+        shares = {
+            name: 100 * statistics.mean(bool(row.get(name)) for row in own) for name in ("vnrr", "recovered", "nnrr")
+        }
         good = 100 * statistics.mean(row.get("r2", 0) > 0.999 for row in own)
         spent = {name: statistics.median(row[name] for row in own) for name in ("seconds", "cpu_seconds", "candidates")}
-        print(f"{suite}, {len(own)} runs: vNRR {shares['vnrr']:.1f} %, recovered {shares['recovered']:.1f} %, "
+        noisy = f", nNRR {shares['nnrr']:.1f} %" * bool(cfg.noise)
+        print(f"{suite}, {len(own)} runs: vNRR {shares['vnrr']:.1f} %, recovered {shares['recovered']:.1f} %{noisy}, "
               f"R2 > 0.999 {good:.1f} %; median {spent['seconds']:.1f} s, {spent['cpu_seconds']:.1f} CPU s, "
               f"{spent['candidates']:.0f} candidates", flush=True)  # fmt: skip
     write_rows(cfg.out, rows)

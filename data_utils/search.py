@@ -175,7 +175,7 @@ def predict(alphabet, candidate, X):
 
 
 def find_formula(propose, X, y, *, alphabet, pool, rng, prior=None, choices=512, evolve=0.7, restarts=4, parsimony=0.05,
-                 max_seconds=0.0, refiner="lm", stop=False):  # fmt: skip
+                 max_seconds=0.0, refiner="lm", rank="score", stop=False):  # fmt: skip
     """Search a formula y = f(x) -> (list of Candidate, best first; how many were fitted).
 
     propose: Network or Prior; prior: where half the proposals come from once it repeats itself. X: (M, D), y: (M,),
@@ -234,13 +234,29 @@ def find_formula(propose, X, y, *, alphabet, pool, rng, prior=None, choices=512,
                 enough = 2 * tried
             else:  # written out, its large constants cancel
                 (archive if archive and first[0] is archive[0] else sums).pop(0)
-    return finish(best(archive + sums), columns, y, alphabet, parsimony), tried
+    found = finish(best(archive + sums), columns, y, alphabet, parsimony)
+    if rank == "mdl":
+        found = sorted(
+            (c._replace(score=bits(alphabet, c, len(y))) for c in found), key=lambda candidate: candidate.score
+        )
+    return found, tried
 
 
 def scored(row, constants, error, parsimony):
     """A Candidate with its score, the lower the better."""
     score = np.log10(max(error, EXACT)) + parsimony * len(row)
     return Candidate(list(row), [float(c) for c in constants], float(error), len(row), float(score))
+
+
+def bits(alphabet, candidate, n):
+    """Description length of a Candidate and of n residuals (Rissanen 1978), in bits up to a constant.
+
+    A token costs the log of how many there are; an integer its digits; another constant half a log of n besides.
+    """
+    operators = len(alphabet.operators) + len(alphabet.variables) + 1
+    numbers = sum(math.log2(1 + abs(c)) + (1 if c == round(c) else 1 + math.log2(n) / 2) for c in candidate.constants)
+    residuals = n / 2 * math.log2(max(candidate.fvu, EXACT))
+    return candidate.length * math.log2(operators) + numbers + residuals
 
 
 def finish(archive, columns, y, alphabet, parsimony):

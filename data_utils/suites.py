@@ -14,12 +14,13 @@ import numpy as np
 from data_utils.config import DataError, UsageError, root
 from data_utils.expressions import evaluate, from_text
 from data_utils.pool_files import EVERY, read_formulas
+from data_utils.refine import fit
 from data_utils.search import SOLVED, fvu, predict
 
 POINTS = dict(nguyen=20)  # to fit; 512 in other suites
 MOST_TRIES = 1000  # draws of a point that is not finite
 
-Problem = namedtuple("Problem", "name X y clean X_val y_val X_wide y_wide length")
+Problem = namedtuple("Problem", "name X y clean X_val y_val X_wide y_wide formula")
 
 
 def problems(suite, seed, noise, max_variables=0):
@@ -51,9 +52,7 @@ def problems(suite, seed, noise, max_variables=0):
         y_wide, clean = values(X_wide), values(X)
         finite = np.isfinite(y_wide)
         y = clean + noise * clean.std() * rng.standard_normal(n)
-        yield Problem(
-            formula.name, X, y, clean, X_val, values(X_val), X_wide[finite], y_wide[finite], len(formula.prefix)
-        )
+        yield Problem(formula.name, X, y, clean, X_val, values(X_val), X_wide[finite], y_wide[finite], formula)
 
 
 def _draw(rng, formula, n, widen=1.0):
@@ -82,16 +81,34 @@ def _finite(rng, formula, values, n):
     raise DataError(f"{formula.name}: no finite values in its ranges")
 
 
+def attainable(problem):
+    """FVU on the validation points of the true formula with constants fitted to the noisy points."""
+    formula = problem.formula
+    tokens, width = np.array([EVERY.encode(formula.prefix)], np.uint8), len(EVERY.variables)
+    X, X_val = (np.pad(x, ((0, 0), (0, width - x.shape[1]))) for x in (problem.X, problem.X_val))
+    start = np.array([formula.values or [0.0]])
+    constants, _ = fit(EVERY, tokens, X, problem.y, 1, np.random.default_rng(0), start=start)
+    constants = constants if formula.values else start
+    return fvu(problem.y_val, evaluate(EVERY, tokens, constants, X_val[None])[0])
+
+
 def score(alphabet, candidate, problem):
-    """How good a candidate is for a Problem -> dict of FVUs on fitted, validation and wider points, and verdicts."""
+    """How good a candidate is for a Problem -> dict of FVUs on fitted, validation and wider points, and verdicts.
+
+    vnrr: the validation points are met; recovered: the wider ones too; nnrr: the validation points are met as well as
+    the noise allows, to four times the FVU of the true formula fitted to the same points.
+    """
     found = dict(
         fvu_fit=fvu(problem.y, predict(alphabet, candidate, problem.X)),
         fvu_val=fvu(problem.y_val, predict(alphabet, candidate, problem.X_val)),
         fvu_ext=fvu(problem.y_wide, predict(alphabet, candidate, problem.X_wide)),
     )
     solved = found["fvu_val"] <= SOLVED
+    noisy = (problem.y != problem.clean).any()
     return found | dict(r2=1 - found["fvu_val"], vnrr=solved, recovered=solved and found["fvu_ext"] <= SOLVED,
-                        length=candidate.length, length_ratio=candidate.length / problem.length)  # fmt: skip
+                        nnrr=found["fvu_val"] <= max(SOLVED, 4 * attainable(problem) if noisy else 0.0),
+                        length=candidate.length,
+                        length_ratio=candidate.length / len(problem.formula.prefix))  # fmt: skip
 
 
 def read_table(path, target, most):

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from data_utils.expressions import to_text
-from data_utils.search import Prior, find_formula, offspring, subtree_end
+from data_utils.search import Candidate, Prior, bits, find_formula, offspring, subtree_end
 from data_utils.skeletons import PoolConfig, check_pool
+from data_utils.suites import attainable, problems
 from data_utils.sums import Library, choose
 
 POOL = PoolConfig(variables=("x1", "x2"), max_operators=4)
@@ -97,3 +98,13 @@ def test_a_library_skips_what_it_cannot_use():
     part = tuple(ALPHABET.encode("sin pow2 x1".split()))
     assert len(library.counts) == 4 and library.counts[part] == 3
     np.testing.assert_allclose(library.values[part], np.sin(X[:, 0] ** 2), atol=1e-12)
+
+
+def test_bits_prefer_plain_constants_and_what_noise_allows_is_known():
+    prefix = ALPHABET.encode("* <constant> x1".split())
+    plain, odd = (Candidate(prefix, [c], 1e-4, 3, 0.0) for c in (2.0, 2.0134))
+    assert bits(ALPHABET, plain, 20) < bits(ALPHABET, odd, 20) < bits(ALPHABET, odd._replace(fvu=1e-3), 20)
+    for noise, most in ((0.0, 1e-20), (0.1, 1e-3)):
+        for problem in itertools.islice(problems("feynman", 0, noise, 2), 5):
+            fitted = noise and problem.formula.values
+            assert 1e-8 * bool(fitted) <= attainable(problem) <= (most if fitted else 1e-20)
