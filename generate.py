@@ -83,7 +83,7 @@ class FormulaConfig:
     allowed_terms: tuple[str, ...] = ()  # prompt: terms that may occur
     include_terms: tuple[str, ...] = ()  # prompt: terms that do occur
     exclude_terms: tuple[str, ...] = ()  # prompt: terms that do not
-    suite: tuple[str, ...] = ()  # nguyen, feynman, fastsrb, or csv files like them, instead of --data
+    suite: tuple[str, ...] = ()  # nguyen, feynman, fastsrb, csv files like them, or saved pools, instead of --data
     seeds: int = 1  # data sets of each problem
     noise: float = 0.0  # on y, in its standard deviations
     max_variables: int = 0  # problems with more are left out; 0 = none

@@ -13,28 +13,33 @@ import numpy as np
 
 from data_utils.config import DataError, UsageError, root
 from data_utils.expressions import evaluate, from_text
-from data_utils.pool_files import EVERY, read_formulas
+from data_utils.pool_files import EVERY, Formula, load_pool, read_formulas
 from data_utils.refine import fit
 from data_utils.search import SOLVED, fvu, predict
+from data_utils.skeletons import PoolConfig
+from data_utils.sr_data import propose
 
-POINTS = dict(nguyen=20)  # to fit; 512 in other suites
+POINTS = dict(nguyen=20)  # to fit; 20 of a pool, 512 in other suites
+SAMPLING = {0: "uni+", 1: "log+", 2: "log+-", -1: "log-"}  # of the kinds of intervals that distributions.py draws
 MOST_TRIES = 1000  # draws of a point that is not finite
 
 Problem = namedtuple("Problem", "name X y clean X_val y_val X_wide y_wide formula")
 
 
 def problems(suite, seed, noise, max_variables=0):
-    """Yield the Problems of nguyen, feynman, fastsrb or a csv file like them, of at most so many variables (0: all).
+    """Yield the Problems of nguyen, feynman, fastsrb, a csv file like them or a saved pool of skeletons.
+
+    max_variables: those with more are left out, 0 = none.
 
     X (M, D), y (M,) with normal noise of `noise` times the standard deviation of `clean`; X_val, y_val without; X_wide
     in the intervals widened twofold about their centres, finite ones only.
     """
     path = Path(suite) if suite.endswith(".csv") else root() / "configs" / "test_set" / f"{suite}.csv"
-    if not path.exists():
-        raise UsageError(
-            f"--suite {suite}: expected nguyen, feynman, fastsrb, or a csv file like these in configs/test_set"
-        )
-    for formula in read_formulas(path):
+    pool = Path(suite, "skeletons.npz").exists()
+    if not pool and not path.exists():
+        raise UsageError(f"--suite {suite}: expected nguyen, feynman, fastsrb, a csv file like these in "
+                         "configs/test_set, or a folder of generate-skeleton-pool")  # fmt: skip
+    for formula in of_pool(suite, seed) if pool else read_formulas(path):
         D = len(formula.variables)
         if max_variables and max_variables < D:
             continue
@@ -46,13 +51,29 @@ def problems(suite, seed, noise, max_variables=0):
             columns[:, : X.shape[1]] = X
             return evaluate(EVERY, tokens, np.array([formula.values or [0.0]]), columns[None])[0]
 
-        n = POINTS.get(suite, 512)
+        n = 20 if pool else POINTS.get(suite, 512)
         X = _finite(rng, formula, values, n)
         X_val, X_wide = _finite(rng, formula, values, 1000 if n == 20 else 512), _draw(rng, formula, 1000, 2.0)
         y_wide, clean = values(X_wide), values(X)
         finite = np.isfinite(y_wide)
         y = clean + noise * clean.std() * rng.standard_normal(n)
         yield Problem(formula.name, X, y, clean, X_val, values(X_val), X_wide[finite], y_wide[finite], formula)
+
+
+def of_pool(folder, seed):
+    """Yield the skeletons of a saved pool as Formulas, with constants and intervals as training draws them."""
+    saved, alphabet = load_pool(folder)
+    for i, row in enumerate(saved.tokens):
+        tries = np.repeat(row[None], 8, 0)
+        rows, constants, intervals = propose(np.random.default_rng((seed, i)), tries, alphabet, PoolConfig())
+        if not len(rows):  # no constants with which it can be used
+            continue
+        prefix = alphabet.decode(row[row > 0])
+        D = int(row.max()) - alphabet.first_variable + 1
+        ranges = " ".join(f"{low}:{high}" for low, high, _ in intervals[0, :D].tolist())
+        sampling = " ".join(SAMPLING[kind] for _, _, kind in intervals[0, :D].tolist())
+        values = constants[0, : prefix.count("<constant>")].tolist()
+        yield Formula(f"skeleton-{i}", prefix, values, alphabet.variables[:D], dict(ranges=ranges, sampling=sampling))
 
 
 def _draw(rng, formula, n, widen=1.0):
@@ -67,7 +88,8 @@ def _draw(rng, formula, n, widen=1.0):
         centre, half = (low + high) / 2, (high - low) / 2 * widen
         x = rng.uniform(centre - half, centre + half, n)
         x = np.exp(x) if name == "log" else np.rint(x) if name == "int" else x
-        columns.append(x * rng.choice([-1.0, 1.0], n) if kind.endswith("+-") else x)
+        sign = rng.choice([-1.0, 1.0], n) if kind.endswith("+-") else -1.0 if kind.endswith("-") else 1.0
+        columns.append(x * sign)
     return np.stack(columns, 1)
 
 

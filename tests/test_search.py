@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from data_utils.expressions import to_text
+from data_utils.pool_files import save_pool
 from data_utils.search import Candidate, Prior, bits, find_formula, offspring, subtree_end
-from data_utils.skeletons import PoolConfig, check_pool
+from data_utils.skeletons import PoolConfig, check_pool, draw_pool
 from data_utils.suites import attainable, problems
 from data_utils.sums import Library, choose
 
@@ -108,3 +109,13 @@ def test_bits_prefer_plain_constants_and_what_noise_allows_is_known():
         for problem in itertools.islice(problems("feynman", 0, noise, 2), 5):
             fitted = noise and problem.formula.values
             assert 1e-8 * bool(fitted) <= attainable(problem) <= (most if fitted else 1e-20)
+
+
+def test_a_saved_pool_is_a_suite(tmp_path):
+    save_pool(tmp_path, draw_pool(12, ALPHABET, POOL, None, seed=0, split=1), ALPHABET, POOL)
+    found, again = (list(problems(str(tmp_path), 0, 0.0)) for _ in range(2))
+    assert len(found) >= 10 and len({problem.name for problem in found}) == len(found)
+    for problem, same in zip(found, again, strict=True):
+        assert problem.X.shape == (20, len(problem.formula.variables)) and np.array_equal(problem.X, same.X)
+        assert np.isfinite(problem.y).all() and np.isfinite(problem.y_val).all() and len(problem.y_val) == 1000
+        assert attainable(problem) < 1e-20
