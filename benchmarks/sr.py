@@ -265,23 +265,40 @@ def shares(name, rows, target):
     return dict(figure=name, ours=round(share["recovered"], 1), target=target, spread=spread)
 
 
+def solved(args, suite, name, flags):
+    """Rows of `generate.py formula --suite`."""
+    out = args.out.parent / "work" / f"sr-{name}.jsonl"
+    words = f"generate.py formula {flags} --suite {suite} --out {out}"
+    quiet = dict(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    subprocess.run([sys.executable, *words.split()], check=True, cwd=HERE.parent, **quiet)
+    return [json.loads(line) for line in out.read_text().splitlines()]
+
+
 def suites(args):
     """Shares of test problems found in --seconds each: with the network of --model, and by the search without it."""
     arms = {"without the network": "--method prior"} | ({"network": f"--model {args.model}"} if args.model else {})
     for suite, more, target in (("nguyen", "", ">= 75"), ("feynman", "--max_variables 3", ">= 60")):
         for arm, flags in arms.items():
-            out = args.out.parent / "work" / f"sr-{suite}-{arm.split()[0]}.jsonl"
-            words = (
-                f"generate.py formula {flags} --suite {suite} {more} --seeds {args.seeds} --max_seconds {args.seconds}"
-            )
-            command = [sys.executable, *words.split(), "--out", str(out)]
-            subprocess.run(command, check=True, cwd=HERE.parent, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-            rows = [json.loads(line) for line in out.read_text().splitlines()]
+            flags = f"{flags} {more} --seeds {args.seeds} --max_seconds {args.seconds}"
+            rows = solved(args, suite, f"{suite}-{arm.split()[0]}", flags)
             which = f"{suite} {more.replace('--max_variables ', '<= ')}".strip()
             yield shares(f"{which}, {len(rows)} runs of {args.seconds} s, % recovered, {arm}", rows, target)
 
 
-ROWS = dict(data=data, simplify=simpler, refine=fits, suites=suites, peers=peers)
+def synthetic(args):
+    """Held-out skeletons by candidates alone, nothing bred or summed: what the network reads off the points."""
+    pool = args.out.parent / "work" / "sr-pool"
+    if not (pool / "skeletons.npz").exists():
+        words = f"prepare_data.py generate-skeleton-pool -c configs/sr-cpu/skeleton_pool_val.yaml -o {pool} -s 200"
+        subprocess.run([sys.executable, *words.split()], check=True, cwd=HERE.parent, stdout=subprocess.DEVNULL)
+    arms = [("prior", "--method prior", n) for n in (128, 512, 1024, 5000)]
+    arms += [("network", f"--model {args.model}", n) for n in (128, 512)] if args.model else []
+    for arm, flags, choices in arms:
+        rows = solved(args, pool, f"pool-{arm}-{choices}", f"{flags} --evolve 0 --choices {choices}")
+        yield shares(f"{len(rows)} held-out skeletons, % recovered, {choices} candidates of {arm} alone", rows, "")
+
+
+ROWS = dict(data=data, simplify=simpler, refine=fits, suites=suites, synthetic=synthetic, peers=peers)
 
 
 def main(argv=None):
@@ -297,7 +314,7 @@ def main(argv=None):
     args.threads = 1
     torch.set_num_threads(1)
     for name in filter(None, args.rows.split(",")):
-        said = f" --model {args.model}" * bool(args.model and name == "suites")
+        said = f" --model {args.model}" * bool(args.model and name in ("suites", "synthetic"))
         figures = []
         for found in ROWS[name](args):
             figures.append(found | dict(command=f"python benchmarks/sr.py --rows {name}{said}"))
