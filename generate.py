@@ -72,7 +72,7 @@ class FormulaConfig:
     restarts: int = 4  # starts of each fit
     refiner: Literal["lm", "bfgs"] = "lm"  # how constants are fitted
     parsimony: float = 0.05  # what a token costs, in tenfold errors
-    rank: Literal["score", "mdl"] = "score"  # order of the answers: error and length, or bits of formula and residuals
+    rank: Literal["mdl", "score"] = "mdl"  # order of the answers: bits of formula and residuals, or error and length
     max_seconds: float = 0.0  # search as long as this, or to an exact fit, whatever --choices says; 0 = off
     max_points: int = 64  # points that the network reads at once
     precision: int = 6  # digits of constants

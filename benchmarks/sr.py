@@ -277,9 +277,10 @@ def solved(args, suite, name, flags):
 def suites(args):
     """Shares of test problems found in --seconds each: with the network of --model, and by the search without it."""
     arms = {"without the network": "--method prior"} | ({"network": f"--model {args.model}"} if args.model else {})
-    for suite, more, target in (("nguyen", "", ">= 75"), ("feynman", "--max_variables 3", ">= 60")):
+    sets = (("nguyen", "", args.seeds, ">= 75"), ("feynman", "--max_variables 3", 1, ">= 60"))
+    for suite, more, seeds, target in sets:
         for arm, flags in arms.items():
-            flags = f"{flags} {more} --seeds {args.seeds} --max_seconds {args.seconds}"
+            flags = f"{flags} {more} --seeds {seeds} --max_seconds {args.seconds}"
             rows = solved(args, suite, f"{suite}-{arm.split()[0]}", flags)
             which = f"{suite} {more.replace('--max_variables ', '<= ')}".strip()
             yield shares(f"{which}, {len(rows)} runs of {args.seconds} s, % recovered, {arm}", rows, target)
@@ -289,7 +290,7 @@ def synthetic(args):
     """Held-out skeletons by candidates alone, nothing bred or summed: what the network reads off the points."""
     pool = args.out.parent / "work" / "sr-pool"
     if not (pool / "skeletons.npz").exists():
-        words = f"prepare_data.py generate-skeleton-pool -c configs/sr-cpu/skeleton_pool_val.yaml -o {pool} -s 200"
+        words = f"prepare_data.py generate-skeleton-pool -c configs/sr-cpu/skeleton_pool_val.yaml -o {pool} -s 100"
         subprocess.run([sys.executable, *words.split()], check=True, cwd=HERE.parent, stdout=subprocess.DEVNULL)
     arms = [("prior", "--method prior", n) for n in (128, 512, 1024, 5000)]
     arms += [("network", f"--model {args.model}", n) for n in (128, 512)] if args.model else []

@@ -21,7 +21,8 @@ ROUND = 128  # candidates that are fitted together
 ARCHIVE, DONORS = 100, 6000  # candidates that are bred from; proposals that lend them parts
 PERFECT = 1e-22  # FVU (MSE over the variance of y) that the formula itself stays below; those close to it don't
 SOLVED = 2.0**-23  # FVU below which float32 sees no difference
-FIT_POINTS, TIDIED, LONGEST, CONSTANTS = 64, 20, 24, 6
+FIT_POINTS, LONGEST, CONSTANTS = 64, 24, 6
+TIDIED, TIDIED_NOISY = 20, 60  # of the best that are rounded; under noise plain constants decide between many
 SUMS, KEPT, LONGEST_SUM = 16, 8, 40  # searches for sums in a round, sums that are fitted, tokens of one
 DRAWS = 4096  # trees of the prior that are drawn at a time
 HOT = 1.3  # temperature of the draws once they repeat themselves
@@ -175,12 +176,13 @@ def predict(alphabet, candidate, X):
 
 
 def find_formula(propose, X, y, *, alphabet, pool, rng, prior=None, choices=512, evolve=0.7, restarts=4, parsimony=0.05,
-                 max_seconds=0.0, refiner="lm", rank="score", stop=False):  # fmt: skip
+                 max_seconds=0.0, refiner="lm", rank="mdl", stop=False):  # fmt: skip
     """Search a formula y = f(x) -> (list of Candidate, best first; how many were fitted).
 
     propose: Network or Prior; prior: where half the proposals come from once it repeats itself. X: (M, D), y: (M,),
     finite. Rounds go on until `choices` were tried, or with max_seconds until these are over. A perfect fit ends
-    them after as many candidates again, since a simpler one may follow.
+    them after as many candidates again, since a simpler one may follow. rank: what is returned is ordered by `bits`
+    ("mdl") or by the score of the search.
     """
     start, seen, donors, archive, sums = time.monotonic(), set(), [], [], []
     tried, hot, enough = 0, False, math.inf
@@ -262,7 +264,7 @@ def bits(alphabet, candidate, n):
 def finish(archive, columns, y, alphabet, parsimony):
     """Write out a + b g, round the constants of the best where that costs nothing -> candidates, best first."""
     found = {}
-    for candidate in archive[:TIDIED]:
+    for candidate in archive[: TIDIED if archive and archive[0].fvu <= SOLVED else TIDIED_NOISY]:
         whole = wrap(alphabet.decode(candidate.prefix))
         prefix, constants, error = tidy(alphabet, whole, candidate.constants, columns, y)
         same = (*prefix, *(f"{c:.6g}" for c in constants))
