@@ -286,6 +286,17 @@ def suites(args):
             yield shares(f"{which}, {len(rows)} runs of {args.seconds} s, % recovered, {arm}", rows, target)
 
 
+def noisy(args):
+    """Nguyen with noise on the points that are fitted: found as exactly as the noise allows (nNRR)."""
+    arm, flags = ("network", f"--model {args.model}") if args.model else ("without the network", "--method prior")
+    for noise in (0.001, 0.01, 0.1):
+        more = f"{flags} --noise {noise} --seeds {args.seeds} --max_seconds {args.seconds}"
+        rows = solved(args, "nguyen", f"noise-{arm.split()[0]}-{noise}", more)
+        share = {key: 100 * statistics.mean(bool(row.get(key)) for row in rows) for key in ("nnrr", "vnrr")}
+        yield dict(figure=f"nguyen, noise {noise:g}, {len(rows)} runs of {args.seconds} s, nNRR %, {arm}",
+                   ours=round(share["nnrr"], 1), target="", spread=f"vNRR {share['vnrr']:.1f} %")  # fmt: skip
+
+
 def synthetic(args):
     """Held-out skeletons by candidates alone, nothing bred or summed: what the network reads off the points."""
     pool = args.out.parent / "work" / "sr-pool"
@@ -299,7 +310,8 @@ def synthetic(args):
         yield shares(f"{len(rows)} held-out skeletons, % recovered, {choices} candidates of {arm} alone", rows, "")
 
 
-ROWS = dict(data=data, simplify=simpler, refine=fits, suites=suites, synthetic=synthetic, peers=peers)
+ROWS = dict(data=data, simplify=simpler, refine=fits, suites=suites, noise=noisy, synthetic=synthetic,
+            peers=peers)  # fmt: skip
 
 
 def main(argv=None):
@@ -315,7 +327,7 @@ def main(argv=None):
     args.threads = 1
     torch.set_num_threads(1)
     for name in filter(None, args.rows.split(",")):
-        said = f" --model {args.model}" * bool(args.model and name in ("suites", "synthetic"))
+        said = f" --model {args.model}" * bool(args.model and name in ("suites", "noise", "synthetic"))
         figures = []
         for found in ROWS[name](args):
             figures.append(found | dict(command=f"python benchmarks/sr.py --rows {name}{said}"))
