@@ -1,4 +1,4 @@
-"""A formula for given points: candidates are proposed, bred from the best, fitted all at once, tidied and ranked.
+"""A formula for given points: candidates are proposed, bred, summed up of parts, fitted all at once, tidied, ranked.
 
 M points, D variables, N candidates (rows of prefix ids, see expressions.py). A network proposes what it read off the
 points (arXiv 2602.08885), the prior what training draws; offspring are a genetic programme's (Koza 1992).
@@ -193,7 +193,7 @@ def find_formula(propose, X, y, *, alphabet, pool, rng, prior=None, choices=512,
     library = Library(alphabet, columns[few], y[few])
 
     def unseen(rows, longest):
-        keys = {normal(alphabet, row, longest): 0 for row in rows}.keys() - seen - {None}
+        keys = {normal(alphabet, row, longest) for row in rows} - seen - {None}
         seen.update(keys)
         return sorted(keys)
 
@@ -238,9 +238,7 @@ def find_formula(propose, X, y, *, alphabet, pool, rng, prior=None, choices=512,
                 (archive if archive and first[0] is archive[0] else sums).pop(0)
     found = finish(best(archive + sums), columns, y, alphabet, parsimony)
     if rank == "mdl":
-        found = sorted(
-            (c._replace(score=bits(alphabet, c, len(y))) for c in found), key=lambda candidate: candidate.score
-        )
+        found = best(c._replace(score=bits(alphabet, c, len(y))) for c in found)
     return found, tried
 
 
