@@ -68,7 +68,7 @@ class HrmConfig:
     save_minutes: float = 10.0  # minutes between rolling saves: what a crash can cost; 0 = only when stopped
     # optimization
     optimizer: Literal["adamw", "adamw_8bit", "muon"] = "adamw"  # 8bit: moments in a quarter of the memory
-    muon: float = 4.0  # rate of the hidden matrices with muon, in units of learning_rate
+    muon: float = 10.0  # rate of the hidden matrices with muon, in units of learning_rate
     learning_rate: float = field(default=1e-3, metadata=dict(also="lr"))  # peak learning rate
     lr_scheduler: Literal["cosine", "linear", "constant"] = "cosine"  # after the warmup
     lr_min_ratio: float = 0.05  # floor of the schedule as a share of the peak
@@ -122,6 +122,7 @@ class SudokuConfig(HrmConfig):
     positions: Literal["rope", "ends", "grid"] = "grid"  # rotary, counted from both ends, or rows, columns and boxes
     relation_bias: bool = True  # cells of a grid know who shares their row, column or box
     halting: bool = True  # learn when an answer is right, and stop there
+    optimizer: Literal["adamw", "adamw_8bit", "muon"] = "muon"  # 8bit: moments in a quarter of the memory
     warmup_steps: int = 100  # steps of linear warmup
     grad_clip: float = 1.0  # largest gradient norm; 0 = off
     mixed_precision: Literal["none", "bf16", "fp16", "auto"] = "auto"  # auto: bf16 where it is fast
@@ -167,8 +168,7 @@ device compile""".split()
 
 def kind_of(name, parameter):
     """Weight decay is for matrices, tables of ids and places too: without it held-out sums come much later."""
-    inside = name.startswith(("encoder.", "core.", "decoder."))
-    return "" if parameter.ndim != 2 else "hidden" if inside else "table"
+    return "" if parameter.ndim != 2 else "hidden" if name.startswith(("encoder.", "core.", "decoder.")) else "table"
 
 
 def main(cfg):
