@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job starts with it ignored, and its children
+
 ROOT = Path(__file__).parents[1]
 TINY = """--tokenizer bytes --d_model 32 --n_heads 2 --n_layers 1 --max_seq_len 32 --batch_size 8 --lr 3e-3 --device cpu
 --log_interval 5 --eval_windows 40""".split()
