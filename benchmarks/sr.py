@@ -1,12 +1,12 @@
 """Figures of symbolic regression: the pipeline beside the plain way, in turn in one process, one thread.
 
-    python benchmarks/sr.py                                   # all rows; suites takes most of an hour
+    python benchmarks/sr.py                                   # all rows; those of test sets take hours
     python benchmarks/sr.py --rows data,simplify --times 3
-    python benchmarks/sr.py --rows suites --model models/ansr-models/sr-cpu --seconds 10
+    python benchmarks/sr.py --rows nguyen,skeletons --model models/ansr-models/sr-cpu --seconds 10
     python benchmarks/sr.py --rows "" --readme                # only write the table into README.md
 
-The control of `suites` is the same search without the network. Peers: pip install sympy scipy gplearn pyoperon; without
-them their side is left out.
+The control of the test sets is the same search without the network. Peers: pip install sympy scipy gplearn pyoperon;
+without them their side is left out.
 """
 
 import argparse
@@ -35,6 +35,8 @@ from data_utils.suites import problems
 
 HERE = Path(__file__).resolve().parent
 LIMIT = 5  # seconds that sympy has for a formula
+NAMES = dict(nguyen="nguyen", feynman="feynman <= 3 variables", fastsrb="fastsrb <= 3 variables")
+HELD_OUT = "held-out skeletons"
 
 
 def spent(run):
@@ -236,12 +238,14 @@ def of_pyoperon(X, y, seed, seconds):
 
 
 def peers(args):
-    """Shares of Nguyen's problems that public packages find in --seconds each."""
-    for name, search in (("gplearn", of_gplearn), ("pyoperon", of_pyoperon)):
+    """Shares of Nguyen's problems, and of held-out skeletons, that public packages find in --seconds each."""
+    arms = (("nguyen", args.seeds, "gplearn", of_gplearn), ("nguyen", args.seeds, "pyoperon", of_pyoperon),
+            (str(held_out(args)), 1, "pyoperon", of_pyoperon))  # fmt: skip
+    for suite, seeds, name, search in arms:
         rows = []
         try:
-            for seed in range(args.seeds):
-                for problem in problems("nguyen", seed, 0.0):
+            for seed in range(seeds):
+                for problem in problems(suite, seed, 0.0):
                     start = time.process_time()
                     with warnings.catch_warnings(), np.errstate(all="ignore"):
                         warnings.simplefilter("ignore")
@@ -251,18 +255,28 @@ def peers(args):
                     rows.append(dict(vnrr=val <= SOLVED, recovered=val <= SOLVED and wide <= SOLVED, r2=1 - val,
                                      cpu_seconds=time.process_time() - start))  # fmt: skip
         except ImportError:
-            yield dict(figure=f"nguyen, {args.seconds} s, % recovered, {name}", peer=f"pip install {name}", target="")
+            yield dict(figure=f"{NAMES.get(suite, HELD_OUT)}, {name}", peer=f"pip install {name}", target="")
             continue
-        yield shares(f"nguyen, {len(rows)} runs of {args.seconds} s, % recovered, {name}", rows, "")
+        yield shares(args, suite, rows, name, "")
 
 
-def shares(name, rows, target):
+def shares(args, suite, rows, arm, target):
     """A figure of runs: dicts with recovered, vnrr, r2, cpu_seconds."""
     share = {key: 100 * statistics.mean(bool(row.get(key)) for row in rows) for key in ("recovered", "vnrr")}
     close = 100 * statistics.mean((row.get("r2") or 0) > 0.999 for row in rows)
     seconds = statistics.median(row["cpu_seconds"] for row in rows)
     spread = f"vNRR {share['vnrr']:.1f} %, R2 > 0.999 {close:.1f} %, median {seconds:.1f} CPU s"
+    name = f"{NAMES.get(suite, HELD_OUT)}, {len(rows)} runs of {args.seconds} s, % recovered, {arm}"
     return dict(figure=name, ours=round(share["recovered"], 1), target=target, spread=spread)
+
+
+def held_out(args):
+    """Folder of 100 skeletons that training never draws."""
+    pool = args.out.parent / "work" / "sr-pool"
+    if not (pool / "skeletons.npz").exists():
+        words = f"prepare_data.py generate-skeleton-pool -c configs/sr-cpu/skeleton_pool_val.yaml -o {pool} -s 100"
+        subprocess.run([sys.executable, *words.split()], check=True, cwd=HERE.parent, stdout=subprocess.DEVNULL)
+    return pool
 
 
 def solved(args, suite, name, flags):
@@ -274,16 +288,29 @@ def solved(args, suite, name, flags):
     return [json.loads(line) for line in out.read_text().splitlines()]
 
 
-def suites(args):
-    """Shares of test problems found in --seconds each: with the network of --model, and by the search without it."""
+def suite(args, name, more, seeds, target):
+    """Shares of problems found in --seconds each: by the search without a network, and with the one of --model."""
     arms = {"without the network": "--method prior"} | ({"network": f"--model {args.model}"} if args.model else {})
-    sets = (("nguyen", "", args.seeds, ">= 75"), ("feynman", "--max_variables 3", 1, ">= 60"))
-    for suite, more, seeds, target in sets:
-        for arm, flags in arms.items():
-            flags = f"{flags} {more} --seeds {seeds} --max_seconds {args.seconds}"
-            rows = solved(args, suite, f"{suite}-{arm.split()[0]}", flags)
-            which = f"{suite} {more.replace('--max_variables ', '<= ')}".strip()
-            yield shares(f"{which}, {len(rows)} runs of {args.seconds} s, % recovered, {arm}", rows, target)
+    for arm, flags in arms.items():
+        flags = f"{flags} {more} --seeds {seeds} --max_seconds {args.seconds}"
+        rows = solved(args, name, f"{Path(str(name)).name}-{arm.split()[0]}", flags)
+        yield shares(args, name, rows, arm, target)
+
+
+def nguyen(args):
+    return suite(args, "nguyen", "", args.seeds, ">= 75")
+
+
+def feynman(args):
+    return suite(args, "feynman", "--max_variables 3", min(3, args.seeds), ">= 60")
+
+
+def fastsrb(args):
+    return suite(args, "fastsrb", "--max_variables 3", min(3, args.seeds), ">= 25")
+
+
+def skeletons(args):
+    return suite(args, held_out(args), "", 1, ">= 75")
 
 
 def noisy(args):
@@ -297,21 +324,19 @@ def noisy(args):
                    ours=round(share["nnrr"], 1), target="", spread=f"vNRR {share['vnrr']:.1f} %")  # fmt: skip
 
 
-def synthetic(args):
+def candidates(args):
     """Held-out skeletons by candidates alone, nothing bred or summed: what the network reads off the points."""
-    pool = args.out.parent / "work" / "sr-pool"
-    if not (pool / "skeletons.npz").exists():
-        words = f"prepare_data.py generate-skeleton-pool -c configs/sr-cpu/skeleton_pool_val.yaml -o {pool} -s 100"
-        subprocess.run([sys.executable, *words.split()], check=True, cwd=HERE.parent, stdout=subprocess.DEVNULL)
     arms = [("prior", "--method prior", n) for n in (128, 512, 1024, 5000)]
     arms += [("network", f"--model {args.model}", n) for n in (128, 512)] if args.model else []
     for arm, flags, choices in arms:
-        rows = solved(args, pool, f"pool-{arm}-{choices}", f"{flags} --evolve 0 --choices {choices}")
-        yield shares(f"{len(rows)} held-out skeletons, % recovered, {choices} candidates of {arm} alone", rows, "")
+        rows = solved(args, held_out(args), f"pool-{arm}-{choices}", f"{flags} --evolve 0 --choices {choices}")
+        found = shares(args, "pool", rows, "", "")
+        yield found | dict(figure=f"{len(rows)} held-out skeletons, % recovered, {choices} candidates of {arm} alone")
 
 
-ROWS = dict(data=data, simplify=simpler, refine=fits, suites=suites, noise=noisy, synthetic=synthetic,
-            peers=peers)  # fmt: skip
+ROWS = dict(data=data, simplify=simpler, refine=fits, nguyen=nguyen, skeletons=skeletons, feynman=feynman,
+            fastsrb=fastsrb, noise=noisy, candidates=candidates, peers=peers)  # fmt: skip
+WITH_MODEL = ("nguyen", "skeletons", "feynman", "fastsrb", "noise", "candidates")
 
 
 def main(argv=None):
@@ -327,7 +352,7 @@ def main(argv=None):
     args.threads = 1
     torch.set_num_threads(1)
     for name in filter(None, args.rows.split(",")):
-        said = f" --model {args.model}" * bool(args.model and name in ("suites", "noise", "synthetic"))
+        said = f" --model {args.model}" * bool(args.model and name in WITH_MODEL)
         figures = []
         for found in ROWS[name](args):
             figures.append(found | dict(command=f"python benchmarks/sr.py --rows {name}{said}"))
