@@ -1,6 +1,7 @@
 """What several programs must agree on: files, formats, the command line.
 
 config.py      dataclass -> command line; exit statuses: every script
+overrides.py   KEY=VALUE, named bundles, jobs of a sweep: config.py for train_ae.py
 hardware.py    device, precision, processes: train_*.py, generate.py
 progress.py    bar or lines, peak memory: train_*.py
 stop.py        signals noted, looked at between steps: train_*.py

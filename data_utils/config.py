@@ -26,7 +26,7 @@ class DataError(Exception):
     """What was read can't be used: exit status 1. The message says what was found and what to type."""
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
     def error(self, message):
         unknown = message.partition("unrecognized arguments:")[2]
         for word in re.findall(r"(?<!\S)--?[\w-]+", unknown):
@@ -39,7 +39,7 @@ class _Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescription
     """Show defaults; keep the line breaks of the script's docstring."""
 
 
-def from_cli(cls, doc="", argv=None, prog=None, by="", flatten=None, load=None):
+def from_cli(cls, doc="", argv=None, prog=None, by="", flatten=None, load=None, overrides=None):
     """Return cls() changed by --config FILE.yaml, then by the flags.
 
     The comment that ends a field's line is its help, and the class that has the field its group, inherited fields
@@ -49,14 +49,20 @@ def from_cli(cls, doc="", argv=None, prog=None, by="", flatten=None, load=None):
     {choice: class}: then the flag --`by` picks the class, so that each variant has defaults and help of its own; or a
     function of that flag's value ("" if absent) -> class.
     `flatten` turns the keys of a bundle into flags before they are looked at; `load` reads FILE instead (path -> dict,
-    ValueError or UsageError). Without it a field `config` of cls is an ordinary one. Exits with status 2 on a typo, a
-    wrong type or a bad choice, naming the nearest flag. Returns None in a notebook, where sys.argv is the kernel's:
-    there call main(Config(...)).
+    ValueError or UsageError). Without it a field `config` of cls is an ordinary one. With a table of `overrides`
+    (data_utils/overrides.py), and cls {choice: class}, KEY=VALUE is a flag too, bundles have names, the first class is
+    the default, and --multirun returns the Jobs of a sweep. Exits with status 2 on a typo, a wrong type or a bad
+    choice, naming the nearest flag. Returns None in a notebook, where sys.argv is the kernel's: there call
+    main(Config(...)).
     """
     if argv is None:
         if not hasattr(sys.modules["__main__"], "__file__"):
             return None
         argv = sys.argv[1:]
+    if overrides:
+        from data_utils.overrides import read
+
+        return read(cls, doc, argv, prog, by, overrides)
     own = dataclasses.fields(cls) if dataclasses.is_dataclass(cls) else ()
     short = {f.metadata["short"]: f"--{f.name}" for f in own if "short" in f.metadata}
     argv = [{"-c": "--config", **short}.get(word, word) for word in argv]  # argparse would read -ci as -c i
@@ -64,16 +70,16 @@ def from_cli(cls, doc="", argv=None, prog=None, by="", flatten=None, load=None):
     flags, path = ([], "") if plain else _bundle(argv, prog, flatten, load)
     if by:
         cls = _choose(cls, by, doc, flags + argv, prog)
-    parser = _parser(cls, doc, prog)
+    parser = parser_of(cls, doc, prog)
     error, bundle = parser.error, f"--config {path}: " if path else ""
     parser.error = lambda message: error(bundle + message)  # a bundle is only more flags: same checks, same errors
-    args = _tuples(parser.parse_args(flags))
+    args = tuples(parser.parse_args(flags))
     parser.error = error
-    args = _tuples(parser.parse_args(argv, args))
+    args = tuples(parser.parse_args(argv, args))
     return cls(**{f.name: getattr(args, f.name) for f in dataclasses.fields(cls)})
 
 
-def _tuples(args):
+def tuples(args):
     return argparse.Namespace(**{k: tuple(v) if isinstance(v, list) else v for k, v in vars(args).items()})
 
 
@@ -126,8 +132,8 @@ def at_least(cfg, low, *names):
             raise UsageError(f"--{name} {getattr(cfg, name)}: expected {low} or more")
 
 
-def _parser(cls, doc, prog):
-    parser = _Parser(prog=prog, description=doc, formatter_class=_Formatter, allow_abbrev=False)
+def parser_of(cls, doc, prog):
+    parser = Parser(prog=prog, description=doc, formatter_class=_Formatter, allow_abbrev=False)
     if "config" not in (f.name for f in dataclasses.fields(cls)):
         parser.add_argument("-c", "--config", default="", metavar="FILE", help="YAML file of flags; typed flags win")
     groups = {}
@@ -168,7 +174,7 @@ _source = functools.cache(inspect.getsource)  # which parses the whole file each
 
 def _choose(variants, by, doc, argv, prog):
     """Return the class that flag `by` names; --help without that flag shows what all variants share."""
-    probe = _Parser(prog=prog, add_help=False, allow_abbrev=False)
+    probe = Parser(prog=prog, add_help=False, allow_abbrev=False)
     probe.add_argument("--" + by, choices=variants if isinstance(variants, dict) else None, default="")
     name = getattr(probe.parse_known_args(argv)[0], by)
     if not isinstance(variants, dict):
@@ -178,20 +184,20 @@ def _choose(variants, by, doc, argv, prog):
     first = next(iter(variants.values()))
     bases = tuple(c for c in first.__mro__[:-1] if all(issubclass(v, c) for v in variants.values()))
     shared = dataclasses.make_dataclass("Shared", [], bases=bases)
-    parser = _parser(shared, f"{doc}\nMore flags and other defaults: --{by} {next(iter(variants))} --help", prog)
+    parser = parser_of(shared, f"{doc}\nMore flags and other defaults: --{by} {next(iter(variants))} --help", prog)
     parser.add_argument("--" + by, choices=variants, required=True)
     parser.parse_args(argv)
 
 
 def _bundle(argv, prog, flatten, load):
     """Return (the flags of --config FILE, FILE); ([], "") without one."""
-    probe = _Parser(prog=prog, add_help=False, allow_abbrev=False)
+    probe = Parser(prog=prog, add_help=False, allow_abbrev=False)
     probe.add_argument("--config", default="")
     path = probe.parse_known_args(argv)[0].config
-    return (_as_flags(path, probe, flatten, load), path) if path else ([], "")
+    return (as_flags(path, probe, flatten, load), path) if path else ([], "")
 
 
-def _read_flags(path, parser):
+def read_flags(path, parser):
     """Return (what the YAML file holds, the keys as they stand there, also those that stand there twice)."""
     import yaml
 
@@ -205,7 +211,7 @@ def _read_flags(path, parser):
     return bundle, [key.replace("-", "_") for key in re.findall(r"^([\w-]+)\s*:", text, re.M)]
 
 
-def _as_flags(path, parser, flatten, load):
+def as_flags(path, parser, flatten, load):
     keys = []
     if load:
         try:
@@ -213,7 +219,7 @@ def _as_flags(path, parser, flatten, load):
         except (ValueError, UsageError) as e:
             parser.error(f"--config {path}: {e}")
     else:
-        bundle, keys = _read_flags(path, parser)
+        bundle, keys = read_flags(path, parser)
     if flatten and isinstance(bundle, dict):
         try:
             bundle = flatten(bundle)
