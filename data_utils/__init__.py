@@ -2,6 +2,8 @@
 
 config.py      dataclass -> command line; exit statuses: every script
 overrides.py   KEY=VALUE, named bundles, jobs of a sweep: config.py for train_ae.py
+sweep.py       the jobs of --multirun, one process each: train_ae.py
+facts.py       events.jsonl, scalars.csv: train_ae.py, sweep.py, plot.py
 hardware.py    device, precision, processes: train_*.py, generate.py
 progress.py    bar or lines, peak memory: train_*.py
 stop.py        signals noted, looked at between steps: train_*.py

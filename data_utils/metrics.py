@@ -1,5 +1,6 @@
 """metrics.jsonl: one strict JSON object a line; the first says what ran, each later one has a step."""
 
+import functools
 import json
 import math
 import os
@@ -33,7 +34,7 @@ def start_rows(path, step, evaluated, config, device):
     import torch
 
     versions = dict(python=platform.python_version(), torch=str(torch.__version__))
-    about = dict(config=config, argv=sys.argv, versions=versions, commit=_commit(), device=str(device))
+    about = dict(config=config, argv=sys.argv, versions=versions, commit=commit(), device=str(device))
     text = "".join(_line(row) for row in (kept or [about]))
     write_atomic(path, lambda file: file.write(text.encode()))
 
@@ -79,7 +80,9 @@ def _strict(x):
     return None if isinstance(x, float) and not math.isfinite(x) else x
 
 
-def _commit():
+@functools.cache
+def commit():
+    """Return the commit of the working folder's repository; "" for none."""
     try:
         found = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5)
     except (OSError, subprocess.TimeoutExpired):

@@ -121,7 +121,8 @@ def _named(key, name, folder):
     """Return the file of the bundle `name`. Raises ValueError, with the nearest and all there."""
     path = folder / f"{name}.yaml"
     if not path.is_file():
-        there = sorted(p.relative_to(folder).with_suffix("").as_posix() for p in folder.glob("**/*.yaml"))
+        pattern = "**/*.yaml" if key.startswith("--") else "*.yaml"
+        there = sorted(p.relative_to(folder).with_suffix("").as_posix() for p in folder.glob(pattern))
         raise ValueError(f"{key}={name}: no such bundle{_near(name, there)}\nbundles there: {', '.join(there)}")
     return path
 
@@ -240,7 +241,10 @@ def _jobs(items, layers, table, again, parse, error):
     words, rows, number = [], [], int(number)
     if again.is_file():
         content, _ = read_flags(again, SimpleNamespace(error=error))
-        rows = content.get("jobs", []) if isinstance(content, dict) else []
+        rows = content.get("jobs") if isinstance(content, dict) else None
+        needed = {"overrides", "run_dir", "status"}
+        if not rows or not all(isinstance(row, dict) and needed <= row.keys() for row in rows):
+            raise ValueError(f"{again}: expected `jobs`, each with {', '.join(sorted(needed))}")
         new = [word for item in items if item.name not in ("resume", "multirun", "sweep_job") for word in item.words]
         words = [[*row["overrides"], *new] for row in rows]
     else:
