@@ -169,7 +169,8 @@ def rewind(run_dir, epoch):
     """Drop what a run that goes on will write again: epochs from `epoch` on, and the end. Interruptions stay."""
 
     def kept(event):
-        return event["moment"] not in MOMENTS[2:5] or event["moment"] == MOMENTS[2] and event["epoch"] < epoch
+        moment = event.get("moment")
+        return moment not in MOMENTS[2:5] or moment == "on_epoch_end" and event["epoch"] < epoch
 
     if _events(run_dir).exists():
         lines = [json.dumps(event, allow_nan=False) + "\n" for event in read_events(run_dir) if kept(event)]

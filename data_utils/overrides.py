@@ -242,7 +242,7 @@ def _jobs(items, layers, table, again, parse, error):
     if again.is_file():
         content, _ = read_flags(again, SimpleNamespace(error=error))
         rows = content.get("jobs") if isinstance(content, dict) else None
-        needed = {"overrides", "run_dir", "status"}
+        rows, needed = rows if isinstance(rows, list) else [], {"overrides", "run_dir", "status"}
         if not rows or not all(isinstance(row, dict) and needed <= row.keys() for row in rows):
             raise ValueError(f"{again}: expected `jobs`, each with {', '.join(sorted(needed))}")
         new = [word for item in items if item.name not in ("resume", "multirun", "sweep_job") for word in item.words]

@@ -54,7 +54,7 @@ def plan(jobs):
     if jobs.rows:
         folder, rows = Path(jobs.folder), [dict(row) for row in jobs.rows]
         for row, words in zip(rows, jobs.words, strict=True):
-            row["overrides"] = words
+            row["overrides"] = row["overrides"] if row["status"] == "done" else words
             row["run_dir"] = str(folder.parents[1] / "runs" / Path(row["run_dir"]).name)  # wherever it was moved
             row["status"] = "interrupted" if row["status"] == "running" else row["status"]  # its sweep was killed
     else:

@@ -12,6 +12,7 @@ import pytest
 import generate
 import plot
 import prepare_data
+import train_ae
 import train_expert
 import train_hrm
 import train_mla
@@ -190,6 +191,7 @@ COMMANDS = {  # every command line: (class or variants, flags that choose one)
         f"train_hrm {c.__name__}": (c, [])
         for c in (train_hrm.HrmConfig, train_hrm.SyntheticConfig, train_hrm.SudokuConfig)
     },
+    **{f"train_ae {name}": (cls, []) for name, (cls, _) in train_ae.LOOPS.items()},
     "train_mla": (train_mla.Config, []),
     "generate": (generate.Config, []),
     "generate answers": (generate.AnswerConfig, []),
