@@ -124,6 +124,155 @@ def plot_fit(X, y, predicted, names, target, title, out):
     _write(figure, out)
 
 
+def handle_event(cfg, families, moment, payload):
+    """Draw what the flags of train_ae.py ask for -> {run_dir}/figures/<family>-<moment>-e<epoch>.png, each family once.
+
+    families: those that the loop has. payload: run_dir, epoch, last (whether it is the last epoch), histories (numbers
+    of each epoch by name), codes (K,) counts of validation, rows (before, after) of test events. What cannot be drawn is
+    said, and training goes on.
+    """
+    often = moment != "on_epoch_end" or payload["last"] or (payload["epoch"] + 1) % cfg.plot_every == 0
+    for family in FAMILIES if moment in cfg.plot_moments and often else ():
+        if family not in families or not getattr(cfg, f"plot_{family}"):
+            continue
+        figure = None
+        try:
+            if figure := FAMILIES[family](payload, cfg.plot_detail == "full"):
+                name = f"{family}-{moment}-e{payload['epoch']:03d}.png"
+                _write(figure, Path(payload["run_dir"], "figures", name))
+        except Exception as e:  # a figure is never worth a run
+            print(f"warning: no figure of {family}: {type(e).__name__}: {e}", file=sys.stderr)
+        finally:
+            plt.close("all")
+
+
+def _panels(count, height=3.2):
+    """A figure with `count` axes in rows of at most three."""
+    wide = min(3, count)
+    figure, axes = plt.subplots(-(-count // wide), wide, figsize=(4.6 * wide, height * -(-count // wide)),
+                                layout="constrained", squeeze=False)  # fmt: skip
+    for ax in axes.flat:
+        ax.grid(alpha=0.25)
+        ax.spines[["top", "right"]].set_visible(False)
+    for ax in axes.flat[count:]:
+        ax.set_visible(False)
+    return figure, axes.flat
+
+
+def _curves(ax, histories, names, **about):
+    """Lines over epochs, counted from 1; rates and errors that span more than a decade get a logarithmic axis."""
+    drawn = [name for name in names if any(v is not None for v in histories.get(name, ()))]
+    for name in drawn:
+        points = [(e + 1, v) for e, v in enumerate(histories[name]) if v is not None]
+        ax.plot(*zip(*points, strict=True), "o-", ms=3, label=LABELS.get(name, name.replace("_", " ")))
+    values = [v for name in drawn for v in histories[name] if v is not None]
+    if values and min(values) > 0 and max(values) > 10 * min(values):
+        ax.set_yscale("log")
+    ax.xaxis.get_major_locator().set_params(integer=True)
+    ax.set(xlabel="epoch", **about)
+    if len(drawn) > 1:
+        ax.legend(frameon=False, fontsize=8)
+
+
+def _losses(payload, full):
+    figure, (ax,) = _panels(1, 3.6)
+    _curves(ax, payload["histories"], ("train_loss", "val_loss"), ylabel="loss", title="loss of an epoch")
+    return figure
+
+
+def _metrics(payload, full):
+    histories = payload["histories"]
+    names = sorted(name for name in histories if name not in ELSEWHERE and any(histories[name]))
+    if not names:
+        return None
+    figure, axes = _panels(len(names), 2.6)
+    for ax, name in zip(axes, names, strict=False):
+        _curves(ax, histories, [name], ylabel=LABELS.get(name, name.replace("_", " ")))
+    return figure
+
+
+def _codebook(payload, full):
+    histories, codes = payload["histories"], payload.get("codes")
+    if codes is None:
+        return None
+    figure, axes = _panels(5)
+    _curves(axes[0], histories, ["perplexity"], ylabel="perplexity", title=f"perplexity, of {len(codes)} codes")
+    _curves(axes[1], histories, ["usage"], ylabel="share of codes used", title="usage", ylim=(0, 1.05))
+    _curves(axes[2], histories, ["commit"], ylabel="commitment loss", title="commitment")
+    _curves(axes[3], histories, ["revived"], ylabel="codes in an epoch", title="revived")
+    share = sorted((n / max(1, sum(codes)) for n in codes), reverse=True)
+    axes[4].plot(range(1, len(share) + 1), share, color=COLOURS[1], label="codes")
+    axes[4].axhline(1 / len(share), color="grey", lw=1, ls="--", label="all alike")
+    axes[4].set(xlabel="code, by frequency", ylabel="share of the tokens", title="how often each code is used")
+    axes[4].legend(frameon=False, fontsize=8)
+    return figure
+
+
+def _latency(payload, full):
+    figure, axes = _panels(1 + full, 3.6)
+    _curves(axes[0], payload["histories"], ["epoch_time_s"], ylabel="seconds", title="training and validation")
+    axes[0].set_ylim(bottom=0)
+    if full:
+        _curves(axes[1], payload["histories"], ["throughput"], ylabel="events/s", title="training")
+        axes[1].set_ylim(bottom=0)
+    return figure
+
+
+def _recon(payload, full):
+    if not full or payload.get("rows") is None:
+        figure, axes = _panels(3)
+        for ax, name in zip(axes, ("rec_tokens", "rec_types", "rec_globals"), strict=False):
+            _curves(ax, payload["histories"], [name], ylabel=LABELS[name], title="validation")
+        return figure
+    from data_utils.kinematics import kinematics
+
+    before, after = map(kinematics, payload["rows"])
+    figure, axes = _panels(len(before))
+    for ax, (name, values) in zip(axes, before.items(), strict=False):
+        low, high = RANGES[name]
+        for found, label, style in ((values, "input", dict(color="0.75", histtype="stepfilled")),
+                                    (after[name], "reconstructed", dict(color=COLOURS[3], histtype="step", lw=1.5))):
+            ax.hist(found, bins=50, range=(low, high), density=True, label=label, **style)
+        ax.set(xlabel=f"{name} [{UNITS[name]}]" if UNITS[name] else name, ylabel="density", xlim=(low, high))
+        ax.legend(frameon=False, fontsize=8)
+    return figure
+
+
+def _adversarial(payload, full):
+    figure, axes = _panels(3)
+    _curves(axes[0], payload["histories"], ("d_loss", "g_loss"), ylabel="loss", title="discriminator and generator")
+    both = ("d_acc_real", "d_acc_fake")
+    _curves(axes[1], payload["histories"], both, ylabel="share it is right about", title="discriminator", ylim=(0, 1.05))
+    _curves(axes[2], payload["histories"], ["adv_w"], ylabel="weight", title="adaptive weight")
+    return figure
+
+
+def _diffusion(payload, full):
+    figure, axes = _panels(2, 3.6)
+    quarters = [f"eps_q{k}" for k in range(4)]
+    _curves(axes[0], payload["histories"], quarters, ylabel="squared error of the noise", title="by noise level")
+    names = ("ddim_mse", "ddim_mse_shuffled")
+    _curves(axes[1], payload["histories"], names, ylabel="squared error", title="denoised, by own and by other latent")
+    return figure
+
+
+FAMILIES = dict(losses=_losses, metrics=_metrics, codebook=_codebook, latency=_latency, recon=_recon,
+                adversarial=_adversarial, diffusion=_diffusion)  # fmt: skip
+LABELS = dict(
+    train_loss="training", val_loss="validation", rec_tokens="squared error of particles", rec_globals="squared error of MET",
+    rec_types="cross-entropy of types, nats", d_loss="discriminator", g_loss="generator", d_acc_real="real events",
+    d_acc_fake="reconstructed events", ddim_mse="its own latent", ddim_mse_shuffled="another event's",
+    eps_q0="least noise", eps_q1="second quarter", eps_q2="third quarter", eps_q3="most noise", lr="learning rate",
+    grad_norm="gradient norm", skipped_steps="skipped steps", type_accuracy="share of types that are right",
+)  # fmt: skip
+RANGES = dict(pT=(0, 300), eta=(-3, 3), phi=(-3.1416, 3.1416), HT=(150, 1200), MET=(0, 200), m_jj=(0, 300))
+UNITS = dict(pT="GeV", eta="", phi="rad", HT="GeV", MET="GeV", m_jj="GeV")
+# drawn by a family of their own
+ELSEWHERE = {"train_loss", "val_loss", "epoch_time_s", "throughput", "max_memory_mib", "perplexity", "usage", "commit",
+             "revived", "d_loss", "g_loss", "d_acc_real", "d_acc_fake", "adv_w", "ddim_mse", "ddim_mse_shuffled",
+             *(f"eps_q{k}" for k in range(4))}  # fmt: skip
+
+
 def table(paths):
     """Each run's best evaluation, by line: step, loss in nats, bits per byte, and those of each domain."""
     lines = []

@@ -11,11 +11,18 @@ outputs/runs/run_<time>_<name>/ with best_val.pt, last.pt, facts and figures, an
 with out= that folder. In a notebook: paste this file into a cell, then main(AeConfig(epochs=2)).
 """
 
-from dataclasses import dataclass
+import inspect
+import math
+import sys
+import time
+import uuid
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Literal
 
-from data_utils.config import from_cli, launch
-from data_utils.overrides import Overrides
+from data_utils.config import DataError, UsageError, at_least, from_cli, launch
+from data_utils.overrides import GUIDE
 
 Part = Literal["mlp", "gnn", "gan", "diffusion"]
 
@@ -71,7 +78,11 @@ class AeConfig:
     weight_decay: float = 0.0  # AdamW decay, on matrices only
     warmup: float = 100.0  # steps of linear warmup, at most a tenth of all steps; a cosine to a tenth of lr follows
     clip: float = 1.0  # largest gradient norm; 0 = off
+    max_steps: int = 0  # stop earlier, on the same schedule; 0 = off
+    max_seconds: float = 0.0  # stop after so many seconds; 0 = off
     # files, figures
+    fresh: bool = False  # start over; old files of `out` are renamed to *.bak
+    save_minutes: float = 10.0  # minutes between rolling saves: what a crash can cost; 0 = after each epoch only
     save_artifacts: bool = True  # off: nothing is written, the best weights stay in memory
     make_plots: bool = True  # off: no figures
     plot_losses: bool = True  # training and validation loss
@@ -127,27 +138,273 @@ LOOPS = {
     "diffusion_ae": (DiffusionAeConfig, EVENTS | {"diffusion"}),
     "test_mlp": (TestMlpConfig, SHARED),
 }
-OVERRIDES = Overrides(
-    prefixes=("phase1.trainer.", "phase1/", "phase1.", "data.", "logging."),
-    aliases={"phase1.encoder.hidden": "hidden", "phase1.decoder.hidden": "hidden", "data.path": "data",
-             "phase1.latent_space.codebook_size": "codebook_size", "hydra.job.name": "name"}
-    | {f"logging.families.{f}.enabled": f"plot_{f}" for f in sorted(EVENTS | {"diffusion"})},
-    ignored=("hydra=experiment",), folder="configs/ae", bundles=dict(env="env", logging=""),
-    snapshot=".hydra/config.yaml",
-)  # fmt: skip
 Config = AeConfig
 
 if __name__ == "__main__":  # before torch is imported, so that --help and typos answer at once
-    cfg = from_cli({name: cls for name, (cls, _) in LOOPS.items()}, __doc__, by="loop", overrides=OVERRIDES)
+    cfg = from_cli({name: cls for name, (cls, _) in LOOPS.items()}, __doc__, by="loop", overrides=GUIDE)
     if cfg and cfg.multirun:  # each job is a process of its own; this one needs no torch
         from data_utils.sweep import sweep
 
         launch(sweep, cfg)
 
 
+import numpy as np
+import torch
+
+from data_utils import checkpoint
+from data_utils.events import epoch_order, load_events, take, test_table
+from data_utils.facts import Recorder, run_folder
+from data_utils.hardware import Hardware
+from data_utils.metrics import add, means
+from data_utils.progress import Progress, peak_mb, say
+from data_utils.stop import Stop
+from models.autoencoder import AutoEncoder, Regressor, denominators, loss_sums, regression_sums
+from models.codebook import decay_for, revive_for, usage_and_perplexity
+from models.diffusion import NoiseSchedule, denoised, reconstructed
+from models.gan import Judges
+
+BAD_STEPS = 20  # non-finite steps in a row that end a run
+RAMP = 0.1  # share of the steps over which a discriminator comes to count
+AT_ONCE, DENOISED, START = 1024, 1024, 4096  # events in evaluation; made from noise; whose latents start a codebook
+# what a resumed run may change and still do bit for bit the same
+COSMETIC = """name out outputs env config logging resume fresh data save_minutes max_steps max_seconds save_artifacts
+make_plots multirun fail_fast sweep_job device compile""".split() + [n for n in vars(Config) if n.startswith("plot_")]
+
+
 def main(cfg):
-    print(cfg)
-    return {}
+    at_least(cfg, 1, *"epochs batch_size accumulate latent_dim gnn_dim gnn_layers codebook_size noise_dim".split())
+    at_least(cfg, 1, "plot_every", "events")
+    at_least(cfg, 0, *"lr d_lr weight_decay warmup clip dropout limit beta type_weight globals_beta seed".split())
+    at_least(cfg, 0, *"latent_adv_weight ema_decay save_minutes max_steps max_seconds".split())
+
+    # --- hardware -------------------------------------------------------------------------
+    auto = "float32" if cfg.device == "cpu" or not torch.cuda.is_available() else "bfloat16"
+    dtype = auto if cfg.dtype == "auto" else cfg.dtype
+    hardware = Hardware(cfg.device, dict(float32="fp32", bfloat16="bf16", float16="fp16")[dtype])
+    rank, world, device, scaler = hardware.rank, hardware.world, hardware.device, hardware.scaler
+    tell = say if rank == 0 else lambda *_: None
+    tell(hardware.reason)
+    torch.manual_seed(cfg.seed)
+
+    # --- data -----------------------------------------------------------------------------
+    chosen = {name: getattr(cfg, name) for name in "events limit labels features phi energy_unit seed".split()}
+    data, meta = test_table(cfg.seed, cfg.task) if cfg.loop == "test_mlp" else load_events(cfg.data, **chosen)
+    data = {split: {key: column.to(device) for key, column in columns.items()} for split, columns in data.items()}
+    events, rows = len(data["train"]["x"]), cfg.batch_size * cfg.accumulate * world
+    batches = math.ceil(events / rows)  # an epoch; its last batch is filled up from its start
+    steps = cfg.epochs * batches
+    dropped = "".join(f", {count} dropped ({reason})" for reason, count in meta["dropped"].items())
+    tell(f"{meta['source']}: " + ", ".join(f"{len(data[split]['x'])} {split}" for split in data) + dropped)
+
+    # --- model and optimizer --------------------------------------------------------------
+    known = asdict(cfg) | meta | dict(denoise=cfg.loop == "diffusion_ae", discriminator=cfg.loop == "gan_ae")
+    known |= dict(ema_decay=cfg.ema_decay or decay_for(steps), revive=max(0, cfg.revive or revive_for(steps)))
+
+    def build(network):
+        arguments = {name: known[name] for name in inspect.signature(network).parameters}
+        return network(**arguments).to(device), arguments
+
+    # the one that is saved: no _orig_mod. or module. keys
+    raw_model, model_args = build(Regressor if cfg.loop == "test_mlp" else AutoEncoder)
+    uses_codes = cfg.loop != "test_mlp" and cfg.latent_space == "vq"
+    judged = cfg.loop == "gan_ae" or cfg.loop != "test_mlp" and cfg.encoder == "gan"
+    judges = build(Judges)[0] if judged else None
+    noises = build(NoiseSchedule)[0] if cfg.loop == "diffusion_ae" else None
+    groups = [dict(params=list(raw_model.parameters()), peak=cfg.lr, weight_decay=cfg.weight_decay)]
+    groups += [dict(params=list(judges.parameters()), peak=cfg.d_lr, betas=(0.5, 0.9), weight_decay=0)] if judges else []
+    optimizer = torch.optim.AdamW(groups, lr=cfg.lr, fused=device.type in ("cpu", "cuda"))
+    parts = dict(model_state=raw_model, optimizer_state=optimizer, amp_scaler=scaler)  # all that is saved
+    parts |= dict(judges=judges) if judges else {}
+    weights = dict(rec_tokens=1.0, eps_loss=1.0, rec_types=cfg.type_weight, rec_globals=cfg.globals_beta, commit=1.0)
+    weights |= dict(miss=1.0)  # of test_mlp
+
+    # --- resume ---------------------------------------------------------------------------
+    # where the run is, saved and resumed as it stands; epoch: how many are validated; sums: of the one under way
+    at = SimpleNamespace(step=0, epoch=0, sums={}, best_val_loss=math.inf, best_epoch=-1, test_loss=math.nan, tested=-1,
+                         histories={}, seconds=0.0, epoch_seconds=0.0, skipped=0, skipped_in_row=0,
+                         run_id=uuid.uuid4().hex)  # fmt: skip
+    kind, keep = f"ae:{cfg.loop}", cfg.save_artifacts
+    out = Path(hardware.gather(run_folder(cfg))[0])  # one clock for all ranks
+    last, best, model_link = (out / name for name in ("last.pt", "best_val.pt", "model.pt"))
+    lock = checkpoint.lock_run(out, "ae") if rank == 0 and keep else None  # noqa: F841  held until the process ends
+    about = dict(kind=kind, format=1, tokenizer="events", tokenizer_hash="", data_hash=meta["data_hash"], meta=meta,
+                 world_size=world, steps=steps, torch=str(torch.__version__), config=asdict(cfg),
+                 model_args=model_args)  # fmt: skip
+    named = cfg.resume if Path(cfg.resume).is_file() else "auto"
+    path, state = checkpoint.find(named, cfg.fresh, [last, best, model_link], kind)
+    if state:
+        if state["data_hash"] != about["data_hash"]:
+            raise UsageError(f"{path} was trained on other events (data_hash)\n"
+                             "try: the same data, labels, features, limit and seed, or another out=FOLDER")  # fmt: skip
+        checkpoint.load_parts(parts, state, path, about)
+        vars(at).update({name: state[name] for name in vars(at)})
+        tell(checkpoint.notice(path, state, about, COSMETIC))
+    elif uses_codes:
+        raw_model.start(take(data["train"], epoch_order(cfg.seed, cfg.epochs, events)[:START]), cfg.vq_init, cfg.seed)
+
+    def results(stopped=0):
+        hardware.close()
+        return dict(final_val_loss=at.histories.get("val_loss", [math.nan])[-1], best_val_loss=at.best_val_loss,
+                    test_loss=at.test_loss, best_epoch=at.best_epoch, run_dir=str(out) * keep, stopped=int(stopped))  # fmt: skip
+
+    if at.tested >= cfg.epochs:
+        tell(f"{out}: finished after {at.epoch} epochs, test loss {at.test_loss:.4f}; a larger epochs= goes on")
+        return results()
+    model, saver, best_state = hardware.wrap(raw_model, cfg.compile), checkpoint.Saver(), None
+
+    def save(path, must=True):
+        if rank == 0 and keep:
+            saver(path, about | vars(at) | {name: part.state_dict() for name, part in parts.items()}, must)
+
+    if rank == 0 and keep and not path:
+        checkpoint.set_aside([last, best, out / "facts"])
+    record = Recorder(out if rank == 0 and keep else None, cfg, LOOPS[cfg.loop][1], at)
+
+    # --- schedule, evaluation, stop -------------------------------------------------------
+    def rate_at(step):  # share of the peak: linear warmup, then a cosine down to a tenth
+        rise = min(cfg.warmup, 0.1 * steps)
+        if step < rise:
+            return (step + 1) / (rise + 1)
+        return 0.55 + 0.45 * math.cos(math.pi * min(1.0, (step - rise) / max(1, steps - rise)))
+
+    def compute_loss(network, batch):
+        """Run a batch -> output, {name: (sum, count)}; the loss is the sum of `weights` times their means."""
+        if cfg.loop == "test_mlp":
+            output = network(batch["x"])
+            return output, regression_sums(output, batch["y"], cfg.task)
+        target, noisy = noises.corrupt(batch["x"]) if noises else (batch["x"], {})
+        output = network(batch["x"], batch["ids"], batch["ids"] > 0, batch["globals"], **noisy)
+        sums = loss_sums(output, target, batch["ids"], batch["globals"], cfg.level)
+        if noises:
+            sums |= noises.by_quarter(output["x_hat"], target, batch["ids"] > 0, noisy["t"])
+            sums["eps_loss"] = sums.pop("rec_tokens")
+        return output, sums
+
+    def total(metrics):
+        return sum(weight * metrics[name] for name, weight in weights.items() if name in metrics)
+
+    @torch.no_grad()
+    def evaluate(split):
+        """A whole split -> {metric: mean}, counts of the codes; None, None if stopped."""
+        raw_model.eval()
+        found, codes = {}, torch.zeros(cfg.codebook_size, dtype=torch.long)
+        for begin in range(rank * AT_ONCE, len(data[split]["x"]), world * AT_ONCE):
+            if stop:
+                break
+            torch.manual_seed(hash((cfg.seed, begin)))  # of the noise that is to be found
+            with hardware.autocast:
+                output, sums = compute_loss(raw_model, take(data[split], slice(begin, begin + AT_ONCE)))
+            add(found, sums)
+            if uses_codes:
+                codes += torch.bincount(output["indices"][output["indices"] >= 0], minlength=len(codes)).cpu()
+        if noises and not stop:
+            mine = slice(rank, None, world)
+            add(found, denoised(raw_model, noises, take(data[split], slice(DENOISED)), cfg.ddim_steps, cfg.seed, mine))
+        raw_model.train()
+        shards, sums = hardware.gather((bool(stop), found, codes)), {}
+        if any(stopped for stopped, _, _ in shards):
+            return None, None
+        for _, found, _ in shards:
+            add(sums, found)
+        codes, metrics = sum(codes for _, _, codes in shards), means(sums)
+        metrics["loss"] = total(metrics)
+        if uses_codes:
+            metrics["usage"], metrics["perplexity"] = usage_and_perplexity(codes)
+        return metrics, codes.tolist()
+
+    def due():  # an evaluation
+        return at.epoch < at.step // batches
+
+    # --- train ----------------------------------------------------------------------------
+    epoch_of_order, shown, stop_now, over = -1, {}, 0, at.step >= steps
+    with Stop() as stop, Progress(steps, at.step, show=rank == 0 and sys.stderr.isatty()) as progress, record:
+        start = saved = mark = time.monotonic()
+        record("on_resume" if path else "on_start")
+        while True:
+            if not due() and not over:  # else the run was stopped while it evaluated
+                epoch, number = divmod(at.step, batches)
+                if epoch_of_order != epoch:
+                    order, epoch_of_order = epoch_order(cfg.seed, epoch, events), epoch
+                    order = np.resize(order, (batches, cfg.accumulate, world, cfg.batch_size))
+                for group in optimizer.param_groups:
+                    group["lr"] = group["peak"] * rate_at(at.step)
+                whole, sums = denominators(take(data["train"], order[number].flatten()), cfg.level), {}
+                for m in range(cfg.accumulate):
+                    torch.manual_seed(hash((cfg.seed, at.step, m * world + rank)))  # of dropout and noise
+                    model.require_backward_grad_sync = m == cfg.accumulate - 1  # DDP: one reduction a step
+                    batch = take(data["train"], order[number, m, rank])
+                    with hardware.autocast:
+                        output, found = compute_loss(model, batch)
+                        loss = total({name: found[name][0] / count for name, count in whole.items() if name in found})
+                        if judges:  # what they lower, and what it costs the model to be found out
+                            own, cost, said = judges(batch, output, loss, raw_model.last_weight(), at.step / steps)
+                            loss, found = loss + (own + cost) / (cfg.accumulate * world), found | said
+                    scaler.scale(loss * world).backward()  # DDP takes the mean over ranks
+                    add(sums, found)
+                scaler.unscale_(optimizer)
+                hardware.average(judges.parameters()) if judges else None
+                norm = max(torch.nn.utils.clip_grad_norm_(group["params"], cfg.clip or math.inf).item()
+                           for group in optimizer.param_groups)  # fmt: skip
+                now = time.monotonic()
+                late = cfg.save_minutes and now - saved > 60 * cfg.save_minutes
+                over = at.step + 1 >= min(steps, cfg.max_steps or steps) or 0 < cfg.max_seconds < now - start
+                totals = hardware.total(*(number for pair in sums.values() for number in pair))
+                sums = dict(zip(sums, zip(totals[::2], totals[1::2]), strict=True))
+                bad = not math.isfinite(norm + sum(totals))
+                bad, stop_now, late, over = hardware.largest(bad, int(stop.signal), late, over)
+                if not bad or scaler.is_enabled():  # GradScaler skips and lowers its scale by itself
+                    scaler.step(optimizer)
+                    scaler.update()
+                optimizer.zero_grad(set_to_none=True)
+                if not bad:
+                    add(at.sums, sums | dict(grad_norm=(norm, 1)))
+                at.skipped += bool(bad)
+                at.skipped_in_row = at.skipped_in_row + 1 if bad and scaler.get_scale() <= 1 else 0
+                if at.skipped_in_row == BAD_STEPS:
+                    raise DataError(f"{BAD_STEPS} steps in a row not finite, try a smaller lr=; good: {saver.last}")
+                at.step, at.epoch_seconds, mark = at.step + 1, at.epoch_seconds + now - mark, now
+                progress(epoch=at.step // batches, **shown)
+            if due() and not stop_now:
+                mark, metrics, codes = time.monotonic(), *evaluate("val")
+                (stop_now,) = hardware.largest(0 if metrics else int(stop.signal))
+            if due() and not stop_now:
+                own = means(at.sums) | dict(lr=optimizer.param_groups[0]["lr"], skipped_steps=at.skipped)
+                own["loss"], criterion = total(own), metrics.get("ddim_mse", metrics["loss"])
+                shown = record.epoch(own, metrics, codes, events, time.monotonic() - mark)
+                tell(f"epoch {at.epoch}/{cfg.epochs} | " + " | ".join(f"{name} {n}" for name, n in shown.items()))
+                at.sums, at.epoch_seconds, late = {}, 0.0, True
+                if criterion < at.best_val_loss:
+                    at.best_val_loss, at.best_epoch = criterion, at.epoch - 1
+                    best_state = {key: value.clone() for key, value in raw_model.state_dict().items()}
+                    save(best)
+                    if rank == 0 and keep:
+                        checkpoint.point(out / "model.pt", best.name)
+            mark = time.monotonic()
+            if late or over or stop_now:
+                save(last, must=bool(over or stop_now))
+                saved = time.monotonic()
+            if over or stop_now:
+                break
+        if at.epoch == cfg.epochs and not stop_now:
+            record("on_train_end", epoch=at.epoch - 1, histories=at.histories)
+            raw_model.load_state_dict(best_state or checkpoint.load_checkpoint(best, kind)["model_state"])
+            metrics, codes = evaluate("test")
+            (stop_now,) = hardware.largest(0 if metrics else int(stop.signal))
+            if metrics and not stop_now:
+                at.test_loss, at.tested = metrics["loss"], at.epoch
+                rows = reconstructed(raw_model, noises, data["test"], meta, cfg) if cfg.plot_recon else None
+                record.test(metrics, codes, rows)
+                if rank == 0 and keep:  # with the last weights, not the best
+                    saver(last, checkpoint.load_checkpoint(last, kind) | vars(at))
+        if stop_now:
+            record("on_interrupt", epoch=at.epoch)
+
+    # --- summary --------------------------------------------------------------------------
+    again = f"python train_ae.py resume={out}" if keep else "nothing was written"
+    next_command = f"python generate.py events {out} --mode score" if keep and at.tested == at.epoch else again
+    tell(f"{out}: epoch {at.epoch} of {cfg.epochs}, best val_loss {at.best_val_loss:.4f} at epoch {at.best_epoch + 1}, test "
+         f"{at.test_loss:.4f}, {time.monotonic() - start:.0f} s, peak {peak_mb(device):.0f} MB; next: {next_command}")  # fmt: skip
+    return results(stop_now)
 
 
 if __name__ == "__main__":
