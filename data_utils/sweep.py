@@ -112,7 +112,7 @@ def run(folder, rows, labels, fail_fast):
         for i, row in enumerate(rows):
             if row["status"] == "done" or stopped:
                 continue
-            job, start = f"job {i} of {len(rows)}, {labels[i]}", time.monotonic()
+            job, start = f"job {i} of {len(rows)} {labels[i]}".rstrip(), time.monotonic()
             say(f"{job}: {'goes on' if Path(row['run_dir']).exists() else 'starts'} in {row['run_dir']}")
             row["status"] = "running"
             _write(folder, rows)
