@@ -235,7 +235,7 @@ def _jobs(items, layers, table, again, parse, error):
     """Return the Jobs of a sweep, each of them parsed; or the configuration of the one that `sweep_job` picks."""
     typed = {item.name: item.text() for item in items}
     bundled = {item.name: item.text() for layer in layers.values() for item in layer}
-    number = (bundled | typed).get("sweep_job", "-1")
+    number = typed.get("sweep_job", "-1")  # a bundle that a job of another sweep left may hold one too
     if not re.fullmatch(r"-?\d+", number):
         raise ValueError(f"sweep_job={number}: expected a whole number")
     words, rows, number = [], [], int(number)
@@ -246,17 +246,18 @@ def _jobs(items, layers, table, again, parse, error):
         if not rows or not all(isinstance(row, dict) and needed <= row.keys() for row in rows):
             raise ValueError(f"{again}: expected `jobs`, each with {', '.join(sorted(needed))}")
         new = [word for item in items if item.name not in ("resume", "multirun", "sweep_job") for word in item.words]
-        words = [[*row["overrides"], *new] for row in rows]
+        own = [[f"out={row['run_dir']}", "resume=auto"] * (number >= 0) for row in rows]
+        words = [[*row["overrides"], *new, *folder] for row, folder in zip(rows, own, strict=True)]
     else:
         words = expand(items, bundled)
     if not number < len(words):
         raise ValueError(f"sweep_job={number}: the sweep has {len(words)} jobs, 0 to {len(words) - 1}")
     if number >= 0:
         return parse([*words[number], "multirun=false", f"sweep_job={number}"])
-    if "out" in bundled | typed:
+    if (bundled | typed).get("out"):
         raise ValueError("out: a sweep names the folders of its jobs\ntry: outputs=FOLDER, which is their root")
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 or "TORCHELASTIC_RUN_ID" in os.environ:
-        raise ValueError("--multirun under torchrun: a sweep is one process, and each of its jobs\ntry: python ...")
+        raise ValueError("--multirun under torchrun: a sweep is one process\ntry: python in place of torchrun")
     return Jobs(words, [parse([*line, "multirun=false"]) for line in words], str(again.parent) * bool(rows), rows)
 
 

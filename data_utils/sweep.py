@@ -29,6 +29,7 @@ def sweep(jobs):
     """
     folder, rows = plan(jobs)
     lock = lock_run(folder, "sweep")  # noqa: F841  held until the process ends
+    _write(folder, rows)
     words = [set(row["overrides"]) for row in rows]
     labels = [" ".join(w for w in row["overrides"] if not all(w in other for other in words)) for row in rows]
     say(f"{folder}: {len(rows)} jobs")
@@ -50,12 +51,15 @@ def _loss(row):
 
 
 def plan(jobs):
-    """Return (folder of the sweep, a row for each job), both new, or those that go on; sweep.yaml is written."""
+    """Return (folder of the sweep, a row for each job): both new, or those that go on."""
+    unknown = dict(status="waiting", exit_code=None, best_val_loss=None, seconds=0.0)
     if jobs.rows:
-        folder, rows = Path(jobs.folder), [dict(row) for row in jobs.rows]
+        folder, rows = Path(jobs.folder), [unknown | row for row in jobs.rows]
+        runs = folder.resolve().parents[1] / "runs"
+        runs = runs.relative_to(Path.cwd()) if runs.is_relative_to(Path.cwd()) else runs
         for row, words in zip(rows, jobs.words, strict=True):
             row["overrides"] = row["overrides"] if row["status"] == "done" else words
-            row["run_dir"] = str(folder.parents[1] / "runs" / Path(row["run_dir"]).name)  # wherever it was moved
+            row["run_dir"] = str(runs / Path(row["run_dir"]).name)  # wherever it was moved
             row["status"] = "interrupted" if row["status"] == "running" else row["status"]  # its sweep was killed
     else:
         first = jobs.configs[0]
@@ -65,10 +69,8 @@ def plan(jobs):
         folder = _claim(outputs / "multiruns" / f"exp_{stamp}_{first.name}")
         name = folder.name.removeprefix("exp_")
         folders = [str(outputs / "runs" / f"run_{name}_job{i}") for i in range(len(jobs.words))]
-        unknown = dict(status="waiting", exit_code=None, best_val_loss=None, seconds=0.0)
         pairs = zip(jobs.words, folders, strict=True)
         rows = [dict(overrides=words, run_dir=run_dir) | unknown for words, run_dir in pairs]
-    _write(folder, rows)
     return folder, rows
 
 
@@ -112,7 +114,7 @@ def run(folder, rows, labels, fail_fast):
         for i, row in enumerate(rows):
             if row["status"] == "done" or stopped:
                 continue
-            job, start = f"job {i} of {len(rows)}, {labels[i]}", time.monotonic()
+            job, start = f"job {i} of {len(rows)} {labels[i]}".rstrip(), time.monotonic()
             say(f"{job}: {'goes on' if Path(row['run_dir']).exists() else 'starts'} in {row['run_dir']}")
             row["status"] = "running"
             _write(folder, rows)

@@ -5,6 +5,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
+import yaml
 
 import train_ae
 from data_utils.config import from_cli
@@ -142,6 +143,14 @@ def test_a_run_that_is_resumed_brings_its_flags(table, tmp_path):
     assert read("resume=auto", table).seed == 9
 
 
+def test_what_a_run_keeps_of_its_flags_is_a_bundle(table, tmp_path):
+    cfg = read("loop=gan_ae labels=[] hidden=[3,4] lr=1e-7 revive=-1 --no-make-plots")
+    kept = {n: list(v) if isinstance(v, tuple) else v for n, v in asdict(cfg).items() if n not in ("env", "config")}
+    (tmp_path / "kept.yaml").write_text(yaml.safe_dump(kept | dict(sweep_job=7)))
+    assert replace(read(["--config", f"{tmp_path}/kept.yaml"], table), config="", sweep_job=-1) == cfg
+    assert len(read(["--config", f"{tmp_path}/kept.yaml", "-m", "epochs=1,2"], table).words) == 2
+
+
 @pytest.mark.parametrize("path", sorted((ROOT / "configs" / "ae").glob("**/*.yaml")), ids=lambda p: p.stem)
 def test_the_bundles_that_come_along_repeat_no_default(path):
     found = read(["--config", str(path)])
@@ -183,9 +192,13 @@ def test_a_bundle_may_hold_a_sweep():
     assert [type(cfg) for cfg in loops] == [AeConfig, GanAeConfig, DiffusionAeConfig]
 
 
-def test_one_job_of_a_sweep():
+def test_one_job_of_a_sweep(tmp_path):
     cfg = read("--multirun latent_space=none,vq epochs=1,2 sweep_job=2 out=there")
     assert cfg == AeConfig(latent_space="vq", epochs=1, sweep_job=2, out="there")
+    rows = [dict(overrides=[f"epochs={i}"], run_dir=f"runs/{i}", status="done") for i in range(1, 4)]
+    (tmp_path / "sweep.yaml").write_text(yaml.safe_dump(dict(jobs=rows)))
+    cfg = read(f"resume={tmp_path} sweep_job=2 seed=1")
+    assert cfg == AeConfig(epochs=3, sweep_job=2, seed=1, out="runs/3")
 
 
 @pytest.mark.parametrize(

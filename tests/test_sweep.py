@@ -159,6 +159,16 @@ def test_a_sweep_that_was_killed_takes_its_running_job_for_interrupted(toy):
     assert [row["status"] for row in content(toy)[1]] == ["done", "done"]
 
 
+def test_a_sweep_goes_on_from_another_folder(toy):
+    finish(start(toy, "-m", "do=crash", "outputs=outputs"), 1)
+    folder, (row,) = content(toy)
+    (toy / "outputs" / "mended").touch()
+    (folder.parent / "outputs").mkdir()
+    (folder.parent / "outputs" / "mended").touch()
+    out, _ = finish(launch([sys.executable, str(toy / "toy.py"), f"resume={folder.name}"], cwd=folder.parent))
+    assert "1 of 1 jobs done" in out and len(starts(toy, row)) == 2
+
+
 def test_a_job_that_is_killed_counts_as_failed(toy):
     process = start(toy, "-m", "do=wait,end")
     os.kill(waiting_job(toy), signal.SIGKILL)
@@ -170,7 +180,7 @@ def test_one_sweep_at_a_time(toy):
     process = start(toy, "-m", "do=wait")
     waiting_job(toy)
     _, err = finish(start(toy, f"resume={content(toy)[0]}"), 2)
-    assert "in use by process" in err
+    assert "in use by process" in err and content(toy)[1][0]["status"] == "running"
     process.terminate()
     finish(process, 143)
 
