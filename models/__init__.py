@@ -13,4 +13,10 @@ set_transformer.py  features of points, set attention: formula_model.py
 formula_model.py  points in, formulas out, decoding: train_sr.py, generate.py
 adamw8bit.py      AdamW with 8-bit moments: train_hrm.py
 average.py        moving average of weights: train_hrm.py
+muon.py           orthogonalized momentum: train_hrm.py
+messages.py       messages between the elements of a set: diffusion.py, gan.py, autoencoder.py
+codebook.py       vector quantization that keeps all codes in use: autoencoder.py
+diffusion.py      noise on particles, the network that removes it, DDIM: autoencoder.py, train_ae.py, generate.py
+gan.py            discriminator, critic of latents, adaptive weight: train_ae.py
+autoencoder.py    encoders, latent spaces, decoders of events: train_ae.py, generate.py
 """

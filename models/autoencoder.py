@@ -1,0 +1,275 @@
+"""Autoencoders of events: an encoder, a latent space and a decoder, each of several kinds, in any combination.
+
+B events, T slots, F features of a slot, G globals of an event, D latent width. x (B, T, F) features, ids (B, T) types
+with 0 for an empty slot, mask = ids != 0, globals (B, G). At level `token` a latent is one of each particle,
+z (B, T, D); at level `event` there is one of all of them, z (B, D).
+Vector-quantized latents: arXiv 1711.00937; particles as tokens: OmniJet-alpha (2403.05618); decoders that denoise:
+diffusion autoencoders (2111.15640).
+"""
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from models.codebook import Codebook
+from models.diffusion import DenoisingNetwork, sinusoid
+from models.messages import MessageNetwork, message_weights
+
+EMBEDDED = 8  # width of the embeddings of type and slot
+READOUT = 128  # hidden width behind message layers
+HEADS = 64, 32  # hidden widths of the heads of types and globals
+NOISED = 32  # width of x_t and of t beside a latent, for decoders that are told of them
+LAST_STEP = 1000  # the t of a diffusion decoder that runs once, from x_T = 0
+POOLED = 4.0  # sums over particles are divided by it
+ACTIVATIONS = dict(relu=nn.ReLU, gelu=nn.GELU, silu=nn.SiLU)
+
+
+def mlp(widths, activation, dropout):
+    """Linears between `widths`, an activation and dropout after each but the last."""
+    parts = []
+    for inputs, outputs in zip(widths[:-1], widths[1:], strict=True):
+        parts += [nn.Linear(inputs, outputs), ACTIVATIONS[activation](), nn.Dropout(dropout)]
+    return nn.Sequential(*parts[:-2])
+
+
+def beside_noise(h, width, training):
+    """[h, n] with n ~ N(0, 1) of some width in training, 0 else."""
+    noise = h.new_zeros(*h.shape[:-1], width)
+    return torch.cat([h, noise.normal_() if training else noise], -1)
+
+
+def mean_over(h, mask):
+    """Mean over particles: h (B, T, C), mask (B, T) -> (B, C), 0 without any."""
+    real = mask[..., None].to(h.dtype)
+    return (h * real).sum(1) / real.sum(1).clamp_min(1)
+
+
+def masked_sums(out, x, ids, mask, globals, level):
+    """What `AutoEncoder` gave, against the targets -> {name: (numerator, denominator)}, float32 scalars.
+
+    Sum both over batches and ranks before dividing. rec_tokens: squared error of x, or of eps if that is given, per
+    feature of a particle; rec_globals per global; rec_types: cross-entropy and type_accuracy, of particles at level
+    token, of all slots at level event; they are missing without a type head.
+    """
+    error = (out["x_hat"].float() - x).masked_fill(~mask[..., None], 0)
+    sums = dict(rec_tokens=(error.square().sum(), mask.sum() * x.shape[-1]))
+    error = out["rec_globals"].float() - globals
+    sums["rec_globals"] = error.square().sum(), mask.new_tensor(error.numel(), dtype=torch.long)
+    if out["type_logits"] is not None:
+        judged = torch.ones_like(mask) if level == "event" else mask
+        logits, count = out["type_logits"].float(), judged.sum()
+        nats = F.cross_entropy(logits.flatten(0, 1), ids.flatten(), reduction="none").view_as(ids)
+        sums["rec_types"] = (nats * judged).sum(), count
+        sums["type_accuracy"] = ((logits.argmax(-1) == ids) & judged).sum(), count
+    return {name: (numerator.float(), denominator.float()) for name, (numerator, denominator) in sums.items()}
+
+
+class Slots(nn.Module):
+    """What is known of slots beside features: ids (B, T) -> embeddings of type and of place (B, T, width)."""
+
+    def __init__(self, *, num_types, n_tokens):
+        """0 types or 0 tokens: without that embedding."""
+        super().__init__()
+        self.type_embedding = nn.Embedding(num_types, EMBEDDED) if num_types else None
+        self.slot_embedding = nn.Embedding(n_tokens, EMBEDDED) if n_tokens else None
+        self.width = EMBEDDED * ((num_types > 0) + (n_tokens > 0))
+
+    def forward(self, ids):
+        parts = [] if self.type_embedding is None else [self.type_embedding(ids)]
+        if self.slot_embedding is not None:
+            parts.append(self.slot_embedding.weight.expand(len(ids), -1, -1))
+        return torch.cat(parts, -1)
+
+
+# --- encoders: x, ids, mask, globals -> z -----------------------------------------------------
+class MlpEncoder(nn.Module):
+    """`mlp` and `gan`: each particle alone; at level event all of them and the globals. gan: with inputs of noise."""
+
+    def __init__(self, *, level, cont_dim, n_tokens, num_types, n_globals, latent_dim, hidden, activation, dropout,
+                 noise_dim):  # fmt: skip
+        super().__init__()
+        self.level, self.noise_dim = level, noise_dim
+        self.slots = Slots(num_types=num_types, n_tokens=0)
+        slot = cont_dim + self.slots.width
+        inputs = slot if level == "token" else n_tokens * slot + n_globals
+        self.net = mlp([inputs + noise_dim, *hidden, latent_dim], activation, dropout)
+
+    def forward(self, x, ids, mask, globals):
+        h = torch.cat([x, self.slots(ids)], -1)
+        h = h if self.level == "token" else torch.cat([h.flatten(1), globals], -1)
+        return self.net(beside_noise(h, self.noise_dim, self.training))
+
+
+class SetEncoder(nn.Module):
+    """`gnn`: message layers; `diffusion`: the denoising network at t = 0. Then an MLP of each particle, or of all."""
+
+    def __init__(self, *, level, denoising, cont_dim, n_tokens, num_types, n_globals, latent_dim, gnn_dim, gnn_layers,
+                 activation, dropout):  # fmt: skip
+        super().__init__()
+        self.level, self.denoising = level, denoising
+        self.slots = Slots(num_types=num_types, n_tokens=n_tokens)
+        sizes = dict(inputs=cont_dim + self.slots.width, width=gnn_dim, layers=gnn_layers)
+        self.network = DenoisingNetwork(condition=0, outputs=gnn_dim, **sizes) if denoising else MessageNetwork(**sizes)
+        inputs = gnn_dim if level == "token" else 2 * gnn_dim + n_globals
+        self.readout = mlp([inputs, READOUT, latent_dim], activation, dropout)
+
+    def forward(self, x, ids, mask, globals):
+        h = torch.cat([x, self.slots(ids)], -1)
+        if self.denoising:
+            h = self.network(h, torch.zeros_like(ids[:, 0]), None, mask)
+        else:
+            h = self.network(h, message_weights(mask))
+        if self.level == "event":
+            total = h.masked_fill(~mask[..., None], 0).sum(1) / POOLED
+            h = torch.cat([mean_over(h, mask), total, globals], -1)
+        return self.readout(h)
+
+
+def build_encoder(kind, *, hidden, gnn_dim, gnn_layers, noise_dim, **sizes):
+    """The encoder `kind` as a module (x, ids, mask, globals) -> z; x is 0 in empty slots."""
+    if kind in ("mlp", "gan"):
+        return MlpEncoder(hidden=hidden, noise_dim=noise_dim if kind == "gan" else 0, **sizes)
+    return SetEncoder(denoising=kind == "diffusion", gnn_dim=gnn_dim, gnn_layers=gnn_layers, **sizes)
+
+
+# --- decoders: h, mask, x_t, t -> features; h holds the latent and what else is known -----------
+class MlpDecoder(nn.Module):
+    """`mlp` and `gan`: h (..., inputs) -> (..., outputs), each row alone. gan: with inputs of noise."""
+
+    def __init__(self, *, inputs, outputs, hidden, activation, dropout, noise_dim):
+        super().__init__()
+        self.noise_dim = noise_dim
+        self.net = mlp([inputs + noise_dim, *hidden, outputs], activation, dropout)
+        self.last = self.net[-1]
+
+    def forward(self, h, mask, x_t, t):
+        return self.net(beside_noise(h, self.noise_dim, self.training))
+
+
+class GraphDecoder(nn.Module):
+    """`gnn`: message layers, then an MLP of each particle: h (B, T, inputs) -> (B, T, outputs)."""
+
+    def __init__(self, *, inputs, outputs, gnn_dim, gnn_layers, activation, dropout):
+        super().__init__()
+        self.network = MessageNetwork(inputs=inputs, width=gnn_dim, layers=gnn_layers)
+        self.readout = mlp([gnn_dim, READOUT, outputs], activation, dropout)
+        self.last = self.readout[-1]
+
+    def forward(self, h, mask, x_t, t):
+        return self.readout(self.network(h, message_weights(mask)))
+
+
+class DiffusionDecoder(nn.Module):
+    """`diffusion`: x_t and t under the condition h (B, T, inputs) -> (B, T, outputs), at first 0.
+
+    x_t None: it runs once, from x_T = 0 at the last step.
+    """
+
+    def __init__(self, *, inputs, outputs, gnn_dim, gnn_layers):
+        super().__init__()
+        sizes = dict(inputs=outputs, outputs=outputs, width=gnn_dim, layers=gnn_layers)
+        self.network = DenoisingNetwork(condition=inputs, **sizes)
+        self.last = self.network.out
+        nn.init.zeros_(self.last.weight)
+        nn.init.zeros_(self.last.bias)
+
+    def forward(self, h, mask, x_t, t):
+        if x_t is None:
+            x_t = h.new_zeros(*mask.shape, self.last.out_features)
+            t = torch.full_like(mask[:, 0], LAST_STEP, dtype=torch.long)
+        return self.network(x_t, t, h, mask)
+
+
+def build_decoder(kind, *, hidden, gnn_dim, gnn_layers, activation, dropout, noise_dim, **sizes):
+    """The decoder `kind` as a module (h, mask, x_t, t) -> features, with its last Linear as `last`."""
+    if kind in ("mlp", "gan"):
+        noise_dim = noise_dim if kind == "gan" else 0
+        return MlpDecoder(hidden=hidden, activation=activation, dropout=dropout, noise_dim=noise_dim, **sizes)
+    if kind == "diffusion":
+        return DiffusionDecoder(gnn_dim=gnn_dim, gnn_layers=gnn_layers, **sizes)
+    return GraphDecoder(gnn_dim=gnn_dim, gnn_layers=gnn_layers, activation=activation, dropout=dropout, **sizes)
+
+
+class AutoEncoder(nn.Module):
+    """x, ids, mask, globals -> dict(z_e, z_q, indices, aux, x_hat, type_logits, rec_globals).
+
+    encoder, decoder: mlp, gnn, gan, diffusion. latent_space: none, linear, vq. side_info: the decoder is told types and
+    slots, and does not guess types (type_logits is None). denoise: the decoder is also told x_t and t, and x_hat is
+    what it takes for eps; empty slots are then left out at level event too. Without it the decoder of an event
+    guesses all slots: which are empty is for type_logits to say.
+    """
+
+    def __init__(self, *, encoder, decoder, latent_space, level, cont_dim, n_tokens, num_types, n_globals, latent_dim,
+                 hidden, gnn_dim, gnn_layers, activation, dropout, side_info, noise_dim, codebook_size, beta, ema_decay,
+                 revive, denoise):  # fmt: skip
+        super().__init__()
+        self.level, self.latent_space = level, latent_space
+        widths = dict(hidden=hidden, gnn_dim=gnn_dim, gnn_layers=gnn_layers, noise_dim=noise_dim,
+                      activation=activation, dropout=dropout)  # fmt: skip
+        sizes = dict(level=level, cont_dim=cont_dim, n_tokens=n_tokens, num_types=num_types, n_globals=n_globals)
+        self.encoder = build_encoder(encoder, latent_dim=latent_dim, **sizes, **widths)
+        if latent_space == "linear":
+            self.latent = nn.Linear(latent_dim, latent_dim)
+        if latent_space == "vq":
+            self.latent = Codebook(size=codebook_size, dim=latent_dim, beta=beta, decay=ema_decay, revive=revive,
+                                   eps=1e-5)  # fmt: skip
+        self.slots = Slots(num_types=num_types if side_info else 0, n_tokens=n_tokens)
+        self.whole = level == "event" and decoder in ("mlp", "gan")  # all slots in one row
+        self.sees_slots = side_info or decoder in ("gnn", "diffusion")
+        rows = n_tokens if self.whole else 1
+        widened = denoise and decoder != "diffusion"
+        self.noised = nn.Linear(rows * cont_dim, NOISED) if widened else None
+        inputs = latent_dim + 2 * NOISED * widened + rows * self.slots.width * self.sees_slots
+        self.decoder = build_decoder(decoder, inputs=inputs, outputs=rows * cont_dim, **widths)
+        self.types = None if side_info else mlp([latent_dim + EMBEDDED, HEADS[0], num_types], activation, dropout)
+        self.globals = mlp([latent_dim, HEADS[1], n_globals], activation, dropout)
+
+    def last_weight(self):
+        """Weight of the last Linear that x_hat went through: gan.adaptive_weight compares gradients there."""
+        return self.decoder.last.weight
+
+    def encode(self, x, ids, mask, globals):
+        """-> z_e (B, T, D), 0 in empty slots, or (B, D). What x holds in empty slots does not matter."""
+        z = self.encoder(x.masked_fill(~mask[..., None], 0), ids, mask, globals)
+        return z.masked_fill(~mask[..., None], 0) if self.level == "token" else z
+
+    def quantize(self, z_e, mask):
+        """z_e -> (z_q like it, indices, {"commit": loss}).
+
+        indices: (B, T) with -1 in empty slots, or (B), of vq; else None.
+        """
+        if self.latent_space == "vq":
+            z_q, indices, commit = self.latent(z_e, mask if self.level == "token" else None)
+            return z_q, indices, dict(commit=commit)
+        z_q = self.latent(z_e) if self.latent_space == "linear" else z_e
+        z_q = z_q.masked_fill(~mask[..., None], 0) if self.level == "token" else z_q
+        return z_q, None, dict(commit=z_q.new_zeros(()))
+
+    def decode(self, z, ids, mask, x_t=None, t=None):
+        """z as `quantize` gave it, x_t (B, T, F) and t (B) with `denoise` -> dict(x_hat, type_logits, rec_globals).
+
+        At level event ids and mask are read with side_info or x_t alone, otherwise only their shape.
+        """
+        event = self.level == "event"
+        slots, z_slot = self.slots(ids), z[:, None].expand(-1, ids.shape[1], -1) if event else z
+        rec_globals = self.globals(z if event else mean_over(z, mask))
+        type_logits = None if self.types is None else self.types(torch.cat([z_slot, slots], -1))
+        h, real = z if self.whole else z_slot, mask
+        if x_t is not None:
+            x_t = x_t.masked_fill(~mask[..., None], 0)
+        elif event:
+            real = torch.ones_like(mask)
+        if self.noised is not None:
+            time = sinusoid(t, NOISED)
+            noised = self.noised(x_t.flatten(1) if self.whole else x_t)
+            h = torch.cat([h, noised, time if self.whole else time[:, None].expand(-1, ids.shape[1], -1)], -1)
+        if self.sees_slots:
+            h = torch.cat([h, slots.flatten(1) if self.whole else slots], -1)
+        x_hat = self.decoder(h, real, x_t, t)
+        x_hat = x_hat.unflatten(-1, (ids.shape[1], -1)) if self.whole else x_hat
+        return dict(x_hat=x_hat, type_logits=type_logits, rec_globals=rec_globals)
+
+    def forward(self, x, ids, mask, globals, x_t=None, t=None):
+        z_e = self.encode(x, ids, mask, globals)
+        z_q, indices, aux = self.quantize(z_e, mask)
+        return dict(z_e=z_e, z_q=z_q, indices=indices, aux=aux, **self.decode(z_q, ids, mask, x_t, t))

@@ -1,0 +1,95 @@
+"""Noise on features of sets of particles, the network that tells it, and the way back without noise.
+
+B sets, T slots, F features, C width, x clean, eps noise ~ N(0, 1), x_t = sqrt(a_t) x + sqrt(1 - a_t) eps with a_0 = 1.
+DDPM (arXiv 2006.11239), cosine schedule: Improved DDPM (2102.09672, eq. 17), DDIM (2010.02502, eq. 12), a denoiser that
+reads a latent: diffusion autoencoders (2111.15640), modulated layer norms: DiT (2212.09748).
+"""
+
+import math
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from models.messages import MessageLayer, message_weights
+
+TIME = 64  # width of the sines and cosines of t
+LEAST_SIGNAL = 1e-3  # a_T: DDIM's first step divides by its root what the network got wrong, and 0 would blow that up
+
+
+def sinusoid(t, width):
+    """Steps t (B) -> cosines and sines at falling frequencies (B, width)."""
+    frequency = torch.exp(-math.log(10_000) * torch.arange(width // 2, device=t.device) / (width // 2))
+    angle = t[:, None].float() * frequency
+    return torch.cat([angle.cos(), angle.sin()], -1)
+
+
+class NoiseSchedule(nn.Module):
+    """a_t of `steps` steps: `cosine`, or `linear`, whose noise rises from 1e-4 to 0.02 a step when there are 1,000."""
+
+    def __init__(self, steps, kind):
+        super().__init__()
+        self.steps = steps
+        share = torch.arange(steps + 1, dtype=torch.float64) / steps
+        if kind == "cosine":
+            a = torch.cos((share + 0.008) / 1.008 * math.pi / 2) ** 2
+            a = a / a[0]
+        elif kind == "linear":
+            beta = torch.linspace(1e-4, 0.02, steps, dtype=torch.float64) * 1000 / steps
+            a = torch.cat([torch.ones(1, dtype=torch.float64), (1 - beta.clamp_max(0.999)).cumprod(0)])
+        else:
+            raise ValueError(f"noise schedule {kind!r} is neither cosine nor linear")
+        self.register_buffer("alpha_bar", (LEAST_SIGNAL + (1 - LEAST_SIGNAL) * a).float())
+
+    def parts(self, t):
+        """Steps t (B) -> what clean and noise are multiplied by, (B, 1, 1) each; their squares sum to 1."""
+        a = self.alpha_bar[t][:, None, None]
+        return a.sqrt(), (1 - a).sqrt()
+
+    def add_noise(self, x, eps, t):
+        """x_t: x and eps (B, T, F), t (B) in 0..steps -> (B, T, F)."""
+        signal, noise = self.parts(t)
+        return signal * x + noise * eps
+
+    @torch.no_grad()
+    def ddim(self, predict, x_T, count):
+        """Noise x_T (B, T, F) -> clean features (B, T, F), by `count` even steps; the same noise gives the same.
+
+        predict: (x_t (B, T, F), t (B)) -> its eps (B, T, F).
+        """
+        times = torch.linspace(self.steps, 0, min(count, self.steps) + 1).round().long().to(x_T.device)
+        x = x_T
+        for now, after in zip(times[:-1], times[1:], strict=True):
+            eps = predict(x, now.expand(len(x)))
+            signal, noise = self.parts(now[None])
+            x = self.add_noise((x - noise * eps) / signal, eps, after[None])
+        return x
+
+
+class DenoisingNetwork(nn.Module):
+    """h <- h + f((1 + g) LN h + s) with message layers f; gains g and shifts s are told by t and the condition.
+
+    They are 0 at first, so that a layer starts as if it knew of neither.
+    """
+
+    def __init__(self, *, inputs, condition, width, layers, outputs):
+        super().__init__()
+        self.inward = nn.Linear(inputs, width)
+        self.context = nn.Sequential(nn.Linear(TIME + condition, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU())
+        self.layers = nn.ModuleList(MessageLayer(width) for _ in range(layers))
+        self.modulate = nn.ModuleList(nn.Linear(width, 2 * width) for _ in range(layers))
+        self.out = nn.Linear(width, outputs)
+        for linear in self.modulate:
+            nn.init.zeros_(linear.weight)
+            nn.init.zeros_(linear.bias)
+
+    def forward(self, x, t, condition, mask):
+        """x (B, T, inputs), t (B), condition (B, T, D) or None, mask (B, T) bool -> (B, T, outputs)."""
+        c = sinusoid(t, TIME)[:, None]
+        if condition is not None:
+            c = torch.cat([c.expand(-1, x.shape[1], -1), condition], -1)
+        c, h, weight = self.context(c), self.inward(x), message_weights(mask)
+        for layer, modulate in zip(self.layers, self.modulate, strict=True):
+            gain, shift = modulate(c).chunk(2, -1)
+            h = h + layer((1 + gain) * F.layer_norm(h, h.shape[-1:]) + shift, weight)
+        return self.out(h)
