@@ -122,6 +122,15 @@ class SudokuConfig:
 
 
 @dataclass
+class EventsConfig:
+    generator: Literal["decay_chain", "pythia"] = "decay_chain"  # pythia: 80 events a second, packages of its own
+    events: int = 20_000  # particle events in all three splits
+    out: str = "data/events.npz"  # file to write
+    format: Literal["auto", "npz", "h5"] = "auto"  # auto: by the ending of --out; h5 needs the package h5py
+    seed: int = 0  # of the events and the split
+
+
+@dataclass
 class GeneratePoolConfig:
     config: str = field(default="", metadata=dict(short="-c"))  # skeleton_pool_*.yaml of a bundle
     output_dir: str = field(default="", metadata=dict(short="-o"))  # folder to write
@@ -272,6 +281,35 @@ def sudoku(cfg):
     return prepare.sudoku(cfg)
 
 
+def events(cfg):
+    """Write particle events of six processes in three splits, for train_ae.py."""
+    from pathlib import Path
+
+    from data_utils.config import at_least
+    from data_utils.decay_chain import LABELS, decay_chain
+    from data_utils.events import opener, write_events
+
+    at_least(cfg, 10, "events")
+    at_least(cfg, 0, "seed")
+    form = "h5" if opener(cfg.out, "--out data/events.npz") else "npz"  # before minutes of work
+    if cfg.format not in ("auto", form):
+        raise UsageError(f"--out {cfg.out} --format {cfg.format}: name the file {Path(cfg.out).stem}.{cfg.format}")
+    if cfg.generator == "pythia":
+        import numpy as np
+        from tqdm import tqdm
+
+        from data_utils.pythia import pythia_events
+
+        made = tqdm(pythia_events(cfg.events, cfg.seed), total=cfg.events, unit="event", disable=None)
+        rows, labels = map(np.array, zip(*made, strict=True))
+    else:
+        rows, labels = decay_chain(cfg.events, cfg.seed)
+    write_events(cfg.out, rows, labels, seed=cfg.seed)
+    counts = ", ".join(f"{(labels == i).sum()} {name}" for i, name in enumerate(LABELS))
+    print(f"{cfg.out}: {len(rows)} events: {counts}; next: python train_ae.py --data {cfg.out}")
+    return {}
+
+
 def generate_skeleton_pool(cfg):
     """Draw skeletons of formulas, none of a test set, and save them as a pool for train_sr.py."""
     from data_utils import pools
@@ -296,6 +334,7 @@ COMMANDS = {
     "normalize-qa": (NormalizeConfig, normalize_qa),
     "arithmetic": (ArithmeticConfig, arithmetic),
     "sudoku": (SudokuConfig, sudoku),
+    "events": (EventsConfig, events),
     "generate-skeleton-pool": (GeneratePoolConfig, generate_skeleton_pool),
     "import-data": (ImportPoolConfig, import_data),
 }

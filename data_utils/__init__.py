@@ -26,6 +26,9 @@ answers.py     reasoners rebuilt, scored, and when they stop: train_hrm.py, gene
 nested.py      configuration files in sections: train_hrm.py
 arithmetic.py  "What is 12 + 7?": questions.py, prepare_data.py
 puzzles.py     Sudoku: questions.py, answers.py, prepare_data.py
+events.py      particle events in files and as tensors, normalised and back: train_ae.py, generate.py, prepare_data.py
+decay_chain.py events of heavy particles that decay: events.py, pythia.py, prepare_data.py
+pythia.py      events of the package pythia8mc: prepare_data.py
 distributions.py  distributions as text: skeletons.py, sr_data.py
 skeletons.py   random formulas with blank constants: train_sr.py, sr_data.py, search.py, pools.py
 pool_files.py  test sets and saved pools in files: holdout.py, pools.py, suites.py, bundles.py

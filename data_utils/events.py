@@ -18,7 +18,6 @@ from data_utils.decay_chain import decay_chain
 COLUMNS = ("E", "pT", "eta", "phi")
 NUM_TYPES, N_GLOBALS = 8, 3
 SPLITS = ("train", "val", "test")
-ENDINGS = dict(npz=(".npz",), h5=(".h5", ".hdf5"))
 MOST_DROPPED = 0.01  # share of the rows that may be damaged
 HIGHEST_ETA = 10
 HIGHEST_MEDIAN_PT = 5000  # GeV; above it the unit is another one
@@ -208,12 +207,10 @@ def read_events(path, *, seed):
 
 def _read(path):
     """Return {X_train ..: array}, all keys of the file; Y_ is read as y_."""
-    if path.suffix not in (ending for endings in ENDINGS.values() for ending in endings):
-        raise UsageError(f"--data {path}: expected decay_chain, or a file .npz, .h5 or .hdf5")
+    h5py = opener(path, "--data decay_chain")
     if not path.is_file():
         raise DataError(f"{path}: no such file\ntry: python prepare_data.py events --out {path}")
     known = {"X", "y"} | {f"{letter}_{split}" for letter in "Xy" for split in SPLITS}
-    h5py = None if path.suffix == ".npz" else _h5py(path)
     try:
         with h5py.File(path, "r") if h5py else np.load(path, allow_pickle=False) as file:
             names = {"y" + key[1:] if key[:1] == "Y" else key: key for key in file}
@@ -223,7 +220,12 @@ def _read(path):
         raise DataError(f"{path} can't be read: {type(e).__name__}: {reason}") from e
 
 
-def _h5py(path):
+def opener(path, otherwise):
+    """Return None for an .npz file, the package h5py for .h5 and .hdf5. Raises UsageError, DataError without h5py."""
+    if Path(path).suffix == ".npz":
+        return None
+    if Path(path).suffix not in (".h5", ".hdf5"):
+        raise UsageError(f"{path}: expected a file .npz, .h5 or .hdf5\ntry: {otherwise}")
     try:
         import h5py
     except ImportError:
@@ -237,10 +239,11 @@ def write_events(path, rows, labels, *, seed):
     for i, name in enumerate(SPLITS):
         arrays |= {f"X_{name}": rows[split == i], f"Y_{name}": labels[split == i].astype(np.int8)}
     content = io.BytesIO()
-    if Path(path).suffix == ".npz":
+    h5py = opener(path, "--out data/events.npz")
+    if not h5py:
         np.savez_compressed(content, **arrays)
     else:
-        with _h5py(path).File(content, "w") as file:
+        with h5py.File(content, "w") as file:
             for name, array in arrays.items():
                 file.create_dataset(name, data=array, compression="gzip", shuffle=True)
     write_atomic(path, lambda file: file.write(content.getvalue()))
