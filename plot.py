@@ -128,8 +128,8 @@ def handle_event(cfg, families, moment, payload):
     """Draw what the flags of train_ae.py ask for -> {run_dir}/figures/<family>-<moment>-e<epoch>.png, each family once.
 
     families: those that the loop has. payload: run_dir, epoch, last (whether it is the last epoch), histories (numbers
-    of each epoch by name), codes (K,) counts of validation, rows (before, after) of test events. What cannot be drawn is
-    said, and training goes on.
+    of each epoch by name), codes (K,) counts of validation, rows (before, after) of test events. What can't be drawn
+    is said, and training goes on.
     """
     often = moment != "on_epoch_end" or payload["last"] or (payload["epoch"] + 1) % cfg.plot_every == 0
     for family in FAMILIES if moment in cfg.plot_moments and often else ():
@@ -230,8 +230,10 @@ def _recon(payload, full):
     figure, axes = _panels(len(before))
     for ax, (name, values) in zip(axes, before.items(), strict=False):
         low, high = RANGES[name]
-        for found, label, style in ((values, "input", dict(color="0.75", histtype="stepfilled")),
-                                    (after[name], "reconstructed", dict(color=COLOURS[3], histtype="step", lw=1.5))):
+        for found, label, style in (
+            (values, "input", dict(color="0.75", histtype="stepfilled")),
+            (after[name], "reconstructed", dict(color=COLOURS[3], histtype="step", lw=1.5)),
+        ):
             ax.hist(found, bins=50, range=(low, high), density=True, label=label, **style)
         ax.set(xlabel=f"{name} [{UNITS[name]}]" if UNITS[name] else name, ylabel="density", xlim=(low, high))
         ax.legend(frameon=False, fontsize=8)
@@ -242,7 +244,7 @@ def _adversarial(payload, full):
     figure, axes = _panels(3)
     _curves(axes[0], payload["histories"], ("d_loss", "g_loss"), ylabel="loss", title="discriminator and generator")
     both = ("d_acc_real", "d_acc_fake")
-    _curves(axes[1], payload["histories"], both, ylabel="share it is right about", title="discriminator", ylim=(0, 1.05))
+    _curves(axes[1], payload["histories"], both, ylabel="share judged rightly", title="discriminator", ylim=(0, 1.05))
     _curves(axes[2], payload["histories"], ["adv_w"], ylabel="weight", title="adaptive weight")
     return figure
 
@@ -259,7 +261,8 @@ def _diffusion(payload, full):
 FAMILIES = dict(losses=_losses, metrics=_metrics, codebook=_codebook, latency=_latency, recon=_recon,
                 adversarial=_adversarial, diffusion=_diffusion)  # fmt: skip
 LABELS = dict(
-    train_loss="training", val_loss="validation", rec_tokens="squared error of particles", rec_globals="squared error of MET",
+    train_loss="training", val_loss="validation", rec_tokens="squared error of particles",
+    rec_globals="squared error of MET",
     rec_types="cross-entropy of types, nats", d_loss="discriminator", g_loss="generator", d_acc_real="real events",
     d_acc_fake="reconstructed events", ddim_mse="its own latent", ddim_mse_shuffled="another event's",
     eps_q0="least noise", eps_q1="second quarter", eps_q2="third quarter", eps_q3="most noise", lr="learning rate",

@@ -153,22 +153,26 @@ import torch
 
 from data_utils import checkpoint
 from data_utils.events import epoch_order, load_events, take, test_table
-from data_utils.facts import Recorder, run_folder
 from data_utils.hardware import Hardware
 from data_utils.metrics import add, means
 from data_utils.progress import Progress, peak_mb, say
+from data_utils.reconstruct import reconstructed
+from data_utils.recorder import Recorder, run_folder
 from data_utils.stop import Stop
 from models.autoencoder import AutoEncoder, Regressor, denominators, loss_sums, regression_sums
 from models.codebook import decay_for, revive_for, usage_and_perplexity
-from models.diffusion import NoiseSchedule, denoised, reconstructed
+from models.diffusion import NoiseSchedule, denoised
 from models.gan import Judges
 
 BAD_STEPS = 20  # non-finite steps in a row that end a run
 RAMP = 0.1  # share of the steps over which a discriminator comes to count
 AT_ONCE, DENOISED, START = 1024, 1024, 4096  # events in evaluation; made from noise; whose latents start a codebook
 # what a resumed run may change and still do bit for bit the same
-COSMETIC = """name out outputs env config logging resume fresh data save_minutes max_steps max_seconds save_artifacts
-make_plots multirun fail_fast sweep_job device compile""".split() + [n for n in vars(Config) if n.startswith("plot_")]
+COSMETIC = (
+    """name out outputs env config logging resume fresh data save_minutes max_steps max_seconds save_artifacts
+make_plots multirun fail_fast sweep_job device compile""".split()
+    + [n for n in vars(Config) if n.startswith("plot_")]
+)
 
 
 def main(cfg):
@@ -197,8 +201,13 @@ def main(cfg):
     tell(f"{meta['source']}: " + ", ".join(f"{len(data[split]['x'])} {split}" for split in data) + dropped)
 
     # --- model and optimizer --------------------------------------------------------------
-    known = asdict(cfg) | meta | dict(denoise=cfg.loop == "diffusion_ae", discriminator=cfg.loop == "gan_ae")
-    known |= dict(ema_decay=cfg.ema_decay or decay_for(steps), revive=max(0, cfg.revive or revive_for(steps)))
+    known = dict(adv_weight=0.0, adv_start=0.0) | asdict(cfg) | meta
+    known |= dict(
+        denoise=cfg.loop == "diffusion_ae",
+        discriminator=cfg.loop == "gan_ae",
+        ema_decay=cfg.ema_decay or decay_for(steps),
+        revive=max(0, cfg.revive or revive_for(steps)),
+    )
 
     def build(network):
         arguments = {name: known[name] for name in inspect.signature(network).parameters}
@@ -211,7 +220,9 @@ def main(cfg):
     judges = build(Judges)[0] if judged else None
     noises = build(NoiseSchedule)[0] if cfg.loop == "diffusion_ae" else None
     groups = [dict(params=list(raw_model.parameters()), peak=cfg.lr, weight_decay=cfg.weight_decay)]
-    groups += [dict(params=list(judges.parameters()), peak=cfg.d_lr, betas=(0.5, 0.9), weight_decay=0)] if judges else []
+    groups += (
+        [dict(params=list(judges.parameters()), peak=cfg.d_lr, betas=(0.5, 0.9), weight_decay=0)] if judges else []
+    )
     optimizer = torch.optim.AdamW(groups, lr=cfg.lr, fused=device.type in ("cpu", "cuda"))
     parts = dict(model_state=raw_model, optimizer_state=optimizer, amp_scaler=scaler)  # all that is saved
     parts |= dict(judges=judges) if judges else {}
@@ -258,7 +269,7 @@ def main(cfg):
 
     if rank == 0 and keep and not path:
         checkpoint.set_aside([last, best, out / "facts"])
-    record = Recorder(out if rank == 0 and keep else None, cfg, LOOPS[cfg.loop][1], at)
+    record = Recorder(out if rank == 0 and keep else None, cfg, LOOPS[cfg.loop][1], at, device)
 
     # --- schedule, evaluation, stop -------------------------------------------------------
     def rate_at(step):  # share of the peak: linear warmup, then a cosine down to a tenth
@@ -392,7 +403,11 @@ def main(cfg):
             (stop_now,) = hardware.largest(0 if metrics else int(stop.signal))
             if metrics and not stop_now:
                 at.test_loss, at.tested = metrics["loss"], at.epoch
-                rows = reconstructed(raw_model, noises, data["test"], meta, cfg) if cfg.plot_recon else None
+                rows = (
+                    reconstructed(raw_model, noises, data["test"], meta, getattr(cfg, "ddim_steps", 0))
+                    if cfg.plot_recon
+                    else None
+                )
                 record.test(metrics, codes, rows)
                 if rank == 0 and keep:  # with the last weights, not the best
                     saver(last, checkpoint.load_checkpoint(last, kind) | vars(at))

@@ -328,3 +328,15 @@ def set_aside(paths):
                 shutil.rmtree(backup)
             path.replace(backup)
             print(f"{path} -> {path.name}.bak", file=sys.stderr)
+
+
+def point(link, name):
+    """Make `link` a relative link to its neighbour `name`, by a rename; a copy where the system has no links."""
+    link = Path(link)
+    temporary = link.with_name(f"{link.name}.tmp-{os.getpid()}")
+    try:
+        os.symlink(name, temporary)
+        os.replace(temporary, link)
+    except (OSError, NotImplementedError):
+        temporary.unlink(missing_ok=True)
+        write_atomic(link, lambda file: file.write(link.with_name(name).read_bytes()))

@@ -289,13 +289,18 @@ def clean(rows, labels, split, source):
 # ---- order, and the table of test_mlp --------------------------------------------------------------------------------
 
 
+def take(columns, index):
+    """Return the rows `index` of each column of a split."""
+    return {name: column[index] for name, column in columns.items()}
+
+
 def epoch_order(seed, epoch, n):
     """Return the permutation (n,) int64 in which an epoch goes through the events."""
     return np.random.default_rng((seed, 1, epoch)).permutation(n)
 
 
 def test_table(seed, task):
-    """Return {train, val, test: {x (N, 16), y (N,)}}, float32 tensors of 5000 rows in all.
+    """Return ({train, val, test: {x (N, 16), y (N,)}}, meta): float32 tensors of 5000 rows in all.
 
     y = x w + 0.1 noise with x, w, noise of N(0, 1); for the task binary 1 where that is positive, else 0; a regression
     can reach an error of 0.1, y is not scaled. x is standardised by the train rows.
@@ -309,4 +314,5 @@ def test_table(seed, task):
     split = split_rows(len(x), seed)
     x = (x - x[split == 0].mean(0)) / x[split == 0].std(0)
     tensors = [torch.from_numpy(array.astype(np.float32)) for array in (x, y)]
-    return {name: {k: t[split == i] for k, t in zip("xy", tensors, strict=True)} for i, name in enumerate(SPLITS)}
+    parts = {name: {k: t[split == i] for k, t in zip("xy", tensors, strict=True)} for i, name in enumerate(SPLITS)}
+    return parts, dict(cont_dim=16, dropped={}, data_hash=f"table-{seed}-{task}", source=f"table for {task}")

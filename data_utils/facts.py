@@ -12,17 +12,14 @@ import os
 import platform
 import sys
 import time
-import traceback
-from dataclasses import asdict
 from pathlib import Path
 
-from data_utils.checkpoint import warn, write_atomic
-from data_utils.config import DataError, UsageError
+from data_utils.checkpoint import write_atomic
+from data_utils.config import DataError
 from data_utils.metrics import commit
 
 SCHEMA_VERSION = 2
 MOMENTS = "on_start on_resume on_epoch_end on_train_end on_test_end on_interrupt on_exception".split()
-ELSEWHERE = "config env logging out resume fresh multirun sweep_job fail_fast".split()  # not of a run's snapshot
 COLUMNS = "epoch split train_loss val_loss epoch_time_s throughput max_memory_mib".split()
 
 
@@ -182,93 +179,6 @@ def rewind(run_dir, epoch):
     path = _scalars(run_dir)
     if header := _header(path):
         _replace(path, _table(rows, header, True))
-
-
-# ---- a run's folder and what it tells ---------------------------------------------------------------------------------
-
-
-def run_folder(cfg):
-    """Return the folder of a run: `out`, or that of what `resume` names, or a new one named by the clock.
-
-    Raises UsageError for a `resume` that is not there, and where resume=none finds files.
-    """
-    named = Path(cfg.resume) if cfg.resume not in ("auto", "none") else None
-    if named and not named.exists():
-        raise UsageError(f"--resume {named}: no such file or folder\ntry: auto, none, or a folder below {cfg.outputs}/runs")
-    if cfg.out or named:
-        folder = Path(cfg.out or (named if named.is_dir() else named.parent))
-        if cfg.resume == "none" and cfg.save_artifacts and folder.is_dir() and any(folder.iterdir()):
-            raise UsageError(f"--resume none: {folder} is not empty\ntry: resume=auto, which goes on, or another out=")
-        return folder
-    first = Path(cfg.outputs, "runs", f"run_{time.strftime('%Y%m%d-%H%M%S')}_{cfg.name}")
-    return next(path for path in (first, *(Path(f"{first}_{n}") for n in range(2, 1000))) if not path.exists())
-
-
-class Recorder:
-    """`with Recorder(...) as record: record(moment, ...)` writes facts, and draws the figures of that moment.
-
-    run_dir: None for a run that writes nothing. families: of figures that its loop has. at: where the run is, with
-    step, epoch, histories, seconds and run_id. An exception that leaves the block is recorded, and goes on.
-    """
-
-    def __init__(self, run_dir, cfg, families, at):
-        self.run_dir, self.cfg, self.families, self.at, self.start = run_dir, cfg, families, at, time.monotonic()
-        self.before = at.seconds
-        if run_dir:
-            rewind(run_dir, at.epoch)
-            about = dict(run_id=at.run_id, argv=sys.argv, python=platform.python_version(), git_commit=commit(),
-                         torch=str(sys.modules["torch"].__version__), sweep_job=cfg.sweep_job)  # fmt: skip
-            settings = {key: value for key, value in asdict(cfg).items() if key not in ELSEWHERE}
-            _write_yaml(Path(run_dir, ".hydra", "config.yaml"), settings)
-            _write_yaml(Path(run_dir, ".hydra", "overrides.yaml"), sys.argv[1:])
-            _write_yaml(Path(run_dir, ".hydra", "hydra.yaml"), about)
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, kind, error, trace):
-        if kind and issubclass(kind, Exception):
-            text = "".join(traceback.format_exception(kind, error, trace))
-            self("on_exception", error=f"{kind.__name__}: {error}", traceback=text)
-
-    def __call__(self, moment, shown=None, **said):
-        """Add one event; `shown` holds what only figures need."""
-        self.at.seconds = self.before + time.monotonic() - self.start
-        if not self.run_dir:
-            return
-        event = build_event_payload(moment=moment, run_dir=self.run_dir, cfg=self.cfg, run_id=self.at.run_id,
-                                    step=self.at.step, total_time_s=self.at.seconds, **said)  # fmt: skip
-        append_jsonl_event(self.run_dir, event)
-        if self.cfg.make_plots and self.at.histories:
-            try:
-                from plot import handle_event
-            except ImportError:
-                warn("no figures: pip install matplotlib")
-                self.cfg.make_plots = False
-                return
-            last = dict(epoch=self.at.epoch - 1, last=self.at.epoch == self.cfg.epochs, histories=self.at.histories)
-            handle_event(self.cfg, self.families, moment, event | dict(run_dir=self.run_dir) | last | (shown or {}))
-
-    def epoch(self, train, val, codes, **said):
-        """Record the end of an epoch: its metrics in training and validation, each with a `loss`, and figures."""
-        at, losses = self.at, dict(train_loss=train.pop("loss"), val_loss=val.pop("loss"))
-        metrics = train | val
-        for name in {**at.histories, **losses, **metrics, **said}:  # one that comes late is None before
-            before = at.histories.setdefault(name, [None] * at.epoch)
-            before.append((losses | metrics | said).get(name))
-        at.epoch += 1
-        row = dict(epoch=at.epoch - 1, **losses, **said)
-        if self.run_dir:
-            append_scalars_csv(self.run_dir, split="train", metrics=train, **row)
-            append_scalars_csv(self.run_dir, split="val", metrics=val, **row)
-        self("on_epoch_end", dict(codes=codes), split="val", metrics=metrics, **row)
-
-
-def _write_yaml(path, content):
-    import yaml
-
-    text = yaml.safe_dump(json.loads(json.dumps(content)), sort_keys=False, width=110)  # tuples become lists
-    write_atomic(path, lambda file: file.write(text.encode("utf-8")))
 
 
 def _events(run_dir):

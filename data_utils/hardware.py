@@ -64,6 +64,12 @@ class Hardware:
         """The sum of each over all ranks."""
         return self._reduce(numbers, dist.ReduceOp.SUM)
 
+    def average(self, parameters):
+        """Average gradients over ranks, of what is not called through `wrap`."""
+        for parameter in parameters if self.world > 1 else ():
+            dist.all_reduce(parameter.grad)
+            parameter.grad /= self.world
+
     def gather(self, part):
         """A list with every rank's `part`: plain Python or CPU tensors."""
         parts = [part] * self.world

@@ -1,6 +1,7 @@
 """What a physicist looks at in rows of events: momenta, sums and masses.
 
-Rows (N, 2 + 5T): T type ids, MET and its phi, then T x (E, pT, eta, phi), GeV and radians. Ids: 0 nothing, 1 jet, 2 b-jet.
+Rows (N, 2 + 5T): T type ids, MET and its phi, then T x (E, pT, eta, phi), GeV and radians.
+Ids: 0 nothing, 1 jet, 2 b-jet.
 """
 
 import numpy as np

@@ -50,6 +50,18 @@ def averages(sums):
     return means | dict(perplexity=math.exp(min(700, means["nll"])), bpb=bpb, tokens=int(tokens))
 
 
+def add(sums, more):
+    """Add {name: (sum, count)} to `sums`, as plain numbers."""
+    for name, pair in more.items():
+        sums[name] = [old + (new.item() if hasattr(new, "item") else new)
+                      for old, new in zip(sums.get(name, (0.0, 0.0)), pair, strict=True)]  # fmt: skip
+
+
+def means(sums):
+    """{name: (sum, count)} -> {name: mean}, without those that nothing was counted for."""
+    return {name: total / count for name, (total, count) in sums.items() if count}
+
+
 def append_row(path, row):
     """Add one row; it is in the file when this returns."""
     with open(path, "a", encoding="utf-8") as file:

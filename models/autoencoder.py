@@ -44,24 +44,35 @@ def mean_over(h, mask):
     return (h * real).sum(1) / real.sum(1).clamp_min(1)
 
 
-def masked_sums(out, x, ids, mask, globals, level):
-    """What `AutoEncoder` gave, against the targets -> {name: (numerator, denominator)}, float32 scalars.
+def loss_sums(output, target, ids, globals, level):
+    """What `AutoEncoder` gave, against the targets -> {name: (sum, count)}, float32 scalars.
 
-    Sum both over batches and ranks before dividing. rec_tokens: squared error of x, or of eps if that is given, per
-    feature of a particle; rec_globals per global; rec_types: cross-entropy and type_accuracy, of particles at level
-    token, of all slots at level event; they are missing without a type head.
+    Both are to be added over batches and ranks before one is divided by the other. rec_tokens: squared error of x, or
+    of eps if `target` is that, per feature of a particle; rec_globals per global; commit per latent; rec_types:
+    cross-entropy, and type_accuracy, of particles at level token, of all slots at level event, missing without a type
+    head; revived: codes that began again in this batch.
     """
-    error = (out["x_hat"].float() - x).masked_fill(~mask[..., None], 0)
-    sums = dict(rec_tokens=(error.square().sum(), mask.sum() * x.shape[-1]))
-    error = out["rec_globals"].float() - globals
-    sums["rec_globals"] = error.square().sum(), mask.new_tensor(error.numel(), dtype=torch.long)
-    if out["type_logits"] is not None:
-        judged = torch.ones_like(mask) if level == "event" else mask
-        logits, count = out["type_logits"].float(), judged.sum()
+    mask, counts = ids > 0, denominators(dict(x=target, ids=ids, globals=globals), level)
+    error = (output["x_hat"].float() - target).masked_fill(~mask[..., None], 0)
+    sums = dict(rec_tokens=error.square().sum(), rec_globals=(output["rec_globals"].float() - globals).square().sum())
+    sums["commit"] = output["aux"]["commit"] * counts["commit"]
+    if output["type_logits"] is not None:
+        judged, logits = torch.ones_like(mask) if level == "event" else mask, output["type_logits"].float()
         nats = F.cross_entropy(logits.flatten(0, 1), ids.flatten(), reduction="none").view_as(ids)
-        sums["rec_types"] = (nats * judged).sum(), count
-        sums["type_accuracy"] = ((logits.argmax(-1) == ids) & judged).sum(), count
-    return {name: (numerator.float(), denominator.float()) for name, (numerator, denominator) in sums.items()}
+        sums["rec_types"] = (nats * judged).sum()
+        sums["type_accuracy"] = ((logits.argmax(-1) == ids) & judged).sum().float()
+    pairs = {name: (number, counts[name]) for name, number in sums.items()}
+    return pairs | {name: (value, 1) for name, value in output["aux"].items() if name == "revived"}
+
+
+def denominators(batch, level):
+    """{name: by what the sum of a loss over a batch (x, ids, globals; or x, y) is divided}."""
+    if "ids" not in batch:
+        return dict(miss=len(batch["y"]))
+    particles, events = (batch["ids"] > 0).sum(), len(batch["ids"])
+    slots = particles if level == "token" else batch["ids"].numel()
+    return dict(rec_tokens=particles * batch["x"].shape[-1], rec_globals=batch["globals"].numel(), rec_types=slots,
+                type_accuracy=slots, commit=particles if level == "token" else events)  # fmt: skip
 
 
 class Slots(nn.Module):
@@ -228,6 +239,13 @@ class AutoEncoder(nn.Module):
         """Weight of the last Linear that x_hat went through: gan.adaptive_weight compares gradients there."""
         return self.decoder.last.weight
 
+    @torch.no_grad()
+    def start(self, batch, vq_init, seed):
+        """Start the codes from latents of a batch (x, ids, globals): kmeans, or random ones. The same on every rank."""
+        z = self.encode(batch["x"], batch["ids"], batch["ids"] > 0, batch["globals"])
+        z = z[batch["ids"] > 0] if self.level == "token" else z
+        self.latent.start(z, vq_init == "kmeans", torch.Generator().manual_seed(seed))
+
     def encode(self, x, ids, mask, globals):
         """-> z_e (B, T, D), 0 in empty slots, or (B, D). What x holds in empty slots does not matter."""
         z = self.encoder(x.masked_fill(~mask[..., None], 0), ids, mask, globals)
@@ -240,7 +258,7 @@ class AutoEncoder(nn.Module):
         """
         if self.latent_space == "vq":
             z_q, indices, commit = self.latent(z_e, mask if self.level == "token" else None)
-            return z_q, indices, dict(commit=commit)
+            return z_q, indices, dict(commit=commit) | (dict(revived=self.latent.revived) if self.training else {})
         z_q = self.latent(z_e) if self.latent_space == "linear" else z_e
         z_q = z_q.masked_fill(~mask[..., None], 0) if self.level == "token" else z_q
         return z_q, None, dict(commit=z_q.new_zeros(()))
@@ -273,3 +291,23 @@ class AutoEncoder(nn.Module):
         z_e = self.encode(x, ids, mask, globals)
         z_q, indices, aux = self.quantize(z_e, mask)
         return dict(z_e=z_e, z_q=z_q, indices=indices, aux=aux, **self.decode(z_q, ids, mask, x_t, t))
+
+
+class Regressor(nn.Module):
+    """The MLP of loop test_mlp: x (B, cont_dim) -> (B)."""
+
+    def __init__(self, *, cont_dim, hidden, activation, dropout):
+        super().__init__()
+        self.network = mlp([cont_dim, *hidden, 1], activation, dropout)
+
+    def forward(self, x):
+        return self.network(x).squeeze(-1)
+
+
+def regression_sums(guess, y, task):
+    """Its guess (B) against y (B) -> {name: (sum, count)}: `miss`, squared, or cross-entropy in nats if y is 0 or 1."""
+    guess, y = guess.float(), y.float()
+    if task == "regression":
+        return dict(miss=((guess - y).square().sum(), len(y)))
+    wrong = F.binary_cross_entropy_with_logits(guess, y, reduction="sum")
+    return dict(miss=(wrong, len(y)), accuracy=(((guess > 0) == (y > 0)).sum(), len(y)))

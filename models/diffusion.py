@@ -27,9 +27,9 @@ def sinusoid(t, width):
 class NoiseSchedule(nn.Module):
     """a_t of `steps` steps: `cosine`, or `linear`, whose noise rises from 1e-4 to 0.02 a step when there are 1,000."""
 
-    def __init__(self, steps, kind):
+    def __init__(self, diffusion_steps, noise_schedule):
         super().__init__()
-        self.steps = steps
+        self.steps, steps, kind = diffusion_steps, diffusion_steps, noise_schedule
         share = torch.arange(steps + 1, dtype=torch.float64) / steps
         if kind == "cosine":
             a = torch.cos((share + 0.008) / 1.008 * math.pi / 2) ** 2
@@ -50,6 +50,17 @@ class NoiseSchedule(nn.Module):
         """x_t: x and eps (B, T, F), t (B) in 0..steps -> (B, T, F)."""
         signal, noise = self.parts(t)
         return signal * x + noise * eps
+
+    def corrupt(self, x):
+        """x (B, T, F) -> eps, dict(x_t, t): noise of torch's generator, at steps 1..T as likely each."""
+        t, eps = torch.randint(1, self.steps + 1, x.shape[:1], device=x.device), torch.randn_like(x)
+        return eps, dict(x_t=self.add_noise(x, eps, t), t=t)
+
+    def by_quarter(self, eps_hat, eps, mask, t):
+        """Squared errors of eps by quarters of t, least noise first -> {eps_q0: (sum, count), ..., eps_q3: ...}."""
+        error = (eps_hat.float() - eps).square().sum(-1).masked_fill(~mask, 0).sum(1)  # (B)
+        count, quarter = mask.sum(1) * eps.shape[-1], (t - 1) * 4 // self.steps
+        return {f"eps_q{q}": (error[quarter == q].sum(), count[quarter == q].sum()) for q in range(4)}
 
     @torch.no_grad()
     def ddim(self, predict, x_T, count):
@@ -93,3 +104,38 @@ class DenoisingNetwork(nn.Module):
             gain, shift = modulate(c).chunk(2, -1)
             h = h + layer((1 + gain) * F.layer_norm(h, h.shape[-1:]) + shift, weight)
         return self.out(h)
+
+
+def swapped(sizes):
+    """Number of particles (B) -> for each event another of the same number, (B); itself where there is none."""
+    order = sizes.argsort(stable=True)
+    partner = order.roll(-1)
+    first = {size: order[(sizes[order] == size).nonzero()[0, 0]] for size in sizes.unique().tolist()}
+    for i in range(len(order)):  # the last of a size goes back to its first
+        if sizes[partner[i]] != sizes[order[i]] or i == len(order) - 1:
+            partner[i] = first[sizes[order[i]].item()]
+    return torch.empty_like(order).scatter_(0, order, partner)
+
+
+@torch.no_grad()
+def denoised(model, noises, batch, count, seed, mine):
+    """Squared errors of events made from noise by `count` DDIM steps -> {name: (sum, count)}.
+
+    ddim_mse: given each event's own latent; ddim_mse_shuffled: that of another with as many particles, which makes no
+    difference to a decoder that ignores latents. The noise of an event follows from the seed; `mine`: the slice of the
+    events that this rank makes.
+    """
+    ids, found = batch["ids"], {}
+    noise = torch.randn(batch["x"].shape, generator=torch.Generator().manual_seed(seed)).to(ids.device)
+    own = torch.arange(len(ids), device=ids.device)
+    for name, source in (("ddim_mse", own), ("ddim_mse_shuffled", swapped((ids > 0).sum(1)))):
+        index, mask = source[mine], ids[mine] > 0
+        x, types = batch["x"][index], ids[index]
+        z, _, _ = model.quantize(model.encode(x, types, types > 0, batch["globals"][index]), types > 0)
+
+        def predict(x_t, t, z=z, mask=mask):
+            return model.decode(z, ids[mine], mask, x_t, t)["x_hat"].float()
+
+        error = noises.ddim(predict, noise[mine], count) - batch["x"][mine]
+        found[name] = error.square().sum(-1)[mask].sum(), mask.sum() * error.shape[-1]
+    return found

@@ -16,6 +16,7 @@ from models.messages import MessageNetwork, message_weights
 
 EMBEDDED = 8  # width of the embeddings of type and slot
 CRITIC = 64  # width of the critic of latents
+RAMP = 0.1  # share of the steps over which a discriminator comes to count
 
 
 @contextlib.contextmanager
@@ -97,3 +98,46 @@ class LatentCritic(nn.Sequential):
 
     def forward(self, z):
         return super().forward(z).squeeze(-1)
+
+
+class Judges(nn.Module):
+    """Who judges an autoencoder while it trains: a discriminator of its events, a critic of the latents of encoder gan.
+
+    They lower their own loss, and what the model pays for being found out: neither gradient reaches the other side.
+    """
+
+    def __init__(self, *, discriminator, encoder, level, cont_dim, n_tokens, num_types, n_globals, latent_dim, gnn_dim,
+                 gnn_layers, adv_weight, adv_start, latent_adv_weight):  # fmt: skip
+        super().__init__()
+        self.level, self.adv_weight, self.adv_start, self.latent_adv_weight = (
+            level, adv_weight, adv_start, latent_adv_weight)  # fmt: skip
+        sizes = dict(cont_dim=cont_dim, n_tokens=n_tokens, num_types=num_types, n_globals=n_globals)
+        judge = Discriminator(**sizes, width=gnn_dim, layers=gnn_layers) if discriminator else None
+        self.discriminator, self.critic = judge, LatentCritic(latent_dim) if encoder == "gan" else None
+
+    def forward(self, batch, output, loss, last_weight, progress):
+        """Judge the model's output on a batch (x, ids, globals) -> own loss, cost to the model, {name: (sum, count)}.
+
+        loss: the model's, which the adaptive weight compares with. progress: share of the steps that are done; from
+        adv_start on the discriminator counts, in full after a tenth of the steps.
+        """
+        own, cost, said, mask = 0.0, 0.0, {}, batch["ids"] > 0
+        if self.critic:
+            z = output["z_e"].float()
+            z = z[mask] if self.level == "token" else z
+            with frozen(self.critic):
+                cost = self.latent_adv_weight * critic_pull(self.critic(z))
+            own = critic_loss(self.critic(torch.randn_like(z)), self.critic(z.detach()))
+            said = dict(latent_d_loss=(own.detach(), 1))
+        if self.discriminator:
+            about, made = (batch["ids"], mask, batch["globals"]), output["x_hat"]
+            with frozen(self.discriminator):
+                fooled = hinge_generator(self.discriminator(made, *about))
+            real, fake = self.discriminator(batch["x"], *about), self.discriminator(made.detach(), *about)
+            judged = hinge_discriminator(real, fake)
+            ramp = min(1.0, max(0.0, progress - self.adv_start) / RAMP)
+            weight = ramp * adaptive_weight(loss, fooled, last_weight, self.adv_weight) if ramp else real.new_zeros(())
+            own, cost = own + judged, cost + weight * fooled
+            rights = dict(d_acc_real=((real > 0).sum(), len(real)), d_acc_fake=((fake < 0).sum(), len(fake)))
+            said |= dict(d_loss=(judged.detach(), 1), g_loss=(fooled.detach(), 1), adv_w=(weight, 1)) | rights
+        return own, cost, said

@@ -1,0 +1,116 @@
+"""The folder of a run of train_ae.py, and what is written there while it runs: settings, facts, figures."""
+
+import json
+import platform
+import sys
+import time
+import traceback
+from dataclasses import asdict
+from pathlib import Path
+
+from data_utils.checkpoint import warn, write_atomic
+from data_utils.config import UsageError
+from data_utils.facts import append_jsonl_event, append_scalars_csv, build_event_payload, rewind
+from data_utils.metrics import commit
+from data_utils.progress import peak_mb
+
+NOT_OF_A_RUN = "config env logging out resume fresh multirun sweep_job fail_fast".split()  # left out of config.yaml
+SHOWN = "train_loss val_loss perplexity accuracy ddim_mse d_loss".split()  # of an epoch, to a person
+
+
+def run_folder(cfg):
+    """Return the folder of a run: `out`, or that of what `resume` names, or a new one named by the clock.
+
+    Raises UsageError for a `resume` that is not there, and where resume=none finds files.
+    """
+    named = Path(cfg.resume) if cfg.resume not in ("auto", "none") else None
+    if named and not named.exists():
+        raise UsageError(f"--resume {named}: no such file\ntry: auto, none, or a folder below {cfg.outputs}/runs")
+    if cfg.out or named:
+        folder = Path(cfg.out or (named if named.is_dir() else named.parent))
+        if cfg.resume == "none" and cfg.save_artifacts and folder.is_dir() and any(folder.iterdir()):
+            raise UsageError(f"--resume none: {folder} is not empty\ntry: resume=auto, which goes on, or another out=")
+        return folder
+    first = Path(cfg.outputs, "runs", f"run_{time.strftime('%Y%m%d-%H%M%S')}_{cfg.name}")
+    return next(path for path in (first, *(Path(f"{first}_{n}") for n in range(2, 1000))) if not path.exists())
+
+
+class Recorder:
+    """`with Recorder(...) as record: record(moment, ...)` writes facts, and draws the figures of that moment.
+
+    run_dir: None for a run that writes nothing. families: of figures that its loop has. at: where the run is, with
+    step, epoch, histories, seconds and run_id. An exception that leaves the block is recorded, and goes on.
+    """
+
+    def __init__(self, run_dir, cfg, families, at, device):
+        self.run_dir, self.cfg, self.families, self.at, self.device = run_dir, cfg, families, at, device
+        self.start, self.before = time.monotonic(), at.seconds
+        if run_dir:
+            rewind(run_dir, at.epoch)
+            about = dict(run_id=at.run_id, argv=sys.argv, python=platform.python_version(), git_commit=commit(),
+                         torch=str(sys.modules["torch"].__version__), sweep_job=cfg.sweep_job)  # fmt: skip
+            settings = {key: value for key, value in asdict(cfg).items() if key not in NOT_OF_A_RUN}
+            _write_yaml(Path(run_dir, ".hydra", "config.yaml"), settings)
+            _write_yaml(Path(run_dir, ".hydra", "overrides.yaml"), sys.argv[1:])
+            _write_yaml(Path(run_dir, ".hydra", "hydra.yaml"), about)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, trace):
+        if kind and issubclass(kind, Exception):
+            text = "".join(traceback.format_exception(kind, error, trace))
+            self("on_exception", error=f"{kind.__name__}: {error}", traceback=text)
+
+    def __call__(self, moment, shown=None, **said):
+        """Add one event; `shown` holds what only figures need."""
+        self.at.seconds = self.before + time.monotonic() - self.start
+        if not self.run_dir:
+            return
+        event = build_event_payload(moment=moment, run_dir=self.run_dir, cfg=self.cfg, run_id=self.at.run_id,
+                                    step=self.at.step, total_time_s=self.at.seconds, **said)  # fmt: skip
+        append_jsonl_event(self.run_dir, event)
+        if self.cfg.make_plots and self.at.histories:
+            try:
+                from plot import handle_event
+            except ImportError:
+                warn("no figures: pip install matplotlib")
+                self.cfg.make_plots = False
+                return
+            last = dict(epoch=self.at.epoch - 1, last=self.at.epoch == self.cfg.epochs, histories=self.at.histories)
+            handle_event(self.cfg, self.families, moment, event | dict(run_dir=self.run_dir) | last | (shown or {}))
+
+    def epoch(self, train, val, codes, events, val_seconds):
+        """Record the end of an epoch -> {name: text} of its key numbers, and the figures.
+
+        train, val: metrics with a `loss` each; codes: counts of each code in validation; events: trained on.
+        """
+        at, epoch = self.at, self.at.epoch
+        losses = dict(train_loss=train.pop("loss"), val_loss=val.pop("loss"))
+        speed = dict(epoch_time_s=at.epoch_seconds + val_seconds, throughput=events / max(1e-9, at.epoch_seconds))
+        found = losses | speed | train | val
+        for name in {**at.histories, **found}:  # one that comes late is None before
+            at.histories.setdefault(name, [None] * epoch).append(found.get(name))
+        at.epoch += 1
+        row = dict(epoch=epoch, **losses, **speed, max_memory_mib=peak_mb(self.device) * 1e6 / 2**20)
+        if self.run_dir:
+            append_scalars_csv(self.run_dir, split="train", metrics=train, **row)
+            append_scalars_csv(self.run_dir, split="val", metrics=val, **row)
+        self("on_epoch_end", dict(codes=codes), split="val", metrics=train | val, **row)
+        return {name: f"{found[name]:.4g}" for name in SHOWN if name in found}
+
+    def test(self, metrics, codes, rows):
+        """Record the end of the test, `rows`: (N, 2 + 5T) before and after, if they are to be drawn."""
+        row = dict(epoch=self.at.epoch - 1, split="test", train_loss=None, val_loss=None)
+        named = {("test_loss" if name == "loss" else name): value for name, value in metrics.items()}
+        if self.run_dir:
+            nothing = dict(epoch_time_s=None, throughput=None, max_memory_mib=None)
+            append_scalars_csv(self.run_dir, metrics=named, **row, **nothing)
+        self("on_test_end", dict(codes=codes, rows=rows), metrics=named, **row)
+
+
+def _write_yaml(path, content):
+    import yaml
+
+    text = yaml.safe_dump(json.loads(json.dumps(content)), sort_keys=False, width=110)  # tuples become lists
+    write_atomic(path, lambda file: file.write(text.encode("utf-8")))
