@@ -210,6 +210,7 @@ def test_statistics_see_neither_other_splits_nor_padding(tmp_path):
         events.objects(x)[x[:, :18] == 0] = np.random.default_rng(0).choice([np.nan, np.inf, 1e9, -3])
     padded["X_val"][:, 18] *= 3
     events.objects(padded["X_test"])[..., :2] *= 2
+    padded = {k: np.asfortranarray(x) for k, x in padded.items()}
     np.savez(tmp_path / "b.npz", **padded, **names)
     found, other = load(tmp_path / "b.npz")
     assert other["stats"] == meta["stats"] and other["dropped"] == {}
