@@ -32,9 +32,9 @@ def load_events(data, *, events, limit, labels, features, phi, energy_unit, seed
     or by `stats`, those of a checkpoint; x is 0 where the id is.
 
     data: decay_chain, for `events` new ones, or a file for `read_events`, of which the `labels` are kept, and `limit`
-    events a split (0: all). energy_unit: GeV or MeV. meta: features, phi, n_tokens, cont_dim, n_globals, num_types,
-    stats, dropped {reason: rows}, data_hash, source; the caller says aloud what was dropped. Raises UsageError,
-    DataError.
+    events a split (0: all). energy_unit: of the file, GeV or MeV. meta: features, phi, n_tokens, cont_dim, n_globals,
+    num_types, stats, dropped {reason: rows}, data_hash, source; the caller says aloud what was dropped. Raises
+    UsageError, DataError.
     """
     import torch
 
@@ -47,15 +47,15 @@ def load_events(data, *, events, limit, labels, features, phi, energy_unit, seed
         split = split_rows(events, seed)
     else:
         rows, y, split = read_events(data, seed=seed)
+        if energy_unit == "MeV":
+            rows[:, slots(rows)] /= 1000
+            objects(rows)[..., :2] /= 1000
     wanted = np.isin(y, labels)
     if not wanted.any():
         asked, there = (" ".join(map(str, x)) for x in (labels, np.unique(y)))
         raise DataError(f"{data}: no event of labels {asked}\nlabels there: {there}")
     rows, y, split, dropped = clean(rows[wanted], y[wanted], split[wanted], data)
     n_tokens = slots(rows)
-    if energy_unit == "MeV":
-        rows[:, n_tokens] /= 1000
-        objects(rows)[..., :2] /= 1000
     chosen = [np.flatnonzero(split == i)[: limit or None] for i in range(len(SPLITS))]
     if not all(map(len, chosen)):
         counts = ", ".join(f"{name} {len(c)}" for name, c in zip(SPLITS, chosen, strict=True))
@@ -86,7 +86,7 @@ def slots(rows):
 
 
 def objects(rows):
-    """Return the view (N, T, 4) of E, pT, eta, phi in rows (N, 2 + 5 T)."""
+    """Return the view (N, T, 4) of E, pT, eta, phi in rows (N, 2 + 5 T), which must be contiguous."""
     return rows[:, slots(rows) + 2 :].reshape(len(rows), -1, 4)
 
 
@@ -184,21 +184,15 @@ def read_events(path, *, seed):
         )
     for name in names:
         x, y = arrays["X" + name], arrays["y" + name]
-        first = arrays["X" + names[0]].shape
-        if (
-            x.ndim != 2
-            or x.dtype.kind not in "fiu"
-            or x.shape[1] < 7
-            or x.shape[1] % 5 != 2
-            or x.shape[1:] != first[1:]
-        ):
+        fits = x.ndim == 2 and x.dtype.kind in "fiu" and x.shape[1] >= 7 and x.shape[1] % 5 == 2
+        if not fits or x.shape[1] != arrays["X" + names[0]].shape[1]:
             raise DataError(f"{path}: X{name} is {x.dtype} {x.shape}: expected numbers (events, 2 + 5 T), all of one T")
         if y.size != len(x) or y.dtype.kind not in "fiu" or (y % 1 != 0).any():  # nan as well
             raise DataError(f"{path}: y{name} is {y.dtype} {y.shape}: expected whole numbers ({len(x)},), as long as X")
         if not len(x):
             raise DataError(f"{path}: X{name} is empty: {x.shape}")
     with np.errstate(over="ignore"):  # float64 beyond float32 becomes infinite, and is dropped
-        rows = np.concatenate([arrays["X" + name] for name in names]).astype(np.float32)
+        rows = np.concatenate([arrays["X" + name] for name in names]).astype(np.float32, order="C")
     labels = np.concatenate([arrays["y" + name].reshape(-1) for name in names]).astype(np.int64)
     sizes = [len(arrays["X" + name]) for name in names]
     split = np.repeat(np.arange(3, dtype=np.int8), sizes) if len(names) == 3 else split_rows(len(rows), seed)
@@ -252,8 +246,8 @@ def write_events(path, rows, labels, *, seed):
 def clean(rows, labels, split, source):
     """Return rows, labels, split without the damaged rows, and {reason: rows dropped}.
 
-    A row is counted for the first reason that fits. Empties the slots of id 0 and wraps phi. Raises DataError, which
-    names `source`, when more than MOST_DROPPED go.
+    A row is counted for the first reason that fits. Empties the slots of id 0, in place, and wraps phi. Raises
+    DataError, which names `source`, when more than MOST_DROPPED go.
     """
     n_tokens = slots(rows)
     ids, met = rows[:, :n_tokens], rows[:, n_tokens]
