@@ -21,7 +21,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Literal
 
-from data_utils.config import DataError, UsageError, at_least, from_cli, launch
+from data_utils.config import DataError, at_least, from_cli, launch
 from data_utils.overrides import GUIDE
 
 Part = Literal["mlp", "gnn", "gan", "diffusion"]
@@ -130,13 +130,12 @@ class TestMlpConfig(AeConfig):
     task: Literal["regression", "binary"] = "regression"  # what the table asks for
 
 
-SHARED = {"losses", "metrics", "latency"}  # families of figures
-EVENTS = SHARED | {"codebook", "recon", "adversarial"}  # the last with encoder gan
+FAMILIES = {"losses", "metrics", "latency", "codebook", "recon", "adversarial"}  # of figures; the last: encoder gan
 LOOPS = {
-    "ae": (AeConfig, EVENTS),
-    "gan_ae": (GanAeConfig, EVENTS),
-    "diffusion_ae": (DiffusionAeConfig, EVENTS | {"diffusion"}),
-    "test_mlp": (TestMlpConfig, SHARED),
+    "ae": (AeConfig, FAMILIES),
+    "gan_ae": (GanAeConfig, FAMILIES),
+    "diffusion_ae": (DiffusionAeConfig, FAMILIES | {"diffusion"}),
+    "test_mlp": (TestMlpConfig, {"losses", "metrics", "latency"}),
 }
 Config = AeConfig
 
@@ -148,15 +147,14 @@ if __name__ == "__main__":  # before torch is imported, so that --help and typos
         launch(sweep, cfg)
 
 
-import numpy as np
 import torch
 
 from data_utils import checkpoint
 from data_utils.events import epoch_order, load_events, take, test_table
 from data_utils.hardware import Hardware
 from data_utils.metrics import add, means
-from data_utils.progress import Progress, peak_mb, say
-from data_utils.reconstruct import reconstructed
+from data_utils.progress import Progress, say
+from data_utils.reconstruct import reconstructed, start_codes
 from data_utils.recorder import Recorder, run_folder
 from data_utils.stop import Stop
 from models.autoencoder import AutoEncoder, Regressor, denominators, loss_sums, regression_sums
@@ -165,19 +163,15 @@ from models.diffusion import NoiseSchedule, denoised
 from models.gan import Judges
 
 BAD_STEPS = 20  # non-finite steps in a row that end a run
-RAMP = 0.1  # share of the steps over which a discriminator comes to count
-AT_ONCE, DENOISED, START = 1024, 1024, 4096  # events in evaluation; made from noise; whose latents start a codebook
+AT_ONCE, DENOISED = 1024, 1024  # events in a batch of evaluation; made from noise there
 # what a resumed run may change and still do bit for bit the same
-COSMETIC = (
-    """name out outputs env config logging resume fresh data save_minutes max_steps max_seconds save_artifacts
-make_plots multirun fail_fast sweep_job device compile""".split()
-    + [n for n in vars(Config) if n.startswith("plot_")]
-)
+COSMETIC = """name out outputs env config logging resume fresh data save_minutes max_steps max_seconds save_artifacts
+make_plots plot_losses plot_metrics plot_codebook plot_latency plot_recon plot_adversarial plot_diffusion plot_moments
+plot_every plot_detail multirun fail_fast sweep_job device compile""".split()
 
 
 def main(cfg):
-    at_least(cfg, 1, *"epochs batch_size accumulate latent_dim gnn_dim gnn_layers codebook_size noise_dim".split())
-    at_least(cfg, 1, "plot_every", "events")
+    at_least(cfg, 1, *"epochs batch_size accumulate latent_dim gnn_dim gnn_layers noise_dim plot_every events".split())
     at_least(cfg, 0, *"lr d_lr weight_decay warmup clip dropout limit beta type_weight globals_beta seed".split())
     at_least(cfg, 0, *"latent_adv_weight ema_decay save_minutes max_steps max_seconds".split())
 
@@ -197,17 +191,13 @@ def main(cfg):
     events, rows = len(data["train"]["x"]), cfg.batch_size * cfg.accumulate * world
     batches = math.ceil(events / rows)  # an epoch; its last batch is filled up from its start
     steps = cfg.epochs * batches
-    dropped = "".join(f", {count} dropped ({reason})" for reason, count in meta["dropped"].items())
-    tell(f"{meta['source']}: " + ", ".join(f"{len(data[split]['x'])} {split}" for split in data) + dropped)
+    counts = ", ".join(f"{len(columns['x'])} {split}" for split, columns in data.items())
+    tell(f"{meta['source']}: {counts} events" + f", dropped: {meta['dropped']}" * bool(meta["dropped"]))
 
     # --- model and optimizer --------------------------------------------------------------
     known = dict(adv_weight=0.0, adv_start=0.0) | asdict(cfg) | meta
-    known |= dict(
-        denoise=cfg.loop == "diffusion_ae",
-        discriminator=cfg.loop == "gan_ae",
-        ema_decay=cfg.ema_decay or decay_for(steps),
-        revive=max(0, cfg.revive or revive_for(steps)),
-    )
+    known |= dict(denoise=cfg.loop == "diffusion_ae", discriminator=cfg.loop == "gan_ae")
+    known |= dict(ema_decay=cfg.ema_decay or decay_for(steps), revive=max(0, cfg.revive or revive_for(steps)))
 
     def build(network):
         arguments = {name: known[name] for name in inspect.signature(network).parameters}
@@ -215,19 +205,15 @@ def main(cfg):
 
     # the one that is saved: no _orig_mod. or module. keys
     raw_model, model_args = build(Regressor if cfg.loop == "test_mlp" else AutoEncoder)
-    uses_codes = cfg.loop != "test_mlp" and cfg.latent_space == "vq"
-    judged = cfg.loop == "gan_ae" or cfg.loop != "test_mlp" and cfg.encoder == "gan"
-    judges = build(Judges)[0] if judged else None
     noises = build(NoiseSchedule)[0] if cfg.loop == "diffusion_ae" else None
+    judges = build(Judges)[0] if cfg.loop == "gan_ae" or cfg.loop != "test_mlp" and cfg.encoder == "gan" else None
     groups = [dict(params=list(raw_model.parameters()), peak=cfg.lr, weight_decay=cfg.weight_decay)]
-    groups += (
-        [dict(params=list(judges.parameters()), peak=cfg.d_lr, betas=(0.5, 0.9), weight_decay=0)] if judges else []
-    )
+    if judges:
+        groups += [dict(params=list(judges.parameters()), peak=cfg.d_lr, weight_decay=0, betas=(0.5, 0.9))]
     optimizer = torch.optim.AdamW(groups, lr=cfg.lr, fused=device.type in ("cpu", "cuda"))
     parts = dict(model_state=raw_model, optimizer_state=optimizer, amp_scaler=scaler)  # all that is saved
     parts |= dict(judges=judges) if judges else {}
-    weights = dict(rec_tokens=1.0, eps_loss=1.0, rec_types=cfg.type_weight, rec_globals=cfg.globals_beta, commit=1.0)
-    weights |= dict(miss=1.0)  # of test_mlp
+    weights = dict(rec_tokens=1, eps_loss=1, miss=1, commit=1, rec_types=cfg.type_weight, rec_globals=cfg.globals_beta)
 
     # --- resume ---------------------------------------------------------------------------
     # where the run is, saved and resumed as it stands; epoch: how many are validated; sums: of the one under way
@@ -236,27 +222,24 @@ def main(cfg):
                          run_id=uuid.uuid4().hex)  # fmt: skip
     kind, keep = f"ae:{cfg.loop}", cfg.save_artifacts
     out = Path(hardware.gather(run_folder(cfg))[0])  # one clock for all ranks
-    last, best, model_link = (out / name for name in ("last.pt", "best_val.pt", "model.pt"))
+    last, best = out / "last.pt", out / "best_val.pt"
     lock = checkpoint.lock_run(out, "ae") if rank == 0 and keep else None  # noqa: F841  held until the process ends
     about = dict(kind=kind, format=1, tokenizer="events", tokenizer_hash="", data_hash=meta["data_hash"], meta=meta,
                  world_size=world, steps=steps, torch=str(torch.__version__), config=asdict(cfg),
                  model_args=model_args)  # fmt: skip
-    named = cfg.resume if Path(cfg.resume).is_file() else "auto"
-    path, state = checkpoint.find(named, cfg.fresh, [last, best, model_link], kind)
+    resume = cfg.resume if Path(cfg.resume).is_file() else "auto"
+    path, state = checkpoint.find(resume, cfg.fresh, [last, best, out / "model.pt"], kind)
     if state:
-        if state["data_hash"] != about["data_hash"]:
-            raise UsageError(f"{path} was trained on other events (data_hash)\n"
-                             "try: the same data, labels, features, limit and seed, or another out=FOLDER")  # fmt: skip
-        checkpoint.load_parts(parts, state, path, about)
+        checkpoint.load_parts(parts, state, path, about, same_data="data, labels, limit and seed")
         vars(at).update({name: state[name] for name in vars(at)})
         tell(checkpoint.notice(path, state, about, COSMETIC))
-    elif uses_codes:
-        raw_model.start(take(data["train"], epoch_order(cfg.seed, cfg.epochs, events)[:START]), cfg.vq_init, cfg.seed)
+    elif raw_model.latent_space == "vq":
+        start_codes(raw_model, data["train"], cfg)
 
     def results(stopped=0):
         hardware.close()
-        return dict(final_val_loss=at.histories.get("val_loss", [math.nan])[-1], best_val_loss=at.best_val_loss,
-                    test_loss=at.test_loss, best_epoch=at.best_epoch, run_dir=str(out) * keep, stopped=int(stopped))  # fmt: skip
+        losses = dict(final_val_loss=at.histories.get("val_loss", [math.nan])[-1], test_loss=at.test_loss)
+        return losses | vars(at) | dict(run_dir=str(out) * keep, stopped=stopped)
 
     if at.tested >= cfg.epochs:
         tell(f"{out}: finished after {at.epoch} epochs, test loss {at.test_loss:.4f}; a larger epochs= goes on")
@@ -267,9 +250,7 @@ def main(cfg):
         if rank == 0 and keep:
             saver(path, about | vars(at) | {name: part.state_dict() for name, part in parts.items()}, must)
 
-    if rank == 0 and keep and not path:
-        checkpoint.set_aside([last, best, out / "facts"])
-    record = Recorder(out if rank == 0 and keep else None, cfg, LOOPS[cfg.loop][1], at, device)
+    record = Recorder(out if rank == 0 and keep else None, cfg, LOOPS[cfg.loop][1], at, device, new=not path)
 
     # --- schedule, evaluation, stop -------------------------------------------------------
     def rate_at(step):  # share of the peak: linear warmup, then a cosine down to a tenth
@@ -306,7 +287,7 @@ def main(cfg):
             with hardware.autocast:
                 output, sums = compute_loss(raw_model, take(data[split], slice(begin, begin + AT_ONCE)))
             add(found, sums)
-            if uses_codes:
+            if raw_model.latent_space == "vq":
                 codes += torch.bincount(output["indices"][output["indices"] >= 0], minlength=len(codes)).cpu()
         if noises and not stop:
             mine = slice(rank, None, world)
@@ -319,7 +300,7 @@ def main(cfg):
             add(sums, found)
         codes, metrics = sum(codes for _, _, codes in shards), means(sums)
         metrics["loss"] = total(metrics)
-        if uses_codes:
+        if codes.any():
             metrics["usage"], metrics["perplexity"] = usage_and_perplexity(codes)
         return metrics, codes.tolist()
 
@@ -335,8 +316,8 @@ def main(cfg):
             if not due() and not over:  # else the run was stopped while it evaluated
                 epoch, number = divmod(at.step, batches)
                 if epoch_of_order != epoch:
-                    order, epoch_of_order = epoch_order(cfg.seed, epoch, events), epoch
-                    order = np.resize(order, (batches, cfg.accumulate, world, cfg.batch_size))
+                    shape, epoch_of_order = (batches, cfg.accumulate, world, cfg.batch_size), epoch
+                    order = epoch_order(cfg.seed, epoch, events, shape)
                 for group in optimizer.param_groups:
                     group["lr"] = group["peak"] * rate_at(at.step)
                 whole, sums = denominators(take(data["train"], order[number].flatten()), cfg.level), {}
@@ -354,21 +335,21 @@ def main(cfg):
                     add(sums, found)
                 scaler.unscale_(optimizer)
                 hardware.average(judges.parameters()) if judges else None
-                norm = max(torch.nn.utils.clip_grad_norm_(group["params"], cfg.clip or math.inf).item()
-                           for group in optimizer.param_groups)  # fmt: skip
+                clip, limit = torch.nn.utils.clip_grad_norm_, cfg.clip or math.inf
+                norms = [clip(group["params"], limit) for group in optimizer.param_groups]
                 now = time.monotonic()
                 late = cfg.save_minutes and now - saved > 60 * cfg.save_minutes
                 over = at.step + 1 >= min(steps, cfg.max_steps or steps) or 0 < cfg.max_seconds < now - start
                 totals = hardware.total(*(number for pair in sums.values() for number in pair))
-                sums = dict(zip(sums, zip(totals[::2], totals[1::2]), strict=True))
-                bad = not math.isfinite(norm + sum(totals))
+                sums = {name: totals[2 * i : 2 * i + 2] for i, name in enumerate(sums)}
+                bad = not math.isfinite(sum(norms) + sum(totals))
                 bad, stop_now, late, over = hardware.largest(bad, int(stop.signal), late, over)
                 if not bad or scaler.is_enabled():  # GradScaler skips and lowers its scale by itself
                     scaler.step(optimizer)
                     scaler.update()
                 optimizer.zero_grad(set_to_none=True)
                 if not bad:
-                    add(at.sums, sums | dict(grad_norm=(norm, 1)))
+                    add(at.sums, sums | dict(grad_norm=(norms[0], 1)))
                 at.skipped += bool(bad)
                 at.skipped_in_row = at.skipped_in_row + 1 if bad and scaler.get_scale() <= 1 else 0
                 if at.skipped_in_row == BAD_STEPS:
@@ -403,11 +384,7 @@ def main(cfg):
             (stop_now,) = hardware.largest(0 if metrics else int(stop.signal))
             if metrics and not stop_now:
                 at.test_loss, at.tested = metrics["loss"], at.epoch
-                rows = (
-                    reconstructed(raw_model, noises, data["test"], meta, getattr(cfg, "ddim_steps", 0))
-                    if cfg.plot_recon
-                    else None
-                )
+                rows = cfg.plot_recon and reconstructed(raw_model, noises, data["test"], meta, cfg)
                 record.test(metrics, codes, rows)
                 if rank == 0 and keep:  # with the last weights, not the best
                     saver(last, checkpoint.load_checkpoint(last, kind) | vars(at))
@@ -415,11 +392,8 @@ def main(cfg):
             record("on_interrupt", epoch=at.epoch)
 
     # --- summary --------------------------------------------------------------------------
-    again = f"python train_ae.py resume={out}" if keep else "nothing was written"
-    next_command = f"python generate.py events {out} --mode score" if keep and at.tested == at.epoch else again
-    tell(f"{out}: epoch {at.epoch} of {cfg.epochs}, best val_loss {at.best_val_loss:.4f} at epoch {at.best_epoch + 1}, test "
-         f"{at.test_loss:.4f}, {time.monotonic() - start:.0f} s, peak {peak_mb(device):.0f} MB; next: {next_command}")  # fmt: skip
-    return results(stop_now)
+    tell(record.summary())
+    return results(int(stop_now))
 
 
 if __name__ == "__main__":

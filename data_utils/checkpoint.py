@@ -165,16 +165,20 @@ def find(resume, fresh, files, kind):
         raise UsageError(f"{e}\nno fallback for a named file; --resume alone takes the newest good one") from e
 
 
-def load_parts(parts, state, path, about, allow_partial=False):
+def load_parts(parts, state, path, about, allow_partial=False, same_data=""):
     """Load state[name] into parts[name] (model, optimizer, scaler). Raises UsageError, listing keys, unless all fits.
 
     `about` is what this run would save about itself: tokenizer and model_args must be those of the file.
     With allow_partial the weights that fit are loaded, the rest is listed, and the optimizer starts anew. The run's
     weight decay and betas stand: torch would put back the file's without a word. The rate is the schedule's business.
+    same_data: the flags that say which data it is, where other data than the file's are an error too.
     """
     if state.get("tokenizer_hash") != about.get("tokenizer_hash"):
         theirs, ours = (f"{a['tokenizer']} ({a['tokenizer_hash'][:8]})" for a in (state, about))
         raise UsageError(f"{path} was trained with tokenizer {theirs}, this run has {ours}")
+    if same_data and state["data_hash"] != about["data_hash"]:
+        raise UsageError(f"{path} was trained on other data: data_hash {state['data_hash'][:8]}, here "
+                         f"{about['data_hash'][:8]}\ntry: the {same_data} that it was trained with")  # fmt: skip
     differs = changed(state["model_args"], about["model_args"])
     if differs and not allow_partial:
         raise UsageError(f"{path} has another model: {differs}\ntry: --allow_partial loads what fits")

@@ -288,9 +288,10 @@ def take(columns, index):
     return {name: column[index] for name, column in columns.items()}
 
 
-def epoch_order(seed, epoch, n):
-    """Return the permutation (n,) int64 in which an epoch goes through the events."""
-    return np.random.default_rng((seed, 1, epoch)).permutation(n)
+def epoch_order(seed, epoch, n, shape=None):
+    """Return the order (n,) int64 in which an epoch goes through n events; filled up from its start to a `shape`."""
+    order = np.random.default_rng((seed, 1, epoch)).permutation(n)
+    return np.resize(order, shape) if shape else order
 
 
 def test_table(seed, task):

@@ -2,16 +2,29 @@
 
 import torch
 
-from data_utils.events import take, to_rows
+from data_utils.config import UsageError
+from data_utils.events import epoch_order, take, to_rows
 
 AT_ONCE = 1024  # events in a batch
+START = 4096  # events whose latents start a codebook
 
 
-def reconstructed(model, noises, columns, meta, steps, seed=0):
+def start_codes(model, columns, cfg):
+    """Start the codebook of a model from latents of training events. Raises UsageError if there are too few of them."""
+    some = take(columns, epoch_order(cfg.seed, cfg.epochs, len(columns["ids"]))[:START])
+    there = (columns["ids"] > 0).sum().item() if cfg.level == "token" else len(columns["ids"])
+    if there < cfg.codebook_size:
+        raise UsageError(f"--codebook_size {cfg.codebook_size}: the training events have {there} latents\n"
+                         f"try: codebook_size={there}, the largest possible, or more events")  # fmt: skip
+    model.start(some, cfg.vq_init, cfg.seed)
+
+
+def reconstructed(model, noises, columns, meta, cfg):
     """Events and what the model makes of them -> rows (N, 2 + 5T) before and after, in GeV.
 
-    Types are those of the events. With `noises`, a NoiseSchedule, features come from noise by so many DDIM steps.
+    Types are those of the events. With `noises`, a NoiseSchedule, features come from noise by cfg.ddim_steps of DDIM.
     """
+    steps, seed = getattr(cfg, "ddim_steps", 0), cfg.seed
     made = [decoded(model, noises, take(columns, slice(i, i + AT_ONCE)), steps, seed + i)
             for i in range(0, len(columns["ids"]), AT_ONCE)]  # fmt: skip
     x, globals = (torch.cat(part).cpu() for part in zip(*made, strict=True))

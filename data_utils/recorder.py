@@ -8,7 +8,7 @@ import traceback
 from dataclasses import asdict
 from pathlib import Path
 
-from data_utils.checkpoint import warn, write_atomic
+from data_utils.checkpoint import set_aside, warn, write_atomic
 from data_utils.config import UsageError
 from data_utils.facts import append_jsonl_event, append_scalars_csv, build_event_payload, rewind
 from data_utils.metrics import commit
@@ -39,13 +39,16 @@ class Recorder:
     """`with Recorder(...) as record: record(moment, ...)` writes facts, and draws the figures of that moment.
 
     run_dir: None for a run that writes nothing. families: of figures that its loop has. at: where the run is, with
-    step, epoch, histories, seconds and run_id. An exception that leaves the block is recorded, and goes on.
+    step, epoch, histories, seconds and run_id. new: what lies there is set aside. An exception that leaves the block is
+    recorded, and goes on.
     """
 
-    def __init__(self, run_dir, cfg, families, at, device):
+    def __init__(self, run_dir, cfg, families, at, device, new):
         self.run_dir, self.cfg, self.families, self.at, self.device = run_dir, cfg, families, at, device
         self.start, self.before = time.monotonic(), at.seconds
         if run_dir:
+            if new:
+                set_aside(Path(run_dir, name) for name in ("last.pt", "best_val.pt", "facts"))
             rewind(run_dir, at.epoch)
             about = dict(run_id=at.run_id, argv=sys.argv, python=platform.python_version(), git_commit=commit(),
                          torch=str(sys.modules["torch"].__version__), sweep_job=cfg.sweep_job)  # fmt: skip
@@ -107,6 +110,16 @@ class Recorder:
             nothing = dict(epoch_time_s=None, throughput=None, max_memory_mib=None)
             append_scalars_csv(self.run_dir, metrics=named, **row, **nothing)
         self("on_test_end", dict(codes=codes, rows=rows), metrics=named, **row)
+
+    def summary(self):
+        """The last line of a run."""
+        at, cfg = self.at, self.cfg
+        then = f"generate.py events {self.run_dir} --mode sample"
+        then = then if at.tested == cfg.epochs else f"train_ae.py resume={self.run_dir}"
+        best = f"best val_loss {at.best_val_loss:.4f} at epoch {at.best_epoch + 1}, test_loss {at.test_loss:.4f}"
+        took = f"{time.monotonic() - self.start:.0f} s, peak {peak_mb(self.device):.0f} MB"
+        line = f"{self.run_dir or cfg.loop}: epoch {at.epoch} of {cfg.epochs}, {best}, {took}"
+        return line + f"; next: python {then}" * bool(self.run_dir)
 
 
 def _write_yaml(path, content):

@@ -71,7 +71,8 @@ def denominators(batch, level):
         return dict(miss=len(batch["y"]))
     particles, events = (batch["ids"] > 0).sum(), len(batch["ids"])
     slots = particles if level == "token" else batch["ids"].numel()
-    return dict(rec_tokens=particles * batch["x"].shape[-1], rec_globals=batch["globals"].numel(), rec_types=slots,
+    features = particles * batch["x"].shape[-1]
+    return dict(rec_tokens=features, eps_loss=features, rec_globals=batch["globals"].numel(), rec_types=slots,
                 type_accuracy=slots, commit=particles if level == "token" else events)  # fmt: skip
 
 
@@ -295,6 +296,8 @@ class AutoEncoder(nn.Module):
 
 class Regressor(nn.Module):
     """The MLP of loop test_mlp: x (B, cont_dim) -> (B)."""
+
+    latent_space = "none"
 
     def __init__(self, *, cont_dim, hidden, activation, dropout):
         super().__init__()
