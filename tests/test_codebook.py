@@ -1,5 +1,6 @@
 """The codebook against one-hot references, its revival, and two ranks against one: pytest tests/test_codebook.py"""
 
+import json
 import sys
 
 import pytest
@@ -7,11 +8,13 @@ import torch
 import torch.nn.functional as F
 from conftest import finish, launch
 
+from benchmarks import ae_speed
 from models.codebook import Codebook, decay_for, least, lloyd, nearest, revive_for, usage_and_perplexity
 
 SIZES = dict(size=128, dim=8, beta=0.25, decay=0.9, revive=0.0, eps=1e-5)
 RANKS = """
 import os, sys, torch, torch.distributed as dist
+from benchmarks import ae_speed
 from models.codebook import Codebook
 folder, rank = sys.argv[1], int(sys.argv[2])
 dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
@@ -214,3 +217,11 @@ def test_two_ranks(tmp_path):
         assert torch.equal(state["counts"] > 0.9**6 + 1e-6, used > 0)
     assert all(torch.equal(first[1][name], second[1][name]) for name in first[1])
     assert (first[1]["codes"].abs().max(1).values < 50).sum() > 100  # where the vectors are
+
+
+def test_speed_runs_at_toy_size(tmp_path):
+    out = tmp_path / "figures.json"
+    ae_speed.main(["--quick", "--threads", str(torch.get_num_threads()), "--out", str(out)])
+    results = json.loads(out.read_text())
+    assert set(results) == set(ae_speed.ROWS)
+    assert all(f["ours"] > 0 and f["peer"] for row in results.values() for f in row["figures"])
