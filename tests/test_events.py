@@ -233,14 +233,15 @@ def test_an_epoch_goes_through_all_events_once_in_an_order_of_its_own():
 
 @pytest.mark.parametrize("task", ["regression", "binary"])
 def test_the_table_of_the_mlp(task):
-    table = events.test_table(7, task)
+    table, about = events.test_table(7, task)
+    assert about["cont_dim"] == 16 and not about["dropped"]
     assert {k: tuple(t["x"].shape) for k, t in table.items()} == dict(train=(4000, 16), val=(500, 16), test=(500, 16))
     assert abs(table["train"]["x"].mean(0)).max() < 1e-6 and abs(table["val"]["x"].mean(0)).max() > 1e-3
     x, y = (table["train"][key].numpy() for key in "xy")
     x = np.concatenate([x, np.ones((4000, 1))], 1)
     residual = y - x @ np.linalg.lstsq(x, y, rcond=None)[0]
     assert set(y.tolist()) == {0, 1} if task == "binary" else abs(residual.std() - 0.1) < 0.01
-    assert all((table["test"][k] == events.test_table(7, task)["test"][k]).all() for k in "xy")
+    assert all((table["test"][k] == events.test_table(7, task)[0]["test"][k]).all() for k in "xy")
 
 
 # ---- files -----------------------------------------------------------------------------------------------------------
