@@ -2,7 +2,7 @@
 
 import torch
 
-from data_utils.config import UsageError
+from data_utils.checkpoint import warn
 from data_utils.events import epoch_order, take, to_rows
 
 AT_ONCE = 1024  # events in a batch
@@ -10,12 +10,11 @@ START = 4096  # events whose latents start a codebook
 
 
 def start_codes(model, columns, cfg):
-    """Start the codebook of a model from latents of training events. Raises UsageError if there are too few of them."""
+    """Start the codebook of a model from latents of training events, and say so if there are fewer of them than codes."""
     some = take(columns, epoch_order(cfg.seed, cfg.epochs, len(columns["ids"]))[:START])
     there = (columns["ids"] > 0).sum().item() if cfg.level == "token" else len(columns["ids"])
     if there < cfg.codebook_size:
-        raise UsageError(f"--codebook_size {cfg.codebook_size}: the training events have {there} latents\n"
-                         f"try: codebook_size={there}, the largest possible, or more events")  # fmt: skip
+        warn(f"{there} latents in training cannot use {cfg.codebook_size} codes; try: codebook_size={there} at most")
     model.start(some, cfg.vq_init, cfg.seed)
 
 
