@@ -10,7 +10,7 @@ START = 4096  # events whose latents start a codebook
 
 
 def start_codes(model, columns, cfg):
-    """Start the codebook of a model from latents of training events, and say so if there are fewer of them than codes."""
+    """Start the codebook of a model from latents of training events; fewer of them than codes are warned of."""
     some = take(columns, epoch_order(cfg.seed, cfg.epochs, len(columns["ids"]))[:START])
     there = (columns["ids"] > 0).sum().item() if cfg.level == "token" else len(columns["ids"])
     if there < cfg.codebook_size:

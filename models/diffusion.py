@@ -104,8 +104,8 @@ class DenoisingNetwork(nn.Module):
         h, told = self.inward(x) + c, [modulate(c).chunk(2, -1) for modulate in self.modulate]
         for layer, (gain, shift) in zip(self.layers, told[:-1], strict=True):
             h = h + layer((1 + gain) * F.layer_norm(h, h.shape[-1:]) + shift, weight)
-<<<<<<< HEAD
-        return self.out(h)
+        gain, shift = told[-1]
+        return self.out((1 + gain) * h + shift)
 
 
 def swapped(sizes):
@@ -141,7 +141,3 @@ def denoised(model, noises, batch, count, seed, mine):
         error = noises.ddim(predict, noise[mine], count) - batch["x"][mine]
         found[name] = error.square().sum(-1)[mask].sum(), mask.sum() * error.shape[-1]
     return found
-=======
-        gain, shift = told[-1]
-        return self.out((1 + gain) * h + shift)
->>>>>>> w_models
