@@ -21,6 +21,7 @@ QUOTIENTS = {"sin": ("cos", "tan"), "sinh": ("cosh", "tanh")}
 SCALES = {float(k): f"mult{k}" for k in (2, 3, 4, 5)} | {1 / k: f"div{k}" for k in (2, 3, 4, 5)}
 CHAINS = {a * b: [SCALES[a], SCALES[b]] for a in sorted(SCALES) for b in sorted(SCALES) if a * b not in SCALES}
 NUMBERS = {value: name for name, value in LITERALS.items()}
+ARITY = {name: operator.arity for name, operator in OPERATORS.items()}
 SMALLEST_LAST = (5, 4, 3, 2)  # powers and roots that are one token
 ODD_FIRST = (5, 3, 4, 2)  # the odd root of an unknown factor would come out of an even one
 SPELLED = {"pow1_4": ["pow1_2", "pow1_2"], "pow4": ["pow2", "pow2"], "neg": ["*", "(-1)"], "inv": ["/", "1"]}
@@ -39,9 +40,10 @@ _nodes, _results, _unknown = {}, {}, []
 
 
 def _node(kind, a, b=None):
-    found = _nodes.get((kind, a, b))
+    which = kind, a, b
+    found = _nodes.get(which)
     if found is None:
-        found = _nodes[kind, a, b] = Node()
+        found = _nodes[which] = Node()
         found.kind, found.a, found.b, found.key, found.text = kind, a, b, None, None
         found.free = kind == "f" and a in ODD and _all_unknown(b)  # a sign before it is in its constants too
     return found
@@ -53,7 +55,7 @@ def _all_unknown(n):
 
 # numbers: known ones are rounded to the integers and fractions beside them, unknown ones stay who they are
 def _snap(v):
-    if v == 1 or v == -1 or v != v:
+    if v == 1 or v == 0 or v == -1 or v != v:
         return v
     if not -math.inf < v < math.inf:
         raise NotReal("a number beyond the range of floats")
@@ -144,6 +146,10 @@ def _key(n):
 def _sorted(pairs):
     if len(pairs) == 1:
         return tuple(pairs.items())
+    if len(pairs) == 2:
+        a, b = pairs.items()
+        if _key(a[0]) != _key(b[0]):
+            return (a, b) if _key(a[0]) < _key(b[0]) else (b, a)
     return tuple(sorted(pairs.items(), key=lambda pair: (*_key(pair[0]), str(pair[1]))))
 
 
@@ -185,8 +191,10 @@ def _sum(c, terms):
             if t in terms and terms.get(other) == terms[t]:  # sin^2 + cos^2
                 c += terms.pop(other)
                 terms.pop(t)
-    terms = {t: (abs(k) if t.free else k) for t, k in ((t, _snap(k)) for t, k in terms.items()) if k != 0}
-    c = _snap(c)
+    given, terms, c = terms, {}, _snap(c)
+    for t, k in given.items():
+        if (k := _snap(k)) != 0:
+            terms[t] = abs(k) if t.free else k
     for t, k in terms.items():
         if k != k and t.kind == "p" and any(_loose(b) and e == e for b, e in t.a):
             return _add(_sum(c, {x: y for x, y in terms.items() if x is not t}), _product((_node("c", k), 1), (t, 1)))
@@ -298,14 +306,15 @@ def _product(*parts):
     if c == 0:
         return _node("c", 0.0)
     again = []
-    exponentials = [b for b in powers if b.a == "exp"]
+    functions = [b for b in powers if b.kind == "f"]
+    exponentials = [b for b in functions if b.a == "exp"]
     if len(exponentials) > 1 or exponentials and powers[exponentials[0]] != 1:
         argument = _node("c", 0.0)
         for b in exponentials:
             e = powers.pop(b)
             argument = _add(argument, _scale(b.b, float(e) if e == e else e))
         again.append((_function("exp", argument), 1))
-    for b in [b for b in powers if b.a == "abs" and type(powers.get(b.b)) is int and powers[b.b] != 1]:
+    for b in [b for b in functions if b.a == "abs" and type(powers.get(b.b)) is int and powers[b.b] != 1]:
         odd = powers[b.b] % 2  # x^3 |x| is x |x|^3
         powers[b] = _exponent(_plus(powers[b], powers[b.b] - odd))
         powers[b.b] = odd
@@ -435,6 +444,9 @@ def _raised(text, e):
 
 
 def _emit_product(c, factors):
+    if len(factors) == 1 and not c < 0 and factors[0][0].a != "exp" and factors[0][1] == 1:  # most of them
+        text = _emit(factors[0][0])
+        return text if c == 1 else [SCALES[c], *text] if c in SCALES else ["*", c, *text]
     if len(factors) > 1 or abs(c) != 1 and abs(c) not in SCALES:  # exp(-x) y is y / exp(x)
         factors = [
             (_node("f", "exp", _scale(b.b, -1.0)), -e)
@@ -539,11 +551,11 @@ def _parse(prefix, values):
     while len(_unknown) < constants:
         _unknown.append(float("nan"))
     for token in reversed(prefix):
-        if token in OPERATORS:
-            operands = [stack.pop() for _ in range(OPERATORS[token].arity)]
-            found = _results.get((token, *operands))
+        if token in ARITY:
+            which = (token, stack.pop()) if ARITY[token] == 1 else (token, stack.pop(), stack.pop())
+            found = _results.get(which)
             if found is None:
-                found = _results[(token, *operands)] = RULES[token](*operands)
+                found = _results[which] = RULES[token](*which[1:])
             stack.append(found)
         elif token == "<constant>":
             constants -= 1
@@ -577,8 +589,8 @@ def _written(text, known):
 
 def _unsettled(text):
     """Whether writing brought new unknowns, or one before a sum: they can merge with others."""
-    pairs = zip(["", *text], text, [*text[1:], ""], strict=False)
-    return any(type(x) is float and (x == x or before == "*" and after in ("+", "-")) for before, x, after in pairs)
+    places = [i for i, x in enumerate(text) if type(x) is float]
+    return any(text[i] == text[i] or text[i - 1 : i] == ["*"] and text[i + 1] in ("+", "-") for i in places)
 
 
 def _in_order(prefix, values):
