@@ -27,11 +27,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.experts import figure, load, save, table, write_readme
 from data_utils.expressions import LITERALS, OPERATORS, evaluate
 from data_utils.refine import fit
-from data_utils.search import SOLVED, fvu
+from data_utils.search import SOLVED, Network, find_formula, fvu
 from data_utils.simplify import NotReal, simplify
 from data_utils.skeletons import PoolConfig, check_pool, sample_trees
 from data_utils.sr_data import CHUNK, DataConfig, FlashANSRDataset
-from data_utils.suites import problems
+from data_utils.suites import problems, score
+from models.formula_model import FlashANSRModel
 
 HERE = Path(__file__).resolve().parent
 LIMIT = 5  # seconds that sympy has for a formula
@@ -344,9 +345,35 @@ def candidates(args):
         yield found | dict(figure=f"{len(rows)} held-out skeletons, % recovered, {choices} candidates of {arm} alone")
 
 
+def swapped(args):
+    """What the network reads off the points: its encoder is given those of the problem, or those of the next one."""
+    if not args.model:
+        return
+    model = FlashANSRModel.load(args.model)
+    pool = PoolConfig(operators=tuple(model.alphabet.operators), variables=tuple(model.alphabet.variables))
+    alike = {}  # problems of as many variables: the others' formulas could not be written
+    for problem in problems(str(held_out(args)), 0, 0.0):
+        alike.setdefault(problem.X.shape[1], []).append(problem)
+    recovered = []
+    for turn in (0, 1):
+        pairs = [(part[i], part[(i + turn) % len(part)]) for part in alike.values() for i in range(len(part))]
+        found = []
+        for problem, shown in pairs:
+            torch.manual_seed(0)
+            network = Network(model, shown.X, shown.y, max_points=64, temperature=1.0, top_k=0, top_p=1.0, max_len=64)
+            best, _ = find_formula(network, problem.X, problem.y, alphabet=model.alphabet, pool=pool,
+                                   rng=np.random.default_rng((0, 0)), evolve=0)  # fmt: skip
+            with np.errstate(over="ignore"):
+                found.append(bool(best) and score(model.alphabet, best[0], problem)["recovered"])
+        recovered.append(100 * statistics.mean(found))
+    name = f"{len(found)} held-out skeletons, % recovered, 512 candidates of the network off points of another"
+    yield figure(f"{name} problem, against their own", "<= 0.2", [recovered[::-1]])
+
+
 ROWS = dict(data=data, simplify=simpler, refine=fits, nguyen=nguyen, skeletons=skeletons, feynman=feynman,
-            fastsrb=fastsrb, noise=noisy, candidates=candidates, peers=peers)  # fmt: skip
-WITH_MODEL = ("nguyen", "skeletons", "feynman", "fastsrb", "noise", "candidates")
+            fastsrb=fastsrb, noise=noisy, candidates=candidates, swapped=swapped,
+            peers=peers)  # fmt: skip
+WITH_MODEL = ("nguyen", "skeletons", "feynman", "fastsrb", "noise", "candidates", "swapped")
 
 
 def main(argv=None):
