@@ -129,19 +129,19 @@ def symbolic(sympy, prefix, numbers):
 
 
 def simpler(args):
-    """Seconds of a normal form against sympy.simplify, at most LIMIT each."""
+    """CPU seconds of a normal form against sympy.simplify, at most LIMIT each."""
     pool = PoolConfig()
     alphabet = check_pool(pool)
     rows = sample_trees(np.random.default_rng(1), args.formulas, alphabet, pool)
     prefixes = [alphabet.decode(row[row > 0]) for row in rows]
     ours, lengths = [], []
     for prefix in prefixes:
-        start = time.perf_counter()
+        start = time.process_time()
         try:
             lengths.append((len(simplify(prefix)[0]), len(prefix)))
         except NotReal:
             pass
-        ours.append(time.perf_counter() - start)
+        ours.append(time.process_time() - start)
     after, before = (statistics.mean(column) for column in zip(*lengths, strict=True))
     yield figure("tokens of a formula, simplified against drawn", "", [(after, before)])
     try:
@@ -156,7 +156,7 @@ def simpler(args):
     signal.signal(signal.SIGALRM, late)
     theirs = []
     for prefix in prefixes:
-        start = time.perf_counter()
+        start = time.process_time()
         signal.alarm(LIMIT)
         try:
             sympy.simplify(symbolic(sympy, prefix, [1.5 + i for i in range(prefix.count("<constant>"))]))
@@ -164,7 +164,7 @@ def simpler(args):
             pass
         finally:
             signal.alarm(0)
-        theirs.append(time.perf_counter() - start)
+        theirs.append(time.process_time() - start)
     for middle in (statistics.mean, statistics.median):
         found = [(1e6 * middle(ours), 1e6 * middle(theirs))]
         yield figure(f"microseconds of a normal form, {middle.__name__}, against sympy.simplify", "<= 0.002", found)
