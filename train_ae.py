@@ -155,7 +155,7 @@ from data_utils.hardware import Hardware
 from data_utils.metrics import add, means
 from data_utils.progress import Progress, say
 from data_utils.reconstruct import keep_rates, reconstructed, start_codes
-from data_utils.recorder import Recorder, run_folder
+from data_utils.recorder import Recorder, run_folder, take_up
 from data_utils.stop import Stop
 from models.autoencoder import AutoEncoder, Regressor, denominators, loss_sums, regression_sums
 from models.codebook import decay_for, revive_for, usage_and_perplexity
@@ -231,7 +231,7 @@ def main(cfg):
     if state:
         keep_rates(raw_model, model_args, state["model_args"], cfg)
         checkpoint.load_parts(parts, state, path, about, same_data="data, labels, limit and seed")
-        vars(at).update({name: state[name] for name in vars(at)})
+        take_up(at, state, batches)
         tell(checkpoint.notice(path, state, about, COSMETIC))
     elif raw_model.latent_space == "vq":
         start_codes(raw_model, data["train"], cfg)
@@ -377,7 +377,7 @@ def main(cfg):
                 saved = time.monotonic()
             if over or stop_now:
                 break
-        if at.epoch == cfg.epochs and not stop_now:
+        if at.epoch >= cfg.epochs and not stop_now:
             record("on_train_end", epoch=at.epoch - 1, histories=at.histories)
             found = {} if best_state else checkpoint.find("auto", False, [best, last], kind)[1] or {}
             raw_model.load_state_dict(best_state or found.get("model_state", raw_model.state_dict()))

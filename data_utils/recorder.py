@@ -35,6 +35,13 @@ def run_folder(cfg):
     return next(path for path in (first, *(Path(f"{first}_{n}") for n in range(2, 1000))) if not path.exists())
 
 
+def take_up(at, state, batches):
+    """Go on where `state` was saved; if an epoch had another number of batches, the one under way begins again."""
+    vars(at).update({name: state[name] for name in vars(at)})
+    if state["steps"] != state["config"]["epochs"] * batches:
+        at.step, at.sums, at.epoch_seconds = at.epoch * batches, {}, 0.0
+
+
 class Recorder:
     """`with Recorder(...) as record: record(moment, ...)` writes facts, and draws the figures of that moment.
 
@@ -121,7 +128,7 @@ class Recorder:
         at, cfg = self.at, self.cfg
         then = f"generate.py events {self.run_dir} --mode sample"
         then = f"plot.py {self.run_dir}" if cfg.loop == "test_mlp" else then
-        then = then if at.tested == cfg.epochs else f"train_ae.py resume={self.run_dir}"
+        then = then if at.tested >= cfg.epochs else f"train_ae.py resume={self.run_dir}"
         best = f"best val_loss {at.best_val_loss:.4f} at epoch {at.best_epoch + 1}, test_loss {at.test_loss:.4f}"
         took = f"{time.monotonic() - self.start:.0f} s, peak {peak_mb(self.device):.0f} MB"
         line = f"{self.run_dir or cfg.loop}: epoch {at.epoch} of {cfg.epochs}, {best}, {took}"
