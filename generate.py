@@ -1,4 +1,4 @@
-"""Use what was trained: write text with a language model, answer questions and puzzles with train_hrm.py's.
+"""Use what was trained: text of a language model, answers of train_hrm.py's, formulas, events of an autoencoder.
 
     python generate.py --checkpoint checkpoints/transformer_expert.pt --prompt "In the beginning"
     python generate.py --checkpoint checkpoints/diffuser_expert.pt --steps 32 --length 128
@@ -7,6 +7,7 @@
     python generate.py --run_name sudoku9 --input puzzles.txt                       # one a line, . for blanks
     python generate.py formula --model models/ansr-models/sr-cpu --data points.csv  # y = f(x) for a table
     python generate.py formula --method prior --suite nguyen                        # without a network, on a test set
+    python generate.py events outputs/runs/run_20251103-140953_experiment --mode sample --events 1000
 
 Text goes to stdout as it is made, timing to stderr.
 """
@@ -91,16 +92,35 @@ class FormulaConfig:
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
 
 
+@dataclass
+class EventsConfig:
+    model: str = ""  # a run of train_ae.py: its folder, or a checkpoint; the flag's name may be left out
+    mode: Literal["reconstruct", "encode", "decode", "score", "sample"] = "reconstruct"  # what to do with it
+    data: str = ""  # .npz or .h5 of events, or decay_chain; for decode, what encode wrote; "" = the run's own events
+    out: str = ""  # .npz, or .csv for score, to write; "" = named by the mode, beside the model
+    events: int = 1000  # new events, of sample or of --data decay_chain
+    limit: int = 0  # events that are read; 0 = all
+    split: Literal["all", "train", "val", "test"] = "all"  # of --data, as training splits it
+    energy_unit: Literal["GeV", "MeV"] = "GeV"  # of --data
+    seed: int = 0  # of the draws
+    ddim_steps: int = 0  # denoising steps of diffusion_ae; 0 = as evaluated in training
+    device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
+
+
+COMMANDS = dict(formula=FormulaConfig, events=EventsConfig)
+
+
 def variant(run_name):
-    """The flags of formulas, of train_hrm.py's runs, which lie in runs/, or of language models."""
-    if sys.argv[1:2] == ["formula"]:
-        return FormulaConfig
+    """The flags of a command, of train_hrm.py's runs, which lie in runs/, or of language models."""
+    if sys.argv[1:2] and sys.argv[1] in COMMANDS:
+        return COMMANDS[sys.argv[1]]
     answers = run_name or any("runs/" in word for word in sys.argv)
     return AnswerConfig if answers else Config
 
 
 if __name__ == "__main__":  # before torch is imported, so that --help and typos answer at once
-    words = sys.argv[2:] if sys.argv[1:2] == ["formula"] else sys.argv[1:]
+    words = sys.argv[1 + (sys.argv[1:2] != [] and sys.argv[1] in COMMANDS) :]
+    words = ["--model", *words] if sys.argv[1:2] == ["events"] and words and words[0][:1] != "-" else words
     cfg = from_cli(variant, __doc__, words, by="run_name")
 
 import torch
@@ -215,6 +235,10 @@ def main(cfg):
         from data_utils.formula import find  # the others need none of it
 
         return find(cfg)
+    if isinstance(cfg, EventsConfig):
+        from data_utils.event_runs import generate_events
+
+        return generate_events(cfg)
     if isinstance(cfg, AnswerConfig):
         return answer(cfg)
     at_least(cfg, 1, "num_samples", "steps", "length", "max_new_tokens")

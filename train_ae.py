@@ -154,7 +154,7 @@ from data_utils.events import epoch_order, load_events, take, test_table
 from data_utils.hardware import Hardware
 from data_utils.metrics import add, means
 from data_utils.progress import Progress, say
-from data_utils.reconstruct import keep_rates, reconstructed, start_codes
+from data_utils.reconstruct import keep_rates, latent_statistics, reconstructed, start_codes
 from data_utils.recorder import Recorder, run_folder, take_up
 from data_utils.stop import Stop
 from models.autoencoder import AutoEncoder, Regressor, denominators, loss_sums, regression_sums
@@ -384,9 +384,9 @@ def main(cfg):
             metrics, codes, stop_now = evaluate("test")
             if not stop_now:
                 at.test_loss, at.tested = metrics["loss"], at.epoch
-                rows = record.draws("recon") and reconstructed(raw_model, noises, data["test"], meta, cfg)
-                record.test(metrics, codes, rows)
-                if rank == 0 and keep:  # with the last weights, not the best
+                record.test(metrics, codes, reconstructed(raw_model, noises, data["test"], meta, cfg))
+                if rank == 0 and keep:  # in last.pt are the last weights, not the best
+                    saver(best, checkpoint.load_checkpoint(best, kind) | latent_statistics(raw_model, data["train"]))
                     saver(last, checkpoint.load_checkpoint(last, kind) | vars(at))
         if stop_now:
             record("on_interrupt", epoch=at.epoch)

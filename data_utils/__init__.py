@@ -29,6 +29,10 @@ puzzles.py     Sudoku: questions.py, answers.py, prepare_data.py
 events.py      particle events in files and as tensors, normalised and back: train_ae.py, generate.py, prepare_data.py
 decay_chain.py events of heavy particles that decay: events.py, pythia.py, prepare_data.py
 pythia.py      events of the package pythia8mc: prepare_data.py
+reconstruct.py what a trained autoencoder makes of events, and new latents: train_ae.py, event_runs.py
+event_runs.py  reconstruct, encode, decode, score, sample: generate.py
+recorder.py    the folder of a run, written while it trains: train_ae.py
+kinematics.py  momenta, sums and masses of events: event_runs.py, plot.py
 distributions.py  distributions as text: skeletons.py, sr_data.py
 skeletons.py   random formulas with blank constants: train_sr.py, sr_data.py, search.py, pools.py
 pool_files.py  test sets and saved pools in files: holdout.py, pools.py, suites.py, bundles.py

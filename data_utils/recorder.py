@@ -90,11 +90,6 @@ class Recorder:
             last = dict(epoch=self.at.epoch - 1, last=self.at.epoch == self.cfg.epochs, histories=self.at.histories)
             handle_event(self.cfg, self.families, moment, event | dict(run_dir=self.run_dir) | last | (shown or {}))
 
-    def draws(self, family):
-        """Whether figures of a family are to be drawn."""
-        cfg = self.cfg
-        return bool(self.run_dir) and cfg.make_plots and family in self.families and getattr(cfg, f"plot_{family}")
-
     def epoch(self, train, val, codes, events, val_seconds):
         """Record the end of an epoch -> {name: text} of its key numbers, and the figures.
 

@@ -215,7 +215,7 @@ class AutoEncoder(nn.Module):
                  hidden, gnn_dim, gnn_layers, activation, dropout, side_info, noise_dim, codebook_size, beta, ema_decay,
                  revive, denoise):  # fmt: skip
         super().__init__()
-        self.level, self.latent_space = level, latent_space
+        self.level, self.latent_space, self.cont_dim = level, latent_space, cont_dim
         widths = dict(hidden=hidden, gnn_dim=gnn_dim, gnn_layers=gnn_layers, noise_dim=noise_dim,
                       activation=activation, dropout=dropout)  # fmt: skip
         sizes = dict(level=level, cont_dim=cont_dim, n_tokens=n_tokens, num_types=num_types, n_globals=n_globals)
