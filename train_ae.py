@@ -379,14 +379,14 @@ def main(cfg):
                 break
         if at.epoch >= cfg.epochs and not stop_now:
             record("on_train_end", epoch=at.epoch - 1, histories=at.histories)
-            found = {} if best_state else checkpoint.find("auto", False, [best, last], kind)[1] or {}
+            found = keep and checkpoint.find("auto", False, [best, last], kind)[1] or {}
             raw_model.load_state_dict(best_state or found.get("model_state", raw_model.state_dict()))
             metrics, codes, stop_now = evaluate("test")
             if not stop_now:
                 at.test_loss, at.tested = metrics["loss"], at.epoch
                 record.test(metrics, codes, reconstructed(raw_model, noises, data["test"], meta, cfg))
                 if rank == 0 and keep:  # in last.pt are the last weights, not the best
-                    saver(best, checkpoint.load_checkpoint(best, kind) | latent_statistics(raw_model, data["train"]))
+                    saver(best, found | latent_statistics(raw_model, data["train"]))
                     saver(last, checkpoint.load_checkpoint(last, kind) | vars(at))
         if stop_now:
             record("on_interrupt", epoch=at.epoch)
