@@ -246,9 +246,11 @@ def main(cfg):
         return results()
     model, saver, best_state = hardware.wrap(raw_model, cfg.compile), checkpoint.Saver(), None
 
-    def save(path, must=True):
+    def save(path, must=True, state=None):
         if rank == 0 and keep:
-            saver(path, about | vars(at) | {name: part.state_dict() for name, part in parts.items()}, must)
+            saver(path, state or about | vars(at) | {name: part.state_dict() for name, part in parts.items()}, must)
+            if path == best:
+                checkpoint.point(out / "model.pt", best.name)
 
     record = Recorder(out if rank == 0 and keep else None, cfg, LOOPS[cfg.loop][1], at, device, new=not path)
 
@@ -369,8 +371,6 @@ def main(cfg):
                     at.best_val_loss, at.best_epoch = criterion, at.epoch - 1
                     best_state = {key: value.clone() for key, value in raw_model.state_dict().items()}
                     save(best)
-                    if rank == 0 and keep:
-                        checkpoint.point(out / "model.pt", best.name)
             mark = time.monotonic()
             if late and not at.skipped_in_row or over or stop_now:  # the last good state stays
                 save(last, must=bool(over or stop_now))
@@ -386,7 +386,7 @@ def main(cfg):
                 at.test_loss, at.tested = metrics["loss"], at.epoch
                 record.test(metrics, codes, reconstructed(raw_model, noises, data["test"], meta, cfg))
                 if rank == 0 and keep:  # in last.pt are the last weights, not the best
-                    saver(best, found | latent_statistics(raw_model, data["train"]))
+                    save(best, state=found | latent_statistics(raw_model, data["train"]))
                     saver(last, checkpoint.load_checkpoint(last, kind) | vars(at))
         if stop_now:
             record("on_interrupt", epoch=at.epoch)

@@ -225,7 +225,7 @@ def wait_for(there, process):
 @pytest.mark.parametrize("kind", KINDS)
 def test_interrupted_and_resumed_equals_uninterrupted(kind, events, tmp_path):
     words, pick = [*KINDS[kind].split(), *LONG], random.Random(kind)
-    line = ["train_ae.py", *TOY, f"data={events}", *words, "out=cut", "save_minutes=0.0003"]
+    line = ["train_ae.py", *TOY, f"data={events}", *words, "out=cut", "save_minutes=0.001"]
     process = start(*line, cwd=tmp_path)
     wait_for(Path("cut", "last.pt").exists, process)
     time.sleep(0.2 * pick.random())
@@ -557,7 +557,7 @@ def test_figures_that_fail_and_full_ones(events, drawn, monkeypatch, capfd):
 
 def test_a_sweep_survives_a_job_that_is_killed(events, tmp_path):
     toy = [word for word in TOY if word != "epochs=2"]  # a key stands there once
-    swept = ["latent_space=none,vq", "seed=1,2", "epochs=20", "save_minutes=0.0003"]
+    swept = ["latent_space=none,vq", "seed=1,2", "epochs=20"]
     process = start("train_ae.py", "--multirun", *swept, *toy, f"data={events}", cwd=tmp_path)
 
     def first():
