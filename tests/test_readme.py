@@ -38,8 +38,8 @@ def test_python_commands_parse(command):
         from_cli(module.variant, argv=flags, by="dataset", flatten=module.flatten)
     elif words[1] == "train_sr.py":
         from_cli(module.Config, argv=flags, load=module.load_flags)
-    elif flags[:1] == ["formula"]:
-        from_cli(module.FormulaConfig, argv=flags[1:])
+    elif words[1] == "generate.py" and flags[0] in module.COMMANDS:
+        from_cli(module.COMMANDS[flags[0]], argv=module.flags(flags))
     elif words[1] == "generate.py":
         from_cli(module.variant, argv=flags, by="run_name")
     else:
