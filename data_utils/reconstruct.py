@@ -7,7 +7,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from data_utils.config import UsageError
+from data_utils.checkpoint import warn
 from data_utils.events import NUM_TYPES, epoch_order, objects, slots, take, to_rows
 from models.autoencoder import AutoEncoder
 
@@ -16,13 +16,20 @@ START = 4096  # events whose latents start a codebook
 
 
 def start_codes(model, columns, cfg):
-    """Start the codebook of a model from latents of training events. Raises UsageError if there are too few of them."""
+    """Start the codebook of a model from latents of training events; fewer of them than codes are warned of."""
     some = take(columns, epoch_order(cfg.seed, cfg.epochs, len(columns["ids"]))[:START])
     there = (columns["ids"] > 0).sum().item() if cfg.level == "token" else len(columns["ids"])
     if there < cfg.codebook_size:
-        raise UsageError(f"--codebook_size {cfg.codebook_size}: the training events have {there} latents\n"
-                         f"try: codebook_size={there}, the largest possible, or more events")  # fmt: skip
+        warn(f"{there} latents in training cannot use {cfg.codebook_size} codes; try: codebook_size={there} at most")
     model.start(some, cfg.vq_init, cfg.seed)
+
+
+def keep_rates(model, model_args, saved, cfg):
+    """Keep the codebook's rates of the `saved` model arguments: what follows from the steps is fixed at the start."""
+    for name, own in dict(ema_decay="decay", revive="revive").items():
+        if model.latent_space == "vq" and name in saved and not getattr(cfg, name):
+            model_args[name] = saved[name]
+            setattr(model.latent, own, saved[name])
 
 
 def reconstructed(model, noises, columns, meta, cfg):

@@ -24,8 +24,8 @@ def run_folder(cfg):
     Raises UsageError for a `resume` that is not there, and where resume=none finds files.
     """
     named = Path(cfg.resume) if cfg.resume not in ("auto", "none") else None
-    if named and not named.exists():
-        raise UsageError(f"--resume {named}: no such file\ntry: auto, none, or a folder below {cfg.outputs}/runs")
+    if named and not (named.is_file() or Path(named, ".hydra").exists() or any(named.glob("*.pt"))):
+        raise UsageError(f"--resume {named}: no such run\ntry: auto, none, or a folder below {cfg.outputs}/runs")
     if cfg.out or named:
         folder = Path(cfg.out or (named if named.is_dir() else named.parent))
         if cfg.resume == "none" and cfg.save_artifacts and folder.is_dir() and any(folder.iterdir()):
@@ -33,6 +33,13 @@ def run_folder(cfg):
         return folder
     first = Path(cfg.outputs, "runs", f"run_{time.strftime('%Y%m%d-%H%M%S')}_{cfg.name}")
     return next(path for path in (first, *(Path(f"{first}_{n}") for n in range(2, 1000))) if not path.exists())
+
+
+def take_up(at, state, batches):
+    """Go on where `state` was saved; if an epoch had another number of batches, the one under way begins again."""
+    vars(at).update({name: state[name] for name in vars(at)})
+    if state["steps"] != state["config"]["epochs"] * batches:
+        at.step, at.sums, at.epoch_seconds = at.epoch * batches, {}, 0.0
 
 
 class Recorder:
@@ -115,7 +122,8 @@ class Recorder:
         """The last line of a run."""
         at, cfg = self.at, self.cfg
         then = f"generate.py events {self.run_dir} --mode sample"
-        then = then if at.tested == cfg.epochs else f"train_ae.py resume={self.run_dir}"
+        then = f"plot.py {self.run_dir}" if cfg.loop == "test_mlp" else then
+        then = then if at.tested >= cfg.epochs else f"train_ae.py resume={self.run_dir}"
         best = f"best val_loss {at.best_val_loss:.4f} at epoch {at.best_epoch + 1}, test_loss {at.test_loss:.4f}"
         took = f"{time.monotonic() - self.start:.0f} s, peak {peak_mb(self.device):.0f} MB"
         line = f"{self.run_dir or cfg.loop}: epoch {at.epoch} of {cfg.epochs}, {best}, {took}"

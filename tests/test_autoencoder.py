@@ -24,7 +24,7 @@ KINDS = ["mlp", "gnn", "gan", "diffusion"]
 LATENTS = ["none", "linear", "vq"]
 B, T, FEATURES, TYPES, D = 4, 6, 5, 8, 4
 SIZES = dict(encoder="mlp", decoder="mlp", latent_space="none", level="token", cont_dim=FEATURES, n_tokens=T,
-             num_types=TYPES, n_globals=3, latent_dim=D, hidden=(12,), gnn_dim=8, gnn_layers=2, activation="gelu",
+             num_types=TYPES, n_globals=3, latent_dim=D, hidden=(12,), gnn_dim=16, gnn_layers=2, activation="gelu",
              dropout=0.0, side_info=False, noise_dim=3, codebook_size=16, beta=0.25, ema_decay=0.9, revive=0.1,
              denoise=False)  # fmt: skip
 
