@@ -60,9 +60,7 @@ class FormulaConfig:
     model: str = ""  # folder of a model of train_sr.py; not needed by --method prior
     data: str = ""  # csv with a header and numbers
     target: str = ""  # its column y; "" = the last
-    method: Literal["sampling", "beam", "prior"] = (
-        "sampling"  # who proposes: the network, or training's draws without it
-    )
+    method: Literal["sampling", "beam", "prior"] = "sampling"  # who proposes: the network, or training's draws alone
     choices: int = 512  # candidates
     temperature: float = 1.0  # of the network's draws
     top_k: int = 0  # choose among so many likeliest tokens; 0 = all
@@ -118,10 +116,15 @@ def variant(run_name):
     return AnswerConfig if answers else Config
 
 
+def flags(words):
+    """The flags in what was typed: without the name of a command, and with that of the run of `events`."""
+    command, words = (words[0], words[1:]) if words and words[0] in COMMANDS else ("", words)
+    named = command == "events" and words and not words[0].startswith("-")
+    return ["--model", *words] if named else words
+
+
 if __name__ == "__main__":  # before torch is imported, so that --help and typos answer at once
-    words = sys.argv[1 + (sys.argv[1:2] != [] and sys.argv[1] in COMMANDS) :]
-    words = ["--model", *words] if sys.argv[1:2] == ["events"] and words and words[0][:1] != "-" else words
-    cfg = from_cli(variant, __doc__, words, by="run_name")
+    cfg = from_cli(variant, __doc__, flags(sys.argv[1:]), by="run_name")
 
 import torch
 

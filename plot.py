@@ -2,19 +2,24 @@
 
 python plot.py checkpoints/transformer_expert_metrics.jsonl                       # -> ..._loss.png beside it
 python plot.py checkpoints/*_metrics.jsonl --out experts.png                      # several runs, one figure
+python plot.py outputs/runs/run_20251103-140953_*                                 # of train_ae.py -> figures/runs.png
+python plot.py outputs/multiruns/exp_*                                            # sweeps -> summary.csv and PNGs there
 """
 
+import csv
+import io
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from textwrap import shorten
 
 from data_utils.config import DataError, UsageError, from_cli, launch
 
 
 @dataclass
 class Config:
-    runs: tuple[str, ...] = ()  # metrics files; the flag's name may be left out
-    out: str = ""  # PNG to write; "" = beside the first file
+    runs: tuple[str, ...] = ()  # metrics files, run folders, or folders of sweeps; the flag's name may be left out
+    out: str = ""  # PNG to write; "" = beside the first file, or in the first run's figures
 
 
 if __name__ == "__main__":
@@ -25,8 +30,13 @@ import matplotlib
 
 matplotlib.use("Agg")  # files only, so that no screen is needed
 import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
+from data_utils.checkpoint import write_atomic
+from data_utils.facts import read_events, read_histories
 from data_utils.metrics import read_rows
+from data_utils.overrides import SWEEP
 
 COLOURS = plt.get_cmap("tab10").colors
 SHARES = "exact", "exact_short", "exact_halting", "cells", "recovery", "top1"  # of train_hrm.py and train_sr.py
@@ -161,104 +171,113 @@ def _panels(count, height=3.2):
 
 def _curves(ax, histories, names, **about):
     """Lines over epochs, counted from 1; rates and errors that span more than a decade get a logarithmic axis."""
-    drawn = [name for name in names if any(v is not None for v in histories.get(name, ()))]
-    for name in drawn:
+    drawn, values = [name for name in names if _known(histories, name)], []
+    for order, name in enumerate(drawn):
         points = [(e + 1, v) for e, v in enumerate(histories[name]) if v is not None]
-        ax.plot(*zip(*points, strict=True), "o-", ms=3, label=LABELS.get(name, name.replace("_", " ")))
-    values = [v for name in drawn for v in histories[name] if v is not None]
-    if values and min(values) > 0 and max(values) > 10 * min(values):
-        ax.set_yscale("log")
-    ax.xaxis.get_major_locator().set_params(integer=True)
+        size = dict(lw=2.4, ms=5) if len(drawn) == 2 and not order else dict(lw=1.4, ms=3)  # seen below an equal one
+        ax.plot(*zip(*points, strict=True), "o-", label=LABELS.get(name, name.replace("_", " ")), **size)
+        values += [v for _, v in points]
     ax.set(xlabel="epoch", **about)
+    _scale(ax, values, "ylim" in about)
     if len(drawn) > 1:
         ax.legend(frameon=False, fontsize=8)
 
 
-def _losses(payload, full):
-    figure, (ax,) = _panels(1, 3.6)
-    _curves(ax, payload["histories"], ("train_loss", "val_loss"), ylabel="loss", title="loss of an epoch")
+def _scale(ax, values, linear=False):
+    """Whole epochs below; a logarithmic axis with plain numbers for values of more than a decade, unless `linear`."""
+    ax.xaxis.get_major_locator().set_params(integer=True)
+    if not linear and values and min(values) > 0 and max(values) > 10 * min(values):
+        ax.set_yscale("log")
+        ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if max(values) < 300 * min(values) else (1,)))
+        ax.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        ax.yaxis.set_minor_formatter(NullFormatter())
+
+
+def _known(histories, name):
+    return any(v is not None for v in histories.get(name, ()))
+
+
+def _of_epochs(payload, panels, height=3.2):
+    """A figure with a panel for each (names, about) that something is known of; None without one."""
+    panels = [(names, about) for names, about in panels if any(_known(payload["histories"], name) for name in names)]
+    if not panels:
+        return None
+    figure, axes = _panels(len(panels), height)
+    for ax, (names, about) in zip(axes, panels, strict=False):
+        _curves(ax, payload["histories"], names, **about)
     return figure
+
+
+def _losses(payload, full):
+    return _of_epochs(payload, [(("train_loss", "val_loss"), dict(ylabel="loss", title="loss of an epoch"))], 3.6)
 
 
 def _metrics(payload, full):
     histories = payload["histories"]
     names = sorted(name for name in histories if name not in ELSEWHERE and any(histories[name]))
-    if not names:
-        return None
-    figure, axes = _panels(len(names), 2.6)
-    for ax, name in zip(axes, names, strict=False):
-        _curves(ax, histories, [name], ylabel=LABELS.get(name, name.replace("_", " ")))
-    return figure
+    return _of_epochs(payload, [([name], dict(ylabel=LABELS.get(name, name.replace("_", " ")))) for name in names], 2.6)
 
 
 def _codebook(payload, full):
     histories, codes = payload["histories"], payload.get("codes")
-    if codes is None or not sum(codes):  # another latent space
+    if not codes or not any(codes):  # another latent space
         return None
     figure, axes = _panels(5)
     _curves(axes[0], histories, ["perplexity"], ylabel="perplexity", title=f"perplexity, of {len(codes)} codes")
     _curves(axes[1], histories, ["usage"], ylabel="share of codes used", title="usage", ylim=(0, 1.05))
     _curves(axes[2], histories, ["commit"], ylabel="commitment loss", title="commitment")
-    _curves(axes[3], histories, ["revived"], ylabel="codes in an epoch", title="revived")
+    _curves(axes[3], histories, ["revived"], ylabel="codes in a step, mean", title="revived")
     share = sorted((n / max(1, sum(codes)) for n in codes), reverse=True)
     axes[4].plot(range(1, len(share) + 1), share, color=COLOURS[1], label="codes")
     axes[4].axhline(1 / len(share), color="grey", lw=1, ls="--", label="all alike")
-    axes[4].set(xlabel="code, by frequency", ylabel="share of the tokens", title="how often each code is used")
+    axes[4].set(xlabel="code, by frequency", ylabel="share of the latents", title="how often each code is used")
     axes[4].legend(frameon=False, fontsize=8)
     return figure
 
 
 def _latency(payload, full):
-    figure, axes = _panels(1 + full, 3.6)
-    _curves(axes[0], payload["histories"], ["epoch_time_s"], ylabel="seconds", title="training and validation")
-    axes[0].set_ylim(bottom=0)
-    if full:
-        _curves(axes[1], payload["histories"], ["throughput"], ylabel="events/s", title="training")
-        axes[1].set_ylim(bottom=0)
-    return figure
+    panels = [(["epoch_time_s"], dict(ylabel="seconds of an epoch", title="training and validation", ylim=(0, None)))]
+    panels += [(["throughput"], dict(ylabel="events/s", title="training", ylim=(0, None)))] * full
+    return _of_epochs(payload, panels, 3.6)
 
 
 def _recon(payload, full):
     if not full or payload.get("rows") is None:
-        figure, axes = _panels(3)
-        for ax, name in zip(axes, ("rec_tokens", "rec_types", "rec_globals"), strict=False):
-            _curves(ax, payload["histories"], [name], ylabel=LABELS[name], title="validation")
-        return figure
+        names = "rec_tokens", "eps_loss", "rec_types", "rec_globals"
+        return _of_epochs(payload, [([name], dict(ylabel=LABELS[name], title="validation")) for name in names])
     from data_utils.kinematics import kinematics
 
     before, after = map(kinematics, payload["rows"])
     figure, axes = _panels(len(before))
     for ax, (name, values) in zip(axes, before.items(), strict=False):
         low, high = RANGES[name]
-        for found, label, style in (
-            (values, "input", dict(color="0.75", histtype="stepfilled")),
-            (after[name], "reconstructed", dict(color=COLOURS[3], histtype="step", lw=1.5)),
-        ):
-            ax.hist(found, bins=50, range=(low, high), density=True, label=label, **style)
-        ax.set(xlabel=f"{name} [{UNITS[name]}]" if UNITS[name] else name, ylabel="density", xlim=(low, high))
-        ax.legend(frameon=False, fontsize=8)
+        edges, width = np.linspace(low, high, 51), (high - low) / 50
+        shown, made = (np.histogram(v, edges)[0] / width / max(1, len(v)) for v in (values, after[name]))
+        ax.stairs(shown, edges, color="0.75", fill=True, label="input")
+        ax.stairs(made, edges, color=COLOURS[3], lw=1.5, label="reconstructed")
+        top = min(max(shown.max(), made.max()), 3 * shown.max())  # a spike does not flatten all the rest
+        unit = f" [{UNITS[name]}]" if UNITS[name] else ""
+        ax.set(xlabel=f"{NAMES[name]}{unit}", ylabel=f"density{unit and f' [1/{UNITS[name]}]'}", xlim=(low, high),
+               ylim=(0, 1.25 * top))  # fmt: skip
+        ax.legend(frameon=False, fontsize=8, ncols=2, loc="upper right")
     return figure
 
 
 def _adversarial(payload, full):
-    losses = "d_loss", "g_loss", "latent_d_loss"
-    if not any(name in payload["histories"] for name in losses):  # nobody judges: loop ae without encoder gan
-        return None
-    figure, axes = _panels(3)
-    _curves(axes[0], payload["histories"], losses, ylabel="loss", title="discriminator and generator")
-    both = ("d_acc_real", "d_acc_fake")
-    _curves(axes[1], payload["histories"], both, ylabel="share judged rightly", title="discriminator", ylim=(0, 1.05))
-    _curves(axes[2], payload["histories"], ["adv_w"], ylabel="weight", title="adaptive weight")
-    return figure
+    return _of_epochs(payload, [
+        (("d_loss", "g_loss"), dict(ylabel="loss", title="discriminator and generator")),
+        (("d_acc_real", "d_acc_fake"), dict(ylabel="share judged rightly", title="discriminator", ylim=(0, 1.05))),
+        (["adv_w"], dict(ylabel="weight", title="weight of the verdict", ylim=(0, None))),
+        (["latent_d_loss"], dict(ylabel="cross-entropy, nats", title="critic of latents")),
+    ])  # fmt: skip
 
 
 def _diffusion(payload, full):
-    figure, axes = _panels(2, 3.6)
-    quarters = [f"eps_q{k}" for k in range(4)]
-    _curves(axes[0], payload["histories"], quarters, ylabel="squared error of the noise", title="by noise level")
-    names = ("ddim_mse", "ddim_mse_shuffled")
-    _curves(axes[1], payload["histories"], names, ylabel="squared error", title="denoised, by own and by other latent")
-    return figure
+    names, title = ("ddim_mse", "ddim_mse_shuffled"), "made from noise, given a latent"
+    return _of_epochs(payload, [
+        ([f"eps_q{k}" for k in range(4)], dict(ylabel="squared error of the noise", title="by noise level")),
+        (names, dict(ylabel="squared error of particles", title=title)),
+    ], 3.6)  # fmt: skip
 
 
 FAMILIES = dict(losses=_losses, metrics=_metrics, codebook=_codebook, latency=_latency, recon=_recon,
@@ -266,18 +285,146 @@ FAMILIES = dict(losses=_losses, metrics=_metrics, codebook=_codebook, latency=_l
 LABELS = dict(
     train_loss="training", val_loss="validation", rec_tokens="squared error of particles",
     rec_globals="squared error of MET",
-    rec_types="cross-entropy of types, nats", d_loss="discriminator", g_loss="generator",
-    latent_d_loss="critic of latents", d_acc_real="real events",
+    eps_loss="squared error of the noise", rec_types="cross-entropy of types, nats",
+    d_loss="discriminator", g_loss="generator", d_acc_real="real events",
     d_acc_fake="reconstructed events", ddim_mse="its own latent", ddim_mse_shuffled="another event's",
     eps_q0="least noise", eps_q1="second quarter", eps_q2="third quarter", eps_q3="most noise", lr="learning rate",
     grad_norm="gradient norm", skipped_steps="skipped steps", type_accuracy="share of types that are right",
 )  # fmt: skip
+NAMES = dict(pT="pT of an object", eta="eta of an object", phi="phi of an object", HT="HT", MET="MET",
+             m_jj="mass of two light jets")  # fmt: skip
 RANGES = dict(pT=(0, 300), eta=(-3, 3), phi=(-3.1416, 3.1416), HT=(150, 1200), MET=(0, 200), m_jj=(0, 300))
 UNITS = dict(pT="GeV", eta="", phi="rad", HT="GeV", MET="GeV", m_jj="GeV")
 # drawn by a family of their own
 ELSEWHERE = {"train_loss", "val_loss", "epoch_time_s", "throughput", "max_memory_mib", "perplexity", "usage", "commit",
-             "revived", "d_loss", "g_loss", "latent_d_loss", "d_acc_real", "d_acc_fake", "adv_w", "ddim_mse",
+             "revived", "d_loss", "g_loss", "d_acc_real", "d_acc_fake", "adv_w", "latent_d_loss", "ddim_mse",
              "ddim_mse_shuffled", *(f"eps_q{k}" for k in range(4))}  # fmt: skip
+
+
+# ---- runs and sweeps of train_ae.py ----------------------------------------------------------------------------------
+
+
+def plot_runs(runs, names, out):
+    """Write the losses of run folders over epochs to `out`, each run by its name, and their error if all have one.
+
+    Raises DataError for a run without a whole epoch.
+    """
+    histories = [read_histories(run) for run in runs]
+    for run, history in zip(runs, histories, strict=True):
+        if not _known(history, "train_loss"):
+            raise DataError(f"{run}: no whole epoch in facts/events.jsonl")
+    error = next((n for n in ("rec_tokens", "ddim_mse") if all(_known(history, n) for history in histories)), None)
+    figure, axes = _panels(1 + bool(error), 4.2)
+    columns = 1 if len(runs) < 7 else 2  # of the legend
+    panels = [("loss: training thin, validation thick", "loss", "val_loss")]
+    panels += [("validation", NUMBERS.get(error), error)]
+    for ax, (title, label, name) in zip(axes, panels, strict=False):
+        values = []
+        for colour, run, history in zip(_colours(len(runs)), names, histories, strict=True):
+            thin = [("train_loss", dict(lw=0.8, alpha=0.6))] if name == "val_loss" else []
+            for line, style in (*thin, (name, dict(lw=1.8, marker="o", ms=3.5, label=shorten(run, 130 // columns)))):
+                points = [(e + 1, v) for e, v in enumerate(history[line]) if v is not None]
+                ax.plot([e for e, _ in points], [v for _, v in points], color=colour, **style)
+                values += [v for _, v in points]
+        ax.set(xlabel="epoch", ylabel=label, title=title)
+        _scale(ax, values)
+    figure.set_size_inches(10, 4.2 + 0.19 * -(-len(runs) // columns))
+    figure.legend(*axes[0].get_legend_handles_labels(), frameon=False, fontsize=8, loc="outside lower center",
+                  ncols=columns)  # fmt: skip
+    _write(figure, out)
+
+
+def _colours(count):
+    return COLOURS[:count] if count <= len(COLOURS) else plt.get_cmap("viridis")(np.linspace(0, 0.95, count))
+
+
+def differences(words):
+    """For each list of KEY=VALUE or other words what it does not share with all the others, as one text."""
+    return [" ".join(w for w in own if not all(w in other for other in words)) for own in words]
+
+
+def settings(runs):
+    """For each run its flags as KEY=VALUE, those that all of them have, without those of figures."""
+    import yaml
+
+    paths = [Path(run, ".hydra", "config.yaml") for run in runs]
+    flags = [yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else {} for path in paths]
+    shared = [key for key in flags[0] if all(key in own for own in flags) and not key.startswith(("plot_", "make_"))]
+    return [[f"{key}={own[key]}".replace("[", "").replace("]", "") for key in shared] for own in flags]
+
+
+def results(run):
+    """Numbers of a run: best_val_loss, best_epoch (from 1), and those of its test, test_loss first; what is there."""
+    losses = [(loss, epoch + 1) for epoch, loss in enumerate(read_histories(run)["val_loss"]) if loss is not None]
+    found = dict(zip(("best_val_loss", "best_epoch"), min(losses), strict=True)) if losses else {}
+    test = next((e["metrics"] for e in reversed(read_events(run)) if e.get("moment") == "on_test_end"), {})
+    return found | {name: test[name] for name in sorted(test, key=lambda name: (name != "test_loss", name))}
+
+
+def plot_sweep(folder):
+    """Write summary.csv, losses.png and results.png into the folder of a sweep -> the paths that were written.
+
+    A job is a row: its number, overrides, run, status, seconds, and `results`. Raises DataError.
+    """
+    import yaml
+
+    try:
+        jobs = yaml.safe_load(Path(folder, SWEEP).read_text(encoding="utf-8"))["jobs"]
+        rows = [dict(job=i, overrides=" ".join(job["overrides"]), run_dir=job["run_dir"], status=job["status"],
+                     seconds=job["seconds"]) for i, job in enumerate(jobs)]  # fmt: skip
+    except (OSError, ValueError, TypeError, KeyError, yaml.YAMLError) as e:
+        raise DataError(f"{Path(folder, SWEEP)} can't be read: {' '.join(str(e).split())}") from e
+    beside = Path(folder).resolve().parents[1] / "runs"  # wherever both were moved
+    names = [f"{i} {own}".rstrip() for i, own in enumerate(differences([job["overrides"] for job in jobs]))]
+    for row in rows:
+        run = beside / Path(row["run_dir"]).name
+        row |= results(run if run.is_dir() else row["run_dir"])
+        row["run_dir"] = run if run.is_dir() else row["run_dir"]
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(dict.fromkeys(key for row in rows for key in row)), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows({k: f"{v:.8g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows)
+    written = [Path(folder, "summary.csv")]
+    write_atomic(written[0], lambda file: file.write(text.getvalue().encode()))
+    known = sorted((row["best_val_loss"], i) for i, row in enumerate(rows) if "best_val_loss" in row)
+    best = sorted(i for _, i in known[:MOST_DRAWN])
+    if best:
+        written += [Path(folder, "losses.png"), Path(folder, "results.png")]
+        plot_runs([rows[i]["run_dir"] for i in best], [names[i] for i in best], written[1])
+        _bars([rows[i] for i in best], [names[i] for i in best], f"{len(best)} of {len(rows)} jobs", written[2])
+    return written
+
+
+def _bars(rows, names, title, out):
+    """A panel for each of the NUMBERS that a row has, a bar for each row, the best one dark."""
+    numbers = [name for name in NUMBERS if any(row.get(name) is not None for row in rows)]
+    figure, axes = plt.subplots(1, len(numbers), sharey=True, squeeze=False, layout="constrained",
+                                figsize=(2.2 + 2.4 * len(numbers), 1.4 + 0.28 * len(rows)))  # fmt: skip
+    for ax, name in zip(axes.flat, numbers, strict=True):
+        values = [row.get(name) for row in rows]
+        found = [v for v in values if v is not None]
+        best = max(found) if name in HIGHER_IS_BETTER else min(found)
+        shades = [COLOURS[0] if v == best else "0.75" for v in values]
+        ax.barh(range(len(rows)), [v or 0 for v in values], color=shades if name != "seconds" else "0.75")
+        for y, v in enumerate(values):
+            ax.annotate(f" {v:.4g}" if v is not None else " none", (v or 0, y), va="center", fontsize=7)
+        ax.set(xlabel=NUMBERS[name], xlim=(0, 1.3 * max(found) or 1))
+        ax.xaxis.label.set_fontsize(8)
+        ax.tick_params(labelsize=8)
+        ax.xaxis.set_major_locator(MaxNLocator(3))
+        ax.spines[["top", "right"]].set_visible(False)
+    axes[0, 0].set_yticks(range(len(rows)), names, fontsize=8)
+    axes[0, 0].invert_yaxis()  # the first on top
+    figure.suptitle(title, fontsize=10)
+    _write(figure, out)
+
+
+MOST_DRAWN = 40  # jobs of a sweep in a figure, the best ones
+NUMBERS = dict(best_val_loss="best validation loss", test_loss="test loss", rec_tokens="squared error\nof particles",
+               ddim_mse="squared error of\nparticles from noise", rec_globals="squared error of MET",
+               type_accuracy="share of types\nthat are right", accuracy="share of answers\nthat are right",
+               perplexity="perplexity of codes", seconds="seconds")  # fmt: skip
+HIGHER_IS_BETTER = "type_accuracy", "accuracy", "perplexity"
 
 
 def table(paths):
@@ -298,6 +445,29 @@ def table(paths):
 def main(cfg):
     if not cfg.runs:
         raise UsageError("no run named\ntry: python plot.py checkpoints/transformer_expert_metrics.jsonl")
+    missing = [run for run in cfg.runs if not Path(run).exists()]
+    if missing:
+        raise DataError(f"{missing[0]}: no such file or folder\ntry: python plot.py outputs/runs/run_*")
+    sweeps = [run for run in cfg.runs if Path(run, SWEEP).is_file()]
+    folders = [run for run in cfg.runs if Path(run).is_dir() and run not in sweeps]
+    kinds = "sweeps" * bool(sweeps), "runs" * bool(folders), "files" * (len(sweeps) + len(folders) < len(cfg.runs))
+    if len(list(filter(None, kinds))) > 1:
+        raise UsageError(f"{' and '.join(filter(None, kinds))} in one figure: name one kind at a time")
+    if sweeps and cfg.out:
+        raise UsageError("--out with a sweep: its figures are written into its folder")
+    for sweep in sweeps:
+        print(*plot_sweep(sweep), sep="\n")
+    if folders:
+        out = cfg.out or str(Path(folders[0], "figures", "runs.png"))
+        differ = differences(settings(folders))
+        plot_runs(folders, [own if own and differ.count(own) == 1 else f"{Path(run).resolve().name} {own}".rstrip()
+                            for run, own in zip(folders, differ, strict=True)], out)  # fmt: skip
+        for run, name in zip(folders, differ, strict=True):
+            numbers = {k: v for k, v in results(run).items() if k in ("best_epoch", *NUMBERS) and v is not None}
+            print(f"{run}{' ' if name else ''}{name}: " + "  ".join(f"{k} {v:.4g}" for k, v in numbers.items()))
+        print(out)
+    if sweeps or folders:
+        return {}
     out = cfg.out or cfg.runs[0].removesuffix("_metrics.jsonl") + "_loss.png"
     plot_losses(cfg.runs, out)
     print(table(cfg.runs))

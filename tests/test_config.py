@@ -195,6 +195,7 @@ COMMANDS = {  # every command line: (class or variants, flags that choose one)
     "train_mla": (train_mla.Config, []),
     "generate": (generate.Config, []),
     "generate answers": (generate.AnswerConfig, []),
+    **{f"generate {name}": (cls, []) for name, cls in generate.COMMANDS.items()},
     "plot": (plot.Config, []),
     **{f"prepare_data {name}": (cls, []) for name, (cls, _) in prepare_data.COMMANDS.items()},
 }
