@@ -193,7 +193,7 @@ def _metrics(payload, full):
 
 def _codebook(payload, full):
     histories, codes = payload["histories"], payload.get("codes")
-    if codes is None:
+    if codes is None or not sum(codes):  # another latent space
         return None
     figure, axes = _panels(5)
     _curves(axes[0], histories, ["perplexity"], ylabel="perplexity", title=f"perplexity, of {len(codes)} codes")
@@ -241,8 +241,11 @@ def _recon(payload, full):
 
 
 def _adversarial(payload, full):
+    losses = "d_loss", "g_loss", "latent_d_loss"
+    if not any(name in payload["histories"] for name in losses):  # nobody judges: loop ae without encoder gan
+        return None
     figure, axes = _panels(3)
-    _curves(axes[0], payload["histories"], ("d_loss", "g_loss"), ylabel="loss", title="discriminator and generator")
+    _curves(axes[0], payload["histories"], losses, ylabel="loss", title="discriminator and generator")
     both = ("d_acc_real", "d_acc_fake")
     _curves(axes[1], payload["histories"], both, ylabel="share judged rightly", title="discriminator", ylim=(0, 1.05))
     _curves(axes[2], payload["histories"], ["adv_w"], ylabel="weight", title="adaptive weight")
@@ -263,7 +266,8 @@ FAMILIES = dict(losses=_losses, metrics=_metrics, codebook=_codebook, latency=_l
 LABELS = dict(
     train_loss="training", val_loss="validation", rec_tokens="squared error of particles",
     rec_globals="squared error of MET",
-    rec_types="cross-entropy of types, nats", d_loss="discriminator", g_loss="generator", d_acc_real="real events",
+    rec_types="cross-entropy of types, nats", d_loss="discriminator", g_loss="generator",
+    latent_d_loss="critic of latents", d_acc_real="real events",
     d_acc_fake="reconstructed events", ddim_mse="its own latent", ddim_mse_shuffled="another event's",
     eps_q0="least noise", eps_q1="second quarter", eps_q2="third quarter", eps_q3="most noise", lr="learning rate",
     grad_norm="gradient norm", skipped_steps="skipped steps", type_accuracy="share of types that are right",
@@ -272,8 +276,8 @@ RANGES = dict(pT=(0, 300), eta=(-3, 3), phi=(-3.1416, 3.1416), HT=(150, 1200), M
 UNITS = dict(pT="GeV", eta="", phi="rad", HT="GeV", MET="GeV", m_jj="GeV")
 # drawn by a family of their own
 ELSEWHERE = {"train_loss", "val_loss", "epoch_time_s", "throughput", "max_memory_mib", "perplexity", "usage", "commit",
-             "revived", "d_loss", "g_loss", "d_acc_real", "d_acc_fake", "adv_w", "ddim_mse", "ddim_mse_shuffled",
-             *(f"eps_q{k}" for k in range(4))}  # fmt: skip
+             "revived", "d_loss", "g_loss", "latent_d_loss", "d_acc_real", "d_acc_fake", "adv_w", "ddim_mse",
+             "ddim_mse_shuffled", *(f"eps_q{k}" for k in range(4))}  # fmt: skip
 
 
 def table(paths):

@@ -75,7 +75,7 @@ class AeConfig:
     batch_size: int = 128  # events per micro-batch and process
     accumulate: int = 1  # micro-batches per optimizer step
     lr: float = 1e-3  # peak learning rate
-    weight_decay: float = 0.0  # AdamW decay, on matrices only
+    weight_decay: float = 0.0  # AdamW decay
     warmup: float = 100.0  # steps of linear warmup, at most a tenth of all steps; a cosine to a tenth of lr follows
     clip: float = 1.0  # largest gradient norm; 0 = off
     max_steps: int = 0  # stop earlier, on the same schedule; 0 = off
@@ -154,7 +154,7 @@ from data_utils.events import epoch_order, load_events, take, test_table
 from data_utils.hardware import Hardware
 from data_utils.metrics import add, means
 from data_utils.progress import Progress, say
-from data_utils.reconstruct import reconstructed, start_codes
+from data_utils.reconstruct import keep_rates, reconstructed, start_codes
 from data_utils.recorder import Recorder, run_folder
 from data_utils.stop import Stop
 from models.autoencoder import AutoEncoder, Regressor, denominators, loss_sums, regression_sums
@@ -222,14 +222,14 @@ def main(cfg):
                          run_id=uuid.uuid4().hex)  # fmt: skip
     kind, keep = f"ae:{cfg.loop}", cfg.save_artifacts
     out = Path(hardware.gather(run_folder(cfg))[0])  # one clock for all ranks
-    last, best = out / "last.pt", out / "best_val.pt"
+    last, best, resume = out / "last.pt", out / "best_val.pt", cfg.resume if Path(cfg.resume).is_file() else "auto"
     lock = checkpoint.lock_run(out, "ae") if rank == 0 and keep else None  # noqa: F841  held until the process ends
     about = dict(kind=kind, format=1, tokenizer="events", tokenizer_hash="", data_hash=meta["data_hash"], meta=meta,
                  world_size=world, steps=steps, torch=str(torch.__version__), config=asdict(cfg),
                  model_args=model_args)  # fmt: skip
-    resume = cfg.resume if Path(cfg.resume).is_file() else "auto"
     path, state = checkpoint.find(resume, cfg.fresh, [last, best, out / "model.pt"], kind)
     if state:
+        keep_rates(raw_model, model_args, state["model_args"], cfg)
         checkpoint.load_parts(parts, state, path, about, same_data="data, labels, limit and seed")
         vars(at).update({name: state[name] for name in vars(at)})
         tell(checkpoint.notice(path, state, about, COSMETIC))
@@ -238,8 +238,8 @@ def main(cfg):
 
     def results(stopped=0):
         hardware.close()
-        losses = dict(final_val_loss=at.histories.get("val_loss", [math.nan])[-1], test_loss=at.test_loss)
-        return losses | vars(at) | dict(run_dir=str(out) * keep, stopped=stopped)
+        final = at.histories.get("val_loss", [math.nan])[-1]
+        return vars(at) | dict(final_val_loss=final, run_dir=str(out) * keep, stopped=stopped)
 
     if at.tested >= cfg.epochs:
         tell(f"{out}: finished after {at.epoch} epochs, test loss {at.test_loss:.4f}; a larger epochs= goes on")
@@ -277,7 +277,7 @@ def main(cfg):
 
     @torch.no_grad()
     def evaluate(split):
-        """A whole split -> {metric: mean}, counts of the codes; None, None if stopped."""
+        """A whole split -> {metric: mean}, counts of the codes, 0; None, None, the signal if stopped."""
         raw_model.eval()
         found, codes = {}, torch.zeros(cfg.codebook_size, dtype=torch.long)
         for begin in range(rank * AT_ONCE, len(data[split]["x"]), world * AT_ONCE):
@@ -293,22 +293,22 @@ def main(cfg):
             mine = slice(rank, None, world)
             add(found, denoised(raw_model, noises, take(data[split], slice(DENOISED)), cfg.ddim_steps, cfg.seed, mine))
         raw_model.train()
-        shards, sums = hardware.gather((bool(stop), found, codes)), {}
-        if any(stopped for stopped, _, _ in shards):
-            return None, None
+        shards, sums = hardware.gather((int(stop.signal), found, codes)), {}
+        if stopped := max(signal for signal, _, _ in shards):
+            return None, None, stopped
         for _, found, _ in shards:
             add(sums, found)
         codes, metrics = sum(codes for _, _, codes in shards), means(sums)
         metrics["loss"] = total(metrics)
         if codes.any():
             metrics["usage"], metrics["perplexity"] = usage_and_perplexity(codes)
-        return metrics, codes.tolist()
+        return metrics, codes.tolist(), 0
 
     def due():  # an evaluation
         return at.epoch < at.step // batches
 
     # --- train ----------------------------------------------------------------------------
-    epoch_of_order, shown, stop_now, over = -1, {}, 0, at.step >= steps
+    epoch_of_order, shown, stop_now, late, over = -1, {}, 0, False, at.step >= min(steps, cfg.max_steps or steps)
     with Stop() as stop, Progress(steps, at.step, show=rank == 0 and sys.stderr.isatty()) as progress, record:
         start = saved = mark = time.monotonic()
         record("on_resume" if path else "on_start")
@@ -353,15 +353,15 @@ def main(cfg):
                 at.skipped += bool(bad)
                 at.skipped_in_row = at.skipped_in_row + 1 if bad and scaler.get_scale() <= 1 else 0
                 if at.skipped_in_row == BAD_STEPS:
-                    raise DataError(f"{BAD_STEPS} steps in a row not finite, try a smaller lr=; good: {saver.last}")
+                    good = f"{best}, epoch {at.best_epoch + 1}" if best.exists() else "none"
+                    raise DataError(f"{BAD_STEPS} steps in a row not finite, try a smaller lr=; last good: {good}")
                 at.step, at.epoch_seconds, mark = at.step + 1, at.epoch_seconds + now - mark, now
                 progress(epoch=at.step // batches, **shown)
             if due() and not stop_now:
-                mark, metrics, codes = time.monotonic(), *evaluate("val")
-                (stop_now,) = hardware.largest(0 if metrics else int(stop.signal))
+                mark, (metrics, codes, stop_now) = time.monotonic(), evaluate("val")
             if due() and not stop_now:
                 own = means(at.sums) | dict(lr=optimizer.param_groups[0]["lr"], skipped_steps=at.skipped)
-                own["loss"], criterion = total(own), metrics.get("ddim_mse", metrics["loss"])
+                own["loss"], criterion = total(own) if at.sums else math.nan, metrics.get("ddim_mse", metrics["loss"])
                 shown = record.epoch(own, metrics, codes, events, time.monotonic() - mark)
                 tell(f"epoch {at.epoch}/{cfg.epochs} | " + " | ".join(f"{name} {n}" for name, n in shown.items()))
                 at.sums, at.epoch_seconds, late = {}, 0.0, True
@@ -372,19 +372,19 @@ def main(cfg):
                     if rank == 0 and keep:
                         checkpoint.point(out / "model.pt", best.name)
             mark = time.monotonic()
-            if late or over or stop_now:
+            if late and not at.skipped_in_row or over or stop_now:  # the last good state stays
                 save(last, must=bool(over or stop_now))
                 saved = time.monotonic()
             if over or stop_now:
                 break
         if at.epoch == cfg.epochs and not stop_now:
             record("on_train_end", epoch=at.epoch - 1, histories=at.histories)
-            raw_model.load_state_dict(best_state or checkpoint.load_checkpoint(best, kind)["model_state"])
-            metrics, codes = evaluate("test")
-            (stop_now,) = hardware.largest(0 if metrics else int(stop.signal))
-            if metrics and not stop_now:
+            found = {} if best_state else checkpoint.find("auto", False, [best, last], kind)[1] or {}
+            raw_model.load_state_dict(best_state or found.get("model_state", raw_model.state_dict()))
+            metrics, codes, stop_now = evaluate("test")
+            if not stop_now:
                 at.test_loss, at.tested = metrics["loss"], at.epoch
-                rows = cfg.plot_recon and reconstructed(raw_model, noises, data["test"], meta, cfg)
+                rows = record.draws("recon") and reconstructed(raw_model, noises, data["test"], meta, cfg)
                 record.test(metrics, codes, rows)
                 if rank == 0 and keep:  # with the last weights, not the best
                     saver(last, checkpoint.load_checkpoint(last, kind) | vars(at))

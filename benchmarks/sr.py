@@ -27,11 +27,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.experts import figure, load, save, table, write_readme
 from data_utils.expressions import LITERALS, OPERATORS, evaluate
 from data_utils.refine import fit
-from data_utils.search import SOLVED, fvu
+from data_utils.search import SOLVED, Network, find_formula, fvu
 from data_utils.simplify import NotReal, simplify
 from data_utils.skeletons import PoolConfig, check_pool, sample_trees
 from data_utils.sr_data import CHUNK, DataConfig, FlashANSRDataset
-from data_utils.suites import problems
+from data_utils.suites import problems, score
+from models.formula_model import FlashANSRModel
 
 HERE = Path(__file__).resolve().parent
 LIMIT = 5  # seconds that sympy has for a formula
@@ -128,19 +129,19 @@ def symbolic(sympy, prefix, numbers):
 
 
 def simpler(args):
-    """Seconds of a normal form against sympy.simplify, at most LIMIT each."""
+    """CPU seconds of a normal form against sympy.simplify, at most LIMIT each."""
     pool = PoolConfig()
     alphabet = check_pool(pool)
     rows = sample_trees(np.random.default_rng(1), args.formulas, alphabet, pool)
     prefixes = [alphabet.decode(row[row > 0]) for row in rows]
     ours, lengths = [], []
     for prefix in prefixes:
-        start = time.perf_counter()
+        start = time.process_time()
         try:
             lengths.append((len(simplify(prefix)[0]), len(prefix)))
         except NotReal:
             pass
-        ours.append(time.perf_counter() - start)
+        ours.append(time.process_time() - start)
     after, before = (statistics.mean(column) for column in zip(*lengths, strict=True))
     yield figure("tokens of a formula, simplified against drawn", "", [(after, before)])
     try:
@@ -155,7 +156,7 @@ def simpler(args):
     signal.signal(signal.SIGALRM, late)
     theirs = []
     for prefix in prefixes:
-        start = time.perf_counter()
+        start = time.process_time()
         signal.alarm(LIMIT)
         try:
             sympy.simplify(symbolic(sympy, prefix, [1.5 + i for i in range(prefix.count("<constant>"))]))
@@ -163,24 +164,26 @@ def simpler(args):
             pass
         finally:
             signal.alarm(0)
-        theirs.append(time.perf_counter() - start)
+        theirs.append(time.process_time() - start)
     for middle in (statistics.mean, statistics.median):
         found = [(1e6 * middle(ours), 1e6 * middle(theirs))]
         yield figure(f"microseconds of a normal form, {middle.__name__}, against sympy.simplify", "<= 0.002", found)
 
 
 def fits(args):
-    """Fits per CPU second, 96 candidates x 4 restarts, against scipy one at a time."""
+    """Fits per CPU second, 96 candidates x 4 restarts, against scipy one at a time, and how many of its we find."""
     pool = PoolConfig(max_operators=5)
     alphabet, rng = check_pool(pool), np.random.default_rng(2)
     rows = sample_trees(rng, 4000, alphabet, pool)
     rows = rows[(rows == alphabet.constant).sum(1) > 0][:96]
+    prefixes = [alphabet.decode(row) for row in rows]
     for M, target in ((20, ">= 15"), (512, ">= 5")):
         X = rng.uniform(0.5, 2, (M, 3))
         y = np.sin(1.3 * X[:, 0]) * 2 + 0.5 * X[:, 1]
+        found = np.empty(len(rows)), np.empty(len(rows))  # FVU of ours, of scipy's converged fits
 
-        def batched(X=X, y=y):
-            fit(alphabet, rows, X, y, 4, np.random.default_rng(0))
+        def batched(X=X, y=y, found=found):
+            found[0][:] = fit(alphabet, rows, X, y, 4, np.random.default_rng(0))[1]
 
         try:
             from scipy.optimize import curve_fit
@@ -189,19 +192,27 @@ def fits(args):
             yield figure(f"fits per CPU second, {M} points", target, rounds, "pip install scipy")
             continue
 
-        def singly(X=X, y=y):
+        def singly(X=X, y=y, found=found):
             draw = np.random.default_rng(0)
-            for row in rows:
-                count = int((row == alphabet.constant).sum())
-                for _ in range(4):
+            found[1][:] = np.inf
+            for i, prefix in enumerate(prefixes):
+                count = prefix.count("<constant>")
+                for start in [np.ones(count), *draw.normal(0, 5, (3, count))]:
                     try:
-                        curve_fit(lambda x, *c, row=row: evaluate(alphabet, row[None], np.array([c]), x[None])[0],
-                                  X, y, draw.normal(0, 5, count), method="lm", maxfev=200)  # fmt: skip
-                    except (RuntimeError, ValueError, TypeError):
+                        with warnings.catch_warnings(), np.errstate(all="ignore"):
+                            warnings.simplefilter("ignore")
+                            best, _ = curve_fit(lambda x, *c, prefix=prefix: walk(prefix, c, x), X, y, start,
+                                                method="lm", maxfev=200)  # fmt: skip
+                            found[1][i] = np.fmin(found[1][i], fvu(y, walk(prefix, best, X)))
+                    except (RuntimeError, ValueError, TypeError):  # not converged, no finite values, more constants
                         continue
 
         rounds = [[96 * 4 / spent(run) for run in (batched, singly)] for _ in range(args.times)]
         yield figure(f"fits per CPU second, {M} points, against scipy.optimize.curve_fit", target, rounds)
+        ours, theirs = (part[np.isfinite(found[1])] for part in found)
+        share = [(100 * (ours <= 1.01 * theirs + 1e-10).mean(),)]
+        name = f"% within 1 % of scipy's FVU, of the {len(theirs)} candidates that it fits to {M} points"
+        yield figure(name, ">= 98", share)
 
 
 def of_gplearn(X, y, seed, seconds):
@@ -334,9 +345,35 @@ def candidates(args):
         yield found | dict(figure=f"{len(rows)} held-out skeletons, % recovered, {choices} candidates of {arm} alone")
 
 
+def swapped(args):
+    """What the network reads off the points: its encoder is given those of the problem, or those of the next one."""
+    if not args.model:
+        return
+    model = FlashANSRModel.load(args.model)
+    pool = PoolConfig(operators=tuple(model.alphabet.operators), variables=tuple(model.alphabet.variables))
+    alike = {}  # problems of as many variables: the others' formulas could not be written
+    for problem in problems(str(held_out(args)), 0, 0.0):
+        alike.setdefault(problem.X.shape[1], []).append(problem)
+    recovered = []
+    for turn in (0, 1):
+        pairs = [(part[i], part[(i + turn) % len(part)]) for part in alike.values() for i in range(len(part))]
+        found = []
+        for problem, shown in pairs:
+            torch.manual_seed(0)
+            network = Network(model, shown.X, shown.y, max_points=64, temperature=1.0, top_k=0, top_p=1.0, max_len=64)
+            best, _ = find_formula(network, problem.X, problem.y, alphabet=model.alphabet, pool=pool,
+                                   rng=np.random.default_rng((0, 0)), evolve=0)  # fmt: skip
+            with np.errstate(over="ignore"):
+                found.append(bool(best) and score(model.alphabet, best[0], problem)["recovered"])
+        recovered.append(100 * statistics.mean(found))
+    name = f"{len(found)} held-out skeletons, % recovered, 512 candidates of the network off points of another"
+    yield figure(f"{name} problem, against their own", "<= 0.2", [recovered[::-1]])
+
+
 ROWS = dict(data=data, simplify=simpler, refine=fits, nguyen=nguyen, skeletons=skeletons, feynman=feynman,
-            fastsrb=fastsrb, noise=noisy, candidates=candidates, peers=peers)  # fmt: skip
-WITH_MODEL = ("nguyen", "skeletons", "feynman", "fastsrb", "noise", "candidates")
+            fastsrb=fastsrb, noise=noisy, candidates=candidates, swapped=swapped,
+            peers=peers)  # fmt: skip
+WITH_MODEL = ("nguyen", "skeletons", "feynman", "fastsrb", "noise", "candidates", "swapped")
 
 
 def main(argv=None):

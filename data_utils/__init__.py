@@ -39,7 +39,10 @@ bundles.py     train.yaml and all that it names: train_sr.py
 folders.py     checkpoints that are folders: train_sr.py
 expressions.py formulas as rows of tokens, their values, text: skeletons.py, refine.py, search.py
 simplify.py    the normal form of a formula: skeletons.py, search.py
+algebra.py     its sums, products and functions: simplify.py
 refine.py      constants of many formulas at once: search.py
 sums.py        sums of known parts that explain y: search.py
 search.py      a formula for given points: train_sr.py, generate.py
+formula.py     the search as a command: generate.py
+suites.py      problems of test sets, a user's table, scores: formula.py
 """

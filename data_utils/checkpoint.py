@@ -165,12 +165,13 @@ def find(resume, fresh, files, kind):
         raise UsageError(f"{e}\nno fallback for a named file; --resume alone takes the newest good one") from e
 
 
-def load_parts(parts, state, path, about, allow_partial=False, same_data=""):
+def load_parts(parts, state, path, about, allow_partial=None, same_data=""):
     """Load state[name] into parts[name] (model, optimizer, scaler). Raises UsageError, listing keys, unless all fits.
 
     `about` is what this run would save about itself: tokenizer and model_args must be those of the file.
-    With allow_partial the weights that fit are loaded, the rest is listed, and the optimizer starts anew. The run's
-    weight decay and betas stand: torch would put back the file's without a word. The rate is the schedule's business.
+    With allow_partial (None: the script has no such flag) the weights that fit are loaded, the rest is listed, and the
+    optimizer starts anew. The run's weight decay and betas stand: torch would put back the file's without a word. The
+    rate is the schedule's business.
     same_data: the flags that say which data it is, where other data than the file's are an error too.
     """
     if state.get("tokenizer_hash") != about.get("tokenizer_hash"):
@@ -181,7 +182,9 @@ def load_parts(parts, state, path, about, allow_partial=False, same_data=""):
                          f"{about['data_hash'][:8]}\ntry: the {same_data} that it was trained with")  # fmt: skip
     differs = changed(state["model_args"], about["model_args"])
     if differs and not allow_partial:
-        raise UsageError(f"{path} has another model: {differs}\ntry: --allow_partial loads what fits")
+        remedy = "the settings it was trained with, or another folder"
+        remedy = remedy if allow_partial is None else "--allow_partial loads what fits"
+        raise UsageError(f"{path} has another model: {differs}\ntry: {remedy}")
     state = state | {new: state[old] for new, old in OLD_NAMES.items() if new not in state and old in state}
     model = parts["model_state"]
     saved = {re.sub(r"^(_orig_mod\.|module\.)+", "", k): v for k, v in state["model_state"].items()}
@@ -194,7 +197,8 @@ def load_parts(parts, state, path, about, allow_partial=False, same_data=""):
         fits = {k: v for k, v in saved.items() if k in own and k not in shapes}
         share = sum(v.numel() for v in fits.values()) / max(1, sum(v.numel() for v in own.values()))
         if not allow_partial:
-            raise UsageError(f"{path} does not fit this model: {found}\ntry: --allow_partial loads {share:.0%} of it")
+            remedy = "" if allow_partial is None else f"\ntry: --allow_partial loads {share:.0%} of it"
+            raise UsageError(f"{path} does not fit this model: {found}{remedy}")
         if share < 0.5:
             raise UsageError(f"{path} fits only {share:.0%} of this model: {found}")
         warn(f"{path}: {found}; {share:.0%} loaded, the optimizer starts anew")
@@ -222,7 +226,7 @@ def _check_optimizer(optimizer, saved, path):
         tensors = {name: t for name, t in slots.items() if torch.is_tensor(t) and t.ndim}
         whole = [t for name, t in tensors.items() if not name.endswith(("_codes", "_scales"))]  # not in blocks
         if i >= len(parameters) or any(t.shape != parameters[i].shape for t in whole):
-            raise UsageError(f"{path}: optimizer state {i} does not fit its parameter\ntry: --allow_partial")
+            raise UsageError(f"{path}: optimizer state {i} does not fit its parameter")
 
 
 def changed(old, new, cosmetic=()):

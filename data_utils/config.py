@@ -115,8 +115,10 @@ def launch(main, cfg):
         if not re.search("out of memory|OutOfMemory|MemoryError|can't allocate memory", f"{type(e).__name__} {e}"):
             raise
         status = 1
+        remedy = "--batch_size with a larger --grad_accum_steps"
+        remedy = "batch_size=, accumulate=2, or a smaller hidden=" if hasattr(cfg, "accumulate") else remedy
         print(f"error: out of memory: {(str(e).splitlines() or ['no reason given'])[0][:300]}\n"
-              "try: a smaller --batch_size with a larger --grad_accum_steps", file=sys.stderr)  # fmt: skip
+              f"try: a smaller {remedy}", file=sys.stderr)  # fmt: skip
     status = 0 if torchrun and status > 128 else status
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:  # see Hardware.close
         sys.stdout.flush()

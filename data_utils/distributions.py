@@ -20,6 +20,7 @@ Supports, where the x of one variable are drawn, are rows (low, high, kind): kin
 """
 
 import difflib
+import functools
 import re
 
 import numpy as np
@@ -88,7 +89,12 @@ def parse(text, support=False):
 
     Numbers have that shape, supports (*shape, 3). Raises UsageError, with the column, on anything else.
     """
-    return _Parser(str(text)).read(SUPPORTS if support else NUMBERS)
+    return _parsed(str(text), support)
+
+
+@functools.cache  # the same few texts in every batch
+def _parsed(text, support):
+    return _Parser(text).read(SUPPORTS if support else NUMBERS)
 
 
 class _Parser:

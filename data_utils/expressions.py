@@ -154,16 +154,17 @@ def structure(arity):
     Raises ValueError where a row is not exactly one formula.
     """
     N, L = arity.shape
-    size, height, rows = np.zeros((N, L + 2), np.intp), np.zeros((N, L + 2), np.int16), np.arange(N)
+    arity = np.ascontiguousarray(arity.T)  # by place: what is added stands side by side
+    size, height, rows = np.zeros((L + 2, N), np.intp), np.zeros((L + 2, N), np.int16), np.arange(N)
     for p in range(L - 1, -1, -1):
-        inner, two = arity[:, p] > 0, arity[:, p] == 2
-        right = np.minimum(p + 1 + size[:, p + 1], L)
-        size[:, p] = (arity[:, p] >= 0) + inner * size[:, p + 1] + two * size[rows, right]
-        height[:, p] = inner * (1 + np.maximum(height[:, p + 1], two * height[rows, right]))
-    bad = ((arity >= 0).sum(1) != size[:, 0]) | (np.where(arity >= 0, arity - 1, 0).sum(1) != -1)
+        inner, two = arity[p] > 0, arity[p] == 2
+        right = np.minimum(p + 1 + size[p + 1], L) * N + rows
+        size[p] = (arity[p] >= 0) + inner * size[p + 1] + two * size.take(right)
+        height[p] = inner * (1 + np.maximum(height[p + 1], two * height.take(right)))
+    bad = ((arity >= 0).sum(0) != size[0]) | (np.where(arity >= 0, arity - 1, 0).sum(0) != -1)
     if bad.any():
-        raise ValueError(f"row {bad.argmax()} is not one formula: arities {arity[bad.argmax()].tolist()}")
-    return size, height
+        raise ValueError(f"row {bad.argmax()} is not one formula: arities {arity[:, bad.argmax()].tolist()}")
+    return size.T, height.T
 
 
 class Program:
@@ -173,15 +174,16 @@ class Program:
     operators' sorted by (height, operator), so that results are contiguous and only operands are gathered.
     `uses` = (rows, variables), the pairs that occur, in the order in which `values` expects them. With X, (M, D) for
     all rows or (N, M, D), what depends on no constant is computed once, in float64, and calls take constants alone.
+    shape: what `structure` says of the rows, where that is known.
     """
 
-    def __init__(self, alphabet, tokens, X=None):
+    def __init__(self, alphabet, tokens, X=None, shape=None):
         tokens = np.asarray(tokens)
         N, L = tokens.shape
         arity = alphabet.arity[tokens]
         if (arity < 0)[tokens > 0].any():
             raise ValueError(f"{alphabet.tokens[tokens[(arity < 0) & (tokens > 0)][0]]!r} can't stand in a formula")
-        size, height = structure(arity)
+        size, height = shape or structure(arity)
         row, place = np.nonzero(arity > 0)
         token = tokens[row, place]
         seen = np.zeros((N, L + 1), np.intp)
@@ -224,14 +226,14 @@ class Program:
 
     def _run(self, slots, groups):
         kind, M, first = slots.dtype.str, slots.shape[1], self.starts[3]
-        spare = _buffer("left", self.widest, M, kind), _buffer("right", self.widest, M, kind)
+        left, right = _buffer("left", self.widest, M, kind), _buffer("right", self.widest, M, kind)
         with np.errstate(all="ignore"):
-            for a, b, made, _ in groups:
-                operands = [
-                    slots.take(side[a:b], 0, there[: b - a], "clip")
-                    for side, there in zip((self.left, self.right)[: made.arity], spare, strict=False)
-                ]
-                made.function(*operands, slots[first + a : first + b])
+            for a, b, (arity, function, _, _), _ in groups:
+                out, operand = slots[first + a : first + b], slots.take(self.left[a:b], 0, left[: b - a], "clip")
+                if arity == 1:
+                    function(operand, out)
+                else:
+                    function(operand, slots.take(self.right[a:b], 0, right[: b - a], "clip"), out)
 
     def __call__(self, constants, values=None, out=None):
         """constants (N, C), values (len(uses[0]), M) -> y (N, M) of the dtype of `values`, into `out` where given."""

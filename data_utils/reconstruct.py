@@ -18,6 +18,14 @@ def start_codes(model, columns, cfg):
     model.start(some, cfg.vq_init, cfg.seed)
 
 
+def keep_rates(model, model_args, saved, cfg):
+    """Keep the codebook's rates of the `saved` model arguments: what follows from the steps is fixed at the start."""
+    for name, own in dict(ema_decay="decay", revive="revive").items():
+        if model.latent_space == "vq" and name in saved and not getattr(cfg, name):
+            model_args[name] = saved[name]
+            setattr(model.latent, own, saved[name])
+
+
 def reconstructed(model, noises, columns, meta, cfg):
     """Events and what the model makes of them -> rows (N, 2 + 5T) before and after, in GeV.
 

@@ -24,8 +24,8 @@ def run_folder(cfg):
     Raises UsageError for a `resume` that is not there, and where resume=none finds files.
     """
     named = Path(cfg.resume) if cfg.resume not in ("auto", "none") else None
-    if named and not named.exists():
-        raise UsageError(f"--resume {named}: no such file\ntry: auto, none, or a folder below {cfg.outputs}/runs")
+    if named and not (named.is_file() or Path(named, ".hydra").exists() or any(named.glob("*.pt"))):
+        raise UsageError(f"--resume {named}: no such run\ntry: auto, none, or a folder below {cfg.outputs}/runs")
     if cfg.out or named:
         folder = Path(cfg.out or (named if named.is_dir() else named.parent))
         if cfg.resume == "none" and cfg.save_artifacts and folder.is_dir() and any(folder.iterdir()):
@@ -83,6 +83,11 @@ class Recorder:
             last = dict(epoch=self.at.epoch - 1, last=self.at.epoch == self.cfg.epochs, histories=self.at.histories)
             handle_event(self.cfg, self.families, moment, event | dict(run_dir=self.run_dir) | last | (shown or {}))
 
+    def draws(self, family):
+        """Whether figures of a family are to be drawn."""
+        cfg = self.cfg
+        return bool(self.run_dir) and cfg.make_plots and family in self.families and getattr(cfg, f"plot_{family}")
+
     def epoch(self, train, val, codes, events, val_seconds):
         """Record the end of an epoch -> {name: text} of its key numbers, and the figures.
 
@@ -115,6 +120,7 @@ class Recorder:
         """The last line of a run."""
         at, cfg = self.at, self.cfg
         then = f"generate.py events {self.run_dir} --mode sample"
+        then = f"plot.py {self.run_dir}" if cfg.loop == "test_mlp" else then
         then = then if at.tested == cfg.epochs else f"train_ae.py resume={self.run_dir}"
         best = f"best val_loss {at.best_val_loss:.4f} at epoch {at.best_epoch + 1}, test_loss {at.test_loss:.4f}"
         took = f"{time.monotonic() - self.start:.0f} s, peak {peak_mb(self.device):.0f} MB"

@@ -144,7 +144,7 @@ def _levenberg(problem, constants, steps):
             problem = problem.keep(left)
         with np.errstate(all="ignore"):
             size = np.sqrt((J * J).sum(2))
-            size = np.where((size > 0) & np.isfinite(size), size, 1.0)
+            size = np.where(size > 0, size, 1.0)  # where it is inf the constant rests
             unit = J / size[:, :, None]
             square = unit @ unit.transpose(0, 2, 1) + (mu[:, None, None] + 1e-14) * eye
             empty = ~(np.einsum("rkk->rk", square) > 0.5)

@@ -16,6 +16,7 @@ from data_utils.refine import EXACT, fit, refine, tidy, wrap
 from data_utils.simplify import NotReal, simplify
 from data_utils.skeletons import make_chunk, operator_weights
 from data_utils.sums import Library
+from models.set_transformer import EXPONENT
 
 ROUND = 128  # candidates that are fitted together
 ARCHIVE, DONORS = 100, 6000  # candidates that are bred from; proposals that lend them parts
@@ -182,8 +183,9 @@ def find_formula(propose, X, y, *, alphabet, pool, rng, prior=None, choices=512,
     propose: Network or Prior; prior: where half the proposals come from once it repeats itself. X: (M, D), y: (M,),
     finite. Rounds go on until `choices` were tried, or with max_seconds until these are over. A perfect fit ends
     them after as many candidates again, since a simpler one may follow. rank: what is returned is ordered by `bits`
-    ("mdl") or by the score of the search.
+    ("mdl") or by the score of the search. Columns far from 1 are searched over powers of two, as the network sees them.
     """
+    (X, powers), (y, power) = into_range(X), into_range(y)
     start, seen, donors, archive, sums = time.monotonic(), set(), [], [], []
     tried, hot, enough = 0, False, math.inf
     columns = np.zeros((len(X), len(alphabet.variables)))
@@ -239,7 +241,35 @@ def find_formula(propose, X, y, *, alphabet, pool, rng, prior=None, choices=512,
     found = finish(best(archive + sums), columns, y, alphabet, parsimony)
     if rank == "mdl":
         found = best(c._replace(score=bits(alphabet, c, len(y))) for c in found)
+    if power or powers.any():
+        found = [put_back(alphabet, candidate, powers, power) for candidate in found]
     return found, tried
+
+
+def into_range(x):
+    """x (M, ...) -> (x 2^-powers, powers (...)): 0 but where the largest magnitude lies outside 2^-60 and 2^60."""
+    largest = np.abs(x).max(0)
+    outside = (largest > 0) & ((largest < 2.0**-EXPONENT) | (largest > 2.0**EXPONENT))
+    powers = np.where(outside, np.frexp(largest)[1] - 1, 0).clip(-1000, 1000)
+    return np.ldexp(x, -powers), powers
+
+
+def put_back(alphabet, candidate, powers, power):
+    """A Candidate about columns over 2^powers and y over 2^power -> one about the columns and y themselves."""
+    numbers, constants = iter(candidate.constants), [2.0 ** int(power)] if power else []
+    prefix = ["*", "<constant>"] if power else []
+    for token, i in zip(alphabet.decode(candidate.prefix), candidate.prefix, strict=True):
+        k = i - alphabet.first_variable
+        if 0 <= k < len(powers) and powers[k]:
+            prefix += ["*", "<constant>"]
+            constants.append(2.0 ** -int(powers[k]))
+        prefix.append(token)
+        constants += [next(numbers)] if token == "<constant>" else []
+    try:
+        prefix, constants = simplify(prefix, constants, alphabet.operators)
+    except NotReal:  # beyond the range of floats: it stays as it is
+        pass
+    return candidate._replace(prefix=alphabet.encode(prefix), constants=constants, length=len(prefix))
 
 
 def scored(row, constants, error, parsimony):

@@ -5,9 +5,11 @@ Charton (arXiv 1912.01412) count them; here the cycle lemma (Dershowitz and Zaks
 """
 
 import difflib
+import gc
 import itertools
 import math
 from collections import Counter, namedtuple
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
 
@@ -181,6 +183,18 @@ def distinct(tokens, counts=None):
     return tokens[first[order]], sums[order].astype(np.int64)
 
 
+@contextmanager
+def _uncollected():
+    """No search for garbage in cycles: nodes of formulas have none, and there are so many that it took a third."""
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collects:
+            gc.enable()
+
+
 def make_chunk(rng, draws, alphabet, pool, held=None):
     """Draw, simplify, hold out -> Pool of the distinct skeletons, Counter of the draws rejected by reason."""
     rows, counts = distinct(sample_trees(rng, draws, alphabet, pool))
@@ -188,22 +202,23 @@ def make_chunk(rng, draws, alphabet, pool, held=None):
     found = np.zeros((len(rows), pool.max_length), np.uint8)
     keep = np.zeros(len(rows), bool)
     variables, ids = set(alphabet.variables), alphabet.ids
-    for i, (row, count) in enumerate(zip(rows.tolist(), counts.tolist(), strict=True)):
-        prefix = [names[t] for t in row if t]
-        if pool.simplify:
-            try:
-                prefix = simplify(prefix)[0]
-            except NotReal:
-                rejected["not real"] += count
-                continue
-        if len(prefix) > pool.max_length:
-            rejected["longer than max_length"] += count
-        elif variables.isdisjoint(prefix):
-            rejected["without a variable"] += count
-        elif not ids.keys() >= set(prefix):
-            rejected["with an operator beyond the alphabet"] += count
-        else:
-            found[i, : len(prefix)], keep[i] = [ids[token] for token in prefix], True
+    with _uncollected():
+        for i, (row, count) in enumerate(zip(rows.tolist(), counts.tolist(), strict=True)):
+            prefix = [names[t] for t in row if t]
+            if pool.simplify:
+                try:
+                    prefix = simplify(prefix)[0]
+                except NotReal:
+                    rejected["not real"] += count
+                    continue
+            if len(prefix) > pool.max_length:
+                rejected["longer than max_length"] += count
+            elif variables.isdisjoint(prefix):
+                rejected["without a variable"] += count
+            elif not ids.keys() >= set(prefix):
+                rejected["with an operator beyond the alphabet"] += count
+            else:
+                found[i, : len(prefix)], keep[i] = [ids[token] for token in prefix], True
     tokens, counts = distinct(found[keep], counts[keep])
     if held is not None:
         out = held(tokens, alphabet)

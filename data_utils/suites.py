@@ -65,7 +65,7 @@ def of_pool(folder, seed):
     saved, alphabet = load_pool(folder)
     for i, row in enumerate(saved.tokens):
         tries = np.repeat(row[None], 8, 0)
-        rows, constants, intervals = propose(np.random.default_rng((seed, i)), tries, alphabet, PoolConfig())
+        rows, constants, intervals, *_ = propose(np.random.default_rng((seed, i)), tries, alphabet, PoolConfig())
         if not len(rows):  # no constants with which it can be used
             continue
         prefix = alphabet.decode(row[row > 0])

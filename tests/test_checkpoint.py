@@ -426,7 +426,7 @@ def test_weights_that_do_not_fit_are_listed(change, words):
     state, parts = saved(trained()), make_parts(seed=1)
     change(state)
     with pytest.raises(UsageError) as error:
-        checkpoint.load_parts(parts, state, "a.pt", make_about())
+        checkpoint.load_parts(parts, state, "a.pt", make_about(), allow_partial=False)
     assert all(word in str(error.value) for word in ["a.pt", *words])
     assert equal_weights(parts, make_parts(seed=1)) and not parts["optimizer_state"].state_dict()["state"]
 
@@ -459,6 +459,8 @@ def test_another_tokenizer_is_refused_always(partial):
 def test_other_model_arguments_are_refused_with_both_values():
     state = saved(trained(), model_args=dict(width=5))
     with pytest.raises(UsageError, match="width 5 -> 4(.|\n)*--allow_partial"):
+        checkpoint.load_parts(make_parts(), state, "a.pt", make_about(), allow_partial=False)
+    with pytest.raises(UsageError, match="width 5 -> 4\ntry: the settings"):  # a script without that flag
         checkpoint.load_parts(make_parts(), state, "a.pt", make_about())
 
 

@@ -38,8 +38,12 @@ def test_python_commands_parse(command):
         from_cli(module.variant, argv=flags, by="dataset", flatten=module.flatten)
     elif words[1] == "train_sr.py":
         from_cli(module.Config, argv=flags, load=module.load_flags)
+    elif words[1] == "train_ae.py":
+        from_cli({name: cls for name, (cls, _) in module.LOOPS.items()}, argv=flags, by="loop", overrides=module.GUIDE)
     elif flags[:1] == ["formula"]:
         from_cli(module.FormulaConfig, argv=flags[1:])
+    elif flags[:1] == ["events"]:
+        from_cli(module.EventsConfig, argv=["--model", *flags[1:]])
     elif words[1] == "generate.py":
         from_cli(module.variant, argv=flags, by="run_name")
     else:

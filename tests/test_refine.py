@@ -119,6 +119,13 @@ def test_regions_without_values_are_survived():
         fit(ALPHABET, tokens, X, y, 1, np.random.default_rng(0), method="newton")
 
 
+def test_a_derivative_whose_square_is_beyond_floats_ends_nothing():
+    tokens, truth = rows(["1.0 + exp(3.41e-8*x1) + 1.0*x2 - 1.0"])
+    X, y = np.array([[2.0, 0.3], [1.0, 0.4], [0.9, 1.5], [0.4, 1.9], [1e10, 1.5]]), np.array([2.5, 1.5, 2.5, 2.7, 1.0])
+    _, fvu = fit(ALPHABET, tokens, X, y, 1, np.random.default_rng(0), start=truth)
+    assert np.isfinite(fvu).all()
+
+
 def test_constants_that_are_not_free_stay():
     tokens, truth = rows(["2.5*x1 + 1.5"])
     y = 4 * points()[:, 0] + 1.5

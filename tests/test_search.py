@@ -7,7 +7,17 @@ import pytest
 
 from data_utils.expressions import to_text
 from data_utils.pool_files import save_pool
-from data_utils.search import Candidate, Prior, bits, find_formula, offspring, subtree_end
+from data_utils.search import (
+    Candidate,
+    Prior,
+    bits,
+    find_formula,
+    into_range,
+    offspring,
+    predict,
+    put_back,
+    subtree_end,
+)
 from data_utils.skeletons import PoolConfig, check_pool, draw_pool
 from data_utils.suites import attainable, problems
 from data_utils.sums import Library, choose
@@ -56,6 +66,24 @@ def test_laws_are_found_without_a_network(truth):
     found, tried = find_formula(prior, X, truth(X), alphabet=ALPHABET, pool=POOL, rng=np.random.default_rng(1),
                                 choices=3000)  # fmt: skip
     assert found[0].fvu < 1e-20 and tried <= 3000 + 200, to_text(ALPHABET.decode(found[0].prefix), found[0].constants)
+
+
+@pytest.mark.parametrize("size, height", [(1e-30, 1e200), (1e25, 1e-250), (1e-30, 1.0), (1.0, 1e-40)])
+def test_columns_far_from_one_are_searched_near_it_and_put_back(size, height):
+    near = points()
+    X = near * [size, 1.0]
+    y = height * (X[:, 0] / size + X[:, 1] ** 2)
+    found, _ = find_formula(Prior(ALPHABET, POOL, 2), X, y, alphabet=ALPHABET, pool=POOL, rng=np.random.default_rng(1),
+                            choices=500)  # fmt: skip
+    c = found[0]
+    assert predict(ALPHABET, c, X) == pytest.approx(y, rel=1e-9) and c.length == len(c.prefix) <= 10
+    assert c.fvu < 1e-20 and sorted(c.constants)[-1] == pytest.approx(max(height, height / size), rel=1e-9)
+    assert into_range(near)[0] is not near and (into_range(near)[0] == near).all() and not into_range(near)[1].any()
+    x, powers = into_range(X)
+    assert (x * 2.0**powers == X).all() and ((0 < np.abs(x).max(0)) & (np.abs(x).max(0) < 2)).all()
+    whole = Candidate(ALPHABET.encode(["*", "<constant>", "sin", "x1"]), [3.0], 0.0, 4, 0.0)
+    back = put_back(ALPHABET, whole, np.array([-80, 0]), 2)
+    assert to_text(ALPHABET.decode(back.prefix), back.constants) == f"12*sin({2.0**80}*x1)"
 
 
 def test_the_same_seed_finds_the_same():

@@ -272,7 +272,7 @@ def test_bounded_memory():
     for _ in range(3):
         for i in range(1000):
             simplify(["+", "x1", "sin", "*", "<constant>", "x2"], [rng.normal() + i])
-        assert len(module._nodes) <= module.BOUND + 100
+        assert len(module.nodes) <= module.BOUND + 100
 
 
 def test_what_came_before_changes_nothing():
@@ -284,9 +284,9 @@ def test_what_came_before_changes_nothing():
     def forms():
         return [module.simplify(prefix) for prefix in later]
 
-    module._nodes.clear(), module._results.clear()
+    module.nodes.clear(), module._results.clear()
     fresh = forms()
-    module._nodes.clear(), module._results.clear()
+    module.nodes.clear(), module._results.clear()
     for value in (1.5, 2.5, 0.5, 2.0, 3.0, 0.25):
         module.simplify(["pow", "x1", "<constant>"], [value])
     assert forms() == fresh

@@ -284,6 +284,56 @@ def test_saved_pools(tmp_path):
         holdout.hold_out(dataclasses.replace(pool, holdout_pools=(str(tmp_path / "nothing"),)))
 
 
+def test_strict_leaves_out_what_constants_make_a_held_out_formula(tmp_path):
+    """Where constants stand linearly, least squares say whether they can: --strict leaves out just these skeletons."""
+    (tmp_path / "held.csv").write_text(
+        "name,formula,variables,ranges\na,x**3+x**2+x,x,-1:1\nb,x*y+y,x y,1:2 1:5\nc,x+y+z,x y z,0:1 0:1 0:1\n"
+    )
+    settings = "operators: ['+', '*', pow2]\nmax_operators: 5\nmax_length: 11\nconstant_probability: 0.4\n"
+    (tmp_path / "pool.yaml").write_text(settings + f"holdout_pools: ['{tmp_path}/held.csv']\n")
+    kept, counts = {}, {}
+    for strict in (False, True):
+        out = str(tmp_path / f"strict-{strict}")
+        cfg = SimpleNamespace(config=str(tmp_path / "pool.yaml"), output_dir=out, size=400, strict=strict, seed=0,
+                              fresh=False, verbose=False)  # fmt: skip
+        pools.generate(cfg)
+        found, alphabet = pool_files.load_pool(out)
+        kept[strict] = [alphabet.decode(row) for row in found.tokens]
+        counts[strict] = dict(zip(map(tuple, kept[strict]), found.counts.tolist(), strict=True))
+        assert len(kept[strict]) == 400
+    x = np.random.default_rng(3).uniform(1, 2, (2, 30))
+    laws = {1: [x[0] ** 3 + x[0] ** 2 + x[0]], 2: [x[0] * x[1] + x[1], x[0] * x[1] + x[0]]}
+    verdicts = {}
+    for prefix in {*map(tuple, kept[False]), *map(tuple, kept[True])}:
+        names, k = sorted({*prefix} & {"x1", "x2", "x3"}), prefix.count("<constant>")
+        t = tree(dict(zip(names, ("x1", "x2", "x3"), strict=False)).get(token, token) for token in prefix)
+        if k and len(names) <= 2:
+            origin, *columns = (with_constants(t, x, c) for c in [np.zeros(k), *np.eye(k)])
+            columns = np.stack(columns, 1) - origin[:, None]
+            if np.allclose(with_constants(t, x, np.arange(2.0, 2 + k)), origin + columns @ np.arange(2.0, 2 + k)):
+                left = [y - origin for y in laws[1] * (len(names) == 1) + laws[2]]
+                rest = [y - columns @ np.linalg.lstsq(columns, y, rcond=None)[0] for y in left]
+                verdicts[prefix] = min(map(np.std, rest)) < 1e-8
+    dropped = counts[False].keys() - counts[True].keys()
+    assert sum(verdicts.values()) > 5 and len(verdicts) > 150
+    assert not any(verdicts.get(prefix) for prefix in counts[True])
+    assert dropped and all(verdicts.get(prefix, True) for prefix in dropped)
+    assert not any({*pool_files.EVERY.variables[:3]} <= {*prefix} for prefix in dropped)  # nor is c, of three, fitted
+
+
+def with_constants(t, x, constants):
+    """Values of a tree at x (2, M) with these numbers for its constants, in order."""
+    numbers = iter(constants)
+
+    def value(t):
+        token, operands = t[0], [value(operand) for operand in t[1:]]
+        if token == "<constant>":
+            return np.full(x.shape[1], next(numbers))
+        return OPERATORS[token].function(*operands, np.empty(x.shape[1])) if operands else x[int(token[1:]) - 1]
+
+    return value(t)
+
+
 def test_damaged_pools_are_refused(tmp_path):
     pool = small()
     alphabet = check_pool(pool)
