@@ -357,13 +357,12 @@ def anomaly(args):
         yield row(f"AUROC of the error, {kind}, against PCA", "ratio > 1", ours, theirs, worst=min)
 
 
-PHYSICS = {  # what is compared after and before: (how of rows, target)
-    "mean HT, GeV": (lambda rows: kinematics(rows)["HT"].mean(), "within 5 %"),
-    "mean missing momentum, GeV": (lambda rows: kinematics(rows)["MET"].mean(), "within 5 %"),
-    "share of events with a pair of light jets within 10 GeV of the W": (w_share, "within 10 %"),
-    "share of phi within 0.1 of +-pi": (
-        lambda rows: (np.abs(kinematics(rows)["phi"]) > np.pi - 0.1).mean(), "no spike"),
-}  # fmt: skip
+PHYSICS = {  # what is compared: (how of rows, target)
+    "mean HT": (lambda rows: kinematics(rows)["HT"].mean(), "within 5 %"),
+    "mean missing momentum": (lambda rows: kinematics(rows)["MET"].mean(), "within 5 %"),
+    "share of events with two light jets of the mass of a W": (w_share, "within 10 %"),
+    "share of phi within 0.1 of +-pi": (lambda rows: (abs(kinematics(rows)["phi"]) > np.pi - 0.1).mean(), "no spike"),
+}
 
 
 def physics(args):
@@ -372,10 +371,10 @@ def physics(args):
     rows = [reconstructed(run.model, None, run.data["test"], run.meta, run.cfg) for run in runs]
     for title, (how, target) in PHYSICS.items():
         before, after = ([how(pair[side]) for pair in rows] for side in (0, 1))
-        yield row(f"{title}: reconstructed, against measured", target, after, before)
+        yield row(f"{title}, reconstructed against measured", target, after, before)
     for name in ("HT", "MET", "m_jj"):
         found = [distance(*(kinematics(part)[name] for part in pair)) for pair in rows]
-        yield row(f"distance of the histograms of {name}, reconstructed and measured; 1: nothing shared", "", found)
+        yield row(f"{name}: distance of the histograms, 1 where nothing is shared", "", found)
 
 
 def distance(a, b):
@@ -395,8 +394,8 @@ def main(argv=None):
     add("--data", default="decay_chain", help="events, a file as of prepare_data.py events; default: made here")
     add("--quick", action="store_true", help="a few steps on few events: only to see that it runs")
     add("--readme", action="store_true", help="write the table into README.md")
-    add("--home", type=Path, help="where runs lie; default benchmarks/work/ae_quality")
-    add("--out", type=Path, help="default: benchmarks/ae_quality.json, with --quick benchmarks/work/ae_quality.json")
+    add("--home", type=Path, default=HERE / "work" / "ae_quality", help="where runs lie")
+    add("--out", type=Path, default=HERE / "ae_quality.json")
     for name, default in dict(seeds=5, threads=2, events=20000, judged=300).items():
         add(f"--{name}", type=int, default=default, help=f"default {default}")
     args = parser.parse_args(argv)
@@ -404,8 +403,6 @@ def main(argv=None):
     said = f" --data {Path(args.data).name}" * (args.data != "decay_chain") + f" --seeds {args.seeds}"
     if args.quick:
         args.seeds, args.events, args.judged = 1, min(args.events, 1000), 3
-    args.out = args.out or HERE / ("work/ae_quality.json" if args.quick else "ae_quality.json")
-    args.home = args.home or HERE / "work" / ("ae_quality-quick" if args.quick else "ae_quality")
     for name in filter(None, args.rows.split(",")):
         figures = []
         for found in ROWS[name](args):
