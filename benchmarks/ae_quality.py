@@ -39,9 +39,9 @@ from models.diffusion import NoiseSchedule, denoised
 HERE = Path(__file__).resolve().parent
 GET = dict(vq="pip install vector-quantize-pytorch==1.32.0", pythae="pip install pythae==0.1.2")
 REFERENCE = dict(phi="raw", type_weight=0.0, globals_beta=0.0)
+EVENT = REFERENCE | dict(globals_beta=0.1, level="event", latent_space="none", hidden=(256, 256), epochs=20, lr=3e-3)
 TOKENS, STEPS = 1024, 1704
 CYCLE = dict(lr=2e-3, warmup=530.0)  # of the runs of 5,300 steps
-LLOYD = 15  # times ten iterations
 ALIKE = "encoder decoder latent_space level latent_dim hidden codebook_size epochs batch_size lr side_info"
 CHOICES = "events limit labels features phi energy_unit seed".split()
 
@@ -53,9 +53,9 @@ def fit(args, name, seed, steps=0, quantizer=None, **flags):
     steps: stop after so many, of about TOKENS particles each; 0: `epochs` decide, and the best weights are taken, not
     the last. quantizer: a class that stands in for the codebook.
     """
-    loop = train_ae.LOOPS[flags.pop("loop", "ae")][0]
+    kind = flags.get("loop", "ae")
     flags = dict(data=args.data, events=args.events, seed=seed, make_plots=False, device="cpu") | flags
-    cfg = loop(**flags, out=str(args.home / f"{name}-seed{seed}"))
+    cfg = train_ae.LOOPS[kind][0](**flags, out=str(args.home / Path(args.data).stem / f"{name}-seed{seed}"))
     if args.quick:
         cfg.epochs, steps = 1, min(steps, 3)
     data, meta = events(cfg)
@@ -65,14 +65,14 @@ def fit(args, name, seed, steps=0, quantizer=None, **flags):
         cfg.max_steps = steps
     path = Path(cfg.out, "last.pt" if steps else "best_val.pt")
     with mock.patch("models.autoencoder.Codebook", quantizer or Codebook):
-        if not (steps and path.exists() and load_checkpoint(path, "ae:ae")["step"] >= steps):
+        if not (steps and path.exists() and load_checkpoint(path, f"ae:{kind}")["step"] >= steps):
             with contextlib.redirect_stdout(io.StringIO()):
                 if train_ae.main(cfg)["stopped"]:
                     raise SystemExit(f"{cfg.out}: stopped; started again, it goes on")
-        state = load_checkpoint(path, f"ae:{cfg.loop}")
+        state = load_checkpoint(path, f"ae:{kind}")
         model = AutoEncoder(**state["model_args"])
         model.load_state_dict(state["model_state"])
-    noises = NoiseSchedule(cfg.diffusion_steps, cfg.noise_schedule) if cfg.loop == "diffusion_ae" else None
+    noises = NoiseSchedule(cfg.diffusion_steps, cfg.noise_schedule) if kind == "diffusion_ae" else None
     return SimpleNamespace(model=model.eval(), data=data, meta=meta, cfg=cfg, noises=noises)
 
 
@@ -97,34 +97,31 @@ def error(run, x_hat=None):
     return (x_hat - test["x"])[test["ids"] > 0].square().mean().item()
 
 
+@torch.no_grad()
 def use(runs):
     """Codes in use over the test split, %, and perplexity, of each run."""
     found = []
     for run in runs:
         test, mask = run.data["test"], run.data["test"]["ids"] > 0
-        z = run.model.encode(test["x"], test["ids"], mask, test["globals"]).detach()
-        index = run.model.quantize(z, mask)[1][mask]
+        index = run.model(test["x"], test["ids"], mask, test["globals"])["indices"][mask]
         share, perplexity = usage_and_perplexity(torch.bincount(index, minlength=run.cfg.codebook_size))
         found.append((100 * share, perplexity))
     return zip(*found, strict=True)
 
 
 def row(name, target, ours, peer=(), get="", worst=max, more=""):
-    """A figure: means over seeds, their ratio, the worst seed and the range."""
-    ours = [float(x) for x in ours]
-    found = dict(figure=name, ours=float(f"{statistics.mean(ours):.4g}"), target=target, peer=get)
+    """A figure: means over seeds and their ratio, the worst seed and the range."""
+    ours, mean = list(map(float, ours)), statistics.mean
+    found = dict(figure=name, ours=float(f"{mean(ours):.4g}"), target=target, peer=get)
     if len(peer):
-        mean = statistics.mean(map(float, peer))
-        found |= dict(peer=float(f"{mean:.4g}"), ratio=float(f"{statistics.mean(ours) / mean:.4g}"))
+        found |= dict(peer=float(f"{mean(map(float, peer)):.4g}"), ratio=float(f"{mean(ours) / mean(peer):.4g}"))
     said = f"worst of {len(ours)} seeds {worst(ours):.4g}, {min(ours):.4g} to {max(ours):.4g}"
     return found | dict(spread="; ".join(filter(None, [said, more])))
 
 
 def auroc(normal, odd):
-    """Area under the ROC curve of scores (N) and (M), odd ones being higher."""
-    ranks = torch.cat([normal, odd]).double().argsort().argsort().double() + 1
-    n, m = len(normal), len(odd)
-    return ((ranks[n:].sum() - m * (m + 1) / 2) / (n * m)).item()
+    """Share of pairs in which the odd one's score is the higher: (N), (M) -> 0 to 1."""
+    return (odd[:, None] > normal).double().mean().item()
 
 
 # --- codebook ---------------------------------------------------------------------------------
@@ -147,7 +144,7 @@ def kmeans(args):
         data = reference(args, seed).data
         train, test = (part["x"][part["ids"] > 0] for part in (data["train"], data["test"]))
         codes = train[torch.randperm(len(train), generator=torch.Generator().manual_seed(seed))[:512]]
-        for i in range(1 if args.quick else LLOYD):
+        for i in range(1 if args.quick else 15):  # of ten iterations each
             codes = lloyd(train, codes, torch.Generator().manual_seed(seed + i))
         best.append((codes[nearest(test, codes)] - test).square().mean().item())
     for steps, target, more in ((STEPS, 1.09, {}), (5300, 1.02, CYCLE)):
@@ -230,10 +227,6 @@ def principal(train, columns, dim):
     return again[:, : -columns["globals"].shape[1]].view_as(columns["x"])
 
 
-EVENT = dict(phi="raw", type_weight=0.0, globals_beta=0.1, level="event", latent_space="none", hidden=(256, 256),
-             epochs=20, lr=3e-3)  # fmt: skip
-
-
 def event(args):
     """One latent of D numbers an event against as many principal components of the same features."""
     for dim, target in ((8, 0.6), (16, 0.6), (32, 0.2)):
@@ -266,7 +259,9 @@ def diffusion(args):
         sums = denoised(run.model, run.noises, some, run.cfg.ddim_steps, seed, slice(None))
         found.append([(total / count).item() for total, count in sums.values()])
     own, other = zip(*found, strict=True)
-    yield row("diffusion_ae: error given the latent of another event, against the own", ">= 5", other, own, worst=min)
+    more = f"worst ratio {min(b / a for a, b in found):.3g}"
+    title = "diffusion_ae: error given the latent of another event, against the own"
+    yield row(title, ">= 5", other, own, worst=min, more=more)
 
 
 def told_apart(run, false, seed, steps):
@@ -274,8 +269,8 @@ def told_apart(run, false, seed, steps):
     torch.manual_seed(seed)
     test, half = run.data["test"], len(false) // 2
     shape = {name: run.meta[name] for name in ("cont_dim", "n_tokens", "num_types", "n_globals")}
-    judge = build_encoder("gnn", level="event", latent_dim=1, hidden=(), gnn_dim=64, gnn_layers=2, noise_dim=0,
-                          activation="gelu", dropout=0.0, **shape)  # fmt: skip
+    shape |= dict(hidden=(), gnn_dim=64, gnn_layers=2, noise_dim=0, activation="gelu", dropout=0.0)
+    judge = build_encoder("gnn", level="event", latent_dim=1, **shape)
     optimizer = torch.optim.AdamW(judge.parameters(), lr=2e-3, weight_decay=1e-2)
 
     def scores(index):
@@ -302,7 +297,7 @@ def gan(args):
     (errors, told), (plain_errors, plain_told) = found.values()
     yield row("gan_ae: error, against ae", "<= 1.1", errors, plain_errors)
     gap = statistics.mean(plain_told) - statistics.mean(told)
-    title = "gan_ae: AUROC of a fresh classifier, real against made, beside ae"
+    title = "gan_ae: AUROC of a fresh classifier of real and made, beside that of ae"
     yield row(title, "lower by >= 0.05", told, plain_told, more=f"lower by {gap:.3g}")
 
 
@@ -335,12 +330,9 @@ def areas(run, normal, odd):
     return [auroc(*pair) for pair in zip(*scores, strict=True)]
 
 
-HELD_OUT = 1  # label of four tops
-
-
 def anomaly(args):
     """Error of an event as a sign that it is odd, against that of as many principal components; one latent an event."""
-    flags = EVENT | dict(latent_dim=32, encoder="gnn")
+    flags, four_tops = EVENT | dict(latent_dim=32, encoder="gnn"), 1
     kinds = ("noise 0.1", "a particle dropped", "types permuted")
     found = {kind: [] for kind in (*kinds, "four tops, never seen")}
     for seed in range(args.seeds):
@@ -348,9 +340,9 @@ def anomaly(args):
         test = run.data["test"]
         for kind in kinds:
             found[kind].append(areas(run, test, odd_events(test, kind, rng)))
-        labels = tuple(label for label in run.cfg.labels if label != HELD_OUT)
+        labels = tuple(label for label in run.cfg.labels if label != four_tops)
         run = fit(args, "anomaly-but-one", seed, labels=labels, **flags)
-        odd = events(run.cfg, labels=(HELD_OUT,), stats=run.meta["stats"])[0]["test"]
+        odd = events(run.cfg, labels=(four_tops,), stats=run.meta["stats"])[0]["test"]
         found["four tops, never seen"].append(areas(run, run.data["test"], odd))
     for kind, pairs in found.items():
         ours, theirs = zip(*pairs, strict=True)
@@ -373,14 +365,11 @@ def physics(args):
         before, after = ([how(pair[side]) for pair in rows] for side in (0, 1))
         yield row(f"{title}, reconstructed against measured", target, after, before)
     for name in ("HT", "MET", "m_jj"):
-        found = [distance(*(kinematics(part)[name] for part in pair)) for pair in rows]
-        yield row(f"{name}: distance of the histograms, 1 where nothing is shared", "", found)
-
-
-def distance(a, b):
-    """Half of the summed differences of two histograms of 50 bins over the middle 99 % of `a`."""
-    bins = np.linspace(*np.quantile(a, (0.005, 0.995)), 51)
-    return abs(np.histogram(a, bins)[0] / len(a) - np.histogram(b, bins)[0] / len(b)).sum() / 2
+        found = []
+        for a, b in ([kinematics(part)[name] for part in pair] for pair in rows):
+            bins = np.linspace(*np.quantile(a, (0.005, 0.995)), 51)
+            found.append(abs(np.histogram(a, bins)[0] / len(a) - np.histogram(b, bins)[0] / len(b)).sum() / 2)
+        yield row(f"{name}: distance of the two histograms of 50 bins, 1 where nothing is shared", "", found)
 
 
 ROWS = dict(usage=usage, kmeans=kmeans, packages=packages, event=event, messages=messages, diffusion=diffusion, gan=gan,
@@ -399,6 +388,7 @@ def main(argv=None):
     for name, default in dict(seeds=5, threads=2, events=20000, judged=300).items():
         add(f"--{name}", type=int, default=default, help=f"default {default}")
     args = parser.parse_args(argv)
+    args.home = args.home / "quick" if args.quick else args.home
     torch.set_num_threads(args.threads)
     said = f" --data {Path(args.data).name}" * (args.data != "decay_chain") + f" --seeds {args.seeds}"
     if args.quick:
