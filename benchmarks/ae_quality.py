@@ -15,6 +15,7 @@ import io
 import json
 import statistics
 import sys
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
@@ -51,7 +52,7 @@ def fit(args, name, seed, steps=0, quantizer=None, **flags):
     """Run train_ae.main to its end, or read what it left -> its model, data, meta, config and noise schedule.
 
     steps: stop after so many, of about TOKENS particles each; 0: `epochs` decide, and the best weights are taken, not
-    the last. quantizer: a class that stands in for the codebook.
+    the last. quantizer: what stands in for the class Codebook.
     """
     kind = flags.get("loop", "ae")
     flags = dict(data=args.data, events=args.events, seed=seed, make_plots=False, device="cpu") | flags
@@ -152,48 +153,43 @@ def kmeans(args):
         yield row(f"error after {steps} steps, against k-means of 512", f"<= {target}", map(error, runs), best)
 
 
-def stand_in(build, quantize):
-    """A class like Codebook around what a package builds; quantize: (that, (N, D)) -> codes, index, loss."""
-
-    class Quantizer(nn.Module):
-        def __init__(self, *, size, dim, beta, decay, revive, eps):
-            super().__init__()
-            self.inner, self.revived = build(size, dim, beta), torch.zeros(())
-
-        def start(self, vectors, kmeans, generator):
-            """Packages start by themselves."""
-
-        def forward(self, z, mask):
-            q, index, loss = quantize(self.inner, z[mask])
-            q = torch.zeros_like(z).masked_scatter(mask[..., None], q)
-            return q, torch.full_like(mask, -1, dtype=torch.long).masked_scatter(mask, index), loss.sum()
-
-    return Quantizer
-
-
 def vector_quantize(**options):
-    """Raises ImportError without vector-quantize-pytorch."""
+    """(size, dim, beta) -> (N, D) -> codes, index, loss. Raises ImportError without vector-quantize-pytorch."""
     from vector_quantize_pytorch import VectorQuantize
 
-    def build(size, dim, beta):
-        return VectorQuantize(dim=dim, codebook_size=size, decay=0.99, commitment_weight=beta, **options)
-
-    return stand_in(build, lambda inner, x: inner(x))
+    return lambda size, dim, beta: VectorQuantize(
+        dim=dim, codebook_size=size, decay=0.99, commitment_weight=beta, **options
+    )  # fmt: skip
 
 
 def pythae():
-    """Raises ImportError without pythae. It is given (N, 1, 1, D), or it would spend D indices on a vector."""
+    """The same of pythae, given (N, 1, 1, D), or it would spend D indices on a vector. ImportError without it."""
     from pythae.models.vq_vae.vq_vae_utils import QuantizerEMA
 
-    def build(size, dim, beta):
-        return QuantizerEMA(SimpleNamespace(embedding_dim=dim, num_embeddings=size, commitment_loss_factor=beta,
-                                            decay=0.99))  # fmt: skip
+    class Inner(QuantizerEMA):
+        def forward(self, x):
+            out = super().forward(x[:, None, None])
+            return out.quantized_vector.flatten(1), out.quantized_indices.flatten(), out.loss
 
-    def quantize(inner, x):
-        out = inner(x[:, None, None])
-        return out.quantized_vector.flatten(1), out.quantized_indices.flatten(), out.loss
+    return lambda size, dim, beta: Inner(
+        SimpleNamespace(num_embeddings=size, embedding_dim=dim, commitment_loss_factor=beta, decay=0.99)
+    )  # fmt: skip
 
-    return stand_in(build, quantize)
+
+class Quantizer(nn.Module):
+    """What takes the place of models.codebook.Codebook: `build` makes a package's quantizer."""
+
+    def __init__(self, build, *, size, dim, beta, decay, revive, eps):
+        super().__init__()
+        self.inner, self.revived = build(size, dim, beta), torch.zeros(())
+
+    def start(self, vectors, kmeans, generator):
+        """Packages start by themselves."""
+
+    def forward(self, z, mask):
+        q, index, loss = self.inner(z[mask])
+        q = torch.zeros_like(z).masked_scatter(mask[..., None], q)
+        return q, torch.full_like(mask, -1, dtype=torch.long).masked_scatter(mask, index), loss.sum()
 
 
 TUNED = dict(kmeans_init=True, threshold_ema_dead_code=0.05, rotation_trick=False)
@@ -209,7 +205,7 @@ def packages(args):
     for i, (name, (quantizer, get, steps, target)) in enumerate(PACKAGES.items()):
         theirs, more = [], ""
         with contextlib.suppress(ImportError):
-            swap = quantizer()
+            swap = partial(Quantizer, quantizer())
             runs = [reference(args, seed, f"package{i}", steps, quantizer=swap) for seed in range(args.seeds)]
             theirs, (shares, perplexities) = list(map(error, runs)), map(statistics.mean, use(runs))
             more = f"its worst {max(theirs):.4g}; it uses {shares:.1f} % of the codes, perplexity {perplexities:.0f}"
