@@ -22,12 +22,12 @@ from unittest import mock
 
 import numpy as np
 import torch
-import torch.nn as nn
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import train_ae
+from benchmarks.ae_peers import PACKAGES, STEPS, Quantizer
 from benchmarks.experts import load, save, table, write_readme
 from data_utils.checkpoint import load_checkpoint
 from data_utils.events import load_events, take
@@ -38,12 +38,10 @@ from models.codebook import Codebook, lloyd, nearest, usage_and_perplexity
 from models.diffusion import NoiseSchedule, denoised
 
 HERE = Path(__file__).resolve().parent
-GET = dict(vq="pip install vector-quantize-pytorch==1.32.0", pythae="pip install pythae==0.1.2")
 REFERENCE = dict(phi="raw", type_weight=0.0, globals_beta=0.0)
 EVENT = REFERENCE | dict(globals_beta=0.1, level="event", latent_space="none", hidden=(256, 256), epochs=20, lr=3e-3)
-TOKENS, STEPS = 1024, 1704
+TOKENS = 1024
 CYCLE = dict(lr=2e-3, warmup=530.0)  # of the runs of 5,300 steps
-ALIKE = "encoder decoder latent_space level latent_dim hidden codebook_size epochs batch_size lr side_info"
 CHOICES = "events limit labels features phi energy_unit seed".split()
 
 
@@ -99,15 +97,12 @@ def error(run, x_hat=None):
 
 
 @torch.no_grad()
-def use(runs):
-    """Codes in use over the test split, %, and perplexity, of each run."""
-    found = []
-    for run in runs:
-        test, mask = run.data["test"], run.data["test"]["ids"] > 0
-        index = run.model(test["x"], test["ids"], mask, test["globals"])["indices"][mask]
-        share, perplexity = usage_and_perplexity(torch.bincount(index, minlength=run.cfg.codebook_size))
-        found.append((100 * share, perplexity))
-    return zip(*found, strict=True)
+def use(run):
+    """Codes in use over the test split, %, and perplexity."""
+    test, mask = run.data["test"], run.data["test"]["ids"] > 0
+    index = run.model(test["x"], test["ids"], mask, test["globals"])["indices"][mask]
+    share, perplexity = usage_and_perplexity(torch.bincount(index, minlength=run.cfg.codebook_size))
+    return 100 * share, perplexity
 
 
 def row(name, target, ours, peer=(), get="", worst=max, more=""):
@@ -127,15 +122,16 @@ def auroc(normal, odd):
 
 # --- codebook ---------------------------------------------------------------------------------
 def usage(args):
-    """How many codes are in use over the whole test split, after the whole budget and after 200 steps."""
+    """How many codes are in use over the whole test split, after the whole budget and after 200 steps on few events."""
     runs = [reference(args, seed) for seed in range(args.seeds)]
-    for name, target, values in zip(("codes in use, %,", "perplexity"), (">= 99", ">= 476"), use(runs), strict=True):
-        yield row(f"{name} after {STEPS} steps, of 512", target, values, worst=min)
+    shares, perplexities = zip(*map(use, runs), strict=True)
+    yield row(f"codes in use after {STEPS} steps, %", ">= 99", shares, worst=min)
+    yield row(f"perplexity after {STEPS} steps, of 512", ">= 476", perplexities, worst=min)
     few = 40 * runs[0].cfg.batch_size  # events, five epochs of which are 200 steps
     runs = [reference(args, seed, "few", 200, limit=few) for seed in range(args.seeds)]
-    title = "after 200 steps on 41k particles"
-    yield row(f"codes in use, %, {title}", ">= 95", next(use(runs)), worst=min)
-    yield row(f"error {title}", "<= 0.028", map(error, runs))
+    shares, _ = zip(*map(use, runs), strict=True)
+    yield row("codes in use after 200 steps on 41k particles, %", ">= 95", shares, worst=min)
+    yield row("error after 200 steps on 41k particles", "<= 0.028", map(error, runs))
 
 
 def kmeans(args):
@@ -153,64 +149,20 @@ def kmeans(args):
         yield row(f"error after {steps} steps, against k-means of 512", f"<= {target}", map(error, runs), best)
 
 
-def vector_quantize(**options):
-    """(size, dim, beta) -> (N, D) -> codes, index, loss. Raises ImportError without vector-quantize-pytorch."""
-    from vector_quantize_pytorch import VectorQuantize
-
-    return lambda size, dim, beta: VectorQuantize(
-        dim=dim, codebook_size=size, decay=0.99, commitment_weight=beta, **options
-    )  # fmt: skip
-
-
-def pythae():
-    """The same of pythae, given (N, 1, 1, D), or it would spend D indices on a vector. ImportError without it."""
-    from pythae.models.vq_vae.vq_vae_utils import QuantizerEMA
-
-    class Inner(QuantizerEMA):
-        def forward(self, x):
-            out = super().forward(x[:, None, None])
-            return out.quantized_vector.flatten(1), out.quantized_indices.flatten(), out.loss
-
-    return lambda size, dim, beta: Inner(
-        SimpleNamespace(num_embeddings=size, embedding_dim=dim, commitment_loss_factor=beta, decay=0.99)
-    )  # fmt: skip
-
-
-class Quantizer(nn.Module):
-    """What takes the place of models.codebook.Codebook: `build` makes a package's quantizer."""
-
-    def __init__(self, build, *, size, dim, beta, decay, revive, eps):
-        super().__init__()
-        self.inner, self.revived = build(size, dim, beta), torch.zeros(())
-
-    def start(self, vectors, kmeans, generator):
-        """Packages start by themselves."""
-
-    def forward(self, z, mask):
-        q, index, loss = self.inner(z[mask])
-        q = torch.zeros_like(z).masked_scatter(mask[..., None], q)
-        return q, torch.full_like(mask, -1, dtype=torch.long).masked_scatter(mask, index), loss.sum()
-
-
-TUNED = dict(kmeans_init=True, threshold_ema_dead_code=0.05, rotation_trick=False)
-PACKAGES = {  # what it is called: (how it is made, how to get it, steps, target)
-    "vector-quantize-pytorch, k-means start, expiry 0.05": (lambda: vector_quantize(**TUNED), "vq", STEPS, 1.02),
-    "vector-quantize-pytorch, its defaults, decay 0.99": (vector_quantize, "vq", STEPS, 0.5),
-    "pythae with moving averages": (pythae, "pythae", 200, 0.25),
-}
-
-
 def packages(args):
     """Other packages' quantizers in our encoder, decoder, batches and optimizer."""
-    for i, (name, (quantizer, get, steps, target)) in enumerate(PACKAGES.items()):
+    for i, (name, build, get, steps, target) in enumerate(PACKAGES):
         theirs, more = [], ""
         with contextlib.suppress(ImportError):
-            swap = partial(Quantizer, quantizer())
-            runs = [reference(args, seed, f"package{i}", steps, quantizer=swap) for seed in range(args.seeds)]
-            theirs, (shares, perplexities) = list(map(error, runs)), map(statistics.mean, use(runs))
-            more = f"its worst {max(theirs):.4g}; it uses {shares:.1f} % of the codes, perplexity {perplexities:.0f}"
+            swap = dict(quantizer=partial(Quantizer, build))
+            runs = [reference(args, seed, f"package{i}", steps, **swap) for seed in range(args.seeds)]
+            theirs, (share, perplexity) = (
+                list(map(error, runs)),
+                map(statistics.mean, zip(*map(use, runs), strict=True)),
+            )
+            more = f"its worst {max(theirs):.4g}; it uses {share:.1f} % of the codes, perplexity {perplexity:.0f}"
         ours = [error(reference(args, seed, steps=steps)) for seed in range(args.seeds)]
-        yield row(f"error after {steps} steps, against {name}", f"<= {target}", ours, theirs, GET[get], more=more)
+        yield row(f"error after {steps} steps, against {name}", f"<= {target}", ours, theirs, get, more=more)
 
 
 # --- latents ----------------------------------------------------------------------------------
@@ -284,7 +236,8 @@ def told_apart(run, false, seed, steps):
 
 def gan(args):
     """The same networks with a discriminator and without: error, and whether a fresh classifier tells them apart."""
-    alike = {name: getattr(train_ae.GanAeConfig, name) for name in ALIKE.split()}
+    plain, alike = vars(train_ae.AeConfig()), vars(train_ae.GanAeConfig())
+    alike = {name: value for name, value in alike.items() if plain.get(name, value) != value and name != "loop"}
     found = {}
     for loop in ("gan_ae", "ae"):
         runs = [fit(args, loop, seed, loop=loop, **alike) for seed in range(args.seeds)]
@@ -300,20 +253,16 @@ def gan(args):
 # --- use --------------------------------------------------------------------------------------
 def odd_events(columns, kind, rng):
     """Events (x, ids, globals) with noise 0.1, without one of their particles, or with their types permuted."""
-    x, ids = columns["x"].clone(), columns["ids"].clone()
-    mask = ids > 0
+    x, ids, mask = columns["x"], columns["ids"], columns["ids"] > 0
     key = torch.rand(ids.shape, generator=rng).masked_fill(~mask, 2)  # particles first, at random
     if kind == "noise 0.1":
-        x += 0.1 * torch.randn(x.shape, generator=rng) * mask[..., None]
-    elif kind == "a particle dropped":
-        gone = (key == key.amin(1, keepdim=True)) & (mask.sum(1, keepdim=True) > 1)
-        order = (gone | ~mask).int().argsort(dim=1, stable=True)
-        ids, x = ids.masked_fill(gone, 0).gather(1, order), x.masked_fill(gone[..., None], 0)
-        x = x.gather(1, order[..., None].expand_as(x))
-    else:
-        swapped = ids.gather(1, key.argsort(1))  # the empty slots keep their places: they have the highest keys
-        ids = torch.where(mask, swapped, 0)
-    return columns | dict(x=x, ids=ids)
+        return columns | dict(x=x + 0.1 * torch.randn(x.shape, generator=rng) * mask[..., None])
+    if kind == "types permuted":
+        return columns | dict(ids=ids.gather(1, key.argsort(1)).masked_fill(~mask, 0))
+    gone = (key == key.amin(1, keepdim=True)) & (mask.sum(1, keepdim=True) > 1)
+    order = (gone | ~mask).int().argsort(dim=1, stable=True)
+    x = x.masked_fill(gone[..., None], 0).gather(1, order[..., None].expand_as(x))
+    return columns | dict(x=x, ids=ids.masked_fill(gone, 0).gather(1, order))
 
 
 def areas(run, normal, odd):
