@@ -114,11 +114,11 @@ class GanAeConfig(AeConfig):
 @dataclass
 class DiffusionAeConfig(AeConfig):
     loop: Literal["ae", "gan_ae", "diffusion_ae", "test_mlp"] = "diffusion_ae"  # how it is trained
-    encoder: Part = "gnn"  # reads an event
-    decoder: Part = "diffusion"  # writes it
     latent_space: Literal["none", "linear", "vq"] = "none"  # between them
     level: Literal["token", "event"] = "event"  # one latent a particle, or one an event
-    latent_dim: int = 16  # width D of a latent
+    hidden: tuple[int, ...] = (256, 256)  # widths of MLPs
+    epochs: int = 20  # passes over the events
+    lr: float = 3e-3  # peak learning rate
     diffusion_steps: int = 1000  # noise levels
     noise_schedule: Literal["cosine", "linear"] = "cosine"  # how the noise grows; linear: beta 1e-4 to 0.02
     ddim_steps: int = 20  # denoising steps when sampling

@@ -48,7 +48,7 @@ def loss_sums(output, target, ids, globals, level):
     """What `AutoEncoder` gave, against the targets -> {name: (sum, count)}, float32 scalars.
 
     Both are to be added over batches and ranks before one is divided by the other. rec_tokens: squared error of x, or
-    of eps if `target` is that, per feature of a particle; rec_globals per global; commit per latent; rec_types:
+    of v if `target` is that, per feature of a particle; rec_globals per global; commit per latent; rec_types:
     cross-entropy, and type_accuracy, of particles at level token, of all slots at level event, missing without a type
     head; revived: codes that began again in this batch.
     """
@@ -207,8 +207,8 @@ class AutoEncoder(nn.Module):
 
     encoder, decoder: mlp, gnn, gan, diffusion. latent_space: none, linear, vq. side_info: the decoder is told types and
     slots, and does not guess types (type_logits is None). denoise: the decoder is also told x_t and t, and x_hat is
-    what it takes for eps; empty slots are then left out at level event too. Without it the decoder of an event
-    guesses all slots: which are empty is for type_logits to say.
+    what it takes for v, as of models/diffusion.py; empty slots are then left out at level event too. Without it the
+    decoder of an event guesses all slots: which are empty is for type_logits to say.
     """
 
     def __init__(self, *, encoder, decoder, latent_space, level, cont_dim, n_tokens, num_types, n_globals, latent_dim,

@@ -1,6 +1,9 @@
 """Noise on features of sets of particles, the network that tells it, and the way back without noise.
 
 B sets, T slots, F features, C width, x clean, eps noise ~ N(0, 1), x_t = sqrt(a_t) x + sqrt(1 - a_t) eps with a_0 = 1.
+What a network guesses is v = sqrt(a_t) eps - sqrt(1 - a_t) x (2202.00512, section 4 and appendix D), which tells both
+x = sqrt(a_t) x_t - sqrt(1 - a_t) v and eps = sqrt(1 - a_t) x_t + sqrt(a_t) v. A guess of eps would be divided by
+sqrt(a_t) for x, and in almost pure noise, where all that is known of x is the latent, its loss hardly asks for x.
 DDPM (arXiv 2006.11239), cosine schedule: Improved DDPM (2102.09672, eq. 17), DDIM (2010.02502, eq. 12), a denoiser that
 reads a latent: diffusion autoencoders (2111.15640), modulated layer norms: DiT (2212.09748).
 """
@@ -14,7 +17,7 @@ import torch.nn.functional as F
 from models.messages import MessageLayer, message_weights
 
 TIME = 64  # width of the sines and cosines of t
-LEAST_SIGNAL = 1e-3  # a_T: DDIM's first step divides by its root what the network got wrong, and 0 would blow that up
+LEAST_SIGNAL = 1e-3  # a_T
 
 
 def sinusoid(t, width):
@@ -52,28 +55,29 @@ class NoiseSchedule(nn.Module):
         return signal * x + noise * eps
 
     def corrupt(self, x):
-        """x (B, T, F) -> eps, dict(x_t, t): noise of torch's generator, at steps 1..T as likely each."""
+        """x (B, T, F) -> v, dict(x_t, t): noise of torch's generator, at steps 1..T as likely each."""
         t, eps = torch.randint(1, self.steps + 1, x.shape[:1], device=x.device), torch.randn_like(x)
-        return eps, dict(x_t=self.add_noise(x, eps, t), t=t)
+        signal, noise = self.parts(t)
+        return signal * eps - noise * x, dict(x_t=self.add_noise(x, eps, t), t=t)
 
-    def by_quarter(self, eps_hat, eps, mask, t):
+    def by_quarter(self, v_hat, v, mask, t):
         """Squared errors of eps by quarters of t, least noise first -> {eps_q0: (sum, count), ..., eps_q3: ...}."""
-        error = (eps_hat.float() - eps).square().sum(-1).masked_fill(~mask, 0).sum(1)  # (B)
-        count, quarter = mask.sum(1) * eps.shape[-1], (t - 1) * 4 // self.steps
+        error = (v_hat.float() - v).square().sum(-1).masked_fill(~mask, 0).sum(1) * self.alpha_bar[t]  # (B)
+        count, quarter = mask.sum(1) * v.shape[-1], (t - 1) * 4 // self.steps
         return {f"eps_q{q}": (error[quarter == q].sum(), count[quarter == q].sum()) for q in range(4)}
 
     @torch.no_grad()
     def ddim(self, predict, x_T, count):
         """Noise x_T (B, T, F) -> clean features (B, T, F), by `count` even steps; the same noise gives the same.
 
-        predict: (x_t (B, T, F), t (B)) -> its eps (B, T, F).
+        predict: (x_t (B, T, F), t (B)) -> its v (B, T, F).
         """
         times = torch.linspace(self.steps, 0, min(count, self.steps) + 1).round().long().to(x_T.device)
         x = x_T
         for now, after in zip(times[:-1], times[1:], strict=True):
-            eps = predict(x, now.expand(len(x)))
+            v = predict(x, now.expand(len(x)))
             signal, noise = self.parts(now[None])
-            x = self.add_noise((x - noise * eps) / signal, eps, after[None])
+            x = self.add_noise(signal * x - noise * v, noise * x + signal * v, after[None])
         return x
 
 

@@ -39,7 +39,7 @@ def test_noisy_features_have_unit_variance(kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("count", [1, 20, 2000])
-def test_ddim_with_the_true_noise_is_exact(kind, count):
+def test_ddim_with_the_true_v_is_exact(kind, count):
     torch.manual_seed(0)
     schedule, asked = NoiseSchedule(1000, kind), []
     x, eps = torch.randn(2, 3, 4, 5)
@@ -47,11 +47,27 @@ def test_ddim_with_the_true_noise_is_exact(kind, count):
     def predict(x_t, t):
         torch.testing.assert_close(x_t, schedule.add_noise(x, eps, t), rtol=0, atol=1e-3)
         asked.append(t[0].item())
-        return eps
+        signal, noise = schedule.parts(t)
+        return signal * eps - noise * x
 
     found = schedule.ddim(predict, schedule.add_noise(x, eps, torch.full((3,), 1000)), count)
     torch.testing.assert_close(found, x, rtol=0, atol=1e-3)
     assert len(asked) == min(count, 1000) and asked[0] == 1000 and asked == sorted(asked, reverse=True)
+
+
+def test_v_tells_clean_features_and_noise():
+    torch.manual_seed(0)
+    schedule, x = NoiseSchedule(1000, "cosine"), torch.randn(8, 4, 5)
+    v, noisy = schedule.corrupt(x)
+    signal, noise = schedule.parts(noisy["t"])
+    torch.testing.assert_close(signal * noisy["x_t"] - noise * v, x, rtol=0, atol=1e-5)
+    eps, mask = noise * noisy["x_t"] + signal * v, torch.rand(8, 4) < 0.8
+    torch.testing.assert_close(schedule.add_noise(x, eps, noisy["t"]), noisy["x_t"], rtol=0, atol=1e-5)
+    guess = torch.randn_like(v)
+    eps_hat = noise * noisy["x_t"] + signal * guess
+    quarters = schedule.by_quarter(guess, v, mask, noisy["t"]).values()
+    assert sum(count for _, count in quarters) == 5 * mask.sum()
+    torch.testing.assert_close(sum(total for total, _ in quarters), (eps_hat - eps)[mask].square().sum())
 
 
 def test_a_sinusoid_tells_steps_apart():
@@ -87,8 +103,8 @@ def test_it_learns_to_denoise():
     optimizer, mask = torch.optim.Adam(net.parameters(), 1e-2), torch.ones(64, 1, dtype=torch.bool)
     which = torch.arange(64).view(64, 1, 1) % 2 * 2.0 - 1
     for _ in range(150):
-        t, eps = torch.randint(1, 101, (64,)), torch.randn(64, 1, 1)
-        loss = (net(schedule.add_noise(which, eps, t), t, which, mask) - eps).square().mean()
+        v, noisy = schedule.corrupt(which)
+        loss = (net(noisy["x_t"], noisy["t"], which, mask) - v).square().mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
