@@ -337,7 +337,7 @@ def main(argv=None):
     torch.set_num_threads(args.threads)
     said = f" --data {Path(args.data).name}" * (args.data != "decay_chain") + f" --seeds {args.seeds}"
     if args.quick:
-        args.seeds, args.events, args.judged = 1, min(args.events, 1000), 3
+        args.seeds, args.events, args.judged = 1, min(args.events, 300), 2
     for name in filter(None, args.rows.split(",")):
         figures = []
         for found in ROWS[name](args):

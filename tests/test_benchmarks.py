@@ -2,7 +2,7 @@ import json
 
 import torch
 
-from benchmarks import experts, hrm
+from benchmarks import ae_quality, experts, hrm
 
 
 def test_every_row_of_the_expert_figures_runs_at_toy_size(tmp_path, capsys):
@@ -48,3 +48,28 @@ def test_speed_of_hrm_runs_at_toy_size(tmp_path):
     results = json.loads(out.read_text())
     assert set(results) == {"step", "generate"}
     assert all(f["ours"] > 0 for row in results.values() for f in row["figures"])
+
+
+def test_every_row_of_the_autoencoder_figures_runs_at_toy_size(tmp_path):
+    out = tmp_path / "figures.json"
+    flags = ["--quick", "--threads", str(torch.get_num_threads()), "--home", str(tmp_path), "--out", str(out)]
+    ae_quality.main(flags)
+    results = json.loads(out.read_text())
+    assert set(results) == set(ae_quality.ROWS)
+    assert all("ours" in f and f["spread"] for row in results.values() for f in row["figures"])
+    ae_quality.main([*flags, "--rows", "kmeans"])  # from the stored runs
+    assert json.loads(out.read_text())["kmeans"]["figures"] == results["kmeans"]["figures"]
+
+
+def test_scores_of_odd_events():
+    x, ids = torch.rand(50, 4, 5), torch.tensor([1, 2, 3, 0]).expand(50, 4)
+    columns, rng = dict(x=x * (ids > 0)[..., None], ids=ids, globals=torch.zeros(50, 3)), torch.Generator()
+    gone = ae_quality.odd_events(columns, "a particle dropped", rng)
+    assert ((gone["ids"] > 0) == torch.tensor([True, True, False, False])).all() and (gone["x"][:, 2:] == 0).all()
+    assert (gone["ids"].diff(dim=1)[:, :1] > 0).all()  # the others keep their order
+    for old, new in zip(columns["x"], gone["x"], strict=True):
+        assert all((new[i] == old).all(1).any() for i in range(2))
+    mixed = ae_quality.odd_events(columns, "types permuted", rng)
+    assert torch.equal(mixed["ids"].sort(1).values, ids.sort(1).values) and (mixed["ids"] != ids).any()
+    assert torch.equal(mixed["ids"] > 0, ids > 0) and torch.equal(mixed["x"], columns["x"])
+    assert ae_quality.auroc(torch.tensor([1.0, 2]), torch.tensor([1.5, 3])) == 0.75
