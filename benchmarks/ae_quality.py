@@ -40,7 +40,8 @@ from models.diffusion import NoiseSchedule, denoised
 HERE = Path(__file__).resolve().parent
 REFERENCE = dict(phi="raw", type_weight=0.0, globals_beta=0.0)
 EVENT = REFERENCE | dict(globals_beta=0.1, level="event", latent_space="none", hidden=(256, 256), epochs=20, lr=3e-3)
-TOKENS, CYCLE = 1024, dict(lr=2e-3, warmup=530.0)  # of the runs of 5,300 steps
+TOKENS = 1024
+CYCLE = dict(lr=2e-3, warmup=530.0)  # of the runs of 5,300 steps
 CHOICES = "events limit labels features phi energy_unit seed".split()
 
 
@@ -331,11 +332,10 @@ def main(argv=None):
     for name, default in dict(seeds=5, threads=2, events=20000, judged=300).items():
         add(f"--{name}", type=int, default=default, help=f"default {default}")
     args = parser.parse_args(argv)
-    args.home = args.home / "quick" if args.quick else args.home
     torch.set_num_threads(args.threads)
     said = f" --data {Path(args.data).name}" * (args.data != "decay_chain") + f" --seeds {args.seeds}"
     if args.quick:
-        args.seeds, args.events, args.judged = 1, min(args.events, 300), 2
+        args.seeds, args.events, args.judged, args.home = 1, 300, 2, args.home / "quick"
     for name in filter(None, args.rows.split(",")):
         figures = []
         for found in ROWS[name](args):
