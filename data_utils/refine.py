@@ -219,7 +219,7 @@ def tidy(alphabet, prefix, values, X, y):
     """Round the constants of one formula where the fit allows -> prefix tokens, values, fvu; simplified.
 
     One constant at a time becomes 0, 1, -1, an integer, a half, third or quarter, or a small multiple of pi or e; the
-    others are fitted again. It stays when the FVU is at most 1e-14, or what it was times 1 + 4 / M.
+    others are fitted again. It stays when the FVU is at most 1e-14, or what it was before times 1 + 4 / M.
     """
     rng = np.random.default_rng(0)
     row = np.array([alphabet.encode(prefix)], np.uint8)
@@ -238,6 +238,7 @@ def tidy(alphabet, prefix, values, X, y):
             break
         k = min(good, key=lambda k: (tried[k][0], fvus[k]))
         values, free, fvu = fitted[k : k + 1], rest[k : k + 1], fvus[k : k + 1]
+        limit = max(EXACT, fvu[0] * (1 + 4 / len(y)))
     try:
         prefix, numbers = simplify(prefix, values[0].tolist(), alphabet.operators)
     except NotReal:

@@ -186,7 +186,7 @@ def find_formula(propose, X, y, *, alphabet, pool, rng, prior=None, choices=512,
     ("mdl") or by the score of the search. Columns far from 1 are searched over powers of two, as the network sees them.
     """
     (X, powers), (y, power) = into_range(X), into_range(y)
-    start, seen, donors, archive, sums = time.monotonic(), set(), [], [], []
+    start, seen, donors, archive, sums, plain = time.monotonic(), set(), [], [], [], []
     tried, hot, enough = 0, False, math.inf
     columns = np.zeros((len(X), len(alphabet.variables)))
     columns[:, : X.shape[1]] = X
@@ -225,12 +225,16 @@ def find_formula(propose, X, y, *, alphabet, pool, rng, prior=None, choices=512,
         hot = hot or len(rows) < len(new) / 2
         parents = [candidate.prefix for candidate in archive]
         rows += unseen([offspring(rng, parents, donors, alphabet, pool, D) for _ in range(bred)], longest)
-        archive = best(archive + fitted(rows, refine, method=refiner, points=FIT_POINTS, restarts=restarts))
+        found = fitted(rows, refine, method=refiner, points=FIT_POINTS, restarts=restarts)
+        archive, plain = best(archive + found), front(plain + found)
         tried += len(new) + bred
         if evolve:
             library.add(new)
-            new = [row for _, row in sorted(pair for _ in range(SUMS) for pair in library(rng, parsimony))[:KEPT]]
-            sums = best(sums + fitted(unseen(new, LONGEST_SUM), fit, restarts=2, steps=20))
+            pairs = sorted(pair for _ in range(SUMS) for pair in library(rng, parsimony))
+            shares = [Candidate(row, [], score - parsimony * len(row), len(row), score) for score, row in pairs]
+            new = [candidate.prefix for candidate in shares[:KEPT] + front(shares)]
+            found = fitted(unseen(new, LONGEST_SUM), fit, restarts=2, steps=20)
+            sums, plain = best(sums + found), front(plain + found)
             tried += len(new)
         first = best(archive[:1] + sums[:1])[:1]
         if enough == math.inf and first and first[0].fvu <= PERFECT:
@@ -238,7 +242,11 @@ def find_formula(propose, X, y, *, alphabet, pool, rng, prior=None, choices=512,
                 enough = 2 * tried
             else:  # written out, its large constants cancel
                 (archive if archive and first[0] is archive[0] else sums).pop(0)
-    found = finish(best(archive + sums), columns, y, alphabet, parsimony)
+    found = best(archive + sums)
+    exact = found and found[0].fvu <= SOLVED
+    found = finish(
+        found[: TIDIED if exact else TIDIED_NOISY] + ([] if exact else plain), columns, y, alphabet, parsimony
+    )
     if rank == "mdl":
         found = best(c._replace(score=bits(alphabet, c, len(y))) for c in found)
     if power or powers.any():
@@ -272,6 +280,16 @@ def put_back(alphabet, candidate, powers, power):
     return candidate._replace(prefix=alphabet.encode(prefix), constants=constants, length=len(prefix))
 
 
+def front(candidates):
+    """Of each length the best, if it is better than all shorter ones: under noise the longest fit best."""
+    found, least = [], math.inf
+    for candidate in sorted(candidates, key=lambda candidate: (candidate.length, candidate.fvu)):
+        if candidate.fvu < least:
+            found.append(candidate)
+            least = candidate.fvu
+    return found
+
+
 def scored(row, constants, error, parsimony):
     """A Candidate with its score, the lower the better."""
     score = np.log10(max(error, EXACT)) + parsimony * len(row)
@@ -292,7 +310,7 @@ def bits(alphabet, candidate, n):
 def finish(archive, columns, y, alphabet, parsimony):
     """Write out a + b g, round the constants of the best where that costs nothing -> candidates, best first."""
     found = {}
-    for candidate in archive[: TIDIED if archive and archive[0].fvu <= SOLVED else TIDIED_NOISY]:
+    for candidate in archive:
         whole = wrap(alphabet.decode(candidate.prefix))
         prefix, constants, error = tidy(alphabet, whole, candidate.constants, columns, y)
         same = (*prefix, *(f"{c:.6g}" for c in constants))

@@ -53,6 +53,24 @@ def choose(parts, y, *, width=WIDTH, most=TERMS):
     return found
 
 
+def plain_pairs(parts, y, most=WIDTH):
+    """Sums and differences of two rows of `parts` (K, M) that y (M,) is linear in -> list of (share left, i, sign, k).
+
+    A constant less than `choose` asks for: under noise that is what tells the law from what fits as well.
+    """
+    parts, y = parts - parts.mean(1, keepdims=True), y - y.mean()
+    gram, along, whole = parts @ parts.T, parts @ y, y @ y
+    i, k = np.triu_indices(len(parts), 1)
+    found = []
+    for sign in (1, -1):
+        power = gram[i, i] + gram[k, k] + 2 * sign * gram[i, k]
+        usable = power > RELATED * (gram[i, i] + gram[k, k])
+        gain = np.where(usable, (along[i] + sign * along[k]) ** 2 / np.where(usable, power, 1.0), 0.0)
+        best = np.argsort(-gain, kind="stable")[:most]
+        found += [(max(0.0, 1 - gain[b] / whole), int(i[b]), sign, int(k[b])) for b in best.tolist()]
+    return found
+
+
 class Library:
     """Parts without constants that proposals had, their values at X (M, all variables), y (M,), how often they came."""
 
@@ -100,9 +118,13 @@ class Library:
         largest = np.abs(y).max()
         if not np.isfinite(y).all() or np.ptp(y) <= RELATED * largest:
             return []
-        names = list(parts)
-        found = choose(np.array(list(parts.values())), y / largest)
+        names, values = list(parts), np.array(list(parts.values()))
+        found = choose(values, y / largest)
         rows = [self._row(link, [names[i] for i in chosen]) for _, chosen in found]
+        signs = {1: ids["+"], -1: ids.get("-")}
+        for share, i, sign, k in plain_pairs(values, y / largest) if signs[-1] else ():
+            found.append((share, (i, k)))
+            rows.append(self._row(link, [(signs[sign], *names[i], *names[k])]))
         return [(np.log10(max(share, EXACT)) + parsimony * len(row), row)
                 for (share, _), row in zip(found, rows, strict=True)]  # fmt: skip
 

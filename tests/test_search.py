@@ -12,6 +12,7 @@ from data_utils.search import (
     Prior,
     bits,
     find_formula,
+    front,
     into_range,
     offspring,
     predict,
@@ -20,7 +21,7 @@ from data_utils.search import (
 )
 from data_utils.skeletons import PoolConfig, check_pool, draw_pool
 from data_utils.suites import attainable, problems
-from data_utils.sums import Library, choose
+from data_utils.sums import Library, choose, plain_pairs
 
 POOL = PoolConfig(variables=("x1", "x2"), max_operators=4)
 ALPHABET = check_pool(POOL)
@@ -147,3 +148,27 @@ def test_a_saved_pool_is_a_suite(tmp_path):
         assert problem.X.shape == (20, len(problem.formula.variables)) and np.array_equal(problem.X, same.X)
         assert np.isfinite(problem.y).all() and np.isfinite(problem.y_val).all() and len(problem.y_val) == 1000
         assert attainable(problem) < 1e-20
+
+
+def test_plain_pairs_are_those_of_a_loop():
+    rng = np.random.default_rng(3)
+    parts, y = rng.standard_normal((6, 30)), rng.standard_normal(30)
+    parts[5] = -parts[2] + 1e-9 * parts[5]  # a sum of nothing
+    y += parts[1] - parts[4]
+    found = plain_pairs(parts, y, most=3)
+    naive = []
+    for sign in (1, -1):
+        for i in range(6):
+            for k in range(i + 1, 6):
+                g = parts[i] + sign * parts[k]
+                if np.ptp(g) > 1e-6:
+                    naive.append((1 - np.corrcoef(g, y)[0, 1] ** 2, i, sign, k))
+    best = sorted(naive)[0]
+    assert min(found)[1:] == best[1:] == (1, -1, 4) and min(found)[0] == pytest.approx(best[0])
+    shares = {tuple(pair): share for share, *pair in naive}
+    assert all(share == pytest.approx(shares[tuple(pair)]) for share, *pair in found)
+
+
+def test_the_front_of_each_length():
+    made = [Candidate([0] * n, [], error, n, 0.0) for n, error in ((3, 0.5), (3, 0.4), (5, 0.45), (7, 0.1))]
+    assert [(c.length, c.fvu) for c in front(made)] == [(3, 0.4), (7, 0.1)]
