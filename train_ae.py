@@ -107,6 +107,8 @@ class AeConfig:
 @dataclass
 class GanAeConfig(AeConfig):
     loop: Literal["ae", "gan_ae", "diffusion_ae", "test_mlp"] = "gan_ae"  # how it is trained
+    gnn_dim: int = 32  # width of message layers
+    d_lr: float = 3e-4  # learning rate of the critic and of a discriminator
     adv_weight: float = 0.8  # weight of the discriminator's verdict, in units of the reconstruction's gradient
     adv_start: float = 0.2  # share of the steps after which that counts
 
