@@ -6,9 +6,9 @@
     python train_ae.py --multirun latent_space=none,linear,vq epochs=10,20      # a sweep of six jobs
     torchrun --nproc-per-node 2 train_ae.py env=cluster                         # several GPUs
 
-KEY=VALUE is --key value; KEY may begin with phase1.trainer., phase1/, phase1., data. or logging. Writes
-outputs/runs/run_<time>_<name>/ with best_val.pt, last.pt, facts and figures, and goes on there when it is started again
-with out= that folder. In a notebook: paste this file into a cell, then main(AeConfig(epochs=2)).
+KEY=VALUE is --key value; phase1.trainer., phase1/, phase1., data. or logging. may stand before KEY. Writes weights, facts
+and figures into outputs/runs/run_<time>_<name>/, and goes on there when it is started again with out= that folder. In a
+notebook: paste this file into a cell, then main(AeConfig(epochs=2)).
 """
 
 import inspect
@@ -205,8 +205,7 @@ def main(cfg):
         arguments = {name: known[name] for name in inspect.signature(network).parameters}
         return network(**arguments).to(device), arguments
 
-    # the one that is saved: no _orig_mod. or module. keys
-    raw_model, model_args = build(Regressor if cfg.loop == "test_mlp" else AutoEncoder)
+    raw_model, model_args = build(Regressor if cfg.loop == "test_mlp" else AutoEncoder)  # the one that is saved
     noises = build(NoiseSchedule)[0] if cfg.loop == "diffusion_ae" else None
     judges = build(Judges)[0] if cfg.loop == "gan_ae" or cfg.loop != "test_mlp" and cfg.encoder == "gan" else None
     groups = [dict(params=list(raw_model.parameters()), peak=cfg.lr, weight_decay=cfg.weight_decay)]
