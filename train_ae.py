@@ -6,9 +6,8 @@
     python train_ae.py --multirun latent_space=none,linear,vq epochs=10,20      # a sweep of six jobs
     torchrun --nproc-per-node 2 train_ae.py env=cluster                         # several GPUs
 
-KEY=VALUE is --key value; phase1.trainer., phase1/, phase1., data. or logging. may stand before KEY. Writes weights, facts
-and figures into outputs/runs/run_<time>_<name>/, and goes on there when it is started again with out= that folder. In a
-notebook: paste this file into a cell, then main(AeConfig(epochs=2)).
+KEY=VALUE is --key value; phase1.trainer., phase1/, phase1., data. or logging. may precede KEY. Writes a run's folder in
+outputs/runs/; with out= that folder it goes on. In a notebook: paste this file, then main(AeConfig(epochs=2)).
 """
 
 import inspect
