@@ -30,17 +30,18 @@ import train_ae
 from benchmarks.ae_peers import PACKAGES, STEPS, Quantizer
 from benchmarks.experts import load, save, table, write_readme
 from data_utils.checkpoint import load_checkpoint
-from data_utils.events import load_events, take
+from data_utils.event_runs import load_run
+from data_utils.events import load_events, take, to_rows
 from data_utils.kinematics import kinematics, w_share
-from data_utils.reconstruct import decoded, reconstructed
-from models.autoencoder import AutoEncoder, build_encoder
+from data_utils.reconstruct import decoded
+from models.autoencoder import build_encoder
 from models.codebook import Codebook, lloyd, nearest, usage_and_perplexity
-from models.diffusion import NoiseSchedule, denoised
+from models.diffusion import denoised
 
 HERE = Path(__file__).resolve().parent
 REFERENCE = dict(phi="raw", type_weight=0.0, globals_beta=0.0)
 EVENT = REFERENCE | dict(globals_beta=0.1, level="event", latent_space="none", hidden=(256, 256), epochs=20, lr=3e-3)
-GRAPH = REFERENCE | dict(encoder="gnn", decoder="gnn", side_info=True, lr=3e-3)
+GRAPH = REFERENCE | dict(encoder="gnn", decoder="gnn", side_info=True, lr=3e-3, batch_size=64)
 TOKENS = 1024
 CYCLE = dict(lr=2e-3, warmup=530.0)  # of the runs of 5,300 steps
 CHOICES = "events limit labels features phi energy_unit seed".split()
@@ -69,11 +70,8 @@ def fit(args, name, seed, steps=0, quantizer=None, **flags):
             with contextlib.redirect_stdout(io.StringIO()):
                 if train_ae.main(cfg)["stopped"]:
                     raise SystemExit(f"{cfg.out}: stopped; started again, it goes on")
-        state = load_checkpoint(path, f"ae:{kind}")
-        model = AutoEncoder(**state["model_args"])
-        model.load_state_dict(state["model_state"])
-    noises = kind == "diffusion_ae" and NoiseSchedule(cfg.diffusion_steps, cfg.noise_schedule)
-    return SimpleNamespace(model=model.eval(), data=data, meta=meta, cfg=cfg, noises=noises)
+        run = load_run(path, torch.device("cpu"))
+    return SimpleNamespace(model=run.model, noises=run.noises, data=data, meta=meta, cfg=cfg)
 
 
 def events(cfg, **other):
@@ -269,13 +267,13 @@ def areas(run, normal, odd):
 
 
 def anomaly(args):
-    """Error of an event as a sign that it is odd, of a graph network with a code a particle, against PCA of 32."""
+    """Error as a sign of odd particles, of a graph network with codes; of odd events, of 32 numbers; against PCA."""
     found = {kind: [] for kind in ("noise 0.1", "a particle dropped", "types permuted", "four tops, never seen")}
     for seed in range(args.seeds):
         run, rng = fit(args, "messages", seed, **GRAPH), torch.Generator().manual_seed(seed)
         for kind in list(found)[:3]:
             found[kind].append(areas(run, run.data["test"], odd_events(run.data["test"], kind, rng)))
-        run = fit(args, "but-four-tops", seed, labels=(0, 2, 3, 4, 5), **GRAPH)
+        run = fit(args, "but-four-tops", seed, labels=(0, 2, 3, 4, 5), latent_dim=32, **EVENT)
         odd = events(run.cfg, labels=(1,), stats=run.meta["stats"])[0]["test"]
         found["four tops, never seen"].append(areas(run, run.data["test"], odd))
     for kind, pairs in found.items():
@@ -295,7 +293,10 @@ def physics(args):
     kinds = {"a code a particle": {}, "32 numbers an event": EVENT | dict(phi="sincos", type_weight=0.1)}
     for kind, flags in kinds.items():
         runs = [fit(args, f"physics-{flags.get('level', 'token')}", seed, **flags) for seed in range(args.seeds)]
-        rows = [reconstructed(run.model, None, run.data["test"], run.meta, run.cfg) for run in runs]
+        rows = []  # in GeV, measured and made
+        for run in runs:
+            test, (x, globals) = run.data["test"], decoded(run.model, None, run.data["test"], 0, 0)
+            rows.append([to_rows(a, test["ids"], b, run.meta) for a, b in ((test["x"], test["globals"]), (x, globals))])
         columns = [[kinematics(part) for part in pair] for pair in rows]
         for name, (title, how, within) in PHYSICS.items():
             measured, made_up = ([how(pair[side]) for pair in rows] for side in (0, 1))
