@@ -128,7 +128,7 @@ def test_sums_are_those_of_a_loop():
     data = x, ids, mask, globals = events()
     for level in ("token", "event"):
         out = build(level=level).eval()(*data)
-        sums = {name: (float(a), float(b)) for name, (a, b) in loss_sums(out, x, ids, globals, level).items()}
+        sums = {name: (float(a.detach()), float(b)) for name, (a, b) in loss_sums(out, x, ids, globals, level).items()}
         features = types = right = slots = 0
         for b, s in itertools.product(range(B), range(T)):
             features += (out["x_hat"][b, s] - x[b, s]).square().sum().item() if mask[b, s] else 0
