@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 from models.cross_entropy import CHUNK, linear_cross_entropy
 from models.transformer import Attention, RMSNorm, Rotary
-from models.trm import Core, SelfAttention, attend, grid, rms
+from models.trm import Core, SelfAttention, attend, boxes, grid, rms
 
 ROPE_BASE = 10000.0  # slowest rotary wavelength, in units of 2 pi tokens
 
@@ -81,9 +81,10 @@ class DecoderBlock(nn.Module):
 class HRM(nn.Module):
     """Encoder, core, and a decoder; with decoder_layers 0 a head that fills in each cell of the prompt instead.
 
-    core, h_cycles, l_steps, share, grad and relation_bias as in trm.Core; ffn_dim: inner width of the core, 0 = twice
-    d_model. positions: `rope`, `ends` (tables counted from the first and from the last token of the prompt) or `grid`
-    (tables of rows, columns and boxes). halting: a head learns whether all labels of a sample are right.
+    core, h_cycles, l_steps, share and grad as in trm.Core, relation_bias: with trm.boxes; ffn_dim: inner width of the
+    core, 0 = twice d_model. positions: `rope`, `ends` (tables counted from the first and from the last token of the
+    prompt) or `grid` (tables of rows, columns and boxes). halting: a head learns whether all labels of a sample are
+    right.
     Raises ValueError for parts that do not go together.
     """
 
@@ -115,7 +116,8 @@ class HRM(nn.Module):
         self.encoder = nn.ModuleList(EncoderBlock(**sizes) for _ in range(encoder_layers))
         self.core = Core(
             **sizes, core=core, core_layers=core_layers, share=share, h_cycles=h_cycles, l_steps=l_steps, grad=grad,
-            ffn_dim=ffn_dim or 2 * d_model, relation_bias=relation_bias, max_seq_len=max_seq_len,
+            ffn_dim=ffn_dim or 2 * d_model, relation=boxes(max_seq_len, n_heads) if relation_bias else None,
+            mixer="attention", length=None, recompute=False,
         )  # fmt: skip
         self.remembers_prompt = decoder_layers > 0 and core != "none"
         self.decoder = nn.ModuleList(DecoderBlock(**sizes) for _ in range(decoder_layers))

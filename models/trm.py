@@ -1,8 +1,8 @@
 """A recursive core: a fast module L and a slow module H go over the same positions again and again.
 
 B batch, S positions, C width, D head dim, z_L and z_H the states of the modules (B, S, C), x what they reason about.
-Hierarchical Reasoning Model (arXiv 2506.21734); one module for both, and gradients through the whole last cycle, as in
-the Tiny Recursive Model (2510.04871).
+Hierarchical Reasoning Model (arXiv 2506.21734); one module for both, gradients through the whole last cycle, and a
+mixer that is no attention, as in the Tiny Recursive Model (2510.04871).
 """
 
 import math
@@ -10,13 +10,14 @@ import math
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 from models.transformer import SwiGLU
 
 EPS = 1e-5  # added to the mean square
 MATMUL_KEYS = 200  # up to so many keys a CPU is faster without the fused attention, whose bf16 backward is slow
 RELATION_SCALE = 5.0  # of the relation bias: its steps are as many times those of a weight
-RELATION_START = 2.0  # logit with which one head each begins to look along its row, its column, its box
+RELATION_START = 2.0  # logit with which a head begins to look along its row, or at its neighbour
 
 
 def rms(h):
@@ -38,6 +39,11 @@ def attend(q, k, v, bias):
     return y.transpose(1, 2).flatten(2)
 
 
+def inner_width(width):
+    """Inner width of a SwiGLU with about the parameters of a feed-forward part of four times the width."""
+    return -(-8 * width // 3 // 256) * 256
+
+
 def grid(cells):
     """Row, column and box of each cell of a square grid: (3, cells); boxes of 2 x 2, 2 x 3, 3 x 3 for sides 4, 6, 9."""
     side = math.isqrt(cells)
@@ -46,6 +52,34 @@ def grid(cells):
     height = max(n for n in range(1, math.isqrt(side) + 1) if side % n == 0)
     row, column = torch.arange(cells) // side, torch.arange(cells) % side
     return torch.stack([row, column, row // height * height + column // (side // height)])
+
+
+def boxes(cells, n_heads):
+    """Relations of a square grid: who shares a row, a column or a box; the first heads begin with one of them each.
+
+    -> class of each pair (cells, cells), and the logits that each head begins with (n_heads, 8).
+    """
+    place = grid(cells)
+    same = (place[:, :, None] == place[:, None]).long()  # (3, cells, cells)
+    start = torch.zeros(n_heads, 8)
+    for head in range(min(3, n_heads)):
+        start[head] = RELATION_START * (torch.arange(8) >> head & 1)
+    return same[0] + 2 * same[1] + 4 * same[2], start
+
+
+def offsets(rows, columns, n_heads):
+    """Relations of a page: how far to which side; the first heads begin with one of the four neighbours each.
+
+    -> class of each pair (cells, cells), and the logits that each head begins with (n_heads, classes).
+    """
+    wide = 2 * columns - 1
+    row, column = torch.arange(rows * columns) // columns, torch.arange(rows * columns) % columns
+    down, right = (at[None] - at[:, None] for at in (row, column))  # from a cell to another
+    start = torch.zeros(n_heads, (2 * rows - 1) * wide)
+    here = (rows - 1) * wide + columns - 1  # the class of a cell and itself
+    for head, step in enumerate((1, -1, wide, -wide)[:n_heads]):
+        start[head, here + step] = RELATION_START
+    return (down + rows - 1) * wide + right + columns - 1, start
 
 
 class SelfAttention(nn.Module):
@@ -64,18 +98,30 @@ class SelfAttention(nn.Module):
         return self.out(attend(q, k, v.transpose(1, 2), bias))
 
 
-class Block(nn.Module):
-    """Post-norm attention and SwiGLU: (B, S, C) -> (B, S, C)."""
+class Across(nn.Module):
+    """A SwiGLU over the positions, the same for each coordinate: (B, S, C) -> (B, S, C). S is fixed."""
 
-    def __init__(self, *, d_model, n_heads, ffn_dim):
+    def __init__(self, *, length):
         super().__init__()
-        self.attention = SelfAttention(d_model=d_model, n_heads=n_heads)
+        self.mlp = SwiGLU(d_model=length, inner=inner_width(length))
+
+    def forward(self, h, rotary, bias):
+        return self.mlp(h.mT).mT
+
+
+class Block(nn.Module):
+    """Post-norm mixing of positions and SwiGLU: (B, S, C) -> (B, S, C). mixer as in Core."""
+
+    def __init__(self, *, d_model, n_heads, ffn_dim, mixer, length):
+        super().__init__()
+        attention = mixer == "attention"
+        self.mixer = SelfAttention(d_model=d_model, n_heads=n_heads) if attention else Across(length=length)
         self.ffn = SwiGLU(d_model=d_model, inner=ffn_dim)
         for weight in self.parameters():  # as much goes out as comes in: there is no other residual scale
             nn.init.normal_(weight, std=weight.shape[1] ** -0.5)
 
     def forward(self, h, rotary, bias):
-        h = rms(h + self.attention(h, rotary, bias))
+        h = rms(h + self.mixer(h, rotary, bias))
         return rms(h + self.ffn(h))
 
 
@@ -95,29 +141,29 @@ class Core(nn.Module):
     core `recursive`: h_cycles times: l_steps times z_L = f_L(z_L + z_H + x), then z_H = f_H(z_H + z_L); f stacks
     core_layers blocks, and with `share` f_L is f_H. `plain`: the same blocks once, z_H = f(x). `none`: z_H = x.
     grad: `bptt` through all calls of a segment, `last_cycle` through the last of the h_cycles, `one_step` through the
-    last call of L and of H. relation_bias: cells of a grid know who shares a row, a column or a box with them.
+    last call of L and of H. relation: of `boxes` or `offsets`, what the attention of cells adds for each pair, or None.
+    mixer: `attention`, or `mlp_t`, an MLP over the `length` positions (None: any number of them, for attention).
+    recompute: activations are made again in the backward pass instead of being kept.
     """
 
-    def __init__(self, *, d_model, n_heads, core, core_layers, share, h_cycles, l_steps, grad, ffn_dim, relation_bias,
-                 max_seq_len):  # fmt: skip
+    def __init__(self, *, d_model, n_heads, core, core_layers, share, h_cycles, l_steps, grad, ffn_dim, relation,
+                 mixer, length, recompute):  # fmt: skip
         super().__init__()
         self.recursive, self.calls, self.l_steps = core == "recursive", h_cycles * (l_steps + 1), l_steps
         self.without_grad = self.calls - dict(bptt=self.calls, last_cycle=l_steps + 1, one_step=2)[grad]
-        sizes = dict(d_model=d_model, n_heads=n_heads, ffn_dim=ffn_dim)
+        self.recompute = recompute
+        sizes = dict(d_model=d_model, n_heads=n_heads, ffn_dim=ffn_dim, mixer=mixer, length=length)
         count = 0 if core == "none" else 1 if share else 2  # the first is f_L, the last f_H
         self.stacks = nn.ModuleList(Stack(Block(**sizes) for _ in range(core_layers)) for _ in range(count))
         if self.recursive:
             self.register_buffer("start_L", torch.randn(d_model))
             self.register_buffer("start_H", torch.randn(d_model))
-        self.relation_bias = relation_bias and count > 0
-        if self.relation_bias:
-            place = grid(max_seq_len)
-            same = (place[:, :, None] == place[:, None]).long()  # (3, S, S)
-            self.register_buffer("relation_class", same[0] + 2 * same[1] + 4 * same[2], persistent=False)
-            start = torch.zeros(count, core_layers, n_heads, 8)
-            for head in range(min(3, n_heads)):
-                start[:, :, head] = RELATION_START / RELATION_SCALE * (torch.arange(8) >> head & 1)
-            self.relation = nn.Parameter(start)  # per stack, layer, head and class of a pair
+        self.related = relation is not None and count > 0
+        if self.related:
+            classes, start = relation
+            self.register_buffer("relation_class", classes, persistent=False)  # (S, S)
+            start = (start / RELATION_SCALE).expand(count, core_layers, *start.shape)
+            self.relation = nn.Parameter(start.clone())  # per stack, layer, head and class of a pair
 
     def start(self, x):
         """The fixed states before the first segment -> z_H, z_L, each (B, S, C)."""
@@ -125,23 +171,28 @@ class Core(nn.Module):
 
     def biases(self, bias):
         """bias of the keys (B, 1, 1, S) or None -> for each stack and layer what its attention adds."""
-        if not self.relation_bias:
+        if not self.related:
             return [[bias] * len(blocks) for blocks in self.stacks]
         relation = RELATION_SCALE * self.relation[..., self.relation_class]  # (stacks, layers, heads, S, S)
         return relation if bias is None else relation[:, :, None] + bias
 
-    def forward(self, x, z_H, z_L, rotary, bias):
-        """x, z_H, z_L: (B, S, C), bias of the keys (B, 1, 1, S) or None -> z_H, z_L after one segment."""
+    def forward(self, x, z_H, z_L, rotary, bias, first=0, last=None):
+        """x, z_H, z_L: (B, S, C), bias of the keys (B, 1, 1, S) or None -> z_H, z_L after one segment.
+
+        first, last: of the h_cycles only these, as a slice; the last cycles of a segment are those with gradients.
+        """
         biases = self.biases(bias)
 
         def f(i, *states):
+            if self.recompute and torch.is_grad_enabled():
+                return checkpoint(self.stacks[i], states, rotary, biases[i], use_reentrant=False)
             return self.stacks[i](states, rotary, biases[i])
 
         if not self.recursive:
             for i in range(len(self.stacks)):
                 x = f(i, x)
             return x, z_L
-        for call in range(self.calls):
+        for call in range(self.calls)[slice(*(n and n * (self.l_steps + 1) for n in (first, last)))]:
             with torch.set_grad_enabled(torch.is_grad_enabled() and call >= self.without_grad):
                 if (call + 1) % (self.l_steps + 1):
                     z_L = f(0, z_L, z_H, x)

@@ -5,11 +5,11 @@ import torch
 
 from models import trm
 from models.transformer import Rotary
-from models.trm import EPS, RELATION_SCALE, Block, Core, attend, grid
+from models.trm import EPS, RELATION_SCALE, Block, Core, attend, boxes, grid, offsets
 
 S, C, HEADS = 16, 16, 4
 SIZES = dict(d_model=C, n_heads=HEADS, core="recursive", core_layers=2, share=True, h_cycles=2, l_steps=3,
-             grad="last_cycle", ffn_dim=24, relation_bias=False, max_seq_len=S)  # fmt: skip
+             grad="last_cycle", ffn_dim=24, relation=None, mixer="attention", length=None, recompute=False)  # fmt: skip
 
 
 def still(x):
@@ -39,7 +39,7 @@ def plain_rms(h):
 def plain_block(block, h, relation, bias):
     """One sample h (S, C), position by position; relation (heads, 8) or None, bias (S)."""
     place, D, new = grid(S).tolist(), C // HEADS, []
-    q, k, v = (part.view(S, HEADS, D) for part in (h @ block.attention.qkv.weight.T).chunk(3, -1))
+    q, k, v = (part.view(S, HEADS, D) for part in (h @ block.mixer.qkv.weight.T).chunk(3, -1))
     for t in range(S):
         read = []
         for head in range(HEADS):
@@ -49,7 +49,7 @@ def plain_block(block, h, relation, bias):
                 logits[s] = logits[s] + RELATION_SCALE * relation[head, row + 2 * column + 4 * box]
             p = torch.stack(logits).exp()
             read.append(p @ v[:, head] / p.sum())
-        x = plain_rms(h[t] + block.attention.out.weight @ torch.cat(read))
+        x = plain_rms(h[t] + block.mixer.out.weight @ torch.cat(read))
         gate, up = (block.ffn.gate_up.weight @ x).chunk(2)
         new.append(plain_rms(x + block.ffn.down.weight @ (gate * gate.sigmoid() * up)))
     return torch.stack(new)
@@ -59,7 +59,8 @@ def plain_block(block, h, relation, bias):
 @pytest.mark.parametrize("relation_bias", [True, False])
 @torch.no_grad()
 def test_core_equals_a_loop(share, relation_bias):
-    core = build(share=share, relation_bias=relation_bias, l_steps=2, core_layers=1)
+    relation = boxes(S, HEADS) if relation_bias else None
+    core = build(share=share, relation=relation, l_steps=2, core_layers=1)
     if relation_bias:
         torch.nn.init.normal_(core.relation)
     x, z_H, z_L = (normal(2, S, C, seed=s) for s in range(3))
@@ -151,22 +152,71 @@ def test_states_differ_between_positions(positions):
         assert distance.min() > 1e-2
 
 
-@pytest.mark.parametrize("cells, boxes", [(16, (2, 2)), (36, (2, 3)), (81, (3, 3))])
-def test_units_of_a_grid(cells, boxes):
+@pytest.mark.parametrize("cells, box_shape", [(16, (2, 2)), (36, (2, 3)), (81, (3, 3))])
+def test_units_of_a_grid(cells, box_shape):
     row, column, box = grid(cells).tolist()
     side = round(cells**0.5)
     for unit in (row, column, box):
         assert sorted(unit) == sorted(list(range(side)) * side)
-    assert box == [r // boxes[0] * boxes[0] + c // boxes[1] for r, c in zip(row, column, strict=True)]
+    assert box == [r // box_shape[0] * box_shape[0] + c // box_shape[1] for r, c in zip(row, column, strict=True)]
     with pytest.raises(ValueError, match="80 cells"):
         grid(80)
 
 
 def test_heads_begin_on_row_column_and_box():
-    core = build(relation_bias=True).float()
+    core = build(relation=boxes(S, HEADS)).float()
     place = grid(S)
     bias = core.biases(None)[0, 0]
     for head in range(3):
         same = place[head][:, None] == place[head]
         torch.testing.assert_close(bias[head], 2.0 * same)
     assert not bias[3].any()
+
+
+def test_heads_begin_at_the_four_neighbours():
+    classes, start = offsets(3, 5, 5)
+    bias = start[:, classes]  # (heads, 15, 15)
+    for head, (down, right) in enumerate([(0, 1), (0, -1), (1, 0), (-1, 0)]):
+        for i in range(15):
+            for j in range(15):
+                there = (i // 5 + down, i % 5 + right) == (j // 5, j % 5)
+                assert bias[head, i, j] == 2.0 * there
+    assert not bias[4].any() and classes.unique().tolist() == list(range(45))
+
+
+@torch.no_grad()
+def test_mixing_by_an_mlp_equals_a_loop():
+    core = build(mixer="mlp_t", length=S, core_layers=1, h_cycles=1, l_steps=1)
+    x, z_H, z_L = (normal(1, S, C, seed=s) for s in range(3))
+    found = core(x, z_H, z_L, still, None)
+    block = core.stacks[0][0]
+
+    def f(h):
+        across = torch.stack([block.mixer.mlp(h[:, c]) for c in range(C)], 1)
+        h = torch.stack([plain_rms(row) for row in h + across])
+        return torch.stack([plain_rms(row) for row in h + block.ffn(h)])
+
+    L = f(z_L[0] + z_H[0] + x[0])
+    torch.testing.assert_close(found[1][0], L)
+    torch.testing.assert_close(found[0][0], f(z_H[0] + L))
+
+
+@pytest.mark.parametrize("mixer", ["attention", "mlp_t"])
+def test_a_segment_in_two_parts(mixer):
+    core = build(mixer=mixer, length=S, h_cycles=3)
+    x, z_H, z_L = (normal(2, S, C, seed=s) for s in range(3))
+    whole = core(x, z_H, z_L, still, None)
+    parts = core(x, *core(x, z_H, z_L, still, None, last=-1), still, None, first=-1)
+    for a, b in zip(whole, parts, strict=True):
+        assert torch.equal(a, b)
+    first, second = (torch.autograd.grad(h.square().sum(), list(core.parameters())) for h in (whole[0], parts[0]))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_recomputing_changes_no_gradient():
+    x, z_H, z_L = (normal(2, S, C, seed=s) for s in range(3))
+    gradients = []
+    for recompute in (False, True):
+        core = build(recompute=recompute)
+        gradients.append(torch.autograd.grad(core(x, z_H, z_L, still, None)[0].square().sum(), list(core.parameters())))
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))

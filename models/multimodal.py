@@ -1,0 +1,336 @@
+"""Pictures -> patches -> a few capsules -> recursive reasoning along K paths -> an answer.
+
+B batch, K paths, N positions that are reasoned about, P patches, D width, L answer, V symbols, T steps. The recursion
+is that of the Tiny Recursive Model (arXiv 2510.04871): a step is one segment of the core and one optimizer step, the
+next goes on from its states. A task is a dict: kind (text or grid), rows and cols of its page, length L of the answer,
+causal (written by a decoder, else slot by slot), cells in a patch, ids (rows of its table of rules, 0: none).
+"""
+
+import math
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from data_utils.render import BEGIN, CELL_HEIGHT, CELL_WIDTH, PADDING, SYMBOLS, to_float, to_patches
+from models.codebook import Codebook
+from models.decoder import Decoder
+from models.hrm import ROPE_BASE, Still
+from models.memory import Memory
+from models.planning import all_paths, pick, put, select, share, starts
+from models.transformer import Rotary
+from models.trm import Core, boxes, inner_width, offsets, rms
+
+TABLE = 64  # most rows or columns of patches
+
+
+def log_stablemax(logits):
+    """log of s(x) over its sum, s(x) = x + 1 above 0, 1 / (1 - x) below (arXiv 2501.04697): (..., V) -> (..., V)."""
+    s = logits.clamp_min(0).log1p() - (-logits.clamp_max(0)).log1p()
+    return s - s.logsumexp(-1, keepdim=True)
+
+
+class Places(nn.Module):
+    """A vector for each place of a page: the sum of those of its row and of its column."""
+
+    def __init__(self, *, d_model):
+        super().__init__()
+        self.table = nn.Parameter(0.02 * torch.randn(2, TABLE, d_model))
+
+    def forward(self, rows, columns):
+        """-> (rows * columns, D). Raises ValueError for a page beyond TABLE."""
+        if max(rows, columns) > TABLE:
+            raise ValueError(f"{rows} x {columns} patches, at most {TABLE} x {TABLE}")
+        return (self.table[0, :rows, None] + self.table[1, None, :columns]).flatten(0, 1)
+
+
+class Quantizer(nn.Module):
+    """Each capsule as `groups` codes of one codebook: (B, N, D) -> the same shape, and nothing else comes through."""
+
+    def __init__(self, *, d_model, size, dim, groups, beta, decay, revive):
+        super().__init__()
+        self.shape, self.bits = (groups, dim), groups * math.log2(size)  # bits of a capsule
+        self.down, self.up = (
+            nn.Linear(a, b, bias=False) for a, b in ((d_model, groups * dim), (groups * dim, d_model))
+        )
+        self.codebook = Codebook(size=size, dim=dim, beta=beta, decay=decay, revive=revive, eps=1e-5)
+
+    def vectors(self, capsules):
+        """What the codes stand for, of length 1 each: (B, N, D) -> (B, N, groups, dim)."""
+        return F.normalize(self.down(capsules).float().unflatten(-1, self.shape), dim=-1)
+
+    def forward(self, capsules):
+        """-> capsules (B, N, D), codes (B, N, groups) int64, commitment loss."""
+        q, index, commit = self.codebook(self.vectors(capsules))
+        return self.up(q.flatten(-2)), index, commit
+
+
+class Multimodal(nn.Module):
+    """Encoder, reasoner and decoder for several tasks: model(carry, batch) -> (carry, outputs).
+
+    tasks: {name: task}, see the file's docstring. supervision_steps, text_supervision_steps: T of grids and of text.
+    bottleneck: `capsules`, `patches` (the reasoner sees them all) or `tokens` (symbols instead of pictures).
+    mixer, relation_bias (boxes of a Sudoku, offsets elsewhere): as in trm.Core, for one task. loss: of slots; text that
+    is written has softmax. paths: 1 is the plain model; after every planning_depth steps all go on from the best one.
+    Raises ValueError for parts that do not go together.
+    """
+
+    def __init__(self, *, tasks, hidden_size, num_heads, H_cycles, L_cycles, L_layers, mixer, relation_bias, bottleneck,
+                 num_capsules, augment, supervision_steps, text_supervision_steps, loss, paths, planning_depth,
+                 use_vq_codebook, vq_size, vq_dim, vq_groups, vq_beta, vq_decay, vq_revive, enable_memory, memory_slots,
+                 memory_dim, memory_top_k, enable_mtp, decoder_layers, enable_gradient_checkpointing):  # fmt: skip
+        super().__init__()
+        D, (only, *others) = hidden_size, tasks.values()
+        self.tasks, self.bottleneck, self.augment, self.loss = tasks, bottleneck, augment, loss
+        self.planning_depth, self.num_capsules = planning_depth, num_capsules
+        self.limits = dict(grid=supervision_steps, text=text_supervision_steps)
+        capsules, causal = bottleneck == "capsules", [task for task in tasks.values() if task["causal"]]
+        if mixer == "mlp_t" and others:
+            raise ValueError(f"--mixer mlp_t has a fixed length, --tasks {' '.join(tasks)} have several: one of them")
+        if use_vq_codebook and not capsules:
+            raise ValueError(f"--use_vq_codebook is of capsules, --bottleneck is {bottleneck}: --no-use_vq_codebook")
+        if enable_mtp and not causal:
+            raise ValueError(f"--enable_mtp needs a task that writes, not only {' '.join(tasks)}: --no-enable_mtp")
+        if relation_bias and (others or only["kind"] != "grid" or capsules or mixer != "attention" or only["ids"]):
+            raise ValueError("--relation_bias needs one task of grids, --bottleneck patches or tokens, and attention")
+        kinds = {task["kind"]: task["cells"] for task in tasks.values()}
+        if bottleneck == "tokens":
+            self.embedding = nn.Embedding(SYMBOLS, D)
+            nn.init.normal_(self.embedding.weight, std=D**-0.5)
+        else:
+            size = CELL_HEIGHT * CELL_WIDTH
+            self.look = nn.ModuleDict({kind: nn.Linear(size * cells, D) for kind, cells in kinds.items()})
+        self.page_places = Places(d_model=D)
+        if any(self.has_slots(task) for task in tasks.values()):
+            self.answer_places = Places(d_model=D)
+        self.task = nn.Embedding(len(tasks), D)
+        nn.init.zeros_(self.task.weight)
+        if rules := max(task["ids"] for task in tasks.values()):
+            self.rules = nn.Embedding(rules, D, sparse=True)
+            nn.init.zeros_(self.rules.weight)
+        sizes = dict(d_model=D, n_heads=num_heads, core="recursive", core_layers=L_layers, share=True, mixer=mixer,
+                     h_cycles=H_cycles, l_steps=L_cycles, grad="last_cycle", ffn_dim=inner_width(D),
+                     recompute=enable_gradient_checkpointing)  # fmt: skip
+        seen = [num_capsules + math.prod(self.shape_of(task)) for task in tasks.values()]
+        lengths = [self.length_of(task) for task in tasks.values()]
+        if capsules:
+            self.capsule_tokens = nn.Parameter(torch.randn(num_capsules, D))
+            self.encoder = Core(**sizes, relation=None, length=seen[0])
+        relation = None
+        if relation_bias:
+            square = only["rows"] == only["cols"] in (4, 6, 9)
+            relation = boxes(only["length"], num_heads) if square else offsets(only["rows"], only["cols"], num_heads)
+        self.core = Core(**sizes, relation=relation, length=lengths[0])
+        self.rotary = Still() if relation_bias else Rotary(D // num_heads, max(seen + lengths), ROPE_BASE)
+        self.register_buffer("starts", starts(self.core.start_L, paths))
+        if use_vq_codebook:
+            self.quantizer = Quantizer(d_model=D, size=vq_size, dim=vq_dim, groups=vq_groups, beta=vq_beta,
+                                       decay=vq_decay, revive=vq_revive)  # fmt: skip
+        if enable_memory:
+            self.memory = Memory(slots=memory_slots, key_dim=memory_dim, d_model=D, top_k=memory_top_k)
+        if len(causal) < len(tasks):
+            self.head = nn.Linear(D, SYMBOLS, bias=False)
+            nn.init.normal_(self.head.weight, std=D**-0.5)
+        if causal:
+            longest = max(task["length"] for task in causal)
+            self.decoder = Decoder(symbols=SYMBOLS, begin=BEGIN, d_model=D, n_heads=num_heads, layers=decoder_layers,
+                                   length=longest, mtp=enable_mtp)  # fmt: skip
+        self.mtp = enable_mtp
+        self.halt = nn.Linear(D, 1)
+        nn.init.zeros_(self.halt.weight)
+        nn.init.constant_(self.halt.bias, -5.0)
+
+    # --- shapes ---------------------------------------------------------------------------
+    def has_slots(self, task):
+        """Whether places for the answer are added to what is seen: else cells are answered where they stand."""
+        return not task["causal"] and (self.bottleneck == "capsules" or task["kind"] == "text")
+
+    def shape_of(self, task):
+        """Rows and columns of what is seen of a page: symbols, or patches; pictures at an offset have one more."""
+        more = int(self.augment and task["kind"] == "text" and self.bottleneck != "tokens")
+        cells = 1 if self.bottleneck == "tokens" else task["cells"]
+        return task["rows"] + more, -(-(task["cols"] + more) // cells)
+
+    def length_of(self, task):
+        """N: a rule, capsules or what is seen, slots."""
+        seen = self.num_capsules if self.bottleneck == "capsules" else math.prod(self.shape_of(task))
+        return bool(task["ids"]) + seen + self.has_slots(task) * task["length"]
+
+    # --- parts ----------------------------------------------------------------------------
+    def see(self, batch):
+        """Page (B, R, C), or patches (B, P, pixels) if they are there already -> what is seen of it (B, P, D)."""
+        task = self.tasks[batch["task"]]
+        places = self.page_places(*self.shape_of(task))
+        if self.bottleneck == "tokens":
+            return rms(self.embedding(batch["page"].flatten(1).long()) * places.shape[-1] ** 0.5 + places)
+        patches = batch["patches"] if "patches" in batch else to_float(to_patches(batch["page"], task["cells"]))
+        return rms(self.look[task["kind"]](patches) + places)
+
+    def capsules(self, seen):
+        """(B, P, D) -> (B, capsules, D): the first places of the encoder's z_H."""
+        seen = torch.cat([self.capsule_tokens.expand(len(seen), -1, -1).to(seen.dtype), seen], 1)
+        return self.encoder(seen, *self.encoder.start(seen), self.rotary, None)[0][:, : self.num_capsules]
+
+    def perceive(self, batch):
+        """-> x (B, N, D), {vq_loss}, {codes (B, capsules, groups)}: what is reasoned about, each if it is there."""
+        task, losses, codes = self.tasks[batch["task"]], {}, {}
+        x = self.see(batch)
+        if self.bottleneck == "capsules":
+            x = self.capsules(x)
+            if hasattr(self, "quantizer"):
+                x, codes["codes"], losses["vq_loss"] = self.quantizer(x)
+        if task["ids"]:
+            x = torch.cat([self.rules(batch["id"])[:, None].to(x.dtype), x], 1)
+        if self.has_slots(task):
+            rows, columns = (task["rows"], task["cols"])
+            x = torch.cat([x, self.answer_places(rows, columns).expand(len(x), -1, -1).to(x.dtype)], 1)
+        x = x + self.task.weight[list(self.tasks).index(batch["task"])]
+        if hasattr(self, "memory"):
+            x = self.memory.read(x, batch["index"])
+        return x, losses, codes
+
+    def confidence(self, z_H):
+        """Logit that the whole answer is right: (..., N, D) -> (...)."""
+        return self.halt(z_H.mean(-2))[..., 0].float()
+
+    def answer(self, name, x, z_H, target):
+        """x, z_H (B, N, D) -> logits (B, L, V), hidden states of the decoder or None; it is fed the right answer."""
+        task = self.tasks[name]
+        if task["causal"]:
+            h = self.decoder(target.long(), x + z_H)
+            return self.decoder.logits(h), h
+        return self.head(z_H[:, -task["length"] :]), None
+
+    def nats(self, name, logits, target):
+        """Of each symbol of the answer, 0 where it is PADDING: logits (B, L, V), target (B, L) -> (B, L)."""
+        logits, target = logits.float(), target.long()
+        softmax = self.tasks[name]["causal"] or self.loss == "softmax"
+        log = logits.log_softmax(-1) if softmax else log_stablemax(logits)
+        return F.nll_loss(log.flatten(0, 1), target.flatten(), ignore_index=PADDING, reduction="none").view_as(target)
+
+    # --- a step ---------------------------------------------------------------------------
+    def limit(self, name):
+        """T, the most steps for a sample."""
+        return self.limits[self.tasks[name]["kind"]]
+
+    def initial_carry(self, batch):
+        """The states before the first step; all samples are new: dict of z_H, z_L (B, K, N, D), steps, halted (B)."""
+        task, B, device = self.tasks[batch["task"]], len(batch["page"]), batch["page"].device
+        z = torch.zeros(B, len(self.starts), self.length_of(task), self.starts.shape[1], device=device)
+        answer = torch.zeros(B, task["length"], dtype=torch.uint8, device=device)
+        steps, halted = torch.zeros(B, dtype=torch.long, device=device), torch.ones(B, dtype=torch.bool, device=device)
+        return dict(z_H=z, z_L=z.clone(), steps=steps, halted=halted, answer=answer)
+
+    def fresh(self, carry, dtype):
+        """States (B, K, N, D) in which those that halted begin again, and the steps of each sample so far (B)."""
+        new = carry["halted"][:, None, None, None]
+        z_H = torch.where(new, self.core.start_H.to(dtype), carry["z_H"].to(dtype))
+        z_L = torch.where(new, self.starts[:, None].to(dtype), carry["z_L"].to(dtype))
+        return z_H, z_L, carry["steps"].masked_fill(carry["halted"], 0)
+
+    def forward(self, carry, batch):
+        """One step of each sample -> (carry, outputs).
+
+        batch: task (its name), page (B, R, C) uint8 or patches, target (B, L) uint8, index (B) that tells samples
+        apart, id (B) of a rule, explore (B): a path that wins in any case, or -1. A sample that has halted is a new one
+        in `batch`. outputs: logits (B, L, V) and q_halt (B) of the winner, path (B), and aux: the losses ce, halt_loss,
+        vq_loss, mtp_loss, each if it is on; without gradient, per sample: accuracy, right, changed, confidence,
+        paths_right (B, K), x_mean, z_mean (B, D), and codes, acceptance.
+        """
+        name, target = batch["task"], batch["target"]
+        scored = target != PADDING
+        x, losses, said = self.perceive(batch)
+        z_H, z_L, steps = self.fresh(carry, x.dtype)
+        (B, K), path = z_H.shape[:2], torch.zeros_like(steps)
+        if K == 1:
+            won = self.core(x, z_H[:, 0], z_L[:, 0], self.rotary, None)
+            z_H, z_L = (z.detach()[:, None] for z in won)
+            every = self.confidence(won[0])[:, None]
+        else:
+            before, (z_H, z_L) = all_paths(self.core, x, z_H, z_L, self.rotary)
+            with torch.no_grad():
+                wide = target.repeat_interleave(K, 0)
+                logits, _ = self.answer(name, x.repeat_interleave(K, 0), z_H.flatten(0, 1), wide)
+                cost = self.nats(name, logits, wide).sum(1).view(B, K)
+                said["paths_right"] = self.hits(logits, wide).all(1).view(B, K)
+            path = torch.where(batch["explore"] < 0, cost.argmin(1), batch["explore"])
+            won = self.core(x, *(pick(z, path) for z in before), self.rotary, None, first=-1)
+            z_H, z_L = (put(z, path, new.detach()) for z, new in zip((z_H, z_L), won, strict=True))
+            every = put(self.confidence(z_H), path, self.confidence(won[0]))
+        logits, h = self.answer(name, x, won[0], target)
+        losses["ce"] = (self.nats(name, logits, target).sum(1) / scored.sum(1)).mean()
+        with torch.no_grad():
+            answer, hit = logits.argmax(-1).to(torch.uint8), self.hits(logits, target)
+            right = hit.all(1)[:, None].expand(-1, K) if K == 1 else put(said["paths_right"], path, hit.all(1))
+            said |= dict(accuracy=(hit & scored).sum(1) / scored.sum(1), right=hit.all(1), paths_right=right,
+                         changed=((answer != carry["answer"]) & scored).sum(1) / scored.sum(1),
+                         confidence=(logits.float().softmax(-1).amax(-1) * scored).sum(1) / scored.sum(1),
+                         x_mean=x.mean(1).float(), z_mean=won[0].mean(1).float())  # fmt: skip
+        losses["halt_loss"] = F.binary_cross_entropy_with_logits(every, right.float())
+        if self.mtp and h is not None:
+            guess = self.decoder.logits(self.decoder.ahead(h, target.long()))
+            nats = self.nats(name, guess, target[:, 1:])
+            losses["mtp_loss"] = (nats.sum(1) / scored[:, 1:].sum(1).clamp_min(1)).mean()
+            same = (guess.argmax(-1) == answer[:, 1:]) & scored[:, 1:]
+            said["acceptance"] = same.sum() / scored[:, 1:].sum().clamp_min(1)
+        steps = steps + 1
+        z_H = share(z_H, path, steps % self.planning_depth == 0)
+        carry = dict(z_H=z_H, z_L=z_L, steps=steps, halted=steps >= self.limit(name), answer=answer)
+        return carry, dict(logits=logits, q_halt=pick(every, path).detach(), path=path, aux=losses | said)
+
+    def hits(self, logits, target):
+        """Whether each symbol is right; PADDING always is: (B, L, V), (B, L) -> (B, L)."""
+        return (logits.argmax(-1) == target) | (target == PADDING)
+
+    # --- use ------------------------------------------------------------------------------
+    @torch.no_grad()
+    def trace(self, batch, *, steps, paths=0, noise=0.0, generator=None):
+        """Think about a batch for so many steps -> dict of answers (T, B, K, L) uint8, halt (T, B, K), nats (T, B, K).
+
+        paths: 0 as trained; more repeat the starts. noise: added to the states before each step, times a normal
+        number. halt: logits that the answer is right. nats: of the whole answer, if the batch has a target; what is
+        written is fed the right answer so far. Also x (B, N, D), codes, and z_H of the last step (B, K, N, D).
+        """
+        x, _, said = self.perceive(batch)
+        K, name = paths or len(self.starts), batch["task"]
+        first = self.starts[torch.arange(K, device=x.device) % len(self.starts)]
+        z_H = self.core.start_H.to(x.dtype).expand(len(x), K, *x.shape[1:])
+        z_L = first[:, None].to(x.dtype).expand_as(z_H)
+        wide, target = x.repeat_interleave(K, 0), batch["target"].repeat_interleave(K, 0)
+        found = dict(answers=[], halt=[], nats=[])
+        for step in range(steps):
+            if noise:
+                z_H, z_L = (z + noise * torch.randn(z.shape, generator=generator).to(z) for z in (z_H, z_L))
+            states = self.core(wide, z_H.flatten(0, 1), z_L.flatten(0, 1), self.rotary, None)
+            z_H, z_L = (z.unflatten(0, (-1, K)) for z in states)
+            logits, _ = self.answer(name, wide, states[0], target)
+            halt = self.confidence(z_H)
+            found["answers"].append(logits.argmax(-1).to(torch.uint8).unflatten(0, (-1, K)))
+            found["halt"].append(halt)
+            found["nats"].append(self.nats(name, logits, target).sum(1).view(-1, K))
+            if K > 1 and not noise:
+                due = torch.full((len(x),), (step + 1) % self.planning_depth == 0, device=x.device)
+                z_H = share(z_H, halt.argmax(1), due)
+        return {key: torch.stack(values) for key, values in found.items()} | said | dict(x=x, z_H=z_H)
+
+    @torch.no_grad()
+    def write(self, batch, *, steps, choose, end, length=0):
+        """Answer of a causal task, symbol by symbol: (B, length) int64, logits that it is right (B)."""
+        found = self.trace(batch, steps=steps)
+        best = select(found["answers"], found["halt"], "score")[-1]
+        z_H, length = pick(found["z_H"], best), length or self.tasks[batch["task"]]["length"]
+        made = self.decoder.generate(found["x"] + z_H, length=length, end=end, choose=choose)
+        return made, pick(found["halt"][-1], best)
+
+    @torch.no_grad()
+    def start_codes(self, batch, generator):
+        """Begin the codebook with k-means over the capsules of a batch."""
+        capsules = self.capsules(self.see(batch))
+        self.quantizer.codebook.start(self.quantizer.vectors(capsules).flatten(0, -2), True, generator)
+
+    def compiled(self):
+        """Let torch.compile make each stack of the cores anew -> self; weights keep their names."""
+        for core in (self.core, getattr(self, "encoder", None)):
+            for stack in core.stacks if core else ():
+                stack.compile()
+        return self
