@@ -26,6 +26,7 @@ answers.py     reasoners rebuilt, scored, and when they stop: train_hrm.py, gene
 nested.py      configuration files in sections: train_hrm.py
 arithmetic.py  "What is 12 + 7?": questions.py, prepare_data.py
 puzzles.py     Sudoku: questions.py, answers.py, prepare_data.py
+render.py      text, code and grids as pages of symbols, drawn as pixels and patches: train_multimodal.py, plot.py
 events.py      particle events in files and as tensors, normalised and back: train_ae.py, generate.py, prepare_data.py
 decay_chain.py events of heavy particles that decay: events.py, pythia.py, prepare_data.py
 pythia.py      events of the package pythia8mc: prepare_data.py

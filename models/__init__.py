@@ -18,5 +18,9 @@ messages.py       messages between the elements of a set: diffusion.py, gan.py, 
 codebook.py       vector quantization that keeps all codes in use: autoencoder.py
 diffusion.py      noise on particles, the network that removes it, DDIM: autoencoder.py, train_ae.py, generate.py
 gan.py            discriminator, critic of latents, adaptive weight: train_ae.py
+adam_atan2.py     Adam whose step is an angle, on flat buffers; sign descent on rows: train_multimodal.py
+gradients.py      norms, update ratios, parameters that never had a gradient: train_multimodal.py
+memory.py         what solved samples were like, read by later ones: multimodal.py
+halting.py        when to stop, learnt by Q-learning: train_multimodal.py
 autoencoder.py    encoders, latent spaces, decoders of events: train_ae.py, generate.py
 """

@@ -1,0 +1,142 @@
+"""Adam-atan2: Adam whose step is an angle, and so needs no epsilon and does not change when the loss is scaled.
+
+Everett et al. 2024, "Scaling Exponents Across Parameterizations and Optimizers" (arXiv 2407.05872), section 5: the step
+is a atan2(m, b sqrt(v)) with bias-corrected moments m, v. Decoupled weight decay (1711.05101). n numbers in all.
+"""
+
+import torch
+import torch.distributed as dist
+
+A, B = 1.27, 1.0  # the paper's: a step is at most A pi / 2 times the rate
+PIECE = dict(cpu=131_072)  # numbers updated at once; what they need stays in the cache
+LARGE_PIECE = 16_777_216  # the same on an accelerator
+ALIGN = 64  # numbers; each parameter begins at a multiple of so many
+
+
+def gather_rows(x):
+    """Rows (n, ...) of this rank -> of all ranks, in their order; n is the same on each."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return x
+    parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, x.contiguous())
+    return torch.cat(parts)
+
+
+class Flat:
+    """One buffer each for values, gradients and both moments of parameters, which become views of the first two."""
+
+    def __init__(self, params):
+        like = params[0] if params else torch.empty(0)
+        if any(p.dtype != like.dtype or p.device != like.device for p in params):
+            raise ValueError("the parameters of a group need one type and one device")
+        sizes = [p.numel() + -p.numel() % ALIGN for p in params]
+        self.params, self.starts = params, [sum(sizes[:i]) for i in range(len(sizes))]
+        self.values, self.gradients, self.m, self.v = torch.zeros(4, sum(sizes), dtype=like.dtype, device=like.device)
+        for p, value, gradient in zip(params, self.views(self.values), self.views(self.gradients), strict=True):
+            value.copy_(p.data)
+            p.data, p.grad = value, gradient
+
+    def views(self, buffer):
+        """Each parameter's part of a buffer, in its shape."""
+        return [buffer[i : i + p.numel()].view(p.shape) for i, p in zip(self.starts, self.params, strict=True)]
+
+
+class AdamAtan2(torch.optim.Optimizer):
+    """groups: as of any torch optimizer, of parameters or of (name, parameter); each may have its weight_decay.
+
+    From here on parameters and gradients are views of one buffer a group: move the model to its device before, and
+    never set a gradient to None. A gradient of 0 counts like any other, so that moments fade; a parameter that has had
+    no other stands still but for its decay. State is saved parameter by parameter, as torch's own optimizers do.
+    """
+
+    def __init__(self, groups, *, lr, betas, weight_decay=0.0):
+        super().__init__(groups, dict(lr=lr, betas=betas, weight_decay=weight_decay))
+        self.flat = [Flat(group["params"]) for group in self.param_groups]
+        self.steps = 0
+
+    @property
+    def flat_gradients(self):
+        """One tensor (n) a group."""
+        return [flat.gradients for flat in self.flat]
+
+    def zero_grad(self, set_to_none=True):
+        """All gradients are 0 afterwards, whatever `set_to_none` says."""
+        for gradients in self.flat_gradients:
+            gradients.zero_()
+
+    def average_gradients(self, world):
+        """Gradients become their means over `world` ranks: all that data parallelism needs after the backward pass."""
+        for gradients in self.flat_gradients if world > 1 else ():
+            dist.all_reduce(gradients)
+            gradients /= world
+
+    def clip_(self, max_norm):
+        """Return the norm of all gradients, a float; where it is above max_norm they are scaled down to it."""
+        pieces = [piece for gradients in self.flat_gradients for piece in gradients.split(PIECE["cpu"])]
+        norm = torch.stack(torch._foreach_norm(pieces)).norm().item()  # of millions at once it is 0.1 % off on a CPU
+        for gradients in self.flat_gradients if norm > max_norm else ():
+            gradients *= max_norm / norm
+        return norm
+
+    @torch.no_grad()
+    def step(self):
+        self.steps += 1
+        for group, flat in zip(self.param_groups, self.flat, strict=True):
+            beta1, beta2 = group["betas"]
+            correction = B * (1 - beta1**self.steps) / (1 - beta2**self.steps) ** 0.5
+            piece = PIECE.get(flat.values.device.type, LARGE_PIECE)
+            scratch = flat.values.new_empty(2, min(piece, len(flat.values)))
+            buffers = flat.values, flat.gradients, flat.m, flat.v
+            for value, gradient, m, v in zip(*(buffer.split(piece) for buffer in buffers), strict=True):
+                m.lerp_(gradient, 1 - beta1)
+                v.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
+                root, angle = scratch[:, : len(v)]
+                torch.atan2(m, torch.sqrt(v, out=root).mul_(correction), out=angle)
+                value.mul_(1 - group["lr"] * group["weight_decay"]).sub_(angle, alpha=A * group["lr"])
+
+    def state_dict(self):
+        """As torch's: the step and the moments of each parameter, none before the first step; and the names."""
+        state = {i: dict(step=self.steps, m=m, v=v) for i, (m, v) in enumerate(self._moments()) if self.steps}
+        return super().state_dict() | dict(state=state, names=self._names())
+
+    def load_state_dict(self, state_dict):
+        """Raises ValueError unless names and shapes are those of this optimizer."""
+        state, own = list(state_dict["state"].values()), self._moments()
+        if state_dict["names"] != self._names():
+            raise ValueError("the optimizer's state is of parameters of other names, or in another order")
+        if state and [s["m"].shape for s in state] != [m.shape for m, _ in own]:
+            raise ValueError("the optimizer's state is of parameters of other shapes")
+        super().load_state_dict(state_dict | dict(state={}))  # the groups
+        self.steps = state[0]["step"] if state else 0
+        for i, (m, v) in enumerate(own):
+            m.copy_(state[i]["m"] if state else torch.zeros(()))
+            v.copy_(state[i]["v"] if state else torch.zeros(()))
+
+    def _moments(self):
+        """Both moments of each parameter, views of the buffers."""
+        return [pair for flat in self.flat for pair in zip(flat.views(flat.m), flat.views(flat.v), strict=True)]
+
+    def _names(self):
+        """Of the parameters, where groups came with names."""
+        return [name for group in self.param_groups for name in group.get("param_names", ())]
+
+
+class SignRows(torch.optim.Optimizer):
+    """Sign descent with decoupled decay on the rows of a table that a batch has used: nn.Embedding(.., sparse=True).
+
+    The same on all ranks, each of which looked up as many rows; other rows stand still. As the puzzle table of the Tiny
+    Recursive Model (arXiv 2510.04871). There is no state.
+    """
+
+    def __init__(self, groups, *, lr, weight_decay=0.0):
+        super().__init__(groups, dict(lr=lr, weight_decay=weight_decay))
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            for p in (p for p in group["params"] if p.grad is not None):
+                index, gradient = gather_rows(p.grad._indices()[0]), gather_rows(p.grad._values())
+                rows = index.unique()
+                total = (rows[:, None] == index).to(gradient.dtype) @ gradient  # in one order, unlike index_add_
+                shrunk = p[rows] * (1 - group["lr"] * group["weight_decay"])
+                p[rows] = shrunk - group["lr"] * total.sign()

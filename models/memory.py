@@ -1,0 +1,87 @@
+"""A memory of what solved samples were like and what was thought about them, read by samples that look alike.
+
+B batch, N sequence, D width, C slots, E width of a key. Keys and values are data, not weights: gradients go to the
+query, the temperature, the projection of what is read, and its gate.
+"""
+
+import math
+from contextlib import contextmanager
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from models.adam_atan2 import gather_rows
+
+TEMPERATURE = 0.1  # of the cosines, at the start
+GATE = -2.0  # added to the logit of the gate, which is nearly closed at the start
+
+
+class Memory(nn.Module):
+    """A ring of slots: the newest entry takes the place of the oldest. Empty, it does nothing."""
+
+    def __init__(self, *, slots, key_dim, d_model, top_k):
+        super().__init__()
+        self.top_k = top_k
+        self.query = nn.Linear(d_model, key_dim, bias=False)
+        self.value = nn.Linear(d_model, d_model, bias=False)
+        self.gate = nn.Linear(2 * d_model, 1, bias=False)
+        self.log_scale = nn.Parameter(torch.tensor(-math.log(TEMPERATURE)))
+        self.register_buffer("keys", torch.zeros(slots, key_dim))
+        self.register_buffer("values", torch.zeros(slots, d_model))
+        self.register_buffer("samples", torch.full((slots,), -1))
+        self.register_buffer("fill", torch.zeros((), dtype=torch.long))  # slots in use: the first so many
+        self.register_buffer("cursor", torch.zeros((), dtype=torch.long))  # the slot that is written next
+
+    def key(self, mean):
+        """mean: (B, D) over the positions of x -> (B, E) of length 1; queries and keys alike."""
+        with torch.autocast(mean.device.type, enabled=False):
+            return F.normalize(self.query(mean.float()), dim=-1)
+
+    def read(self, x, samples):
+        """x: (B, N, D), samples: (B) int64, whose own entries are not read -> x plus the same for all its positions.
+
+        Of the top_k entries with the largest cosines. x itself, bit for bit, where there is no entry to read.
+        """
+        fill = int(self.fill)
+        if not fill:
+            return x
+        with torch.autocast(x.device.type, enabled=False):  # the nearest in bfloat16 are others
+            mean = x.mean(1).float()
+            cosine = self.key(mean) @ self.keys[:fill].clone().T  # which may be written to before the backward pass
+            cosine = cosine.masked_fill(self.samples[:fill] == samples[:, None], -torch.inf)
+            top, index = cosine.topk(min(self.top_k, fill))  # (B, k)
+            found = top.isfinite()
+            weights = (top.masked_fill(~found, -1e4) * self.log_scale.exp()).softmax(-1)
+            read = self.value((weights[..., None] * self.values[index]).sum(1)) * found[:, :1]  # (B, D)
+            gate = torch.sigmoid(self.gate(torch.cat([mean, read], -1)) + GATE)
+        return x + (gate * read)[:, None].to(x.dtype)
+
+    @torch.no_grad()
+    def write(self, mean, values, samples, keep):
+        """mean: (B, D) of x, values: (B, D), samples: (B) int64, keep: (B) bool, what enters. In training mode only.
+
+        All ranks write what all ranks have, in their order.
+        """
+        if not self.training:
+            return
+        keep = gather_rows(keep.to(torch.uint8)).bool()
+        keys, values, samples = (gather_rows(part)[keep] for part in (self.key(mean), values.float(), samples))
+        slots, new = len(self.keys), len(keys)
+        place = (self.cursor + torch.arange(new, device=keys.device)) % slots
+        last = slice(max(0, new - slots), None)  # of one place written twice torch keeps no promised one
+        for ours, given in ((self.keys, keys), (self.values, values), (self.samples, samples)):
+            ours[place[last]] = given[last]
+        self.cursor.add_(new).remainder_(slots)
+        self.fill.add_(new).clamp_(max=slots)
+
+    @contextmanager
+    def shuffled(self, generator):
+        """Within it the entries have each other's values: what is left of the gain is not owed to what they hold."""
+        kept, fill = self.values.clone(), int(self.fill)
+        order = torch.randperm(fill, generator=generator, device=generator.device)
+        self.values[:fill] = kept[order.to(kept.device)]
+        try:
+            yield
+        finally:
+            self.values.copy_(kept)
