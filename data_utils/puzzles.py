@@ -111,23 +111,35 @@ def sudoku(*, size, givens, n, seed, first=0):
         raise UsageError(f"--size {size} --givens {givens}: sizes are 4, 6, 9, givens 0 to size^2")
     puzzles, solutions = np.zeros((2, n, size * size), np.uint8)
     for i in range(n):
-        draw, grid = random.Random(f"{seed} {first + i}"), [0] * (size * size)
-        while not _search(grid, size, 1, draw):
-            grid = [0] * (size * size)
-        solutions[i], left = grid, size * size
-        for cell in draw.sample(range(size * size), size * size):
-            if left <= givens:
-                break
-            digit, left = grid[cell], left - 1
-            for other in set(range(1, size + 1)) - {grid[peer] for peer in peers(size)[cell]}:
-                grid[cell] = other
-                if other != digit and _search(list(grid), size, 1):
-                    grid[cell], left = digit, left + 1
-                    break
-            else:
-                grid[cell] = 0
-        puzzles[i] = grid
+        draw = random.Random(f"{seed} {first + i}")
+        solutions[i] = grid = fill(size, draw)
+        puzzles[i] = empty(grid, size, givens, draw)
     return puzzles, solutions
+
+
+def fill(size, draw):
+    """Return a full grid, a list of N digits, drawn by `draw` (random.Random)."""
+    grid = [0] * (size * size)
+    while not _search(grid, size, 1, draw):
+        grid = [0] * (size * size)
+    return grid
+
+
+def empty(grid, size, givens, draw):
+    """Return the full `grid` with cells emptied in an order drawn by `draw`, as `sudoku` does it."""
+    grid, left = list(grid), size * size
+    for cell in draw.sample(range(size * size), size * size):
+        if left <= givens:
+            break
+        digit, left = grid[cell], left - 1
+        for other in set(range(1, size + 1)) - {grid[peer] for peer in peers(size)[cell]}:
+            grid[cell] = other
+            if other != digit and _search(list(grid), size, 1):
+                grid[cell], left = digit, left + 1
+                break
+        else:
+            grid[cell] = 0
+    return grid
 
 
 def make(*, size, givens, train, val, seed, processes=1):

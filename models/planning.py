@@ -42,7 +42,7 @@ def put(values, path, new):
 
 
 def share(z_H, path, due):
-    """z_H (B, K, N, D) where each path goes on from that of the winner `path` (B), in the samples that are `due` (B)."""
+    """z_H (B, K, N, D), where in samples that are `due` (B) every path goes on from that of the winner `path` (B)."""
     return torch.where(due[:, None, None, None], pick(z_H, path)[:, None], z_H)
 
 

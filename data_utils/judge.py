@@ -1,0 +1,99 @@
+"""What a model of multimodal.py makes of held-out pages: scores after 1, 2, 4, 8, 16 steps, and who knew them.
+
+n samples, T steps, K paths, L symbols of an answer.
+"""
+
+import numpy as np
+import torch
+
+from data_utils.render import PADDING
+from data_utils.scores import score
+from data_utils.slots import batch_of
+from models.codebook import usage_and_perplexity
+from models.planning import select
+
+STEPS = 1, 2, 4, 8, 16  # after which an answer is scored
+
+
+@torch.no_grad()
+def traces(model, name, task, held, *, size, seed, hardware, stop=False, **how):
+    """Think about all of `held`, `size` pages at a time -> what Multimodal.trace returns, as arrays; None if stopped.
+
+    held: page, target, id (n, ...). Rows are split over ranks, and all ranks get all. how: as of trace.
+    """
+    n, found = len(held["page"]), []
+    generator = torch.Generator().manual_seed(seed)
+    mine = range(hardware.rank * size, n, hardware.world * size)
+    for first in mine:
+        if stop:
+            break
+        index = np.arange(first, min(first + size, n))
+        part = {key: values[index] for key, values in held.items()}
+        batch = batch_of(part, name, task, model.augment, seed, -2 - index)  # training's samples count from 0
+        batch = {key: part if key == "task" else part.to(hardware.device) for key, part in batch.items()}
+        with hardware.autocast:
+            trace = model.trace(batch, generator=generator, **how)
+        kept = {key: trace[key].movedim(1, 0).cpu() for key in ("answers", "halt", "nats")}  # samples first
+        kept |= {key: trace[key].cpu() for key in ("codes",) if key in trace}
+        found.append((first, {key: values.float() if key != "answers" else values for key, values in kept.items()}))
+    shards = hardware.gather((bool(stop), found))
+    if any(stopped for stopped, _ in shards):
+        return None
+    parts = [part for _, part in sorted((pair for _, found in shards for pair in found), key=lambda pair: pair[0])]
+    return {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
+
+
+def auc(values, good):
+    """How often a good sample has the larger value than a bad one, (n) and (n) bool; nan where there is one kind."""
+    good, order = np.asarray(good, bool), np.argsort(np.argsort(values, kind="stable"), kind="stable")
+    many, few = good.sum(), (~good).sum()
+    return float((order[good].sum() - many * (many - 1) / 2) / (many * few)) if many and few else float("nan")
+
+
+def judge(task, held, found, how="score"):
+    """Scores of `traces` -> {name: number}, the one that selects the best model first, then the same @ earlier steps.
+
+    With several paths also path_0 alone, oracle (any path right), gap between it and the answer, and the largest share
+    of samples that one path answers. halt_auc: how well the halting logit tells right answers; halt_steps, halted: mean
+    steps if it decides, and the score then. loss: nats a symbol.
+    """
+    pages, targets = held["page"].numpy(), held["target"].numpy()
+    answers, halt = found["answers"].movedim(0, 1), found["halt"].movedim(0, 1)  # (T, n, K, L), (T, n, K)
+    path = select(answers, halt, how)  # (T, n)
+    (T, n), each = path.shape, torch.arange(len(pages))
+
+    def scores(step, path):
+        return score(task, pages, targets, answers[step, each, path].numpy())
+
+    final = scores(T - 1, path[-1])
+    first, row = next(iter(final)), {name: float(np.nanmean(values)) for name, values in final.items()}
+    row |= {f"{first}@{t}": float(np.nanmean(scores(t - 1, path[t - 1])[first])) for t in STEPS if t < T}
+    logits = halt.gather(2, path[..., None])[..., 0]  # (T, n)
+    over = (logits > 0).float()
+    over[-1] = 1
+    leave = over.argmax(0)  # the first step that is believed
+    row |= dict(halted=float(np.nanmean(scores(leave, path[leave, each])[first])),
+                halt_steps=leave.float().mean().item() + 1)  # fmt: skip
+    wrong = (answers != held["target"][:, None]) & (held["target"] != PADDING)[:, None]
+    right = ~wrong.any(3)  # (T, n, K)
+    row["halt_auc"] = auc(logits[-1].numpy(), right[-1, each, path[-1]].numpy())
+    if path.numel() and halt.shape[2] > 1:
+        oracle, exact = right[-1].any(1).float().mean().item(), right[-1, each, path[-1]].float().mean().item()
+        alone = float(np.nanmean(scores(T - 1, torch.zeros_like(path[-1]))[first]))
+        share = path[-1].bincount(minlength=halt.shape[2]).max().item() / n
+        row |= dict(path_0=alone, oracle=oracle, gap=oracle - exact, largest_share=share)
+    nats = found["nats"].movedim(0, 1)[-1, each, path[-1]]
+    row["loss"] = (nats / (held["target"] != PADDING).sum(1)).mean().item()
+    if "codes" in found:
+        size = int(found["codes"].max()) + 1
+        usage, perplexity = usage_and_perplexity(torch.bincount(found["codes"].long().flatten(), minlength=size))
+        row |= dict(codes_used=usage * size, perplexity=perplexity)
+    return row
+
+
+def mapped(values, change):
+    """`held` with its pages changed: for the controls."""
+    return values | dict(page=change(values["page"]))
+
+
+CONTROLS = dict(shuffled=lambda page: page.roll(1, 0), blank=torch.zeros_like)  # another page, no page

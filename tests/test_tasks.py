@@ -1,0 +1,71 @@
+"""Samples of the tasks: pure, on the right side, what a puzzle's page shows agrees with its target."""
+
+import numpy as np
+import pytest
+
+from data_utils import puzzles, tasks
+from data_utils.config import DataError, UsageError
+from data_utils.render import HOLE, to_text
+
+SMALL = dict(
+    seed=0, page_rows=2, page_cols=24, text_source="both", stories="", code_dir="", arc_set="agi1", arc_side=10
+)
+
+
+def opened(*names, **more):
+    return tasks.open_tasks(names, **SMALL | more)
+
+
+def same(a, b):
+    return (a.page == b.page).all() and (a.target == b.target).all() and (a.key, a.id) == (b.key, b.id)
+
+
+@pytest.mark.parametrize("size, givens", [(4, 6), (6, 14), (9, 40)])
+def test_sudoku_pages_have_one_solution(size, givens):
+    source = opened(f"sudoku{size}")[f"sudoku{size}"]
+    assert source.task.length == size * size and source.limit("train") == 0 and not source.task.causal
+    for split in ("train", "test"):
+        sample = source.make(3, split, 7)
+        assert sample.page.shape == (size, size) and sample.page.dtype == sample.target.dtype == np.uint8
+        typed = to_text(sample.page).replace("_", ".")
+        assert sum(sign != "." for sign in typed) == givens
+        assert (puzzles.solve(puzzles.parse(typed), size) + ord("0") - 32 == sample.target).all()
+        shown = sample.page.reshape(-1) != HOLE
+        assert (sample.page.reshape(-1)[shown] == sample.target[shown]).all()
+
+
+def test_the_fill_is_that_of_whole_puzzles():
+    made, solutions = puzzles.sudoku(size=6, givens=14, n=1, seed=3)
+    draw = puzzles.random.Random("3 0")
+    grid = puzzles.fill(6, draw)
+    assert (solutions[0] == grid).all() and (made[0] == puzzles.empty(grid, 6, 14, draw)).all()
+
+
+def test_samples_are_pure_and_splits_disjoint():
+    source = opened("sudoku4")["sudoku4"]
+    keys = {"train": set(), "test": set()}
+    for split, found in keys.items():
+        for seed in range(3):
+            made = [source.make(i, split, seed) for i in range(60)]
+            assert same(made[9], opened("sudoku4")["sudoku4"].make(9, split, seed))
+            assert len({sample.page.tobytes() for sample in made}) > 55
+            found |= {sample.key for sample in made}
+    assert not keys["train"] & keys["test"] and all(map(tasks.is_test, keys["test"]))
+    assert not any(map(tasks.is_test, keys["train"])) and len(keys["train"]) > 100
+
+
+def test_a_source_too_small_for_the_split():
+    class One:
+        spec = {}
+
+        def subject(self, draw):
+            return b"one", None
+
+    source = tasks.Source(opened("sudoku4")["sudoku4"].task, [One()])
+    with pytest.raises(DataError, match="no test sample 0 in 2000 draws, 2000 of them of the other split"):
+        source.make(0, "test", 0)
+
+
+def test_unknown_names():
+    with pytest.raises(UsageError, match="no such task .did you mean sudoku"):
+        opened("sudoku5")
