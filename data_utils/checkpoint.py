@@ -16,7 +16,10 @@ from data_utils.config import DataError, UsageError
 
 PLAIN = (int, float, str, bool, bytes, type(None))
 FAILED_SAVES = 3  # rolling saves in a row that fail before a run gives up
-OLD_NAMES = dict(model_state="model", optimizer_state="optimizer", amp_scaler="scaler")  # read, never written
+OTHER_NAMES = dict(  # old ones, read but never written; and those of train_multimodal.py's guide
+    model_state=("model", "model_state_dict"), optimizer_state=("optimizer", "optimizer_state_dict"),
+    amp_scaler=("scaler",), ema=("ema_state_dict",),
+)  # fmt: skip
 
 
 class CheckpointError(DataError):
@@ -64,12 +67,18 @@ def write_atomic(path, write):
         os.close(folder)
 
 
+def named(state):
+    """Return what a file holds under the names that are used here."""
+    found = {new: state[old] for new, others in OTHER_NAMES.items() for old in others if old in state}
+    return found | state
+
+
 def save_checkpoint(path, state):
     """Write `state` to `path`; what was there stays if anything fails. Refuses weights that are not finite."""
     import torch
 
     state = to_plain(state)
-    weights = state.get("model_state", {}).values()
+    weights = named(state).get("model_state", {}).values()
     if not all(w.isfinite().all() for w in weights if w.is_floating_point()):
         raise CheckpointError(f"{path} was not written: weights are not finite")
     write_atomic(path, lambda file: torch.save(state, file))
@@ -185,8 +194,7 @@ def load_parts(parts, state, path, about, allow_partial=None, same_data=""):
         remedy = "the settings it was trained with, or another folder"
         remedy = remedy if allow_partial is None else "--allow_partial loads what fits"
         raise UsageError(f"{path} has another model: {differs}\ntry: {remedy}")
-    state = state | {new: state[old] for new, old in OLD_NAMES.items() if new not in state and old in state}
-    model = parts["model_state"]
+    state, model = named(state), parts["model_state"]
     saved = {re.sub(r"^(_orig_mod\.|module\.)+", "", k): v for k, v in state["model_state"].items()}
     own = model.state_dict()
     missing, extra = sorted(own.keys() - saved.keys()), sorted(saved.keys() - own.keys())
@@ -278,7 +286,7 @@ def rehearse(folder, name, state):
         if trial.parent.is_dir():
             trial.unlink(missing_ok=True)
     if not state["step"]:  # AdamW is empty before its first step; then it has two numbers of 4 bytes a parameter
-        size += 8 * sum(p.numel() for p in state["model_state"].values())
+        size += 8 * sum(p.numel() for p in named(state)["model_state"].values())
     free = shutil.disk_usage(folder).free
     if free < 2 * size:
         raise CheckpointError(f"{folder} has {free / 1e6:.0f} MB free, a run needs {2 * size / 1e6:.0f} MB")

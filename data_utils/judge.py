@@ -91,9 +91,42 @@ def judge(task, held, found, how="score"):
     return row
 
 
-def mapped(values, change):
-    """`held` with its pages changed: for the controls."""
-    return values | dict(page=change(values["page"]))
+CONTROLS = dict(shuffled=lambda pages: pages.roll(1, 0), blank=torch.zeros_like)  # another's page, no page
 
 
-CONTROLS = dict(shuffled=lambda page: page.roll(1, 0), blank=torch.zeros_like)  # another page, no page
+def examine(model, sources, data, split, *, paths, noise, select, change=None, **how):
+    """All tasks on one half of what is held out -> {score: mean of their first scores, task/name: number}, or None.
+
+    None: stopped. change: of the pages, for a control.
+    """
+    row, firsts = {}, []
+    for name, source in sources.items():
+        held = data.held_out(name, split)
+        if change:
+            held |= dict(page=change(held["page"]))
+        steps = model.limit(name)
+        found = traces(model, name, source.task, held, steps=steps, paths=paths, noise=noise, **how)
+        if not found:
+            return None
+        judged = judge(source.task, held, found, select)
+        firsts.append(next(iter(judged.values())))
+        row |= {f"{name}/{key}": value for key, value in judged.items()}
+    return dict(score=sum(firsts) / len(firsts)) | row
+
+
+def report(model, average, *args, controls, **how):
+    """`examine` with averaged weights and, with "raw/" before, those of this step; None if stopped.
+
+    controls: also the CONTROLS, with their names before.
+    """
+    model.eval()
+    with average.in_place():
+        rows = {"": examine(model, *args, **how)}
+        for name, change in CONTROLS.items() if controls else ():
+            rows[f"{name}/"] = examine(model, *args, change=change, **how)
+    if average.decay:
+        rows["raw/"] = examine(model, *args, **how)
+    model.train()
+    if any(row is None for row in rows.values()):
+        return None
+    return {before + key: value for before, row in rows.items() for key, value in row.items()}

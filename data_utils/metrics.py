@@ -7,6 +7,7 @@ import os
 import platform
 import subprocess
 import sys
+from pathlib import Path
 
 from data_utils.checkpoint import write_atomic
 
@@ -69,7 +70,14 @@ def append_row(path, row):
 
 
 def to_wandb(mode, project, entity, name, config):
-    """Return log(row), which also sends a row to Weights & Biases; nothing when disabled or not installed."""
+    """Return log(row), which also sends a row to Weights & Biases; nothing when disabled or not installed.
+
+    mode auto: as WANDB_MODE says, online where there is a key, else disabled; nobody is asked to log in.
+    """
+    if mode == "auto":
+        netrc = Path.home() / ".netrc"
+        keyed = "WANDB_API_KEY" in os.environ or netrc.is_file() and "api.wandb.ai" in netrc.read_text(errors="replace")
+        mode = os.environ.get("WANDB_MODE") or ("online" if keyed else "disabled")
     if mode == "disabled":
         return lambda row: None
     try:

@@ -49,6 +49,11 @@ GUIDE = Overrides(  # the keys of the autoencoders' training guide
     snapshot=".hydra/config.yaml",
 )  # fmt: skip
 
+PICTURES = Overrides(  # of train_multimodal.py's
+    prefixes=("arch.",), aliases={}, ignored=(), folder="configs/multimodal", bundles=dict(arch=""),
+    snapshot="config.yaml",
+)  # fmt: skip
+
 
 @dataclass
 class Item:
@@ -105,7 +110,7 @@ def read(variants, doc, argv, prog, by, table):
             if owners and choice not in owners:
                 raise ValueError(f"{item.words[0]}: {item.name} is there with {by}={' or '.join(owners)}, not {choice}")
         others = ", ".join(name for name in variants if name != choice)
-        doc = f"{doc}\nMore flags and other defaults with --{by}: {others}"
+        doc += f"\nMore flags and other defaults with --{by}: {others}" * bool(others)
         return _one(items, layers, variants[choice], doc, prog)
     except ValueError as e:
         error(str(e))

@@ -10,6 +10,10 @@ import numpy as np
 import torch
 
 from data_utils.render import augmented_patches
+from data_utils.shards import Stopped
+from models.halting import CONTINUE, HALT
+
+START_PAGES = 256  # whose capsules a codebook begins with
 
 
 def number(*parts):
@@ -25,7 +29,7 @@ def drawn(pages, task, seeds):
 
 
 def batch_of(samples, name, task, augment, seed, index):
-    """What a model of multimodal.py reads, of samples with these numbers: a dict of CPU tensors, and the task."""
+    """What a model of multimodal.py reads, of samples with these numbers: a dict of CPU tensors, and the task's name."""
     own = torch.as_tensor(index) + (number(name) >> 32 << 32)  # of another task it is another sample
     batch = samples | dict(task=name, index=own, explore=torch.full((len(index),), -1))
     if augment and task.kind == "text":
@@ -41,37 +45,76 @@ class Slots:
         self.data, self.name, self.task, self.size, self.seed = data, name, task, size, seed
         self.augment, self.exploration, self.limit = augment, exploration, limit
         self.own = np.arange(first, first + slots)
-        self.draws, self.carry, self.batch = np.zeros(slots, np.int64), None, None
+        self.draws, self.carry, self.batch, self.before = np.zeros(slots, np.int64), None, None, None
 
     def take(self, device):
-        """Give the slots that halted their next samples -> the batch, on `device`."""
+        """Give the slots that halted their next samples -> the batch, on `device`; None if stopped while they came."""
         done = np.ones(len(self.own), bool) if self.carry is None else self.carry["halted"].cpu().numpy()
-        self.draws += done
-        self._fill(np.arange(len(self.own)) if self.batch is None else done.nonzero()[0], device)
+        rows, draws = np.arange(len(self.own)) if self.batch is None else done.nonzero()[0], self.draws + done
+        if len(rows):
+            try:
+                new = self._drawn(rows, draws)
+            except Stopped:
+                return None
+            new = {key: part if key == "task" else part.to(device) for key, part in new.items()}
+            rows = torch.as_tensor(rows, device=device)
+            for key, part in new.items() if self.batch else ():
+                if key != "task":
+                    self.batch[key][rows] = part
+            self.batch = self.batch or new
+        self.draws = draws
         return self.batch
 
-    def _fill(self, rows, device):
-        if not len(rows):
-            return
-        index = self.data.at(self.name, self.own[rows] + (self.draws[rows] - 1) * self.size)
+    def _drawn(self, rows, draws):
+        index = self.data.at(self.name, self.own[rows] + (draws[rows] - 1) * self.size)
         new = batch_of(self.data.samples(self.name, index), self.name, self.task, self.augment, self.seed, index)
-        new["shortest"] = torch.tensor([self._shortest(row) for row in rows])
-        if self.batch is None:
-            self.batch = {key: part if key == "task" else part.to(device) for key, part in new.items()}
-            return
-        rows = torch.as_tensor(rows, device=device)
-        for key, part in new.items():
-            if key != "task":
-                self.batch[key][rows] = part.to(device)
+        seeds = ((self.seed, number(self.name), self.own[row], draws[row]) for row in rows)
+        return new | dict(shortest=torch.tensor([self._shortest(np.random.default_rng(seed)) for seed in seeds]))
 
-    def _shortest(self, row):
-        draw = np.random.default_rng((self.seed, number(self.name), self.own[row], self.draws[row]))
-        return int(draw.integers(2, self.limit + 1)) if self.limit > 1 and draw.random() < self.exploration else 1
+    def _shortest(self, rng):
+        return int(rng.integers(2, self.limit + 1)) if self.limit > 1 and rng.random() < self.exploration else 1
+
+    @torch.no_grad()
+    def settle(self, model, agent, carry, outputs, *, step, draws, policy, min_accuracy, bad):
+        """Decide which samples leave after a step: `carry` is what it left. All do if it was `bad`, not finite.
+
+        policy: `q_halt` once the model thinks that the answer is right, `dqn` as `agent` acts with draws (n, 2), `fixed`
+        when the steps are used up. The agent learns of every slot, the memory of samples that leave with so many right.
+        """
+        aux, q, last = outputs["aux"], outputs["q_halt"], carry["halted"]
+        halted = last | (q > 0) & (carry["steps"] >= self.batch["shortest"]) if policy == "q_halt" else last
+        if agent:
+            share = carry["steps"] / self.limit
+            seen = model.agent.features(aux["z_mean"], share, q, aux["confidence"], aux["changed"])
+            if policy == "dqn":
+                halted = agent.act(seen, aux["right"], last, step, draws) == HALT
+            here = dict(features=seen, accuracy=aux["accuracy"], right=aux["right"], last=last)
+            here["action"] = torch.where(halted, HALT, CONTINUE)
+            if self.before and not bad:
+                agent.store(self.before, here)
+            self.before = None if bad else here
+            agent.follow()
+        if hasattr(model, "memory") and not bad:
+            keep = halted & (aux["accuracy"] >= min_accuracy)
+            model.memory.write(aux["x_mean"], aux["z_mean"], self.batch["index"], keep)
+        self.carry = carry | dict(halted=halted | bool(bad))
 
     def state_dict(self):
-        return dict(draws=torch.from_numpy(self.draws), carry=self.carry)
+        """What load_state_dict needs; `before` is what a halting agent knew a step ago, if there is one."""
+        return dict(draws=torch.from_numpy(self.draws), carry=self.carry, before=self.before)
 
     def load_state_dict(self, state, device):
         """Take up where a run of as many slots stopped: the samples are read again, not stored."""
         self.draws = state["draws"].numpy().copy()
-        self.carry = state["carry"] and {key: part.to(device) for key, part in state["carry"].items()}
+        for name in ("carry", "before"):
+            parts = state[name]
+            setattr(self, name, parts and {key: part.to(device) for key, part in parts.items()})
+
+
+def start_codes(model, data, sources, seed, device):
+    """Begin the codebook of capsules with those of the first pages of the first task."""
+    name, source = next(iter(sources.items()))
+    index = data.at(name, np.arange(min(data.rows(name), START_PAGES)))
+    batch = batch_of(data.samples(name, index), name, source.task, model.augment, seed, index)
+    batch = {key: part if key == "task" else part.to(device) for key, part in batch.items()}
+    model.start_codes(batch, torch.Generator().manual_seed(seed))

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from data_utils.render import BEGIN, CELL_HEIGHT, CELL_WIDTH, PADDING, SYMBOLS, to_float, to_patches
 from models.codebook import Codebook
 from models.decoder import Decoder
+from models.halting import QNet
 from models.hrm import ROPE_BASE, Still
 from models.memory import Memory
 from models.planning import all_paths, pick, put, select, share, starts
@@ -71,18 +72,18 @@ class Multimodal(nn.Module):
     tasks: {name: task}, see the file's docstring. supervision_steps, text_supervision_steps: T of grids and of text.
     bottleneck: `capsules`, `patches` (the reasoner sees them all) or `tokens` (symbols instead of pictures).
     mixer, relation_bias (boxes of a Sudoku, offsets elsewhere): as in trm.Core, for one task. loss: of slots; text that
-    is written has softmax. paths: 1 is the plain model; after every planning_depth steps all go on from the best one.
+    is written has softmax. paths: 1 is the plain model; after every latent_planning_depth steps all go on from the best one.
     Raises ValueError for parts that do not go together.
     """
 
     def __init__(self, *, tasks, hidden_size, num_heads, H_cycles, L_cycles, L_layers, mixer, relation_bias, bottleneck,
-                 num_capsules, augment, supervision_steps, text_supervision_steps, loss, paths, planning_depth,
+                 num_capsules, augment, supervision_steps, text_supervision_steps, loss, paths, latent_planning_depth,
                  use_vq_codebook, vq_size, vq_dim, vq_groups, vq_beta, vq_decay, vq_revive, enable_memory, memory_slots,
-                 memory_dim, memory_top_k, enable_mtp, decoder_layers, enable_gradient_checkpointing):  # fmt: skip
+                 memory_dim, memory_top_k, enable_mtp, decoder_layers, enable_dqn, enable_gradient_checkpointing):  # fmt: skip
         super().__init__()
         D, (only, *others) = hidden_size, tasks.values()
         self.tasks, self.bottleneck, self.augment, self.loss = tasks, bottleneck, augment, loss
-        self.planning_depth, self.num_capsules = planning_depth, num_capsules
+        self.planning_depth, self.num_capsules = latent_planning_depth, num_capsules
         self.limits = dict(grid=supervision_steps, text=text_supervision_steps)
         capsules, causal = bottleneck == "capsules", [task for task in tasks.values() if task["causal"]]
         if mixer == "mlp_t" and others:
@@ -136,6 +137,8 @@ class Multimodal(nn.Module):
             self.decoder = Decoder(symbols=SYMBOLS, begin=BEGIN, d_model=D, n_heads=num_heads, layers=decoder_layers,
                                    length=longest, mtp=enable_mtp)  # fmt: skip
         self.mtp = enable_mtp
+        if enable_dqn:
+            self.agent = QNet(d_model=D)
         self.halt = nn.Linear(D, 1)
         nn.init.zeros_(self.halt.weight)
         nn.init.constant_(self.halt.bias, -5.0)
