@@ -65,18 +65,18 @@ def render(args):
     rows, cols, count = args.rows_of_cells, args.cols_of_cells, args.pages
     text, cells = inspect.getsource(argparse), rows * cols
     texts = [text[i * cells : (i + 1) * cells] for i in range(count)]
-    pages = torch.from_numpy(np.stack([layout(part, rows, cols) for part in texts]))
+
+    def laid_out():
+        return torch.from_numpy(np.stack([layout(part, rows, cols) for part in texts]))
+
+    pages, generator = laid_out(), torch.Generator().manual_seed(0)
     peer, drawn = drawn_by_pillow(texts, rows, cols)
-    generator = torch.Generator().manual_seed(0)
     ways = {
         "images": (lambda: to_images(pages), ">= 50; >= 150 x"),
         "patches of one cell": (lambda: to_patches(pages, 1), ""),
         "patches of two cells": (lambda: to_patches(pages, 2), ""),
         "augmented float patches of two cells": (lambda: augmented_patches(pages, 2, generator), ""),
-        "images, from text": (
-            lambda: to_images(torch.from_numpy(np.stack([layout(t, rows, cols) for t in texts]))),
-            "",
-        ),
+        "images, from their text": (lambda: to_images(laid_out()), ""),
     }
     for name, (ours, target) in ways.items():
         title = f"{name}, {count} pages of {rows} x {cols}, Mchar/s, against Pillow's RGB images"
