@@ -3,6 +3,7 @@
 python plot.py checkpoints/transformer_expert_metrics.jsonl                       # -> ..._loss.png beside it
 python plot.py checkpoints/*_metrics.jsonl --out experts.png                      # several runs, one figure
 python plot.py outputs/runs/run_20251103-140953_*                                 # of train_ae.py -> figures/runs.png
+python plot.py checkpoints/multimodal-hesc                           # of train_multimodal.py, train_hrm.py -> loss.png
 python plot.py outputs/multiruns/exp_*                                            # sweeps -> summary.csv and PNGs there
 """
 
@@ -10,6 +11,7 @@ import csv
 import io
 import sys
 from dataclasses import dataclass
+from itertools import cycle
 from pathlib import Path
 from textwrap import shorten
 
@@ -39,6 +41,7 @@ from data_utils.metrics import read_rows
 from data_utils.overrides import SWEEP
 
 COLOURS = plt.get_cmap("tab10").colors
+ROWS = "metrics.jsonl"
 SHARES = "exact", "exact_short", "exact_halting", "cells", "recovery", "top1"  # of train_hrm.py and train_sr.py
 
 
@@ -46,23 +49,35 @@ def plot_losses(paths, out):
     """Write a figure to `out`: training and validation loss over steps, and validation bits per byte by domain.
 
     With several runs the right panel has one line a run, over all domains; a single run with a router gets a third
-    panel, its mean weights by domain. Raises DataError for a file without rows.
+    panel, its mean weights by domain. A run of tasks has one line of training for each of them, and instead of bits the
+    first score of each. Raises DataError for a file without rows.
     """
     shares = _weights(paths[0]) if len(paths) == 1 else {}
     figure, panels = plt.subplots(1, 3 if shares else 2, figsize=(15.5 if shares else 11, 4.2), layout="constrained")
     left, right = panels[:2]
-    for colour, path in zip(COLOURS, paths, strict=False):
-        name = Path(path).name.removesuffix("_metrics.jsonl")
+    for colour, dashes, path in zip(COLOURS, cycle(("-", "--", ":", "-.")), paths):
+        name = _name(path)
         rows = read_rows(path)
         train, val = ([row for row in rows if row.get("split") == split] for split in ("train", "val"))
         if not train and not val:
             raise DataError(f"{path}: no row of metrics")
-        left.plot([r["step"] for r in train], [r["loss"] for r in train], color=colour, alpha=0.35, lw=1)
+        scores = _scores(val[-1]) if val else []
+        tasks = [*(score.split("/")[0] for score in scores), *(row.get("task") for row in train)]
+        shades = dict(zip(dict.fromkeys(tasks), COLOURS[1:], strict=False))
+        for task in dict.fromkeys(row.get("task") for row in train):
+            style = dict(color=shades[task], label=task) if task and len(paths) == 1 else dict(color=colour)
+            own = [row for row in train if row.get("task") == task]
+            left.plot([r["step"] for r in own], [r["loss"] for r in own], alpha=0.35, lw=1, **style)
+        if any("task" in row for row in train):
+            _scale(left, [row["loss"] for row in (*train, *val) if row["loss"] is not None])
         left.plot([r["step"] for r in val], [r["loss"] for r in val], "o-", color=colour, ms=3.5, label=name)
         if val and "domains" not in val[-1]:  # answers: the shares of them that are right
-            for shade, share in zip(COLOURS[1:], [n for n in SHARES if n in val[-1]], strict=False):
-                label = f"{share} {val[-1][share]:.3f}" if len(paths) == 1 else f"{name} {share}"
-                right.plot([r["step"] for r in val], [r[share] for r in val], "o-", color=shade, ms=3.5, label=label)
+            for shade, score in zip(COLOURS[1:], scores, strict=False):
+                said = score.replace("/", " ")
+                label = f"{said} {val[-1][score]:.3f}" if len(paths) == 1 else f"{name} {said}"
+                known = [r for r in val if r.get(score) is not None]
+                right.plot([r["step"] for r in known], [r[score] for r in known], f"o{dashes}", color=shade, ms=3.5,
+                           label=label)  # fmt: skip
             right.set(ylabel="share of answers that are right", title="validation")
             continue
         right.set(ylabel="bits per byte", title="validation" + ", by domain" * (len(paths) == 1))
@@ -87,6 +102,20 @@ def plot_losses(paths, out):
         if axes.get_legend_handles_labels()[0]:
             axes.legend(frameon=False, **place)
     _write(figure, out)
+
+
+def _name(path):
+    """What a file of metrics is called: by its folder when it has no name of its own."""
+    path = Path(path)
+    return path.resolve().parent.name if path.name == ROWS else path.name.removesuffix(f"_{ROWS}")
+
+
+def _scores(row):
+    """Names of the shares in a row of validation: of each task, TASK/SCORE, the first one; else those of answers."""
+    first = {}
+    for name in row:
+        first.setdefault(name.split("/")[0], name)
+    return [name for name in first.values() if "/" in name] or [name for name in SHARES if name in row]
 
 
 def _write(figure, out):
@@ -301,6 +330,95 @@ ELSEWHERE = {"train_loss", "val_loss", "epoch_time_s", "throughput", "max_memory
              "ddim_mse_shuffled", *(f"eps_q{k}" for k in range(4))}  # fmt: skip
 
 
+# ---- pages of train_multimodal.py ------------------------------------------------------------------------------------
+
+
+def plot_page(out, *, page, answers, steps, target=None, q=None, attention=None, title=""):
+    """Write to `out` a page, its answer after some supervision steps, and where on the page each capsule looked.
+
+    page (R, C), target (L,) and answers (S, L) hold symbols of data_utils/render.py; what follows END is blank. Cells
+    that are wrong are red; without a target, those that changed since the answer before are amber. steps (S,) counts
+    supervision steps, q (S,) is the chance of being right in the model's eyes. attention: weights (K, r, c) >= 0 of K
+    capsules, any r and c that share the page out evenly: patches or cells.
+    """
+    from data_utils.render import PADDING
+
+    page, answers, wide = np.asarray(page), [_ended(np.asarray(answer)) for answer in answers], len(page[0])
+    given, made, looked = [("page", _cells(page.reshape(-1), wide), None)], [], []
+    for i, answer in enumerate(answers):
+        wrong = answer != (answers[max(0, i - 1)] if target is None else target)
+        wrong = wrong if target is None else wrong & (np.asarray(target) != PADDING)
+        words = [f"{steps[i]} step{'s' * (steps[i] != 1)}"] + [f"{wrong.sum()} wrong"] * (target is not None)
+        words += [] if q is None else [f"q {q[i]:.2f}"]
+        made.append((", ".join(words), _cells(answer, wide, wrong, AMBER if target is None else RED), None))
+    if target is not None:  # beside the page if it has its shape
+        goal = "target", _cells(_ended(target), wide), None
+        given, made = ([*given, goal], made) if len(target) == page.size else (given, [goal, *made])
+    for k, weights in enumerate(() if attention is None else attention):
+        looked.append((f"capsule {k + 1}", given[0][1], np.asarray(weights) / (np.max(weights) or 1)))
+    marks = "changed cells amber" if target is None else "wrong cells red"
+    groups = [("", 9, given), (f"answer after supervision steps, {marks}", 4, made)]
+    groups += [("where each capsule looks, full colour for its largest weight", 4, looked)] * bool(looked)
+    _page_figure(out, title, groups)
+
+
+def _page_figure(out, title, groups):
+    """Write groups (title, square inches of a panel, [(title, image, weights or None)]), one below the other."""
+    sizes = []
+    for _, area, panels in groups:
+        high, wide = panels[0][1].shape[:2]
+        inches = min(PAGE - 0.2, (area * wide / high) ** 0.5)
+        rows = -(-len(panels) // int(PAGE // inches))
+        columns = -(-len(panels) // rows)
+        sizes.append((rows, columns, rows * (inches * high / wide + 0.3) + 0.35))
+    total = sum(height for *_, height in sizes)
+    figure = plt.figure(figsize=(PAGE, total + 0.4 * bool(title)), layout="constrained")
+    parts = figure.subfigures(len(groups), 1, squeeze=False, height_ratios=[height / total for *_, height in sizes])
+    for part, (about, _, panels), (rows, columns, _) in zip(parts.flat, groups, sizes, strict=True):
+        part.suptitle(about, fontsize=10)
+        axes = list(part.subplots(rows, columns, squeeze=False).flat)
+        for ax in axes:
+            ax.set(xticks=[], yticks=[], visible=False)
+        for ax, (name, image, weights) in zip(axes, panels, strict=False):
+            ax.set_visible(True)
+            ax.set_title(name, fontsize=8)
+            ax.imshow(image)
+            if weights is not None:
+                colour = np.broadcast_to(COLOURS[1], (*weights.shape, 3))
+                ax.imshow(colour, alpha=0.65 * weights, extent=(-0.5, image.shape[1] - 0.5, image.shape[0] - 0.5, -0.5))
+    if title:
+        figure.suptitle(title, fontsize=11)
+    _write(figure, out)
+
+
+def _ended(answer):
+    """The symbols (L,) of an answer, those after its first END blank."""
+    from data_utils.render import END, PADDING
+
+    over = np.maximum.accumulate(np.asarray(answer) == END)
+    return np.where(np.concatenate([[False], over[:-1]]), PADDING, answer)
+
+
+def _cells(symbols, columns, marked=None, colour=None):
+    """Symbols (L,) -> a picture (high, wide, 3) from 0 to 1 in rows of at most `columns` cells, those marked tinted."""
+    import torch
+
+    from data_utils.render import CELL_HEIGHT, CELL_WIDTH, PADDING, to_images
+
+    columns = min(columns, len(symbols))
+    more = -len(symbols) % columns
+    page = np.pad(symbols.astype(np.uint8), (0, more), constant_values=PADDING).reshape(-1, columns)
+    image = 1 - to_images(torch.from_numpy(page[None]))[0].numpy()[..., None].repeat(3, 2) / 255
+    if marked is not None:
+        where = np.pad(marked, (0, more)).reshape(page.shape).repeat(CELL_HEIGHT, 0).repeat(CELL_WIDTH, 1)
+        image[where] = 0.55 * image[where] + 0.45 * np.array(colour)
+    return image
+
+
+PAGE = 11  # inches, width of a figure of a page
+RED, AMBER = COLOURS[3], (1.0, 0.75, 0.1)
+
+
 # ---- runs and sweeps of train_ae.py ----------------------------------------------------------------------------------
 
 
@@ -428,16 +546,20 @@ HIGHER_IS_BETTER = "type_accuracy", "accuracy", "perplexity"
 
 
 def table(paths):
-    """Each run's best evaluation, by line: step, loss in nats, bits per byte, and those of each domain."""
+    """Each run's best evaluation, by line: step, loss in nats, bits per byte and those of each domain, or its scores.
+
+    The best one has the lowest loss; of a run of tasks the highest mean of scores.
+    """
     lines = []
     for path in paths:
         rows = [row for row in read_rows(path) if row.get("split") == "val"]
         if rows:
-            best = min(rows, key=lambda row: row["loss"])
-            numbers = {name: best[name] for name in ("bpb", *SHARES) if name in best}
+            tasks = [name for name in _scores(rows[-1]) if "/" in name]
+            best = max(rows, key=lambda row: sum(row.get(n) or 0 for n in tasks) if tasks else -row["loss"])
+            numbers = {name: best[name] for name in ("bpb", *_scores(best)) if best.get(name) is not None}
             numbers |= {domain: row["bpb"] for domain, row in best.get("domains", {}).items()}
             words = "  ".join(f"{name} {number:.3f}" for name, number in numbers.items())
-            name = str(path).removesuffix("_metrics.jsonl")
+            name = str(path).removesuffix(ROWS).rstrip("_/")
             lines.append(f"{name:44} step {best['step']:>6}  loss {best['loss']:.4f}  {words}")
     return "\n".join(lines)
 
@@ -448,9 +570,10 @@ def main(cfg):
     missing = [run for run in cfg.runs if not Path(run).exists()]
     if missing:
         raise DataError(f"{missing[0]}: no such file or folder\ntry: python plot.py outputs/runs/run_*")
-    sweeps = [run for run in cfg.runs if Path(run, SWEEP).is_file()]
-    folders = [run for run in cfg.runs if Path(run).is_dir() and run not in sweeps]
-    kinds = "sweeps" * bool(sweeps), "runs" * bool(folders), "files" * (len(sweeps) + len(folders) < len(cfg.runs))
+    files = [str(Path(run, ROWS)) if Path(run, ROWS).is_file() else run for run in cfg.runs]
+    sweeps = [run for run in files if Path(run, SWEEP).is_file()]
+    folders = [run for run in files if Path(run).is_dir() and run not in sweeps]
+    kinds = "sweeps" * bool(sweeps), "runs" * bool(folders), "files" * (len(sweeps) + len(folders) < len(files))
     if len(list(filter(None, kinds))) > 1:
         raise UsageError(f"{' and '.join(filter(None, kinds))} in one figure: name one kind at a time")
     if sweeps and cfg.out:
@@ -468,9 +591,10 @@ def main(cfg):
         print(out)
     if sweeps or folders:
         return {}
-    out = cfg.out or cfg.runs[0].removesuffix("_metrics.jsonl") + "_loss.png"
-    plot_losses(cfg.runs, out)
-    print(table(cfg.runs))
+    beside = Path(files[0]).name == ROWS
+    out = cfg.out or (files[0].removesuffix(ROWS) if beside else files[0].removesuffix(f"_{ROWS}") + "_") + "loss.png"
+    plot_losses(files, out)
+    print(table(files))
     print(out)
     return {}
 
