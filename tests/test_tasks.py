@@ -49,6 +49,13 @@ def test_the_fill_is_that_of_whole_puzzles():
     assert (solutions[0] == grid).all() and (made[0] == puzzles.empty(grid, 6, 14, draw)).all()
 
 
+def test_guesses_are_counted():
+    easy, hard = (puzzles.sudoku(size=6, givens=givens, n=6, seed=2)[0] for givens in (30, 0))
+    assert not any(puzzles.guesses(puzzle, 6) for puzzle in easy)
+    assert any(puzzles.guesses(puzzle, 6) for puzzle in hard)
+    assert puzzles.guesses(np.zeros(16, int), 4) >= 4
+
+
 @pytest.mark.parametrize("name", ["sudoku4", "maze", "read", "continue", "fill"])
 def test_samples_are_pure_and_splits_disjoint(name, tmp_path):
     write_code(tmp_path, 200)
@@ -85,7 +92,7 @@ def test_a_source_too_small_for_the_split():
             return b"one", None
 
     source = tasks.Source(opened("sudoku4")["sudoku4"].task, [One()])
-    with pytest.raises(DataError, match="no test sample 0 in 2000 draws, 2000 of them of the other split,\nfrom one"):
+    with pytest.raises(DataError, match="no test sample 0 in 20000 draws, 20000 of them of the other split,\nfrom one"):
         source.make(0, "test", 0)
 
 

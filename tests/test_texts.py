@@ -167,7 +167,7 @@ def test_errors_of_files(tmp_path):
     refused("expected a .txt or .jsonl", stories=str(tmp_path / "some.csv"))
     refused("no .py file", text_source="code", code_dir=str(tmp_path))
     (tmp_path / "m.py").write_text("x = 2\n" * 20)
-    refused("2000 of them of the other split,\nfrom 1 texts", text_source="code", code_dir=str(tmp_path))
+    refused("20000 of them of the other split,\nfrom 1 texts", text_source="code", code_dir=str(tmp_path))
     (tmp_path / "n.py").write_bytes(b"x = 1\n# \xff\n")
     refused("n.py:2: not UTF-8", text_source="code", code_dir=str(tmp_path))
     refused("40 cells, stories need 48", UsageError, page_cols=20)
