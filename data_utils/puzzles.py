@@ -100,6 +100,31 @@ def solve(puzzle, size):
     return np.array(grid, np.uint8)
 
 
+def guesses(puzzle, size):
+    """Return how often a search for the solution of a puzzle (N,), fewest candidates first, met a cell with several.
+
+    0: single candidates alone solve it.
+    """
+    grid, guessed, everything = puzzle.tolist(), 0, set(range(1, size + 1))
+
+    def fill_in():
+        nonlocal guessed
+        free = {i: everything - {grid[j] for j in peers(size)[i]} for i, digit in enumerate(grid) if not digit}
+        if not free:
+            return True
+        cell = min(free, key=lambda i: len(free[i]))
+        guessed += len(free[cell]) > 1
+        for digit in sorted(free[cell]):
+            grid[cell] = digit
+            if fill_in():
+                return True
+        grid[cell] = 0
+        return False
+
+    fill_in()
+    return guessed
+
+
 def sudoku(*, size, givens, n, seed, first=0):
     """Return puzzles and solutions, (n, N) uint8 each; puzzle i depends on (seed, first + i) only.
 

@@ -1,0 +1,128 @@
+"""Scores against plain counting: edits, names, shortest ways, pass@k over all choices."""
+
+import itertools
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from data_utils import scores, tasks, texts
+from data_utils.mazes import GOAL, OPEN, START, WALL, WAY
+from data_utils.render import END, HOLE, PADDING, layout, to_symbols
+
+SMALL = dict(
+    seed=0, page_rows=2, page_cols=24, text_source="stories", stories="", code_dir="", arc_set="agi1", arc_side=10
+)
+
+
+def samples(name, n=6):
+    source = tasks.open_tasks([name], **SMALL)[name]
+    made = [source.make(i, "train", 0) for i in range(n)]
+    return source.task, np.stack([s.page for s in made]), np.stack([s.target for s in made])
+
+
+def row(text, length):
+    return layout(text, 1, length)[0]
+
+
+def naive_edits(a, b):
+    if not a or not b:
+        return len(a) + len(b)
+    return min(naive_edits(a[1:], b[1:]) + (a[0] != b[0]), naive_edits(a[1:], b) + 1, naive_edits(a, b[1:]) + 1)
+
+
+@pytest.mark.parametrize("name", ["read", "continue", "sudoku4", "sudoku6", "maze"])
+def test_right_answers(name):
+    task, pages, targets = samples(name)
+    found = scores.score(task, *map(torch.from_numpy, (pages, targets, targets.astype(np.int64))))
+    for key, values in found.items():
+        assert values.shape == (6,) and values.dtype == np.float64 and (values == (key != "cer")).all(), key
+    answers = targets.copy()
+    answers[:3, 4] = 110
+    shares = scores.score(task, pages, targets, answers)
+    first = next(iter(shares.values()))
+    assert (first[:3] < 1).all() and (first[3:] == 1).all()
+    counts = (targets != PADDING).sum(1)
+    inner = shares.get("characters", shares.get("cells"))
+    assert np.allclose(inner[:3], 1 - 1 / counts[:3])
+
+
+def test_first_names_and_padding():
+    firsts = dict(read="characters", fill="exact", sudoku9="exact", maze="optimal", arc="exact")
+    page, target = np.full((1, 11, 11), 5), np.full((1, 121), 5)
+    target[:, 100:] = PADDING
+    for name, first in {**firsts, "continue": "characters"}.items():
+        answer = np.where(target == PADDING, 7, target)
+        found = scores.score(SimpleNamespace(name=name), page, target, answer)
+        assert next(iter(found)) == first and (found[first] == 1).all() == (name != "maze")
+
+
+def test_blank_cells_and_spaces():
+    page = to_symbols("1234" * 4)
+    page[:8] = HOLE
+    target, answer = to_symbols("1234" * 4), to_symbols("1111" * 4)
+    found = scores.score(SimpleNamespace(name="sudoku4"), page.reshape(1, 4, 4), target[None], answer[None])
+    assert (found["exact"][0], found["cells"][0], found["blanks"][0]) == (0, 0.25, 0.25)
+    answer[8:] = target[8:]
+    found = scores.score(SimpleNamespace(name="sudoku4"), page.reshape(1, 4, 4), target[None], answer[None])
+    assert (found["cells"][0], found["blanks"][0]) == (0.625, 0.25)
+    target, answer = row("a b c", 8)[None], row("a_b d", 8)[None]
+    found = scores.score(SimpleNamespace(name="read"), target.reshape(1, 2, 4), target, answer)
+    assert found["characters"][0] == 4 / 6 and found["no_spaces"][0] == 3 / 4 and found["cer"][0] == 2 / 5
+
+
+def test_edits_against_the_definition():
+    rng = np.random.default_rng(0)
+    words = ["".join(rng.choice(list("ab"), rng.integers(0, 6))) for _ in range(80)]
+    targets, answers = (np.stack([row(word, 5) for word in some]).astype(int) for some in (words[:40], words[40:]))
+    expected = [naive_edits(a, b) for a, b in zip(words[:40], words[40:], strict=True)]
+    assert scores.edits(targets, answers).tolist() == expected
+    assert (targets[:, -1] == END).any()
+
+
+def test_names_copied():
+    said = " At last Bola took the kite home from the mill."
+    answers = [said, " Then Bola left the mill at the kiteee for good.", " At last Bolan", ""]
+    targets = np.stack([row(said, 64)] * 4)
+    shares = scores.copied_names(targets, np.stack([row(answer, 64) for answer in answers]))
+    assert shares.tolist() == [1, 2 / 3, 0, 0]
+    assert np.isnan(scores.copied_names(row("import os", 64)[None], row(said, 64)[None]))[0]
+
+
+def test_optimal_accepts_each_shortest_way_and_valid_longer_ones():
+    page = np.full((7, 7), OPEN)
+    page[[0, -1]] = page[:, [0, -1]] = WALL
+    page[2:5:2, 2:5:2] = WALL
+    page[1, 1], page[5, 5] = START, GOAL
+
+    def along(*cells):
+        answer = page.copy()
+        for cell in cells:
+            answer[cell] = WAY
+        return answer.reshape(-1)
+
+    edge = [(1, 2), (1, 3), (1, 4), (1, 5), (2, 5), (3, 5), (4, 5)]
+    middle = [(2, 1), (3, 1), (3, 2), (3, 3), (4, 3), (5, 3), (5, 4)]
+    longer = [(1, 2), (1, 3), (2, 3), (3, 3), (3, 2), (3, 1), (4, 1), (5, 1), (5, 2), (5, 3), (5, 4)]
+    answers = np.stack([along(*edge), along(*middle), along(*longer), along(*edge[:-1]), along(*edge, (3, 4))])
+    pages, targets = np.stack([page] * 5), np.stack([along(*edge)] * 5)
+    found = scores.score(SimpleNamespace(name="maze"), pages, targets, answers)
+    assert found["optimal"].tolist() == [1, 1, 0, 0, 0] and found["valid"].tolist() == [1, 1, 1, 0, 0]
+
+
+def test_pass_at_k_against_all_choices():
+    for n, k in ((5, 1), (6, 3), (4, 4)):
+        for c in range(n + 1):
+            chosen = [any(i < c for i in choice) for choice in itertools.combinations(range(n), k)]
+            assert scores.pass_at_k(n, c, k) == pytest.approx(np.mean(chosen))
+    assert np.allclose(scores.pass_at_k(10, np.array([0, 1, 10]), 5), [0, 0.5, 1])
+
+
+def test_the_most_frequent_name_of_a_page():
+    lines = ["ab = cd + ____ + cde", "word = some + some + ____", "x = ____"]
+    pages = np.stack([layout(line, 2, 16) for line in lines])
+    pages[pages == ord("_") - 32] = HOLE
+    found = scores.frequent_names(pages, 16)
+    assert found.tolist() == [row(name, 16).tolist() for name in ("", "some", "")]
+    assert texts.words("a1 = _b(c.d) # 2x") == ["a1", "_b", "c", "d"]
