@@ -216,10 +216,10 @@ class _Folder:
         for task, fields in batches:
             parts.setdefault(task, []).append(fields)
         for task, some in sorted(parts.items()):
-            tasks[task] = {field: np.concatenate([fields[field] for fields in some]) for field in some[0]}
+            tasks[task] = {field: np.concatenate([fields[field] for fields in some]) for field in shard_files.FIELDS}
         content, digest = _packed(tasks), hashlib.sha256()
         for task, fields in tasks.items():
-            for field, x in sorted(fields.items()):
+            for field, x in fields.items():
                 digest.update(f"{task} {field} {x.dtype} {x.shape} ".encode() + x.tobytes())
         write_atomic(self.path / name, lambda file: file.write(content))
         counts = {task: len(fields["id"]) for task, fields in tasks.items()}
@@ -246,7 +246,8 @@ def _packed(tasks):
     """Return the bytes of a file that holds {task: {field: array}}."""
     import torch
 
-    tensors = {task: {name: torch.from_numpy(x.copy()) for name, x in f.items()} for task, f in tasks.items()}
+    # names of one identity: pickle writes a string once, and what else is equal again
+    tensors = {task: {n: torch.from_numpy(f[n].copy()) for n in shard_files.FIELDS} for task, f in tasks.items()}
     file = io.BytesIO()
     torch.save(dict(format=shard_files.FORMAT, tasks=tensors), file)
     return file.getvalue()

@@ -22,6 +22,7 @@ from data_utils.config import DataError
 
 FORMAT = 1
 SHARD = 100  # batches
+FIELDS = ("page", "target", "key", "id")
 REBUILD = "--rebuild-dataset makes the data anew, or name another folder"
 
 
@@ -130,7 +131,7 @@ def check_tasks(content, counts, spec):
 
     if set(content["tasks"]) != set(counts):
         raise ValueError(f"holds {', '.join(sorted(content['tasks']))}, expected {', '.join(sorted(counts))}")
-    arrays = {task: {name: x.numpy() for name, x in fields.items()} for task, fields in content["tasks"].items()}
+    arrays = {task: {name: fields[name].numpy() for name in FIELDS} for task, fields in content["tasks"].items()}
     for task, n in counts.items():
         about = spec["tasks"][task]["task"]
         shapes = dict(page=(n, about["rows"], about["cols"]), target=(n, about["length"]), key=(n, 16), id=(n,))
