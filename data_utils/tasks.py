@@ -13,10 +13,12 @@ import numpy as np
 
 from data_utils import puzzles
 from data_utils.config import DataError, UsageError
+from data_utils.mazes import Mazes
 from data_utils.render import HOLE
 
 NAMES = "read continue fill sudoku4 sudoku6 sudoku9 maze arc".split()
 GIVENS = {4: 6, 6: 14, 9: 40}
+MAZE_SIDE = 11
 TEST_SHARE = 20  # one key in so many is held out
 ATTEMPTS = 2000  # draws on the wrong side, or without a sample, before a source counts as too small
 
@@ -126,4 +128,7 @@ def open_tasks(names, *, seed, page_rows, page_cols, text_source, stories, code_
             size = int(name[len("sudoku") :])
             task = Task(name, "grid", size, size, size * size, causal=False, cells=1, ids=0)
             found[name] = Source(task, [Sudoku(size)])
+        elif name == "maze":
+            task = Task(name, "grid", MAZE_SIDE, MAZE_SIDE, MAZE_SIDE**2, causal=False, cells=1, ids=0)
+            found[name] = Source(task, [Mazes(MAZE_SIDE)])
     return found
