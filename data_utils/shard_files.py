@@ -1,7 +1,7 @@
 """Folders of pages with their answers: what is in the files, and the plan that is known before they are made.
 
 manifest.json           the only thing that a reader trusts
-test.pt                 held-out samples of all tasks
+test.pt                 held-out samples of all tasks, made after the first shard
 batch_00000.pt ...      build_batch samples of one task each; gone once their shard is listed
 consolidated_000.pt ... SHARD batches each, the last may hold fewer
 A .pt file is {format, tasks: {task: {page (n, R, C), target (n, L), key (n, 16) uint8, id (n,) int32}}}.
