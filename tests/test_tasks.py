@@ -1,5 +1,7 @@
 """Samples of the tasks: pure, on the right side, what a puzzle's page shows agrees with its target."""
 
+import random
+
 import numpy as np
 import pytest
 
@@ -14,6 +16,12 @@ SMALL = dict(
 
 def opened(*names, **more):
     return tasks.open_tasks(names, **SMALL | more)
+
+
+def write_code(folder, files):
+    for i in range(files):
+        lines = [f"    value_{i} = total_{j} + value_{i}  # note {j}" for j in range(12)]
+        (folder / f"file{i}.py").write_text("\n".join([f"def make_{i}(value_{i}):", *lines]))
 
 
 def same(a, b):
@@ -36,33 +44,48 @@ def test_sudoku_pages_have_one_solution(size, givens):
 
 def test_the_fill_is_that_of_whole_puzzles():
     made, solutions = puzzles.sudoku(size=6, givens=14, n=1, seed=3)
-    draw = puzzles.random.Random("3 0")
+    draw = random.Random("3 0")
     grid = puzzles.fill(6, draw)
     assert (solutions[0] == grid).all() and (made[0] == puzzles.empty(grid, 6, 14, draw)).all()
 
 
-def test_samples_are_pure_and_splits_disjoint():
-    source = opened("sudoku4")["sudoku4"]
+@pytest.mark.parametrize("name", ["sudoku4", "maze", "read", "continue", "fill"])
+def test_samples_are_pure_and_splits_disjoint(name, tmp_path):
+    write_code(tmp_path, 200)
+    source = opened(name, code_dir=str(tmp_path))[name]
     keys = {"train": set(), "test": set()}
     for split, found in keys.items():
         for seed in range(3):
-            made = [source.make(i, split, seed) for i in range(60)]
-            assert same(made[9], opened("sudoku4")["sudoku4"].make(9, split, seed))
-            assert len({sample.page.tobytes() for sample in made}) > 55
+            made = [source.make(i, split, seed) for i in range(20 if split == "test" else 60)]
+            assert same(made[9], opened(name, code_dir=str(tmp_path), seed=5)[name].make(9, split, seed))
+            assert len({sample.page.tobytes() for sample in made}) > 14
+            for sample in made:
+                assert sample.page.shape == (source.task.rows, source.task.cols)
+                assert sample.target.shape == (source.task.length,) and len(sample.key) == 16
+                assert sample.page.dtype == sample.target.dtype == np.uint8
             found |= {sample.key for sample in made}
     assert not keys["train"] & keys["test"] and all(map(tasks.is_test, keys["test"]))
-    assert not any(map(tasks.is_test, keys["train"])) and len(keys["train"]) > 100
+    assert not any(map(tasks.is_test, keys["train"])) and len(keys["train"]) > 90
+
+
+def test_sources_take_turns_in_both_halves_of_the_test_split(tmp_path):
+    write_code(tmp_path, 200)
+    sources = {which: opened("read", text_source=which, code_dir=str(tmp_path))["read"] for which in ("both", "code")}
+    both, code = ([source.make(i, "test", 0) for i in range(8)] for source in sources.values())
+    assert [same(a, b) for a, b in zip(both, code, strict=True)] == [False, False, True, True] * 2
+    specs = [sources[which].spec for which in sources]
+    assert specs[0] != specs[1] and specs[0]["sources"][1] == specs[1]["sources"][0]
 
 
 def test_a_source_too_small_for_the_split():
     class One:
-        spec = {}
+        spec, about = {}, "one grid"
 
         def subject(self, draw):
             return b"one", None
 
     source = tasks.Source(opened("sudoku4")["sudoku4"].task, [One()])
-    with pytest.raises(DataError, match="no test sample 0 in 2000 draws, 2000 of them of the other split"):
+    with pytest.raises(DataError, match="no test sample 0 in 2000 draws, 2000 of them of the other split,\nfrom one"):
         source.make(0, "test", 0)
 
 
