@@ -117,14 +117,6 @@ def _flat(tree, path=""):
     return {key: value for flat in nested for key, value in flat.items()}
 
 
-def is_complete(folder, spec):
-    """Return whether all files of `spec` are there. Raises DataError when the folder holds data of another one."""
-    manifest = read_manifest(folder)
-    if manifest:
-        check_spec(folder, manifest["spec"], spec)
-    return bool(manifest and manifest["complete"])
-
-
 def check_tasks(content, counts, spec):
     """Return the arrays {task: {field: array}} of what a file holds; ValueError unless shapes and values are right."""
     from data_utils.render import SYMBOLS

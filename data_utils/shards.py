@@ -272,15 +272,15 @@ class Builder:
                 self.process.wait()
 
 
-def start_builder(out, cfg, spec, *, rebuild_dataset=False):
+def start_builder(out, cfg, *, rebuild_dataset=False):
     """Start prepare_data.py multimodal for `out` unless it is complete; return the Builder.
 
-    cfg has the flags of that command; spec is `shard_files.describe` of them. The process is in a group of its own,
-    ends with this one, and says what it does in <out>/build.log (rebuild_dataset: in <out>.new, until that is whole).
-    Raises DataError when `out` holds data of another specification.
+    cfg has the flags of that command. The process is in a group of its own, ends with this one, and says what it does
+    in <out>/build.log (rebuild_dataset: in <out>.new, until that is whole). Needs no torch and no source here: start it
+    first, so that both get ready at once. Raises DataError when `out` can't be read or written.
     """
     finish_swap(out)
-    if not rebuild_dataset and shard_files.is_complete(out, spec):
+    if not rebuild_dataset and (shard_files.read_manifest(out) or {}).get("complete"):
         return Builder(out, None)
     folder = beside(Path(os.path.realpath(out)), "new") if rebuild_dataset else Path(out)
     command = [sys.executable, str(root() / "prepare_data.py"), "multimodal", f"--out={out}", f"--parent={os.getpid()}"]

@@ -430,7 +430,8 @@ PARENT = """
 import sys, time
 from types import SimpleNamespace
 from data_utils.shards import start_builder
-start_builder(sys.argv[1], SimpleNamespace(**flags), {})
+start_builder(sys.argv[1], SimpleNamespace(**flags))
+assert "torch" not in sys.modules
 print("started", flush=True)
 time.sleep(60)
 """
@@ -453,7 +454,7 @@ def test_a_trainer_dies_and_the_next_one_goes_on(tmp_path, monkeypatch):
     assert not manifest(out)["complete"]
     sources = shard_builder.opener(cfg)()
     spec = shard_files.describe(sources, **shard_builder.sizes(cfg))
-    with shards.start_builder(out, cfg, spec) as builder:
+    with shards.start_builder(out, cfg) as builder:
         assert os.getpgid(builder.process.pid) == builder.process.pid
         read = shards.Shards([out], sources, seed=0, spec=spec, wait_timeout=60, alive=builder.check)
         os.kill(builder.process.pid, signal.SIGINT)  # which it leaves to the trainer
@@ -462,7 +463,7 @@ def test_a_trainer_dies_and_the_next_one_goes_on(tmp_path, monkeypatch):
         assert np.array_equal(found, [sources["sudoku6"].make(i, "train", 0).page for i in indices.tolist()])
         builder.wait()
         assert read.complete and builder.process.returncode == 0
-    assert shards.start_builder(out, cfg, spec).process is None
+    assert shards.start_builder(out, cfg).process is None
 
 
 def test_the_command_of_a_trainer(data, monkeypatch):
@@ -470,7 +471,7 @@ def test_the_command_of_a_trainer(data, monkeypatch):
     monkeypatch.setattr(subprocess, "Popen", lambda command, **more: started.append((command, more["env"])))
     monkeypatch.setenv("WORLD_SIZE", "2")
     cfg = SimpleNamespace(**FLAGS | dict(stories="my stories.txt", tasks=("read", "maze")))
-    shards.start_builder(data, cfg, {}, rebuild_dataset=True)
+    shards.start_builder(data, cfg, rebuild_dataset=True)
     (_, program, name, *argv), environment = started[0]
     parsed = vars(from_cli(*prepare_data.COMMANDS[name][:1], argv=argv))
     assert parsed == vars(cfg) | dict(out=str(data), rebuild_dataset=True, parent=os.getpid())
