@@ -26,7 +26,7 @@ from data_utils.workers import in_order
 
 SOURCE_FLAGS = ("seed", "page_rows", "page_cols", "text_source", "stories", "code_dir", "arc_set", "arc_side")
 SIZE_FLAGS = ("train_samples", "test_samples", "build_batch", "seed")
-DATA = r"manifest\.json|test\.pt|batch_\d{5,}\.pt|consolidated_\d{3,}\.pt|.+\.tmp-\d+"  # names of files made here
+DATA = r"(manifest\.json|test\.pt|batch_\d{5,}\.pt|consolidated_\d{3,}\.pt)(\.tmp-\d+)?"  # names of files made here
 POLL = 0.5  # seconds between two looks at a manifest or a lock
 SIGN_SECONDS = 5  # between two signs of life
 
@@ -143,16 +143,18 @@ class _Folder:
         """Make what is missing, until halted."""
         if self.manifest["complete"]:
             return self.tell(f"{self.path} is complete")
-        adopted, size = self._adopted(), self.spec["build_batch"]
-        self._record(self.first + len(adopted))
+        adopted, size, n = self._adopted(), self.spec["build_batch"], len(self.planned)
+        self.done = self.first + len(adopted)
+        self._record()
         tests = {} if self.manifest["test"] else {name: task["test"] for name, task in self.spec["tasks"].items()}
-        tests = shard_files.batches(tests, size)
-        missing = [self.planned[i] for i in range(self.first, len(self.planned)) if i not in adopted]
-        chunks = [("test", *batch) for batch in tests] + [("train", *batch) for batch in missing]
-        made = in_order(functools.partial(_make, call, self.spec["seed"]), chunks, workers)
+        # one draw in 20 is held out, so that these take longer than a whole shard, for which a trainer waits
+        first_shard, rest = range(self.first, min(shard_files.SHARD, n)), range(max(self.first, shard_files.SHARD), n)
+        tests = [("test", *batch) for batch in shard_files.batches(tests, size)]
+        chunks = [[("train", *self.planned[i]) for i in some if i not in adopted] for some in (first_shard, rest)]
+        made = in_order(functools.partial(_make, call, self.spec["seed"]), chunks[0] + tests + chunks[1], workers)
         try:
-            if not self._test(tests, made):
-                self._train(adopted, made)
+            if self._train(first_shard, adopted, made) and self._test(tests, made) and self._train(rest, adopted, made):
+                self._finish()
         finally:
             made.close()
 
@@ -169,33 +171,42 @@ class _Folder:
                 path.unlink()
         return found
 
-    def _test(self, tests, made):
-        """Make test.pt of the next of `made`; return whether halted."""
+    def _test(self, chunks, made):
+        """Make test.pt of the next of `made`; return whether not halted."""
         batches = []
-        for task, _, _ in tests:
+        for _, task, _, _ in chunks:
             batches.append((task, next(made)))
-            if self._pause(self.first):
-                return True
-        if tests:
+            if self._pause():
+                return False
+        if chunks:
             self.manifest["test"] = self._write("test.pt", batches)
-            self._record(self.first)
-        return False
+            self._record()
+        return True
 
-    def _train(self, adopted, made):
+    def _train(self, numbers, adopted, made):
+        """Write the batches of these numbers, and a shard where they fill one; return whether not halted."""
         batches = []
-        for number in range(self.first, len(self.planned)):
+        for number in numbers:
             task, path = self.planned[number][0], self.path / f"batch_{number:05d}.pt"
             if number not in adopted:
                 adopted[number] = next(made)
                 _put(path, _packed({task: adopted[number]}))
+            self.done = max(self.done, number + 1)
             batches.append((task, adopted.pop(number)))
             if len(batches) == shard_files.SHARD or number + 1 == len(self.planned):
                 self._consolidate(number, batches)
                 batches = []
-            if self._pause(number + 1):
-                return
-        self.tell(f"{self.path}: {sum(self.manifest['samples'].values())} samples in {len(self.manifest['shards'])} "
-                  f"files, {time.monotonic() - self.start:.0f} s")  # fmt: skip
+            if self._pause():
+                return False
+        return True
+
+    def _finish(self):
+        listed = self.manifest["shards"]
+        contents = [entry["content"] for entry in [self.manifest["test"], *listed]]
+        self.manifest |= dict(complete=True, content=shard_files.hash_of(contents))
+        self._record()
+        samples, seconds = sum(self.manifest["samples"].values()), time.monotonic() - self.start
+        self.tell(f"{self.path}: {samples} samples in {len(listed)} shards, {seconds:.0f} s")
 
     def _consolidate(self, last, batches):
         """Write the shard that ends with batch `last`, then list it, then delete its batches."""
@@ -203,10 +214,7 @@ class _Folder:
         entry = self._write(shard_files.shard_name(len(listed)), batches)
         first = len(listed) * shard_files.SHARD
         listed.append(entry | dict(first_batch=first, last_batch=last))
-        if last + 1 == len(self.planned):
-            contents = [entry["content"] for entry in [self.manifest["test"], *listed]]
-            self.manifest |= dict(complete=True, content=shard_files.hash_of(contents))
-        self._record(last + 1)
+        self._record()
         for number in range(first, last + 1):
             (self.path / f"batch_{number:05d}.pt").unlink(missing_ok=True)
 
@@ -216,29 +224,29 @@ class _Folder:
         for task, fields in batches:
             parts.setdefault(task, []).append(fields)
         for task, some in sorted(parts.items()):
-            tasks[task] = {field: np.concatenate([fields[field] for fields in some]) for field in some[0]}
+            tasks[task] = {field: np.concatenate([fields[field] for fields in some]) for field in shard_files.FIELDS}
         content, digest = _packed(tasks), hashlib.sha256()
         for task, fields in tasks.items():
-            for field, x in sorted(fields.items()):
+            for field, x in fields.items():
                 digest.update(f"{task} {field} {x.dtype} {x.shape} ".encode() + x.tobytes())
         write_atomic(self.path / name, lambda file: file.write(content))
         counts = {task: len(fields["id"]) for task, fields in tasks.items()}
         return dict(file=name, tasks=counts, sha256=hashlib.sha256(content).hexdigest(), content=digest.hexdigest())
 
-    def _record(self, batches):
+    def _record(self):
         self.signed = time.monotonic()
-        self.manifest["builder"] = dict(pid=os.getpid(), heartbeat=time.time(), batches=batches)
+        self.manifest["builder"] = dict(pid=os.getpid(), heartbeat=time.time(), batches=self.done)
         content = json.dumps(self.manifest, indent=1, sort_keys=True).encode("utf-8")
         write_atomic(self.path / "manifest.json", lambda file: file.write(content))
 
-    def _pause(self, batches):
+    def _pause(self):
         """After a batch: a sign of life, a line, whether to stop."""
         now = time.monotonic()
         if now - self.signed >= SIGN_SECONDS:
-            self._record(batches)
+            self._record()
         if now - self.said >= LINE_SECONDS:
             self.said = now
-            self.tell(f"{self.path}: {batches} of {len(self.planned)} batches, {now - self.start:.0f} s")
+            self.tell(f"{self.path}: {self.done} of {len(self.planned)} batches, {now - self.start:.0f} s")
         return self.halt()
 
 
@@ -246,7 +254,8 @@ def _packed(tasks):
     """Return the bytes of a file that holds {task: {field: array}}."""
     import torch
 
-    tensors = {task: {name: torch.from_numpy(x.copy()) for name, x in f.items()} for task, f in tasks.items()}
+    # names of one identity: pickle writes a string once, and what else is equal again
+    tensors = {task: {n: torch.from_numpy(f[n].copy()) for n in shard_files.FIELDS} for task, f in tasks.items()}
     file = io.BytesIO()
     torch.save(dict(format=shard_files.FORMAT, tasks=tensors), file)
     return file.getvalue()

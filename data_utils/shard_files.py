@@ -1,7 +1,7 @@
 """Folders of pages with their answers: what is in the files, and the plan that is known before they are made.
 
 manifest.json           the only thing that a reader trusts
-test.pt                 held-out samples of all tasks
+test.pt                 held-out samples of all tasks, made after the first shard
 batch_00000.pt ...      build_batch samples of one task each; gone once their shard is listed
 consolidated_000.pt ... SHARD batches each, the last may hold fewer
 A .pt file is {format, tasks: {task: {page (n, R, C), target (n, L), key (n, 16) uint8, id (n,) int32}}}.
@@ -22,6 +22,7 @@ from data_utils.config import DataError
 
 FORMAT = 1
 SHARD = 100  # batches
+FIELDS = ("page", "target", "key", "id")
 REBUILD = "--rebuild-dataset makes the data anew, or name another folder"
 
 
@@ -116,21 +117,13 @@ def _flat(tree, path=""):
     return {key: value for flat in nested for key, value in flat.items()}
 
 
-def is_complete(folder, spec):
-    """Return whether all files of `spec` are there. Raises DataError when the folder holds data of another one."""
-    manifest = read_manifest(folder)
-    if manifest:
-        check_spec(folder, manifest["spec"], spec)
-    return bool(manifest and manifest["complete"])
-
-
 def check_tasks(content, counts, spec):
     """Return the arrays {task: {field: array}} of what a file holds; ValueError unless shapes and values are right."""
     from data_utils.render import SYMBOLS
 
     if set(content["tasks"]) != set(counts):
         raise ValueError(f"holds {', '.join(sorted(content['tasks']))}, expected {', '.join(sorted(counts))}")
-    arrays = {task: {name: x.numpy() for name, x in fields.items()} for task, fields in content["tasks"].items()}
+    arrays = {task: {name: fields[name].numpy() for name in FIELDS} for task, fields in content["tasks"].items()}
     for task, n in counts.items():
         about = spec["tasks"][task]["task"]
         shapes = dict(page=(n, about["rows"], about["cols"]), target=(n, about["length"]), key=(n, 16), id=(n,))

@@ -205,7 +205,7 @@ class Shards:
             if sign and now - signed >= STALE:
                 found = f"its builder, process {builder['pid']}, gave no sign in {STALE} s"
                 raise DataError(f"{folder.path}: {found}\n{advice}")
-            if now - said >= 10:
+            if now - said >= LINE_SECONDS:
                 said = now
                 self.tell(f"waiting for {folder.path}: {made or 0} batches, {now - start:.0f} s")
             time.sleep(POLL)
@@ -243,9 +243,8 @@ class Builder:
         """Raise DataError, with the end of its log, if it failed."""
         status = self.process.poll() if self.process else 0
         if status:
-            with open(self.folder / "build.log", "rb") as log:
-                log.seek(max(0, os.path.getsize(log.name) - 2000))
-                lines = log.read().decode("utf-8", "replace").splitlines()[-3:]
+            log = self.folder / "build.log"  # gone with its folder when new data took the place of old
+            lines = log.read_text(encoding="utf-8", errors="replace").splitlines()[-3:] if log.exists() else []
             raise DataError(f"{self.folder}: the builder ended with status {status}: {' | '.join(lines)}\n"
                             f"try: see {self.folder}/build.log; the same command goes on")  # fmt: skip
 
@@ -272,15 +271,15 @@ class Builder:
                 self.process.wait()
 
 
-def start_builder(out, cfg, spec, *, rebuild_dataset=False):
+def start_builder(out, cfg, *, rebuild_dataset=False):
     """Start prepare_data.py multimodal for `out` unless it is complete; return the Builder.
 
-    cfg has the flags of that command; spec is `shard_files.describe` of them. The process is in a group of its own,
-    ends with this one, and says what it does in <out>/build.log (rebuild_dataset: in <out>.new, until that is whole).
-    Raises DataError when `out` holds data of another specification.
+    cfg has the flags of that command. The process is in a group of its own, ends with this one, and says what it does
+    in <out>/build.log (rebuild_dataset: in <out>.new, until that is whole). Needs no torch and no source here: start it
+    first, so that both get ready at once. Raises DataError when `out` can't be read or written.
     """
     finish_swap(out)
-    if not rebuild_dataset and shard_files.is_complete(out, spec):
+    if not rebuild_dataset and (shard_files.read_manifest(out) or {}).get("complete"):
         return Builder(out, None)
     folder = beside(Path(os.path.realpath(out)), "new") if rebuild_dataset else Path(out)
     command = [sys.executable, str(root() / "prepare_data.py"), "multimodal", f"--out={out}", f"--parent={os.getpid()}"]
