@@ -43,6 +43,12 @@ def traces(model, name, task, held, *, size, seed, hardware, stop=False, **how):
     return {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
 
 
+def mean(values):
+    """Of those that are there, nan for none."""
+    values = values[~np.isnan(values)]
+    return float(values.mean()) if len(values) else float("nan")
+
+
 def auc(values, good):
     """How often a good sample has the larger value than a bad one, (n) and (n) bool; nan where there is one kind."""
     good, order = np.asarray(good, bool), np.argsort(np.argsort(values, kind="stable"), kind="stable")
@@ -66,20 +72,19 @@ def judge(task, held, found, how="score"):
         return score(task, pages, targets, answers[step, each, path].numpy())
 
     final = scores(T - 1, path[-1])
-    first, row = next(iter(final)), {name: float(np.nanmean(values)) for name, values in final.items()}
-    row |= {f"{first}@{t}": float(np.nanmean(scores(t - 1, path[t - 1])[first])) for t in STEPS if t < T}
+    first, row = next(iter(final)), {name: mean(values) for name, values in final.items()}
+    row |= {f"{first}@{t}": mean(scores(t - 1, path[t - 1])[first]) for t in STEPS if t < T}
     logits = halt.gather(2, path[..., None])[..., 0]  # (T, n)
     over = (logits > 0).float()
     over[-1] = 1
     leave = over.argmax(0)  # the first step that is believed
-    row |= dict(halted=float(np.nanmean(scores(leave, path[leave, each])[first])),
-                halt_steps=leave.float().mean().item() + 1)  # fmt: skip
+    row["halted"], row["halt_steps"] = mean(scores(leave, path[leave, each])[first]), leave.float().mean().item() + 1
     wrong = (answers != held["target"][:, None]) & (held["target"] != PADDING)[:, None]
     right = ~wrong.any(3)  # (T, n, K)
     row["halt_auc"] = auc(logits[-1].numpy(), right[-1, each, path[-1]].numpy())
     if path.numel() and halt.shape[2] > 1:
         oracle, exact = right[-1].any(1).float().mean().item(), right[-1, each, path[-1]].float().mean().item()
-        alone = float(np.nanmean(scores(T - 1, torch.zeros_like(path[-1]))[first]))
+        alone = mean(scores(T - 1, torch.zeros_like(path[-1]))[first])
         share = path[-1].bincount(minlength=halt.shape[2]).max().item() / n
         row |= dict(path_0=alone, oracle=oracle, gap=oracle - exact, largest_share=share)
     nats = found["nats"].movedim(0, 1)[-1, each, path[-1]]
@@ -95,9 +100,9 @@ CONTROLS = dict(shuffled=lambda pages: pages.roll(1, 0), blank=torch.zeros_like)
 
 
 def examine(model, sources, data, split, *, paths, noise, select, change=None, **how):
-    """All tasks on one half of what is held out -> {score: mean of their first scores, task/name: number}, or None.
+    """All tasks on one half of what is held out -> {score, loss: means over tasks, task/name: number}, or None.
 
-    None: stopped. change: of the pages, for a control.
+    score: of the first score of each. None: stopped. change: of the pages, for a control.
     """
     row, firsts = {}, []
     for name, source in sources.items():
@@ -111,7 +116,8 @@ def examine(model, sources, data, split, *, paths, noise, select, change=None, *
         judged = judge(source.task, held, found, select)
         firsts.append(next(iter(judged.values())))
         row |= {f"{name}/{key}": value for key, value in judged.items()}
-    return dict(score=sum(firsts) / len(firsts)) | row
+    loss = sum(row[f"{name}/loss"] for name in sources) / len(sources)
+    return dict(score=sum(firsts) / len(firsts), loss=loss) | row
 
 
 def report(model, average, *args, controls, **how):
