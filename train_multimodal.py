@@ -218,7 +218,7 @@ def run(cfg, stop, stack):
     sources = open_all()
     spec, names = describe(sources, **sizes(cfg)), list(sources)
     lock = checkpoint.lock_run(home, "multimodal") if rank == 0 else None  # noqa: F841  held until the process ends
-    builder = stack.enter_context(start_builder(folder, cfg, spec, **building)) if rank == 0 else None
+    builder = stack.enter_context(start_builder(folder, cfg, **building)) if rank == 0 else None
     if cfg.rebuild_dataset and builder:
         builder.wait(stop, tell)
     data = Shards(cfg.data_paths, names, seed=cfg.seed, spec=spec, wait_timeout=cfg.wait_timeout, stop=stop, tell=tell,
@@ -323,8 +323,8 @@ def run(cfg, stop, stack):
         row = report(raw_model, average, sources, data, split, paths=cfg.eval_paths, noise=cfg.latent_noise, stop=stop,
                      select=cfg.latent_select, size=B, seed=cfg.seed, hardware=hardware, controls=split == "test")  # fmt: skip
         if row and rank == 0:
-            chosen = {key: value for key, value in row.items() if key.count("/") < 2 and "@" not in key}
-            tell(f"step {at.step} | {split} | " + " | ".join(f"{key} {value:.4f}" for key, value in chosen.items()))
+            short = {key.split("/")[0]: f"{key} {value:.4f}" for key, value in reversed(row.items()) if "@" not in key}
+            tell(f"step {at.step} | {split} | " + " | ".join(reversed(short.values())))  # the first of each task
             write(dict(step=at.step, epoch=at.step // batches, split=split) | row)
         return row
 
