@@ -50,10 +50,12 @@ def mean(values):
 
 
 def auc(values, good):
-    """How often a good sample has the larger value than a bad one, (n) and (n) bool; nan where there is one kind."""
-    good, order = np.asarray(good, bool), np.argsort(np.argsort(values, kind="stable"), kind="stable")
-    many, few = good.sum(), (~good).sum()
-    return float((order[good].sum() - many * (many - 1) / 2) / (many * few)) if many and few else float("nan")
+    """How often a good sample has the larger value than a bad one, ties half, (n) and (n) bool; nan for one kind."""
+    good = np.asarray(good, bool)
+    few, many = np.sort(values[~good]), values[good]
+    if not len(few) or not len(many):
+        return float("nan")
+    return float((few.searchsorted(many, "left") + few.searchsorted(many, "right")).mean() / (2 * len(few)))
 
 
 def judge(task, held, found, how="score"):
