@@ -11,9 +11,8 @@ from data_utils.render import COLOUR, HOLE, PADDING, SYMBOLS
 from data_utils.slots import batch_of
 from data_utils.tasks import DIGIT, Sudoku, Task, _grid
 from models import halting
-from models.adam_atan2 import AdamAtan2
 from models.halting import CONTINUE, HaltingAgent
-from models.multimodal import TABLE, Multimodal, Quantizer, log_stablemax
+from models.multimodal import LATE, Multimodal, Places, Quantizer, log_stablemax
 from models.planning import all_paths, pick
 
 KNOWN = dict(
@@ -24,8 +23,8 @@ KNOWN = dict(
 )
 SIZES = dict(hidden_size=16, num_heads=2, H_cycles=2, L_cycles=1, L_layers=1, mixer="attention", relation_bias=False,
              bottleneck="capsules", num_capsules=3, augment=False, supervision_steps=5, text_supervision_steps=4,
-             loss="stablemax", paths=3, latent_planning_depth=2, use_vq_codebook=True, vq_size=8, vq_dim=4, vq_groups=2,
-             vq_beta=0.25, vq_decay=0.9, vq_revive=1.0, enable_memory=True, memory_slots=8, memory_dim=4,
+             loss="stablemax", paths=3, latent_planning_depth=2, use_vq_codebook=True, vq_size=64, vq_dim=4, vq_groups=2,
+             vq_beta=0.25, enable_memory=True, memory_slots=8, memory_dim=4,
              memory_top_k=2, enable_mtp=True, decoder_layers=1, enable_dqn=True,
              enable_gradient_checkpointing=False)  # fmt: skip
 PLAIN = dict(use_vq_codebook=False, enable_memory=False, enable_mtp=False, enable_dqn=False)  # and paths=1: nothing on
@@ -133,6 +132,8 @@ REFUSED = [
     (dict(tasks=["sudoku4"], enable_mtp=False, relation_bias=True), "--relation_bias needs one task of grids"),
     (dict(tasks=["read"], enable_mtp=False, bottleneck="tokens", use_vq_codebook=False, relation_bias=True), "grids"),
     (dict(paths=17), "17 paths in 16 dimensions"),
+    (dict(num_heads=3), "--hidden_size 16 over --num_heads 3"),
+    (dict(num_heads=16), "even"),
 ]
 
 
@@ -142,10 +143,16 @@ def test_parts_that_do_not_go_together(changes, words):
         build(**changes)
 
 
-def test_a_page_that_is_too_large():
-    model = build()
-    with pytest.raises(ValueError, match=f"at most {TABLE}"):
-        model.page_places(TABLE + 1, 2)
+def test_places_are_those_of_the_largest_page():
+    places = Places([(2, 5), (4, 1)], d_model=3)
+    assert places.rows.shape == (4, 3) and places.columns.shape == (5, 3)
+    found = places(2, 5)
+    assert all(torch.equal(found[5 * i + j], places.rows[i] + places.columns[j]) for i in range(2) for j in range(5))
+
+
+def test_parts_that_begin_without_a_gradient_are_named():
+    names = {name.split(".")[0] for name, _ in build().named_parameters()}
+    assert {name.rstrip(".") for name in LATE} < names
 
 
 def test_recomputing_activations_changes_no_gradient():
@@ -332,12 +339,12 @@ def test_through_codes_the_answer_teaches_the_encoder():
     aux["ce"].backward()
     parts = [*model.encoder.parameters(), *model.look.parameters(), model.capsule_tokens, model.quantizer.down.weight]
     assert all(p.grad is not None and p.grad.norm() > 0 for p in parts)
-    assert aux["codes"].shape == (3, 3, 2) and model.quantizer.bits == 6
+    assert aux["codes"].shape == (3, 3, 2) and model.quantizer.bits == 12
 
 
 def test_codes_stay_bounded():
     torch.manual_seed(0)
-    quantizer = Quantizer(d_model=8, size=16, dim=4, groups=2, beta=0.25, decay=0.9, revive=1.0)
+    quantizer = Quantizer(d_model=8, size=16, dim=4, groups=2, beta=0.25)
     for _ in range(100):
         out, codes, commit = quantizer(5 * torch.randn(8, 3, 8))
     assert out.shape == (8, 3, 8) and commit.isfinite() and len(codes.unique()) > 8

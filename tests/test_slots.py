@@ -38,9 +38,9 @@ class Stream:
         return dict(page=page, target=target, id=torch.zeros(len(number), dtype=torch.long))
 
 
-def slots(stream, count=4, first=0, size=4, **changes):
-    how = dict(seed=1, augment=False, exploration=0.0, limit=LIMIT) | changes
-    return Slots(stream, stream.name, KNOWN[stream.name], slots=count, first=first, size=size, **how)
+def slots(stream, own=slice(None), limit=LIMIT, **changes):
+    how = dict(global_batch_size=4, seed=1, augment=False, halt_exploration=0.0) | changes
+    return Slots(stream, stream.name, KNOWN[stream.name], own, SimpleNamespace(**how), limit)
 
 
 def leave(some, halted):
@@ -54,7 +54,7 @@ def shown(some):
 
 def test_a_slot_takes_its_own_positions():
     stream, draw = Stream("sudoku4"), np.random.default_rng(0)
-    some, drawn = slots(stream, count=2, first=1, size=4), np.zeros(2, int)
+    some, drawn = slots(stream, slice(1, 3)), np.zeros(2, int)
     expected = None
     for _ in range(12):
         halted = draw.random(2) < 0.5 if expected else np.ones(2, bool)
@@ -70,7 +70,7 @@ def test_a_slot_takes_its_own_positions():
 
 
 def test_ranks_take_what_one_process_would():
-    whole, parts = slots(Stream("read")), [slots(Stream("read"), count=2, first=f) for f in (0, 2)]
+    whole, parts = slots(Stream("read")), [slots(Stream("read"), slice(f, f + 2)) for f in (0, 2)]
     for halted in ([True] * 4, [True, False, False, True], [False, True, True, True]):
         for some, own in ((whole, slice(0, 4)), (parts[0], slice(0, 2)), (parts[1], slice(2, 4))):
             leave(some, halted[own])
@@ -82,13 +82,13 @@ def test_ranks_take_what_one_process_would():
 
 @pytest.mark.parametrize("augment", [False, True])
 def test_a_resumed_slot_goes_on(augment):
-    first = slots(Stream("read"), augment=augment, exploration=0.5)
+    first = slots(Stream("read"), augment=augment, halt_exploration=0.5)
     halted = ([True] * 4, [True, False, False, True], [False, True, True, False], [False] * 4)
     for state in halted[:3]:
         leave(first, state)
         first.take(DEVICE)
     leave(first, halted[3])
-    again = slots(Stream("read"), augment=augment, exploration=0.5)
+    again = slots(Stream("read"), augment=augment, halt_exploration=0.5)
     again.load_state_dict(first.state_dict(), DEVICE)
     for state in (halted[3], halted[1], halted[0]):
         leave(first, state)
@@ -133,14 +133,14 @@ def test_the_same_sample_looks_the_same_and_others_do_not():
 def test_exploration():
     shares = []
     for share in (0.0, 0.5, 1.0):
-        some = slots(Stream("read"), count=400, size=400, exploration=share)
+        some = slots(Stream("read"), global_batch_size=400, halt_exploration=share)
         shortest = some.take(DEVICE)["shortest"].clone()
         shares.append((shortest > 1).float().mean().item())
         assert set(shortest.tolist()) <= {1, *range(2, LIMIT + 1)}
         leave(some, [True] * 400)
         assert torch.equal(some.take(DEVICE)["shortest"], shortest) == (share == 0)
     assert shares == [0.0, pytest.approx(0.5, abs=0.1), 1.0]
-    assert slots(Stream("read"), exploration=1.0, limit=1).take(DEVICE)["shortest"].tolist() == [1] * 4
+    assert slots(Stream("read"), halt_exploration=1.0, limit=1).take(DEVICE)["shortest"].tolist() == [1] * 4
 
 
 # ---- after a step ----------------------------------------------------------------------------------------------------
