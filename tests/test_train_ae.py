@@ -16,7 +16,7 @@ from typing import get_args
 import pytest
 import torch
 import yaml
-from conftest import ROOT, finish, start, start_two
+from conftest import ROOT, finish, start, start_cold, start_two
 from test_resume import assert_same
 
 import train_ae
@@ -162,7 +162,7 @@ def test_a_sweep_of_the_guide_parses(line):
 
 def test_a_whole_run_as_a_process(tmp_path):
     words = ["--config", ROOT / "configs" / "ae" / "smoke.yaml", "--device=cpu"]
-    out, err = finish(start("train_ae.py", *words, cwd=tmp_path))
+    out, err = finish(start_cold("train_ae.py", *words, cwd=tmp_path))
     (home,) = Path("outputs", "runs").iterdir()
     assert home.name.startswith("run_2") and home.name.endswith("_smoke")
     assert "epoch 2/2 | train_loss" in out and "perplexity" in out and not err
@@ -265,9 +265,10 @@ launch(main, sys.argv[1:])
 """)
     toy = " ".join([*TOY, f"data={events}"])
     others = [f"{toy} loop={loop} encoder=gan batch_size=8 out={loop}" for loop in ("gan_ae", "diffusion_ae")]
-    process = start_two(tmp_path / "two.py", f"{toy} batch_size=8 revive=-1 out=two", *others, cwd=tmp_path)
+    two = start_two(tmp_path / "two.py", f"{toy} batch_size=8 revive=-1 out=two", *others, cwd=tmp_path)
     run(events, "batch_size=16 revive=-1 out=one")
-    finish(process)
+    for process in two:
+        finish(process)
     one, two = (load_checkpoint(f"{name}/last.pt", "ae:ae") for name in ("one", "two"))
     torch.testing.assert_close(two["model_state"], one["model_state"], rtol=0, atol=1e-5)
     for name in ("val_loss", "train_loss", "rec_tokens", "usage", "perplexity"):

@@ -8,7 +8,7 @@ import time
 import pytest
 import torch
 import yaml
-from conftest import finish, start, start_two
+from conftest import finish, start, start_cold, start_two
 from test_resume import assert_same
 
 from data_utils.checkpoint import load_checkpoint
@@ -60,7 +60,7 @@ def test_commands_of_the_guide(tmp_path):
     guide = """--dataset synthetic --batch_size 4 --learning_rate 2.5e-4 --warmup_steps 50 --steps 200 --val_every 50
                --run_name arithmetic-demo --checkpoint_limit 3 --save_best_model --mixed_precision bf16 --log_steps 20
                --grad_clip 1.0 --eval_rows 40""".split()
-    out, _ = finish(start("train_hrm.py", *guide, cwd=tmp_path))
+    out, _ = finish(start_cold("train_hrm.py", *guide, cwd=tmp_path))
     assert "step 20/200 | loss" in out and "it/s" in out
     home = tmp_path / "runs" / "arithmetic-demo"
     names = {p.name for p in (home / "checkpoints").iterdir() if not p.name.startswith(".")}
@@ -108,8 +108,9 @@ def test_interrupted_and_resumed_equals_uninterrupted(kind, optimizer, puzzles, 
 def test_two_ranks_equal_one(puzzles, tmp_path):
     flags = ["--max_seq_len=16", "--core_layers=1", f"--dataset={puzzles}", "--steps=6", "--segments=3", "--no-halting"]
     one = train(tmp_path, *flags, "--run_name=one", "--batch_size=16")
-    finish(start_two("train_hrm.py", *SIZES, *flags, "--run_name=two", "--batch_size=8", cwd=tmp_path))
-    finish(one)
+    two = start_two("train_hrm.py", *SIZES, *flags, "--run_name=two", "--batch_size=8", cwd=tmp_path)
+    for process in (one, *two):
+        finish(process)
     states = [load_checkpoint(tmp_path / f"runs/{n}/checkpoints/final.pt", "hrm") for n in ("one", "two")]
     for key, weight in states[0]["model_state"].items():
         torch.testing.assert_close(weight, states[1]["model_state"][key], rtol=0, atol=1e-5)

@@ -130,8 +130,8 @@ def test_saved_pools_wandb_and_starting_over(tmp_path):
 def test_two_ranks_equal_an_accumulation_of_two(tmp_path):
     flags = [*TINY, "--steps=4", "-vi", "4"]
     one = train(tmp_path, "--steps=4", "-vi", "4", "--gradient_accumulation_steps=2", "-o", "one")
-    finish(start_two("train_sr.py", *flags, "-o", "two", cwd=tmp_path))
-    finish(one)
+    for process in (one, *start_two("train_sr.py", *flags, "-o", "two", cwd=tmp_path)):
+        finish(process)
     a, b = (read(tmp_path / name / "state_dict.pt") for name in ("one", "two"))
     for key, weight in a.items():
         torch.testing.assert_close(weight, b[key], rtol=0, atol=1e-5)
