@@ -558,7 +558,7 @@ def test_figures_that_fail_and_full_ones(events, drawn, monkeypatch, capfd):
 
 def test_a_sweep_survives_a_job_that_is_killed(events, tmp_path):
     toy = [word for word in TOY if word != "epochs=2"]  # a key stands there once
-    swept = ["latent_space=none,vq", "seed=1,2", "epochs=20"]
+    swept = ["latent_space=none,vq", "epochs=20"]
     process = start("train_ae.py", "--multirun", *swept, *toy, f"data={events}", cwd=tmp_path)
 
     def first():
@@ -569,14 +569,14 @@ def test_a_sweep_survives_a_job_that_is_killed(events, tmp_path):
     _, err = finish(process, 1)
     (folder,) = Path("outputs", "multiruns").iterdir()
     rows = yaml.safe_load((folder / "sweep.yaml").read_text())["jobs"]
-    assert [(row["status"], row["exit_code"]) for row in rows] == [("failed", 137)] + [("done", 0)] * 3
+    assert [(row["status"], row["exit_code"]) for row in rows] == [("failed", 137), ("done", 0)]
     assert "job 0 of" in err and f"resume={folder}" in err
     before = {p: p.stat().st_mtime_ns for row in rows[1:] for p in Path(row["run_dir"]).rglob("*")}
     out, _ = finish(start("train_ae.py", f"resume={folder}", cwd=tmp_path))
-    assert "4 of 4 jobs done" in out and "resumed outputs/runs" in out
+    assert "2 of 2 jobs done" in out and "resumed outputs/runs" in out
     assert {p: p.stat().st_mtime_ns for p in before} == before
     rows = yaml.safe_load((folder / "sweep.yaml").read_text())["jobs"]
     assert all(row["status"] == "done" and math.isfinite(row["best_val_loss"]) for row in rows)
     main(read("--config", Path(rows[0]["run_dir"], ".hydra", "config.yaml"), "out=alone"))
     assert_same(saved(rows[0]["run_dir"])[0], saved("alone")[0])
-    assert lines(rows[3]["run_dir"])[0]["meta"]["job"] == 3
+    assert lines(rows[1]["run_dir"])[0]["meta"]["job"] == 1

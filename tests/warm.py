@@ -60,7 +60,7 @@ def parent(env):
 
 
 def serve():
-    """Answer a command with the number of a fork, such a number with its exit status; return the command in the fork."""
+    """Answer a command with the number of a fork, and that number with its status; return the command in the fork."""
     for line in sys.stdin:
         asked = json.loads(line)
         if isinstance(asked, int):
@@ -91,7 +91,8 @@ if __name__ == "__main__":
         os.dup2(os.open(path, os.O_RDWR), number)
     random.seed()
     numpy.random.seed()
-    sys.argv, sys.path[0] = command["words"], os.path.dirname(command["words"][0])
+    sys.argv = command["words"]
+    sys.path[:1] = [os.path.dirname(sys.argv[0]), *command["env"]["PYTHONPATH"].split(os.pathsep)]
     try:
         runpy.run_path(sys.argv[0], run_name="__main__")
     except SystemExit as end:
