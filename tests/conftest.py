@@ -2,15 +2,16 @@
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 import warm
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job starts with it ignored, and its children
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # and with this one what nohup starts
 
 ROOT = Path(__file__).parents[1]
 TINY = """--tokenizer bytes --d_model 32 --n_heads 2 --n_layers 1 --max_seq_len 32 --batch_size 8 --lr 3e-3 --device cpu
@@ -36,11 +37,12 @@ def start(script, *flags, cwd=".", **env):
 
 def start_two(script, *flags, **more):
     """The same on two processes, with what torchrun tells them."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        told = dict(WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free.getsockname()[1]))
-    told |= dict(TORCHELASTIC_RUN_ID="none")
-    return [start(script, *flags, RANK=str(rank), LOCAL_RANK=str(rank), **told, **more) for rank in range(2)]
+    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # on a free port
+    told = dict(WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(store.port))
+    told |= dict(TORCHELASTIC_USE_AGENT_STORE="True", TORCHELASTIC_RUN_ID="none")
+    ranks = [start(script, *flags, RANK=str(rank), LOCAL_RANK=str(rank), **told, **more) for rank in range(2)]
+    ranks[0].store = store  # lives as long as they do
+    return ranks
 
 
 def start_cold(script, *flags, **more):

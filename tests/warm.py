@@ -5,7 +5,9 @@ and exit of its own. Run as a program this file is the parent, which reads comma
 """
 
 import atexit
+import contextlib
 import gc
+import importlib
 import json
 import os
 import random
@@ -75,11 +77,10 @@ def serve():
 
 
 if __name__ == "__main__":
-    import faiss  # noqa: F401  nothing here starts a thread, which a fork would lack
-    import matplotlib.pyplot  # noqa: F401
+    for name in ("torch._dynamo", "matplotlib.pyplot", "tokenizers", "faiss"):  # none starts a thread
+        with contextlib.suppress(ImportError):
+            importlib.import_module(name)
     import numpy
-    import tokenizers  # noqa: F401
-    import torch._dynamo  # noqa: F401
 
     gc.freeze()  # else each fork copies most of it
     command = serve()
