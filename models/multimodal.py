@@ -325,9 +325,9 @@ class Multimodal(nn.Module):
         return {key: torch.stack(values) for key, values in found.items()} | said | dict(x=x, z_H=z_H)
 
     @torch.no_grad()
-    def write(self, batch, *, steps, choose, end, length=0):
-        """Answer of a causal task, symbol by symbol: (B, length) int64, logits that it is right (B)."""
-        found = self.trace(batch, steps=steps)
+    def write(self, batch, *, choose, end, length=0, **how):
+        """Answer of a causal task, symbol by symbol: (B, length) int64, logits that it is right (B). how: of trace."""
+        found = self.trace(batch, **how)
         best = select(found["answers"], found["halt"], "score")[-1]
         z_H, length = pick(found["z_H"], best), length or self.tasks[batch["task"]]["length"]
         made = self.decoder.generate(found["x"] + z_H, length=length, end=end, choose=choose)
