@@ -367,9 +367,9 @@ def run(cfg, stop, stack):
                                accuracy=accuracy, lr=lr_at(at.step - 1), grad_norm=norm, samples_per_s=B * rate,
                                seconds=now - start, peak_mb=peak_mb(device), skipped=at.skipped))  # fmt: skip
             if due() and not stop_now:
-                row = evaluate("val")
-                (stop_now,) = hardware.largest(0 if row else int(stop.signal))
-                if row:
+                done = (row := evaluate("val")) and (not over or evaluate("test"))
+                (stop_now,) = hardware.largest(0 if done else int(stop.signal))
+                if done:
                     at.evaluated, late = at.step, late or cfg.checkpoint_every_eval
                     at.best, at.best_step = max((at.best, at.best_step), (row["score"], at.step))
             if over or stop_now or late:
@@ -379,8 +379,8 @@ def run(cfg, stop, stack):
                 break
 
     # --- summary --------------------------------------------------------------------------
-    if over and not stop_now:
-        evaluate("test")
+    if cfg.eval_only and not evaluate("test"):
+        stop_now = stop.signal
     if rank == 0 and over:
         try:
             from plot import plot_losses

@@ -195,6 +195,8 @@ def load_parts(parts, state, path, about, allow_partial=None, same_data=""):
         remedy = remedy if allow_partial is None else "--allow_partial loads what fits"
         raise UsageError(f"{path} has another model: {differs}\ntry: {remedy}")
     state, model = named(state), parts["model_state"]
+    if "optimizer_state" in parts and "optimizer_state" not in state:
+        raise UsageError(f"{path} holds weights to be used, not a run to go on with\ntry: latest.pt beside it")
     saved = {re.sub(r"^(_orig_mod\.|module\.)+", "", k): v for k, v in state["model_state"].items()}
     own = model.state_dict()
     missing, extra = sorted(own.keys() - saved.keys()), sorted(saved.keys() - own.keys())

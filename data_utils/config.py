@@ -115,16 +115,27 @@ def launch(main, cfg):
         if not re.search("out of memory|OutOfMemory|MemoryError|can't allocate memory", f"{type(e).__name__} {e}"):
             raise
         status = 1
-        remedy = "--batch_size with a larger --grad_accum_steps"
-        remedy = "batch_size=, accumulate=2, or a smaller hidden=" if hasattr(cfg, "accumulate") else remedy
+        remedy = "a smaller --batch_size with a larger --grad_accum_steps"
+        remedy = "a smaller batch_size=, accumulate=2, or a smaller hidden=" if hasattr(cfg, "accumulate") else remedy
+        remedy = _cures(cfg) if hasattr(cfg, "enable_latent_planning") else remedy
         print(f"error: out of memory: {(str(e).splitlines() or ['no reason given'])[0][:300]}\n"
-              f"try: a smaller {remedy}", file=sys.stderr)  # fmt: skip
+              f"try: {remedy}", file=sys.stderr)  # fmt: skip
     status = 0 if torchrun and status > 128 else status
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:  # see Hardware.close
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)
     sys.exit(status)
+
+
+def _cures(cfg):
+    """What configs/multimodal/low_memory.yaml would still change, as overrides."""
+    import yaml
+
+    cures = yaml.safe_load((root() / "configs" / "multimodal" / "low_memory.yaml").read_text(encoding="utf-8"))
+    cures["global_batch_size"] = min(cures["global_batch_size"], cfg.global_batch_size)
+    left = [f"{name}={str(value).lower()}" for name, value in cures.items() if getattr(cfg, name) != value]
+    return " ".join(left) or "a smaller --global_batch_size or --hidden_size"
 
 
 def at_least(cfg, low, *names):

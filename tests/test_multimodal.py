@@ -23,8 +23,8 @@ KNOWN = dict(
 )
 SIZES = dict(hidden_size=16, num_heads=2, H_cycles=2, L_cycles=1, L_layers=1, mixer="attention", relation_bias=False,
              bottleneck="capsules", num_capsules=3, augment=False, supervision_steps=5, text_supervision_steps=4,
-             loss="stablemax", paths=3, latent_planning_depth=2, use_vq_codebook=True, vq_size=64, vq_dim=4, vq_groups=2,
-             vq_beta=0.25, enable_memory=True, memory_slots=8, memory_dim=4,
+             loss="stablemax", paths=3, latent_planning_depth=2, use_vq_codebook=True, vq_size=64, vq_dim=4,
+             vq_groups=2, vq_beta=0.25, enable_memory=True, memory_slots=8, memory_dim=4,
              memory_top_k=2, enable_mtp=True, decoder_layers=1, enable_dqn=True,
              enable_gradient_checkpointing=False)  # fmt: skip
 PLAIN = dict(use_vq_codebook=False, enable_memory=False, enable_mtp=False, enable_dqn=False)  # and paths=1: nothing on

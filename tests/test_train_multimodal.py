@@ -15,14 +15,13 @@ from typing import get_args
 import numpy as np
 import pytest
 import torch
-import yaml
-from conftest import ROOT, finish, launch, start, start_two
+from conftest import ROOT, finish, start, start_two
 from test_resume import assert_same
 
 import train_multimodal
-from data_utils import arc, checkpoint, config, shards
+from data_utils import arc, checkpoint, config, shards, slots
 from data_utils.checkpoint import load_checkpoint, named
-from data_utils.config import DataError, UsageError, from_cli
+from data_utils.config import from_cli
 from data_utils.overrides import PICTURES
 from models import halting
 from models.multimodal import Multimodal
@@ -266,7 +265,9 @@ def test_interrupted_and_resumed_equals_uninterrupted(pages, tmp_path):
     assert not list(Path().rglob("*.tmp-*"))
 
 
-def test_training_while_data_come_is_training_on_all_of_them(pages, finished, monkeypatch):
+def test_training_while_data_come_is_training_on_all_of_them(pages, monkeypatch):
+    monkeypatch.setattr(slots, "START_PAGES", 32)  # as it is, so few pages would be waited for at once
+    run(*TOY, f"data_paths={pages} checkpoint_path=whole incremental=false epochs=2")
     shutil.copytree(pages, "data")
     path, woken = Path("data", "manifest.json"), []
     whole = json.loads(path.read_text())
@@ -280,9 +281,9 @@ def test_training_while_data_come_is_training_on_all_of_them(pages, finished, mo
     monkeypatch.setattr(shards, "start_builder", lambda out, cfg, **_: shards.Builder(out, None))
     with monkeypatch.context() as patch:
         patch.setattr(time, "sleep", come)
-        run(*TOY, "data_paths=data checkpoint_path=a")
+        run(*TOY, "data_paths=data checkpoint_path=a epochs=2")
     assert len(woken) == 1 and woken[0] > 2  # it was in the middle
-    assert_same(saved("a"), saved(finished))
+    assert_same(saved("a"), saved("whole"))
 
 
 def test_damaged_checkpoints(pages, finished, capfd):
@@ -294,7 +295,6 @@ def test_damaged_checkpoints(pages, finished, capfd):
     run(*words, "epochs=2")
     out, err = capfd.readouterr()
     assert "a/latest.pt can't be read" in err and "resumed a/latest.prev.pt at step" in out
-    run(*words[:-1], "checkpoint_path=b epochs=2")
     for name in ("latest.pt", "latest.prev.pt"):
         Path("a", name).write_bytes(b"cut")
     before = sorted(Path("a").iterdir())
@@ -310,16 +310,16 @@ def test_damaged_checkpoints(pages, finished, capfd):
 def test_two_ranks_equal_one(pages, tmp_path):
     Path("script.py").write_text(SCRIPT)
     line = [*TOY, f"data_paths={pages}", "epochs=2"]
-    process = start_two(tmp_path / "script.py", *line, "checkpoint_path=two", cwd=tmp_path)
+    ranks = start_two(tmp_path / "script.py", *line, "checkpoint_path=two", cwd=tmp_path)
     run(*line, "checkpoint_path=one")
-    finish(process)
+    for process in ranks:
+        finish(process)
     one, two = (load_checkpoint(f"{name}/latest.pt", "multimodal") for name in ("one", "two"))
     for part in ("model_state_dict", "ema_state_dict"):
         torch.testing.assert_close(two[part], one[part], rtol=0, atol=1e-5)
-    for task, slots in one["slots"][0].items():
-        for key, values in dict(slots["carry"], draws=slots["draws"]).items():
-            both = torch.cat([rank[task]["carry"][key] if key != "draws" else rank[task]["draws"]
-                              for rank in two["slots"]])  # fmt: skip
+    for task, whole in one["slots"][0].items():
+        for key, values in dict(whole["carry"], draws=whole["draws"]).items():
+            both = torch.cat([dict(rank[task]["carry"], draws=rank[task]["draws"])[key] for rank in two["slots"]])
             torch.testing.assert_close(both, values, rtol=0, atol=1e-4)
     first, second = ([row for row in rows(name)[1:] if row["split"] != "train"] for name in ("one", "two"))
     for ours, theirs in zip(first, second, strict=True):
@@ -451,7 +451,7 @@ def test_a_part_that_nothing_trains_is_named(pages, monkeypatch, capfd):
     see = Multimodal.see
     monkeypatch.setattr(Multimodal, "see", lambda model, batch: see(model, batch).detach())
     told(*TOY, f"data_paths={pages} checkpoint_path=a", status=1)
-    assert "parameters without any gradient so far: page_places.rows" in capfd.readouterr().err
+    assert "parameters without any gradient so far: look.text.weight" in capfd.readouterr().err
 
 
 def test_out_of_memory_names_the_cures_that_are_left(pages, monkeypatch, capfd):
@@ -467,7 +467,7 @@ def test_out_of_memory_names_the_cures_that_are_left(pages, monkeypatch, capfd):
 
 def test_a_disk_that_fills_up(finished, pages, monkeypatch, capfd):
     shutil.copytree(finished, "a")
-    words, expected = [*TOY, f"data_paths={pages} checkpoint_path=a epochs=2"], None
+    (words,)
 
     def fail(*_):
         raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 64 vs 0")
@@ -477,4 +477,4 @@ def test_a_disk_that_fills_up(finished, pages, monkeypatch, capfd):
         told(*words, status=1)
     assert "was not written" in capfd.readouterr().err and not list(Path("a").glob("*.tmp-*"))
     run(*words)
-    assert expected is None and "resumed a/latest" in capfd.readouterr().out
+    assert "resumed a/latest" in capfd.readouterr().out
