@@ -9,8 +9,9 @@ import torch
 
 from data_utils.render import COLOUR, HOLE, PADDING, SYMBOLS
 from data_utils.slots import batch_of
-from data_utils.tasks import DIGIT, Sudoku, Task, _grid
+from data_utils.tasks import Task, open_tasks
 from models import halting
+from models.adam_atan2 import AdamAtan2
 from models.halting import CONTINUE, HaltingAgent
 from models.multimodal import LATE, Multimodal, Places, Quantizer, log_stablemax
 from models.planning import all_paths, pick
@@ -387,15 +388,52 @@ def test_answers_that_are_written():
         assert row[:length] == other[:length] and set(row[length:]) <= {108}
 
 
+# ---- learning --------------------------------------------------------------------------------------------------------
+
+
 def sudokus(blanks, count):
-    """Samples of 4 x 4 puzzles with so many blanks, each of another grid."""
-    source = _grid("sudoku4", Sudoku(4))
+    """Samples of 4 x 4 puzzles, with one blank each if `blanks` is 1, else as they are made."""
+    source = open_tasks(["sudoku4"], seed=0, page_rows=2, page_cols=24, text_source="stories", stories="", code_dir="",
+                        arc_set="agi1", arc_side=4)["sudoku4"]  # fmt: skip
     made = [source.make(i, "train", 0) for i in range(count)]
     page, target = (torch.from_numpy(np.stack([getattr(s, name) for s in made])) for name in ("page", "target"))
-    if blanks:
-        place = torch.arange(count) % 16
+    if blanks == 1:
         page = target.clone()
-        page[torch.arange(count), place] = HOLE
-        page = page.view(count, 4, 4)
-    assert page.max() == HOLE and target.min() == DIGIT + 1
-    return dict(page=page, target=target, id=torch.zeros(count, dtype=torch.long))
+        page[torch.arange(count), torch.arange(count) % 16] = HOLE
+    return page.view(count, 4, 4), target
+
+
+def words(count):
+    """Pages of random letters, to be read."""
+    page = torch.randint(65, 91, (count, 2, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    return page, page.flatten(1)
+
+
+def learn(name, page, target, steps, **changes):
+    """The model after so many steps on these samples, and what it answers after each of 16 steps more than it has."""
+    sizes = dict(paths=1, hidden_size=64, num_heads=4, H_cycles=1, loss="softmax", supervision_steps=4)
+    model = build([name], **PLAIN | sizes | changes)
+    samples = dict(page=page, target=target, id=torch.zeros(len(page), dtype=torch.long))
+    here = batch_of(samples, name, KNOWN[name], False, 0, np.arange(len(page)))
+    groups = [dict(params=list(model.named_parameters()), weight_decay=0.0)]
+    optimizer, carry = AdamAtan2(groups, lr=3e-3, betas=(0.9, 0.95)), None
+    for _ in range(steps):
+        carry, outputs = model(carry or model.initial_carry(here), here)
+        total(outputs["aux"]).backward()
+        optimizer.clip_(1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+    answers = model.eval().trace(here, steps=model.limit(name) + 16)["answers"][:, :, 0]
+    return (answers == target).all(2)[model.limit(name) - 1 :]
+
+
+def test_puzzles_are_learnt_and_stay_solved():
+    pairs = [sudokus(6, 32), sudokus(1, 8)]
+    page, target = (torch.cat(parts) for parts in zip(*pairs, strict=True))
+    solved = learn("sudoku4", page, target, 160, mixer="mlp_t", bottleneck="patches")
+    assert solved[0].all() and solved[:, 32:].all()  # those with one blank for 16 steps more
+
+
+def test_words_are_learnt_through_capsules():
+    solved = learn("read", *words(32), 150, text_supervision_steps=1, num_capsules=3)
+    assert solved[0].float().mean() == 1

@@ -467,7 +467,7 @@ def test_out_of_memory_names_the_cures_that_are_left(pages, monkeypatch, capfd):
 
 def test_a_disk_that_fills_up(finished, pages, monkeypatch, capfd):
     shutil.copytree(finished, "a")
-    (words,)
+    words = [*TOY, f"data_paths={pages} checkpoint_path=a epochs=2"]
 
     def fail(*_):
         raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 64 vs 0")
