@@ -83,7 +83,7 @@ def load_model(checkpoint):
         raise UsageError(f"{checkpoint}: no best_model.pt there: expected the folder of a run of train_multimodal.py")
     model, state = Multimodal(**state["model_args"]), named(state)
     model.load_state_dict(state["model_state"])
-    model.load_state_dict(state.get("ema", {}), strict=False)
+    model.load_state_dict(state.get("ema_state", {}), strict=False)
     return model.eval(), state["config"]
 
 
