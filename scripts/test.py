@@ -74,7 +74,7 @@ def steps(it):
 
     torch.manual_seed(0)
     tasks = {name: asdict(source.task) for name, source in it.sources.items()}
-    known = asdict(it.cfg) | dict(tasks=tasks, paths=it.cfg.latent_num_paths, vq_decay=0.9, vq_revive=1.0)
+    known = asdict(it.cfg) | dict(tasks=tasks, paths=it.cfg.latent_num_paths)
     it.args = {name: known[name] for name in inspect.signature(Multimodal).parameters}
     it.model, losses = Multimodal(**it.args).to(it.hardware.device), []
     parameters = [(name, p) for name, p in it.model.named_parameters()]
