@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from data_utils import arc, puzzles
-from data_utils.checkpoint import first_good, load_checkpoint, named, warn
+from data_utils.checkpoint import CheckpointError, first_good, load_checkpoint, named, warn
 from data_utils.config import UsageError, at_least
 from data_utils.hardware import Hardware
 from data_utils.judge import STEPS
@@ -78,12 +78,16 @@ def load_model(checkpoint):
         found = f"{checkpoint}: no such checkpoint" if checkpoint else "no checkpoint named"
         raise UsageError(f"{found}\ntry: python generate.py multimodal checkpoints/multimodal-hesc --input FILE")
     files = [path / f"{name}.pt" for name in ("best_model", "ema_model", "latest")] if path.is_dir() else [path]
-    _, state = first_good(files, lambda file: load_checkpoint(file, "multimodal"))
+    path, state = first_good(files, lambda file: load_checkpoint(file, "multimodal"))
     if not state:
         raise UsageError(f"{checkpoint}: no best_model.pt there: expected the folder of a run of train_multimodal.py")
-    model, state = Multimodal(**state["model_args"]), named(state)
-    model.load_state_dict(state["model_state"])
-    model.load_state_dict(state.get("ema_state", {}), strict=False)
+    state = named(state)
+    try:
+        model = Multimodal(**state["model_args"])
+        model.load_state_dict(state["model_state"])
+        model.load_state_dict(state.get("ema_state", {}), strict=False)
+    except (RuntimeError, TypeError) as e:
+        raise CheckpointError(f"{path} does not fit its own model_args: {str(e).splitlines()[0]}") from e
     return model.eval(), state["config"]
 
 

@@ -70,7 +70,7 @@ def arc_file(tmp_path_factory):
     pairs = arc.Arc(tasks, 4, "agi1")
     task = vars(Task("arc", "grid", 4, 4, 16, causal=False, cells=1, ids=pairs.ids))
     config = vars(small(["arc"], arc_side=4, hidden_size=32)) | dict(enable_mtp=False, paths=1)
-    config |= dict(tasks=dict(arc=task), vq_decay=0.9, vq_revive=1.0)
+    config |= dict(tasks=dict(arc=task))
     args = {name: config[name] for name in inspect.signature(Multimodal).parameters}
     path = tmp_path_factory.mktemp("arc") / "best_model.pt"
     state = Multimodal(**args).state_dict()
