@@ -108,11 +108,16 @@ def test_text_goes_on_greedily_or_as_drawn(run, tmp_path, capsys):
     assert drawn[0] == drawn[1] != drawn[2] and greedy not in drawn
 
 
-def test_steps_paths_and_noise_are_passed_on(run, tmp_path, capsys):
+def test_steps_paths_and_noise_are_passed_on(run, tmp_path, capsys, monkeypatch):
     noisy = dict(task="sudoku4", steps=5, paths=6, noise=0.5)
     first = answer(tmp_path, SUDOKU, run, capsys, **noisy)
     assert first.err.endswith("; steps 5, paths 6\n") and first == answer(tmp_path, SUDOKU, run, capsys, **noisy)
-    assert first != answer(tmp_path, SUDOKU, run, capsys, **noisy | dict(seed=1))
+    seen = []
+    monkeypatch.setattr(answer_pages, "think", lambda *about, **how: seen.append(think(*about, **how)) or seen[-1])
+    for changes in ({}, {}, dict(seed=1), dict(noise=0.6), dict(paths=7), dict(steps=6)):
+        answer(tmp_path, SUDOKU, run, capsys, **noisy | changes)
+    scores = [q.item() for _, q in seen]
+    assert scores[0] == scores[1] and len(set(scores)) == 5
 
 
 def test_answers_over_the_steps_are_those_of_fewer_steps(run):
