@@ -126,11 +126,13 @@ def training_seconds(flags):
 
 
 def singles(puzzles):
-    """Share of 9 x 9 puzzles that come out by filling in cells with a single candidate, again and again."""
+    """Share of puzzles (n, side^2) that come out by filling in cells with a single candidate, again and again."""
+    side = math.isqrt(puzzles.shape[1])
+    digits, seen = set(range(1, side + 1)), peers(side)
 
     def solved(grid):
         while True:
-            free = {i: set(range(1, 10)) - {grid[j] for j in peers(9)[i]} for i, digit in enumerate(grid) if not digit}
+            free = {i: digits - {grid[j] for j in seen[i]} for i, digit in enumerate(grid) if not digit}
             new = {i: candidates.pop() for i, candidates in free.items() if len(candidates) == 1}
             if not new:
                 return not free

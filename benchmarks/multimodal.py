@@ -2,9 +2,11 @@
 
     python benchmarks/multimodal.py                              # all rows
     python benchmarks/multimodal.py --rows render --threads 1
+    python benchmarks/multimodal.py --rows sudoku6 --seeds 1 --minutes 20 --arms recursion
     python benchmarks/multimodal.py --rows "" --readme           # only write the table into README.md
 
-Peers are never required; a figure without its peer says how to get it.
+Peers are never required; a figure without its peer says how to get it. Runs lie in --home and go on where they were;
+what is finished is only read again.
 """
 
 import argparse
@@ -19,6 +21,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmarks import multimodal_quality
 from benchmarks.experts import load, save, table, timed, write_readme
 from data_utils.render import augmented_patches, layout, to_images, to_patches
 
@@ -89,7 +92,7 @@ def render(args):
         yield timed(title, target, args, [repeated, peer], units, GET["render"])
 
 
-ROWS = dict(render=render)
+ROWS = dict(render=render) | multimodal_quality.ROWS
 
 
 def main(argv=None):
@@ -99,11 +102,21 @@ def main(argv=None):
     add("--quick", action="store_true", help="toy sizes, one round: only to see that it runs")
     add("--readme", action="store_true", help="write the table into README.md")
     add("--out", type=Path, default=HERE / "multimodal.json")
-    for name, default in dict(times=25, threads=2).items():
+    add("--home", type=Path, default=HERE / "work" / "multimodal", help="where runs and their data lie")
+    add("--minutes", type=float, default=20.0, help="of each run, default 20")
+    add("--arms", default="", help="only the runs of a row whose names hold one of these words, comma separated")
+    for name, default in dict(times=25, threads=2, seeds=3).items():
         add(f"--{name}", type=int, default=default, help=f"default {default}")
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
-    said = f" --threads {args.threads}" * (args.threads != 2)
+    args.home = args.home.resolve()
+    said = "".join(
+        f" --{name} {getattr(args, name):g}"
+        for name in ("threads", "seeds", "minutes")
+        if getattr(args, name) != parser.get_default(name)
+    )
+    if args.quick:
+        args.home, args.seeds = args.home / "quick", 1
     vars(args).update(QUICK | dict(times=1) if args.quick else SIZES)
     for name in filter(None, args.rows.split(",")):
         figures = []
