@@ -10,6 +10,7 @@ Runs lie in --home and go on where they were; what is finished is only read agai
 
 import argparse
 import contextlib
+import importlib
 import inspect
 import json
 import math
@@ -263,27 +264,25 @@ def failures(args):
 
 
 # --- speed ------------------------------------------------------------------------------------
-def official():
-    """The official code of HRM with its two CUDA packages replaced -> (model, losses) modules; ImportError without."""
+class Settings:
+    """All that the official code uses of pydantic."""
 
-    class Settings:  # all that is used of pydantic
-        def __init__(self, **values):
-            self.__dict__ |= values
+    def __init__(self, **values):
+        self.__dict__ |= values
 
-    def attention(q, k, v, causal):
-        return F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)), is_causal=causal).transpose(1, 2)
 
-    shims = dict(flash_attn=SimpleNamespace(flash_attn_func=attention), pydantic=SimpleNamespace(BaseModel=Settings))
+def imported(folder, shims, *names):
+    """Modules `names` of the repository in `folder`, whose `models` is not ours, with `shims` {package: stand-in}.
+
+    Raises ImportError without it.
+    """
     own = {name: sys.modules.pop(name) for name in list(sys.modules) if name.split(".")[0] == "models"}
     before = {name: sys.modules.get(name) for name in shims}
     sys.modules |= shims
     paths = sys.path[:]
-    sys.path[:] = [str(HERE / "peers" / "HRM"), *(p for p in paths if not Path(p, "models", "__init__.py").exists())]
+    sys.path[:] = [str(folder), *(p for p in paths if not Path(p, "models", "__init__.py").exists())]
     try:
-        from models import losses
-        from models.hrm import hrm_act_v1
-
-        return hrm_act_v1, losses
+        return [importlib.import_module(name) for name in names]
     finally:
         sys.path[:] = paths
         for name in [name for name in sys.modules if name.split(".")[0] == "models"]:
@@ -293,6 +292,16 @@ def official():
             sys.modules[name] = module
             if module is None:
                 del sys.modules[name]
+
+
+def official():
+    """The official code of HRM with its two CUDA packages replaced -> (model, losses) modules; ImportError without."""
+
+    def attention(q, k, v, causal):
+        return F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)), is_causal=causal).transpose(1, 2)
+
+    shims = dict(flash_attn=SimpleNamespace(flash_attn_func=attention), pydantic=SimpleNamespace(BaseModel=Settings))
+    return imported(HERE / "peers" / "HRM", shims, "models.hrm.hrm_act_v1", "models.losses")
 
 
 def stepper(side, args, dtype, compile=False):

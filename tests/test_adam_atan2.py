@@ -11,7 +11,7 @@ from conftest import finish, launch
 
 from data_utils.checkpoint import load_parts, to_plain
 from data_utils.config import UsageError
-from models.adam_atan2 import AdamAtan2, SignRows
+from models.adam_atan2 import AdamAtan2, SignRows, advance, advance_compiled
 
 SETTINGS = dict(lr=1e-2, betas=(0.9, 0.95))
 RANKS = """
@@ -87,6 +87,17 @@ def test_equals_the_formula_in_pieces(monkeypatch):
         optimizer.zero_grad()
     for p, w in zip(params, wanted, strict=True):
         torch.testing.assert_close(p.detach().double(), w, rtol=0, atol=1e-7)
+
+
+def test_the_arctangent_that_is_compiled_equals_that_of_torch():
+    g, v = torch.randn(2, 10_000, generator=torch.Generator().manual_seed(0)) * 1e-3
+    m, v = g * 10.0 ** torch.arange(10_000).remainder(9).sub(6), v.square()
+    g[:100] = m[:100] = v[50:150] = 0  # a gradient of 0, with and without moments
+    ours, theirs = ([torch.zeros_like(m), g, m.clone(), v.clone()] for _ in range(2))
+    advance(*theirs, 0.9, 0.95, 0.7, 1.0, 1.0)
+    advance_compiled(*ours, 0.9, 0.95, *torch.tensor([0.7, 1.0, 1.0]))
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=2e-7)  # an ulp of pi / 2 is 1.2e-7
 
 
 def test_scale_of_the_loss_changes_nothing():
