@@ -295,22 +295,28 @@ def trm(args):
 
 
 def likeness(mixer, model, batch, theirs, target):
-    """Cosine of the gradients of the first step in bf16 with those of the official code in fp32."""
-    losses, gradients = {}, {}
+    """Cosine of the gradients of the first step in bf16 with those in fp32, each side's own; both losses.
+
+    `mlp_t` is not the same function: there the official code scales each coordinate over the positions.
+    """
+    sides, found = {}, {}
     for kind in ("fp32", "bf16"):
         own = deepcopy(model)
-        sides = {f"ours in {kind}": (stepper(own, batch, kind)[1], shared(own)), f"official in {kind}": theirs[kind]}
-        for name, (backward, weights) in sides.items():
-            losses[name] = backward()
-            gradients[name] = torch.cat([weight.grad.flatten().float() for weight in weights])
-            for weight in weights:
-                weight.grad = None
-    first = gradients["official in fp32"]
-    cosines = {name: nn.functional.cosine_similarity(g, first, 0).item() for name, g in gradients.items()}
-    said = [f"{name} {cosines[name]:.5f}, loss {losses[name]:.5f}" for name in losses]
-    return dict(figure=f"cosine of gradients with {mixer} in bf16 and of official TRM in fp32", target=target,
-                ours=round(cosines["ours in bf16"], 5), peer=round(cosines["official in bf16"], 5),
-                spread="; ".join(said))  # fmt: skip
+        sides |= {("ours", kind): (stepper(own, batch, kind)[1], shared(own)), ("official", kind): theirs[kind]}
+    for name, (backward, weights) in sides.items():
+        loss, gradient = backward(), torch.cat([weight.grad.flatten() for weight in weights])
+        found[name] = loss, gradient
+        for weight in weights:
+            weight.grad = None
+
+    def cosine(one, other):
+        return round(nn.functional.cosine_similarity(found[one][1], found[other][1], 0).item(), 5)
+
+    ours, official = (cosine((side, "bf16"), (side, "fp32")) for side in ("ours", "official"))
+    said = ", ".join(f"{' in '.join(name)} {loss:.5f}" for name, (loss, _) in found.items())
+    both = cosine(("ours", "fp32"), ("official", "fp32"))
+    return dict(figure=f"cosine of gradients in bf16 with those in fp32, {mixer}", ours=ours, peer=official,
+                target=target, spread=f"ours in fp32 with official in fp32 {both}; losses: {said}")  # fmt: skip
 
 
 def planning_cost(args):

