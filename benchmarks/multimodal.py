@@ -304,7 +304,7 @@ def likeness(mixer, model, batch, theirs, target):
         own = deepcopy(model)
         sides |= {("ours", kind): (stepper(own, batch, kind)[1], shared(own)), ("official", kind): theirs[kind]}
     for name, (backward, weights) in sides.items():
-        loss, gradient = backward(), torch.cat([weight.grad.flatten() for weight in weights])
+        loss, gradient = backward(), torch.cat([weight.grad.flatten().double() for weight in weights])
         found[name] = loss, gradient
         for weight in weights:
             weight.grad = None
