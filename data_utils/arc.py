@@ -117,12 +117,14 @@ class Arc:
         """
         pair = self.tests[index]
         return [
-            (to_page(change(pair.grid, number), self.side), pair.task * CHANGES + number, self._back(number))
+            (to_page(change(pair.grid, number), self.side), pair.task * CHANGES + number, undoing(number, self.side))
             for number in range(min(votes, CHANGES))
         ]
 
-    def _back(self, number):
-        return lambda answer: undo(to_grid(answer, self.side), number)
+
+def undoing(number, side):
+    """Return what makes the grid that an answer (side^2,) in change `number` stands for."""
+    return lambda answer: undo(to_grid(answer, side), number)
 
 
 def content(pair):

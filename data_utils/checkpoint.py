@@ -18,7 +18,7 @@ PLAIN = (int, float, str, bool, bytes, type(None))
 FAILED_SAVES = 3  # rolling saves in a row that fail before a run gives up
 OTHER_NAMES = dict(  # old ones, read but never written; and those of train_multimodal.py's guide
     model_state=("model", "model_state_dict"), optimizer_state=("optimizer", "optimizer_state_dict"),
-    amp_scaler=("scaler",), ema=("ema_state_dict",),
+    amp_scaler=("scaler",), ema_state=("ema_state_dict",),
 )  # fmt: skip
 
 

@@ -12,6 +12,7 @@ import os
 import re
 import signal
 import sys
+import textwrap
 import typing
 from pathlib import Path
 
@@ -36,7 +37,10 @@ class Parser(argparse.ArgumentParser):
 
 
 class _Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Show defaults; keep the line breaks of the script's docstring."""
+    """Show defaults; keep the line breaks of the script's docstring, and paths whole."""
+
+    def _split_lines(self, text, width):
+        return textwrap.wrap(" ".join(text.split()), width, break_on_hyphens=False)
 
 
 def from_cli(cls, doc="", argv=None, prog=None, by="", flatten=None, load=None, overrides=None):
@@ -115,16 +119,26 @@ def launch(main, cfg):
         if not re.search("out of memory|OutOfMemory|MemoryError|can't allocate memory", f"{type(e).__name__} {e}"):
             raise
         status = 1
-        remedy = "--batch_size with a larger --grad_accum_steps"
-        remedy = "batch_size=, accumulate=2, or a smaller hidden=" if hasattr(cfg, "accumulate") else remedy
         print(f"error: out of memory: {(str(e).splitlines() or ['no reason given'])[0][:300]}\n"
-              f"try: a smaller {remedy}", file=sys.stderr)  # fmt: skip
+              f"try: {_remedy(cfg)}", file=sys.stderr)  # fmt: skip
     status = 0 if torchrun and status > 128 else status
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:  # see Hardware.close
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)
     sys.exit(status)
+
+
+def _remedy(cfg):
+    """What takes less memory than a run with this configuration."""
+    if hasattr(cfg, "enable_gradient_checkpointing"):  # configs/multimodal/low_memory.yaml, as far as it is not yet on
+        cures = dict(enable_memory=False, enable_latent_planning=False, enable_gradient_checkpointing=True)
+        left = ["global_batch_size=8"] * (cfg.global_batch_size > 8)
+        left += [f"{name}={value}".lower() for name, value in cures.items() if getattr(cfg, name) != value]
+        return " ".join(left) or "a smaller hidden_size="
+    if hasattr(cfg, "accumulate"):
+        return "a smaller batch_size=, accumulate=2, or a smaller hidden="
+    return "a smaller --batch_size with a larger --grad_accum_steps"
 
 
 def at_least(cfg, low, *names):

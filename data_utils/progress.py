@@ -17,6 +17,14 @@ def say(*words):
         sys.stdout = open(os.devnull, "w", encoding="utf-8")
 
 
+def say_and_log(path, name, line):
+    """`say`, and add the line, with a name before it, to the file `path` ("": to none)."""
+    say(line)
+    if path:
+        with open(path, "a", encoding="utf-8") as file:
+            file.write(f"{name}: {line}\n")
+
+
 class Progress:
     """`with Progress(total, step) as progress: progress(**numbers)` once a step: a bar, or a line every 10 seconds."""
 

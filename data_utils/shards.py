@@ -13,7 +13,7 @@ import numpy as np
 from data_utils import shard_files
 from data_utils.config import DataError, root
 from data_utils.progress import LINE_SECONDS, say
-from data_utils.shard_builder import POLL, SIZE_FLAGS, SOURCE_FLAGS, beside, finish_swap
+from data_utils.shard_builder import POLL, SIZE_FLAGS, SOURCE_FLAGS, beside, build, finish_swap, opener, sizes
 
 STALE = 60  # seconds without a sign of the builder before it is given up
 GRACE = 20  # seconds that a builder has to finish its batch before it is killed
@@ -297,3 +297,25 @@ def start_builder(out, cfg, *, rebuild_dataset=False):
     except OSError as e:
         raise DataError(f"{folder} can't be written: {e.strerror}") from e
     return Builder(folder, process)
+
+
+def build_pages(cfg, tell):
+    """Make the first of cfg.data_paths here and now; return the number of the signal that stopped it, or 0."""
+    how = dict(workers=cfg.workers, rebuild_dataset=cfg.rebuild_dataset, tell=tell)
+    return build(cfg.data_paths[0], opener(cfg), **how, **sizes(cfg))
+
+
+def open_pages(cfg, rank, stack, stop, tell):
+    """Return ({task: source}, Shards) as train_multimodal.py's flags say; rank 0 starts a builder if data are missing.
+
+    stack: the ExitStack that ends the builder. Raises UsageError, DataError, and Stopped if `stop` becomes true.
+    """
+    folder, builder = cfg.data_paths[0], None
+    if rank == 0:
+        builder = stack.enter_context(start_builder(folder, cfg, rebuild_dataset=cfg.rebuild_dataset))
+    sources = opener(cfg)()
+    if builder and cfg.rebuild_dataset:
+        builder.wait(stop, tell)
+    spec = shard_files.describe(sources, **sizes(cfg))
+    return sources, Shards(cfg.data_paths, sources, seed=cfg.seed, spec=spec, wait_timeout=cfg.wait_timeout, stop=stop,
+                           incremental=cfg.incremental, alive=builder and builder.check, tell=tell)  # fmt: skip

@@ -29,7 +29,7 @@ def drawn(pages, task, seeds):
 
 
 def batch_of(samples, name, task, augment, seed, index):
-    """What a model of multimodal.py reads, of samples with these numbers: a dict of CPU tensors, and the task's name."""
+    """What a model of multimodal.py reads, of samples with these numbers: CPU tensors, and the task's name."""
     own = torch.as_tensor(index) + (number(name) >> 32 << 32)  # of another task it is another sample
     batch = samples | dict(task=name, index=own, explore=torch.full((len(index),), -1))
     if augment and task.kind == "text":
@@ -38,13 +38,16 @@ def batch_of(samples, name, task, augment, seed, index):
 
 
 class Slots:
-    """`shortest` (n): steps before which a sample may not end, drawn anew for each: 2 to `limit` with a probability of
-    `exploration`, else 1."""
+    """The slots `own` (a slice) of a task. cfg: global_batch_size, seed, augment, halt_exploration. limit: T.
 
-    def __init__(self, data, name, task, *, slots, first, size, seed, augment, exploration, limit):
-        self.data, self.name, self.task, self.size, self.seed = data, name, task, size, seed
-        self.augment, self.exploration, self.limit = augment, exploration, limit
-        self.own = np.arange(first, first + slots)
+    batch["shortest"] (n): steps before which a sample may not end, 2 to T for a share halt_exploration of them, else 1.
+    """
+
+    def __init__(self, data, name, task, own, cfg, limit):
+        self.data, self.name, self.task, self.limit = data, name, task, limit
+        self.size, self.seed, self.augment = cfg.global_batch_size, cfg.seed, cfg.augment
+        self.exploration, self.own = cfg.halt_exploration, np.arange(self.size)[own]
+        slots = len(self.own)
         self.draws, self.carry, self.batch, self.before = np.zeros(slots, np.int64), None, None, None
 
     def take(self, device):
@@ -78,8 +81,9 @@ class Slots:
     def settle(self, model, agent, carry, outputs, *, step, draws, policy, min_accuracy, bad):
         """Decide which samples leave after a step: `carry` is what it left. All do if it was `bad`, not finite.
 
-        policy: `q_halt` once the model thinks that the answer is right, `dqn` as `agent` acts with draws (n, 2), `fixed`
-        when the steps are used up. The agent learns of every slot, the memory of samples that leave with so many right.
+        policy: `q_halt` once the model thinks that the answer is right, `dqn` as `agent` acts with draws (n, 2),
+        `fixed` when the steps are used up. The agent learns of every slot, the memory of samples that leave with so
+        many right.
         """
         aux, q, last = outputs["aux"], outputs["q_halt"], carry["halted"]
         halted = last | (q > 0) & (carry["steps"] >= self.batch["shortest"]) if policy == "q_halt" else last

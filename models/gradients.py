@@ -35,16 +35,18 @@ class Monitor:
     """Watches the parameters of `model`; keeps no history but the names of those that had no gradient yet.
 
     At each step, after the backward pass: note(). Where a report is wanted: begin() in its place, and end() after the
-    optimizer's step.
+    optimizer's step. late: beginnings of names that have none at first, where a memory is still empty;
+    tables: of those whose rows are not all used in a step, and so not dead.
     """
 
-    def __init__(self, model):
+    def __init__(self, model, late=(), tables=()):
+        self.late, self.tables = tuple(late), tuple(tables)
         self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.untrained = dict(self.parameters)
 
     def never_trained(self):
-        """Names of the parameters whose gradient was 0 or absent at every step so far."""
-        return list(self.untrained)
+        """Names of the parameters whose gradient was 0 or absent at every step so far, but for the `late` ones."""
+        return [name for name in self.untrained if not name.startswith(self.late)]
 
     def note(self):
         """Cross off the parameters that have a gradient now: costs nothing once all had one."""
@@ -60,7 +62,11 @@ class Monitor:
         self.note()
         gradients = [gradient_of(p) for p in self.parameters.values()]
         self._norms = torch.stack(torch._foreach_norm(gradients))
-        self._dead = torch.stack([(g.abs() < DEAD).sum() for g in gradients])
+        used = [
+            g.any(-1) if name.startswith(self.tables) else ...
+            for name, g in zip(self.parameters, gradients, strict=True)
+        ]
+        self._dead = torch.stack([(g[rows].abs() < DEAD).sum() for g, rows in zip(gradients, used, strict=True)])
         self._sizes = [g.numel() for g in gradients]
         self._before = [p.detach().clone() for p in self.parameters.values()]
 
@@ -81,6 +87,6 @@ class Monitor:
         self._before = None
         sums = {group: [sum(column) for column in zip(*rows, strict=True)] for group, rows in groups.items()}
         return {
-            group: dict(norm=norm**0.5, ratio=(update / max(weight, EPS**2)) ** 0.5, dead=dead / size)
+            group: dict(norm=norm**0.5, ratio=(update / max(weight, EPS**2)) ** 0.5, dead=dead / max(1, size))
             for group, (norm, update, weight, dead, size) in sums.items()
         }

@@ -22,7 +22,9 @@ from models.planning import all_paths, pick, put, select, share, starts
 from models.transformer import Rotary
 from models.trm import Core, boxes, inner_width, offsets, rms
 
-TABLE = 64  # most rows or columns of patches
+DECAY, REVIVE = 0.99, 0.025  # of the codebook: codebook.py's rules for runs of 4,000 steps and more
+LATE = "memory.", "agent."  # beginnings of the names of parameters without a gradient in the first steps
+TABLES = "page_places.", "answer_places.", "embedding.", "decoder.embedding."  # that are not used whole in each step
 
 
 def log_stablemax(logits):
@@ -34,27 +36,27 @@ def log_stablemax(logits):
 class Places(nn.Module):
     """A vector for each place of a page: the sum of those of its row and of its column."""
 
-    def __init__(self, *, d_model):
+    def __init__(self, pages, *, d_model):
         super().__init__()
-        self.table = nn.Parameter(0.02 * torch.randn(2, TABLE, d_model))
+        rows, columns = map(max, zip(*pages, strict=True))
+        self.rows = nn.Parameter(0.02 * torch.randn(rows, d_model))
+        self.columns = nn.Parameter(0.02 * torch.randn(columns, d_model))
 
     def forward(self, rows, columns):
-        """-> (rows * columns, D). Raises ValueError for a page beyond TABLE."""
-        if max(rows, columns) > TABLE:
-            raise ValueError(f"{rows} x {columns} patches, at most {TABLE} x {TABLE}")
-        return (self.table[0, :rows, None] + self.table[1, None, :columns]).flatten(0, 1)
+        """-> (rows * columns, D) of a page that is no larger than the largest of `pages`."""
+        return (self.rows[:rows, None] + self.columns[None, :columns]).flatten(0, 1)
 
 
 class Quantizer(nn.Module):
     """Each capsule as `groups` codes of one codebook: (B, N, D) -> the same shape, and nothing else comes through."""
 
-    def __init__(self, *, d_model, size, dim, groups, beta, decay, revive):
+    def __init__(self, *, d_model, size, dim, groups, beta):
         super().__init__()
         self.shape, self.bits = (groups, dim), groups * math.log2(size)  # bits of a capsule
         self.down, self.up = (
             nn.Linear(a, b, bias=False) for a, b in ((d_model, groups * dim), (groups * dim, d_model))
         )
-        self.codebook = Codebook(size=size, dim=dim, beta=beta, decay=decay, revive=revive, eps=1e-5)
+        self.codebook = Codebook(size=size, dim=dim, beta=beta, decay=DECAY, revive=REVIVE, eps=1e-5)
 
     def vectors(self, capsules):
         """What the codes stand for, of length 1 each: (B, N, D) -> (B, N, groups, dim)."""
@@ -72,16 +74,19 @@ class Multimodal(nn.Module):
     tasks: {name: task}, see the file's docstring. supervision_steps, text_supervision_steps: T of grids and of text.
     bottleneck: `capsules`, `patches` (the reasoner sees them all) or `tokens` (symbols instead of pictures).
     mixer, relation_bias (boxes of a Sudoku, offsets elsewhere): as in trm.Core, for one task. loss: of slots; text that
-    is written has softmax. paths: 1 is the plain model; after every latent_planning_depth steps all go on from the best one.
+    is written has softmax. paths: 1 is the plain model; after each latent_planning_depth steps all go on from the best.
     Raises ValueError for parts that do not go together.
     """
 
     def __init__(self, *, tasks, hidden_size, num_heads, H_cycles, L_cycles, L_layers, mixer, relation_bias, bottleneck,
                  num_capsules, augment, supervision_steps, text_supervision_steps, loss, paths, latent_planning_depth,
-                 use_vq_codebook, vq_size, vq_dim, vq_groups, vq_beta, vq_decay, vq_revive, enable_memory, memory_slots,
-                 memory_dim, memory_top_k, enable_mtp, decoder_layers, enable_dqn, enable_gradient_checkpointing):  # fmt: skip
+                 use_vq_codebook, vq_size, vq_dim, vq_groups, vq_beta, enable_memory, memory_slots,
+                 memory_dim, memory_top_k, enable_mtp, decoder_layers, enable_dqn,
+                 enable_gradient_checkpointing):  # fmt: skip
         super().__init__()
         D, (only, *others) = hidden_size, tasks.values()
+        if D % (2 * num_heads):
+            raise ValueError(f"--hidden_size {D} over --num_heads {num_heads}: the head dim must be whole and even")
         self.tasks, self.bottleneck, self.augment, self.loss = tasks, bottleneck, augment, loss
         self.planning_depth, self.num_capsules = latent_planning_depth, num_capsules
         self.limits = dict(grid=supervision_steps, text=text_supervision_steps)
@@ -101,11 +106,10 @@ class Multimodal(nn.Module):
         else:
             size = CELL_HEIGHT * CELL_WIDTH
             self.look = nn.ModuleDict({kind: nn.Linear(size * cells, D) for kind, cells in kinds.items()})
-        self.page_places = Places(d_model=D)
-        if any(self.has_slots(task) for task in tasks.values()):
-            self.answer_places = Places(d_model=D)
-        self.task = nn.Embedding(len(tasks), D)
-        nn.init.zeros_(self.task.weight)
+        self.page_places = Places(map(self.shape_of, tasks.values()), d_model=D)
+        if slots := [(task["rows"], task["cols"]) for task in tasks.values() if self.has_slots(task)]:
+            self.answer_places = Places(slots, d_model=D)
+        self.task = nn.ParameterDict({name: torch.zeros(D) for name in tasks})
         if rules := max(task["ids"] for task in tasks.values()):
             self.rules = nn.Embedding(rules, D, sparse=True)
             nn.init.zeros_(self.rules.weight)
@@ -125,8 +129,7 @@ class Multimodal(nn.Module):
         self.rotary = Still() if relation_bias else Rotary(D // num_heads, max(seen + lengths), ROPE_BASE)
         self.register_buffer("starts", starts(self.core.start_L, paths))
         if use_vq_codebook:
-            self.quantizer = Quantizer(d_model=D, size=vq_size, dim=vq_dim, groups=vq_groups, beta=vq_beta,
-                                       decay=vq_decay, revive=vq_revive)  # fmt: skip
+            self.quantizer = Quantizer(d_model=D, size=vq_size, dim=vq_dim, groups=vq_groups, beta=vq_beta)
         if enable_memory:
             self.memory = Memory(slots=memory_slots, key_dim=memory_dim, d_model=D, top_k=memory_top_k)
         if len(causal) < len(tasks):
@@ -159,6 +162,11 @@ class Multimodal(nn.Module):
         seen = self.num_capsules if self.bottleneck == "capsules" else math.prod(self.shape_of(task))
         return bool(task["ids"]) + seen + self.has_slots(task) * task["length"]
 
+    def sizes(self):
+        """Parameters of each part in millions, as text."""
+        counts = {name: sum(p.numel() for p in part.parameters()) for name, part in self.named_children()}
+        return ", ".join(f"{name} {count / 1e6:.2f}" for name, count in counts.items() if count)
+
     # --- parts ----------------------------------------------------------------------------
     def see(self, batch):
         """Page (B, R, C), or patches (B, P, pixels) if they are there already -> what is seen of it (B, P, D)."""
@@ -187,7 +195,7 @@ class Multimodal(nn.Module):
         if self.has_slots(task):
             rows, columns = (task["rows"], task["cols"])
             x = torch.cat([x, self.answer_places(rows, columns).expand(len(x), -1, -1).to(x.dtype)], 1)
-        x = x + self.task.weight[list(self.tasks).index(batch["task"])]
+        x = x + self.task[batch["task"]]
         if hasattr(self, "memory"):
             x = self.memory.read(x, batch["index"])
         return x, losses, codes
@@ -317,9 +325,9 @@ class Multimodal(nn.Module):
         return {key: torch.stack(values) for key, values in found.items()} | said | dict(x=x, z_H=z_H)
 
     @torch.no_grad()
-    def write(self, batch, *, steps, choose, end, length=0):
-        """Answer of a causal task, symbol by symbol: (B, length) int64, logits that it is right (B)."""
-        found = self.trace(batch, steps=steps)
+    def write(self, batch, *, choose, end, length=0, **how):
+        """Answer of a causal task, symbol by symbol: (B, length) int64, logits that it is right (B). how: of trace."""
+        found = self.trace(batch, **how)
         best = select(found["answers"], found["halt"], "score")[-1]
         z_H, length = pick(found["z_H"], best), length or self.tasks[batch["task"]]["length"]
         made = self.decoder.generate(found["x"] + z_H, length=length, end=end, choose=choose)

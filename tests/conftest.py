@@ -7,8 +7,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+import warm
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job starts with it ignored, and its children
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # and with this one what nohup starts
 
 ROOT = Path(__file__).parents[1]
 TINY = """--tokenizer bytes --d_model 32 --n_heads 2 --n_layers 1 --max_seq_len 32 --batch_size 8 --lr 3e-3 --device cpu
@@ -17,12 +20,37 @@ MLA = ["--n_layers=2", "--kv_latent_dim=16", "--rope_dim=8", "--grad_accum_steps
 SIZES = dict(transformer=["--ffn_mult=2"], state_space=["--d_inner=32", "--d_state=4", "--dt_rank=4"], diffuser=[])
 
 
-def start(script, *flags, **more):
-    """Start a script of the repo as a user would, from another folder, with its output caught."""
-    return launch([sys.executable, str(ROOT / script), *map(str, flags)], **more)
+PARENTS = []  # of warm processes; sets are in another order in each, so that no result may depend on it
+
+
+def environment(**more):
+    return os.environ | dict(OMP_NUM_THREADS="1", PYTHONPATH=str(ROOT), PYTHONFAULTHANDLER="1") | more
+
+
+def start(script, *flags, cwd=".", **env):
+    """Start a script of the repo as a user would, with its output caught, but warm: see warm.py."""
+    if not PARENTS:
+        PARENTS.extend(warm.parent(environment(PYTHONHASHSEED=seed)) for seed in "12")
+    PARENTS.reverse()
+    return warm.Warm(PARENTS[0], [str(ROOT / script), *map(str, flags)], Path(cwd).absolute(), environment(**env))
 
 
 def start_two(script, *flags, **more):
+    """The same on two processes, with what torchrun tells them."""
+    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # on a free port
+    told = dict(WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(store.port))
+    told |= dict(TORCHELASTIC_USE_AGENT_STORE="True", TORCHELASTIC_RUN_ID="none")
+    ranks = [start(script, *flags, RANK=str(rank), LOCAL_RANK=str(rank), **told, **more) for rank in range(2)]
+    ranks[0].store = store  # lives as long as they do
+    return ranks
+
+
+def start_cold(script, *flags, **more):
+    """Start a script in an interpreter of its own, as one test of each script does."""
+    return launch([sys.executable, str(ROOT / script), *map(str, flags)], **more)
+
+
+def torchrun(script, *flags, **more):
     """The same on two processes, by torchrun."""
     launcher = "import sys, torch.distributed.run as r; r.main(sys.argv[1:])"
     words = [sys.executable, "-c", launcher, "--standalone", "--nproc-per-node=2", str(ROOT / script)]
@@ -30,9 +58,8 @@ def start_two(script, *flags, **more):
 
 
 def launch(words, **more):
-    env = os.environ | dict(OMP_NUM_THREADS="1", PYTHONPATH=str(ROOT), PYTHONFAULTHANDLER="1")
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    return subprocess.Popen(words, env=env, start_new_session=True, **pipes, **more)
+    return subprocess.Popen(words, env=environment(), start_new_session=True, **pipes, **more)
 
 
 def finish(process, status=0):

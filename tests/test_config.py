@@ -16,6 +16,7 @@ import train_ae
 import train_expert
 import train_hrm
 import train_mla
+import train_multimodal
 from data_utils.config import DataError, UsageError, at_least, from_cli, launch
 
 ROOT = Path(__file__).parents[1]
@@ -193,6 +194,7 @@ COMMANDS = {  # every command line: (class or variants, flags that choose one)
     },
     **{f"train_ae {name}": (cls, []) for name, (cls, _) in train_ae.LOOPS.items()},
     "train_mla": (train_mla.Config, []),
+    "train_multimodal": (train_multimodal.MultimodalConfig, []),
     "generate": (generate.Config, []),
     "generate answers": (generate.AnswerConfig, []),
     **{f"generate {name}": (cls, []) for name, cls in generate.COMMANDS.items()},
@@ -280,6 +282,27 @@ def test_launch_maps_what_happened_to_a_status(main, status, words, torchrun, ca
     lines = capsys.readouterr().err.splitlines()
     assert stop.value.code == status and len(lines) <= 3
     assert all(word in "\n".join(lines) for word in words) and bool(words) == bool(lines)
+
+
+@pytest.mark.parametrize(
+    "changes, cures",
+    [
+        ({}, "global_batch_size=8 enable_memory=false enable_latent_planning=false enable_gradient_checkpointing=true"),
+        (
+            dict(enable_memory=False, global_batch_size=4),
+            "enable_latent_planning=false enable_gradient_checkpointing=true",
+        ),
+        (None, "a smaller hidden_size="),
+    ],
+)
+def test_out_of_memory_names_the_cures_that_are_not_yet_on(changes, cures, capsys):
+    table = dict(cls={"multimodal": train_multimodal.MultimodalConfig}, overrides=train_multimodal.PICTURES)
+    words = ["--config", str(ROOT / "configs" / "multimodal" / "low_memory.yaml")]
+    cfg = from_cli(**table, argv=words) if changes is None else train_multimodal.MultimodalConfig(**changes)
+    with pytest.raises(SystemExit):
+        launch(fails(MemoryError()), cfg)
+    assert capsys.readouterr().err.splitlines()[1] == f"try: {cures}"
+    from_cli(**table, argv=cures.split() if changes is not None else [])  # they can be typed
 
 
 def test_launch_shows_a_bug_as_it_is():

@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import ROOT, SIZES, TINY, finish, start
+from conftest import ROOT, SIZES, TINY, finish, start, start_cold
 
 from data_utils.checkpoint import load_checkpoint
 from data_utils.text import DomainText
@@ -36,7 +36,7 @@ def test_one_file_by_domain_or_in_a_folder_of_its_own(toy, tmp_path):
 
 def test_the_smoke_bundle_learns(toy, tmp_path):
     flags = ["--config", ROOT / "configs/expert/smoke.yaml", "--data_dir", toy, "--checkpoint_dir", tmp_path]
-    out, _ = finish(start("train_expert.py", *flags))
+    out, _ = finish(start_cold("train_expert.py", *flags))
     assert "bits per byte" in out and "next: python generate.py" in out.splitlines()[-1]
     assert rows(tmp_path, "val")[-1]["loss"] < 0.6 * math.log(259)
     assert (tmp_path / "transformer_expert_loss.png").stat().st_size > 10_000

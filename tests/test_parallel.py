@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import finish, start, start_two, train_flags
+from conftest import finish, start, start_two, torchrun, train_flags
 
 from data_utils.checkpoint import load_checkpoint
 
@@ -15,12 +15,10 @@ def test_two_ranks_equal_one(expert, toy, experts, tmp_path):
     def one(folder, *flags):
         return start(script, *common, f"--checkpoint_dir={folder}", "--grad_accum_steps=2", *flags)
 
-    single, double = (
-        one(tmp_path / "one", "--max_steps=12"),
-        start_two(script, *common, f"--checkpoint_dir={tmp_path / 'two'}", "--max_steps=12"),
-    )
-    finish(single)
-    finish(double)
+    single = one(tmp_path / "one", "--max_steps=12")
+    flags = [script, *common, f"--checkpoint_dir={tmp_path / 'two'}", "--max_steps=12"]
+    for process in [single, *([torchrun(*flags)] if expert == "transformer" else start_two(*flags))]:
+        finish(process)
     name, kind = ("nanothink_mla", "mla") if "mla" in expert else (f"{expert}_expert", expert)
     states = [load_checkpoint(tmp_path / n / f"{name}.pt", f"expert:{kind}") for n in ("one", "two")]
     assert states[0]["best_val_loss"] == pytest.approx(states[1]["best_val_loss"], abs=1e-5)

@@ -20,8 +20,8 @@ STATUS = dict(SIGKILL=-9, SIGTERM=143, SIGINT=130)
 def run(name, toy, experts, folder, *flags):
     """A run of 60 steps in three epochs, each step of two micro-batches, that saves about every 20 ms."""
     return start(
-        *train_flags(name, toy, experts), f"--checkpoint_dir={folder}", "--max_steps=60", "--batch_size=48",
-        "--grad_accum_steps=2", "--save_every=2", "--save_minutes=0.0003", *flags,
+        *train_flags(name, toy, experts), f"--checkpoint_dir={folder}", "--max_steps=60", "--batch_size=16",
+        "--domains", "code", "general", "--grad_accum_steps=2", "--save_every=2", "--save_minutes=0.0003", *flags,
     )  # fmt: skip
 
 
@@ -60,7 +60,7 @@ def test_interrupted_and_resumed_equals_uninterrupted(expert, toy, experts, tmp_
     for end, process in cut.items():
         while not (tmp_path / end / f"{stem(expert)}_interrupted.pt").exists() and process.poll() is None:
             time.sleep(0.01)
-        time.sleep(random.Random(expert + end).random() * 0.5)
+        time.sleep(random.Random(expert + end).random() * 0.2)
         process.send_signal(getattr(signal, end))
     finish(whole)
     expected = results(expert, tmp_path / "whole")

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import MLA, finish, start, train_flags
+from conftest import MLA, finish, start, start_cold, train_flags
 
 from data_utils.experts import load_expert, load_store, save_store
 from data_utils.text import DomainText
@@ -297,7 +297,8 @@ def test_memory_of_the_answer_helps():
 @pytest.fixture(scope="module")
 def trained(toy, experts, tmp_path_factory):
     folder = tmp_path_factory.mktemp("mla")
-    out, _ = finish(start(*train_flags("mla_store", toy, experts), f"--checkpoint_dir={folder}", "--max_steps=12"))
+    flags = [*train_flags("mla_store", toy, experts), f"--checkpoint_dir={folder}", "--max_steps=12"]
+    out, _ = finish(start_cold(*flags))
     assert "static mixture: transformer" in out and "store of 1" in out
     return folder
 
@@ -315,9 +316,10 @@ def test_store_holds_no_validation_text(toy, trained, tmp_path):
 
 def test_checkpoint_writes_text_and_keeps_its_experts(trained, experts):
     checkpoint = trained / "nanothink_mla.pt"
-    out, err = finish(start("generate.py", f"--checkpoint={checkpoint}", "--prompt=In the", "--max_new_tokens=60"))
+    ask = ["generate.py", f"--checkpoint={checkpoint}", "--prompt=In the", "--max_new_tokens=60"]
+    out, err = finish(start_cold(*ask))
     assert out.startswith("In the") and "state of" in err
-    again, _ = finish(start("generate.py", f"--checkpoint={checkpoint}", "--prompt=In the", "--max_new_tokens=60"))
+    again, _ = finish(start(*ask))
     assert out == again
     model, _ = load_expert(checkpoint)
     for name, expert in model.experts.items():

@@ -16,7 +16,7 @@ from typing import get_args
 import pytest
 import torch
 import yaml
-from conftest import ROOT, finish, start, start_two
+from conftest import ROOT, finish, start, start_cold, start_two
 from test_resume import assert_same
 
 import train_ae
@@ -162,7 +162,7 @@ def test_a_sweep_of_the_guide_parses(line):
 
 def test_a_whole_run_as_a_process(tmp_path):
     words = ["--config", ROOT / "configs" / "ae" / "smoke.yaml", "--device=cpu"]
-    out, err = finish(start("train_ae.py", *words, cwd=tmp_path))
+    out, err = finish(start_cold("train_ae.py", *words, cwd=tmp_path))
     (home,) = Path("outputs", "runs").iterdir()
     assert home.name.startswith("run_2") and home.name.endswith("_smoke")
     assert "epoch 2/2 | train_loss" in out and "perplexity" in out and not err
@@ -265,9 +265,10 @@ launch(main, sys.argv[1:])
 """)
     toy = " ".join([*TOY, f"data={events}"])
     others = [f"{toy} loop={loop} encoder=gan batch_size=8 out={loop}" for loop in ("gan_ae", "diffusion_ae")]
-    process = start_two(tmp_path / "two.py", f"{toy} batch_size=8 revive=-1 out=two", *others, cwd=tmp_path)
+    two = start_two(tmp_path / "two.py", f"{toy} batch_size=8 revive=-1 out=two", *others, cwd=tmp_path)
     run(events, "batch_size=16 revive=-1 out=one")
-    finish(process)
+    for process in two:
+        finish(process)
     one, two = (load_checkpoint(f"{name}/last.pt", "ae:ae") for name in ("one", "two"))
     torch.testing.assert_close(two["model_state"], one["model_state"], rtol=0, atol=1e-5)
     for name in ("val_loss", "train_loss", "rec_tokens", "usage", "perplexity"):
@@ -557,7 +558,7 @@ def test_figures_that_fail_and_full_ones(events, drawn, monkeypatch, capfd):
 
 def test_a_sweep_survives_a_job_that_is_killed(events, tmp_path):
     toy = [word for word in TOY if word != "epochs=2"]  # a key stands there once
-    swept = ["latent_space=none,vq", "seed=1,2", "epochs=20"]
+    swept = ["latent_space=none,vq", "epochs=20"]
     process = start("train_ae.py", "--multirun", *swept, *toy, f"data={events}", cwd=tmp_path)
 
     def first():
@@ -568,14 +569,14 @@ def test_a_sweep_survives_a_job_that_is_killed(events, tmp_path):
     _, err = finish(process, 1)
     (folder,) = Path("outputs", "multiruns").iterdir()
     rows = yaml.safe_load((folder / "sweep.yaml").read_text())["jobs"]
-    assert [(row["status"], row["exit_code"]) for row in rows] == [("failed", 137)] + [("done", 0)] * 3
+    assert [(row["status"], row["exit_code"]) for row in rows] == [("failed", 137), ("done", 0)]
     assert "job 0 of" in err and f"resume={folder}" in err
     before = {p: p.stat().st_mtime_ns for row in rows[1:] for p in Path(row["run_dir"]).rglob("*")}
     out, _ = finish(start("train_ae.py", f"resume={folder}", cwd=tmp_path))
-    assert "4 of 4 jobs done" in out and "resumed outputs/runs" in out
+    assert "2 of 2 jobs done" in out and "resumed outputs/runs" in out
     assert {p: p.stat().st_mtime_ns for p in before} == before
     rows = yaml.safe_load((folder / "sweep.yaml").read_text())["jobs"]
     assert all(row["status"] == "done" and math.isfinite(row["best_val_loss"]) for row in rows)
     main(read("--config", Path(rows[0]["run_dir"], ".hydra", "config.yaml"), "out=alone"))
     assert_same(saved(rows[0]["run_dir"])[0], saved("alone")[0])
-    assert lines(rows[3]["run_dir"])[0]["meta"]["job"] == 3
+    assert lines(rows[1]["run_dir"])[0]["meta"]["job"] == 1

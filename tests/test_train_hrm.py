@@ -8,7 +8,7 @@ import time
 import pytest
 import torch
 import yaml
-from conftest import finish, start, start_two
+from conftest import finish, start, start_cold, start_two
 from test_resume import assert_same
 
 from data_utils.checkpoint import load_checkpoint
@@ -57,24 +57,24 @@ def results(home):
 def test_commands_of_the_guide(tmp_path):
     out, _ = finish(start("train_hrm.py", "--dry_run", "--d_model=32", cwd=tmp_path))
     assert "dry run: loss" in out and "gradient norm" in out and not list(tmp_path.iterdir())
-    guide = """--dataset synthetic --batch_size 4 --learning_rate 2.5e-4 --warmup_steps 50 --steps 200 --val_every 50
+    guide = """--dataset synthetic --batch_size 4 --learning_rate 2.5e-4 --warmup_steps 20 --steps 80 --val_every 20
                --run_name arithmetic-demo --checkpoint_limit 3 --save_best_model --mixed_precision bf16 --log_steps 20
                --grad_clip 1.0 --eval_rows 40""".split()
-    out, _ = finish(start("train_hrm.py", *guide, cwd=tmp_path))
-    assert "step 20/200 | loss" in out and "it/s" in out
+    out, _ = finish(start_cold("train_hrm.py", *guide, cwd=tmp_path))
+    assert "step 20/80 | loss" in out and "it/s" in out
     home = tmp_path / "runs" / "arithmetic-demo"
     names = {p.name for p in (home / "checkpoints").iterdir() if not p.name.startswith(".")}
-    steps = {f"step_{n}.{kind}" for n in (50, 100, 150) for kind in ("pt", "yaml")}
+    steps = {f"step_{n}.{kind}" for n in (20, 40, 60) for kind in ("pt", "yaml")}
     assert names == steps | {"final.pt", "final.yaml", "tokenizer.json", "meta.json"}
     assert {p.name for p in (home / "best-model").iterdir()} == {"best.pt", "best.yaml", "tokenizer.json", "meta.json"}
     assert (home / "loss.png").exists()
     before = {p: p.stat().st_mtime_ns for p in home.rglob("*.pt")}
     out, _ = finish(start("train_hrm.py", *guide, cwd=tmp_path))
-    assert "finished at step 200" in out and before == {p: p.stat().st_mtime_ns for p in home.rglob("*.pt")}
+    assert "finished at step 80" in out and before == {p: p.stat().st_mtime_ns for p in home.rglob("*.pt")}
     ask = ["--prompt", "What is 12 + 7?", "--dataset", "synthetic", "--run_name", "arithmetic-demo"]
     out, err = finish(start("generate.py", *ask, cwd=tmp_path))
     assert out.endswith("\n") and "tokens/s" in err
-    assert yaml.safe_load((home / "best-model" / "best.yaml").read_text())["steps"] == 200
+    assert yaml.safe_load((home / "best-model" / "best.yaml").read_text())["steps"] == 80
     config = home / "checkpoints" / "final.yaml"
     out, _ = finish(start("train_hrm.py", f"--config={config}", "--run_name=again", "--steps=2", cwd=tmp_path))
     assert "step 2 of 2" in out
@@ -108,8 +108,9 @@ def test_interrupted_and_resumed_equals_uninterrupted(kind, optimizer, puzzles, 
 def test_two_ranks_equal_one(puzzles, tmp_path):
     flags = ["--max_seq_len=16", "--core_layers=1", f"--dataset={puzzles}", "--steps=6", "--segments=3", "--no-halting"]
     one = train(tmp_path, *flags, "--run_name=one", "--batch_size=16")
-    finish(start_two("train_hrm.py", *SIZES, *flags, "--run_name=two", "--batch_size=8", cwd=tmp_path))
-    finish(one)
+    two = start_two("train_hrm.py", *SIZES, *flags, "--run_name=two", "--batch_size=8", cwd=tmp_path)
+    for process in (one, *two):
+        finish(process)
     states = [load_checkpoint(tmp_path / f"runs/{n}/checkpoints/final.pt", "hrm") for n in ("one", "two")]
     for key, weight in states[0]["model_state"].items():
         torch.testing.assert_close(weight, states[1]["model_state"][key], rtol=0, atol=1e-5)
