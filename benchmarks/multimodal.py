@@ -170,7 +170,7 @@ def configured(*flags):
     (name,) = cfg.tasks
     task = asdict(opener(cfg)()[name].task)
     paths = cfg.latent_num_paths if cfg.enable_latent_planning else 1
-    known = asdict(cfg) | dict(tasks={name: task}, paths=paths, vq_decay=0.99, vq_revive=0)
+    known = asdict(cfg) | dict(tasks={name: task}, paths=paths)
     return cfg, partial(Multimodal, **{key: known[key] for key in inspect.signature(Multimodal).parameters})
 
 
@@ -269,11 +269,13 @@ def trm(args):
     """Training steps of the plain recursion and of the official code, from the same weights, all arms in turn."""
     goals = dict(attention=(">= 2.0", ">= 3.5", ">= 0.999"), mlp_t=(">= 1.2", "", ">= 0.99"))
     for mixer, (against_bf16, against_fp32, cosine) in goals.items():
-        cfg, build = configured("--arch=sudoku9", f"--mixer={mixer}", "--bottleneck=tokens", *args.trm)
+        flags = f"--arch=sudoku9 --mixer={mixer} --bottleneck=tokens --no-relation_bias"
+        cfg, build = configured(*flags.split(), *args.trm)
         torch.manual_seed(0)
         model = build()
         with torch.no_grad():  # as the official code has no tables of places; and ours scales what it sees to 1
-            model.page_places.table.zero_()
+            for table in model.page_places.parameters():
+                table.zero_()
             model.embedding.weight /= model.embedding.weight.norm(dim=1, keepdim=True)
         batch = grids(model, cfg.global_batch_size)
         kinds = ["fp32", "bf16", *["bf16, compiled"] * (not args.quick)]

@@ -47,26 +47,30 @@ HELD_OUT = 1024  # samples, half of them reported
 CURVE = 1, 2, 4, 8, 16
 CODES = "codes_used", "perplexity"
 ONCE = "--H_cycles=1 --L_cycles=1 --supervision_steps=1"
-MAZE = "--arch=maze --relation_bias --global_batch_size=32"
-READ = "--arch=read --warmup_steps=100"
+CAPSULES = "--bottleneck=capsules --no-relation_bias"
+ACROSS = "--mixer=mlp_t --no-relation_bias"
+MAZE = "--arch=maze --global_batch_size=32"
+READ = "--arch=read"
 ARMS = dict(  # row: {what is trained: (flags, most seeds, target)}; the first is the one that the row is about
     sudoku4={
         "recursion on pictures": ("--arch=sudoku4", 3, ">= 99.5"),
         "the same layers once": (f"--arch=sudoku4 {ONCE}", 1, ""),
         "tokens in place of pictures": ("--arch=sudoku4 --bottleneck=tokens", 1, "within 1"),
-        "12 capsules": ("--arch=sudoku4 --bottleneck=capsules", 1, ""),
+        "mlp_t in place of attention": (f"--arch=sudoku4 {ACROSS}", 1, ""),
+        "12 capsules": (f"--arch=sudoku4 {CAPSULES}", 1, ""),
     },
     sudoku6={
         "recursion on pictures": ("--arch=sudoku6", 3, ">= 97"),
         "the same layers once": (f"--arch=sudoku6 {ONCE}", 1, ""),
         "tokens in place of pictures": ("--arch=sudoku6 --bottleneck=tokens", 1, ""),
-        "12 capsules": ("--arch=sudoku6 --bottleneck=capsules", 1, ""),
+        "mlp_t in place of attention": (f"--arch=sudoku6 {ACROSS}", 1, ""),
+        "12 capsules": (f"--arch=sudoku6 {CAPSULES}", 1, ""),
     },
     maze={
         "attention with a bias per offset": (MAZE, 3, ">= 70"),
         "the same layers once": (f"{MAZE} {ONCE}", 1, ""),
-        "mlp_t": ("--arch=maze --mixer=mlp_t", 1, ""),
-        "attention with RoPE": ("--arch=maze", 1, ""),
+        "mlp_t in place of attention": (f"{MAZE} {ACROSS}", 1, ""),
+        "attention with RoPE": (f"{MAZE} --no-relation_bias", 1, ""),
         "tokens in place of pictures": (f"{MAZE} --bottleneck=tokens", 1, ""),
     },
     reading={
@@ -74,7 +78,7 @@ ARMS = dict(  # row: {what is trained: (flags, most seeds, target)}; the first i
         "8 characters a capsule": (f"{READ} --page_rows=4", 1, ">= 99"),
         "16 characters a capsule": (f"{READ} --page_rows=8", 1, ""),
         "32 characters a capsule": (f"{READ} --page_rows=16", 1, ""),
-        "4 a capsule, the same layers once": (f"{READ} --L_cycles=1", 1, ""),
+        "4 a capsule, two fast updates": (f"{READ} --L_cycles=2", 1, ""),
         "4 a capsule of 1 code": (f"{READ} --use_vq_codebook --vq_groups=1", 1, ""),
         "4 a capsule of 4 codes": (f"{READ} --use_vq_codebook --vq_groups=4", 1, ""),
         "4 a capsule of 16 codes": (f"{READ} --use_vq_codebook --vq_groups=16", 1, ""),
@@ -435,7 +439,8 @@ def halting(args):
 
 
 # --- stories ----------------------------------------------------------------------------------
-CONTINUE = "--arch=read --tasks=continue --text_source=stories --text_supervision_steps=4 --warmup_steps=100"
+CONTINUE = """--arch=read --tasks=continue --text_source=stories --L_cycles=2 --text_supervision_steps=4
+--lr_min_ratio=1 --epochs=14"""
 ORDER = 5  # of the n-gram: symbols that it sees
 TOLD = 10_000  # stories that it counts
 
