@@ -10,6 +10,7 @@ Runs lie in --home and go on where they were; what is finished is only read agai
 
 import argparse
 import contextlib
+import importlib
 import inspect
 import json
 import math
@@ -126,11 +127,13 @@ def training_seconds(flags):
 
 
 def singles(puzzles):
-    """Share of 9 x 9 puzzles that come out by filling in cells with a single candidate, again and again."""
+    """Share of puzzles (n, side^2) that come out by filling in cells with a single candidate, again and again."""
+    side = math.isqrt(puzzles.shape[1])
+    digits, seen = set(range(1, side + 1)), peers(side)
 
     def solved(grid):
         while True:
-            free = {i: set(range(1, 10)) - {grid[j] for j in peers(9)[i]} for i, digit in enumerate(grid) if not digit}
+            free = {i: digits - {grid[j] for j in seen[i]} for i, digit in enumerate(grid) if not digit}
             new = {i: candidates.pop() for i, candidates in free.items() if len(candidates) == 1}
             if not new:
                 return not free
@@ -261,27 +264,25 @@ def failures(args):
 
 
 # --- speed ------------------------------------------------------------------------------------
-def official():
-    """The official code of HRM with its two CUDA packages replaced -> (model, losses) modules; ImportError without."""
+class Settings:
+    """All that the official code uses of pydantic."""
 
-    class Settings:  # all that is used of pydantic
-        def __init__(self, **values):
-            self.__dict__ |= values
+    def __init__(self, **values):
+        self.__dict__ |= values
 
-    def attention(q, k, v, causal):
-        return F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)), is_causal=causal).transpose(1, 2)
 
-    shims = dict(flash_attn=SimpleNamespace(flash_attn_func=attention), pydantic=SimpleNamespace(BaseModel=Settings))
+def imported(folder, shims, *names):
+    """Modules `names` of the repository in `folder`, whose `models` is not ours, with `shims` {package: stand-in}.
+
+    Raises ImportError without it.
+    """
     own = {name: sys.modules.pop(name) for name in list(sys.modules) if name.split(".")[0] == "models"}
     before = {name: sys.modules.get(name) for name in shims}
     sys.modules |= shims
     paths = sys.path[:]
-    sys.path[:] = [str(HERE / "peers" / "HRM"), *(p for p in paths if not Path(p, "models", "__init__.py").exists())]
+    sys.path[:] = [str(folder), *(p for p in paths if not Path(p, "models", "__init__.py").exists())]
     try:
-        from models import losses
-        from models.hrm import hrm_act_v1
-
-        return hrm_act_v1, losses
+        return [importlib.import_module(name) for name in names]
     finally:
         sys.path[:] = paths
         for name in [name for name in sys.modules if name.split(".")[0] == "models"]:
@@ -291,6 +292,16 @@ def official():
             sys.modules[name] = module
             if module is None:
                 del sys.modules[name]
+
+
+def official():
+    """The official code of HRM with its two CUDA packages replaced -> (model, losses) modules; ImportError without."""
+
+    def attention(q, k, v, causal):
+        return F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)), is_causal=causal).transpose(1, 2)
+
+    shims = dict(flash_attn=SimpleNamespace(flash_attn_func=attention), pydantic=SimpleNamespace(BaseModel=Settings))
+    return imported(HERE / "peers" / "HRM", shims, "models.hrm.hrm_act_v1", "models.losses")
 
 
 def stepper(side, args, dtype, compile=False):
