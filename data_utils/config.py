@@ -63,6 +63,7 @@ def from_cli(cls, doc="", argv=None, prog=None, by="", flatten=None, load=None, 
         if not hasattr(sys.modules["__main__"], "__file__"):
             return None
         argv = sys.argv[1:]
+    argv = [re.sub("^--no_", "--no-", word) for word in argv]
     if overrides:
         from data_utils.overrides import read
 

@@ -54,6 +54,7 @@ def refused(capsys, *argv, cls=Child, **more):
         (["--use-amp"], "use_amp", True),
         (["--no-use-amp"], "use_amp", False),
         (["--no-use_amp"], "use_amp", False),
+        (["--no_use_amp"], "use_amp", False),
         (["--max_steps", "3"], "max_steps", 3),
         (["--max-steps=3"], "max_steps", 3),
         (["--max_steps", "-1"], "max_steps", -1),
