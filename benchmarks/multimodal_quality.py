@@ -49,7 +49,7 @@ CODES = "codes_used", "perplexity"
 ONCE = "--H_cycles=1 --L_cycles=1 --supervision_steps=1"
 CAPSULES = "--bottleneck=capsules --no-relation_bias"
 ACROSS = "--mixer=mlp_t --no-relation_bias"
-MAZE = "--arch=maze --global_batch_size=32"
+MAZE = "--arch=maze"
 READ = "--arch=read"
 ARMS = dict(  # row: {what is trained: (flags, most seeds, target)}; the first is the one that the row is about
     sudoku4={

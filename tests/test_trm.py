@@ -180,7 +180,7 @@ def test_heads_begin_at_the_four_neighbours():
         for i in range(15):
             for j in range(15):
                 there = (i // 5 + down, i % 5 + right) == (j // 5, j % 5)
-                assert bias[head, i, j] == 2.0 * there
+                assert bias[head, i, j] == 7.0 * there
     assert not bias[4].any() and classes.unique().tolist() == list(range(45))
 
 
