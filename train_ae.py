@@ -46,6 +46,7 @@ class AeConfig:
     features: tuple[str, ...] = ("E", "pT", "eta", "phi")  # columns to model, in this order
     phi: Literal["sincos", "raw"] = "sincos"  # raw: a jump at pi, only to repeat measured comparisons
     energy_unit: Literal["GeV", "MeV"] = "GeV"  # of the file
+    symmetries: bool = False  # train on events turned about the beam and mirrored, anew in each epoch
     # model
     encoder: Part = "mlp"  # reads an event
     decoder: Part = "mlp"  # writes it
@@ -151,7 +152,7 @@ if __name__ == "__main__":  # before torch is imported, so that --help and typos
 import torch
 
 from data_utils import checkpoint
-from data_utils.events import epoch_order, load_events, take, test_table
+from data_utils.events import epoch_order, load_events, take, test_table, turned
 from data_utils.hardware import Hardware
 from data_utils.metrics import add, means
 from data_utils.progress import Progress, say
@@ -249,8 +250,7 @@ def main(cfg):
     def save(path, must=True, state=None):
         if rank == 0 and keep:
             saver(path, state or about | vars(at) | {name: part.state_dict() for name, part in parts.items()}, must)
-            if path == best:
-                checkpoint.point(out / "model.pt", best.name)
+            checkpoint.point(out / "model.pt", best.name) if path == best else None
 
     record = Recorder(out if rank == 0 and keep else None, cfg, LOOPS[cfg.loop][1], at, device, new=not path)
 
@@ -264,8 +264,7 @@ def main(cfg):
     def compute_loss(network, batch):
         """Run a batch -> output, {name: (sum, count)}; the loss is the sum of `weights` times their means."""
         if cfg.loop == "test_mlp":
-            output = network(batch["x"])
-            return output, regression_sums(output, batch["y"], cfg.task)
+            return (output := network(batch["x"])), regression_sums(output, batch["y"], cfg.task)
         target, noisy = noises.corrupt(batch["x"]) if noises else (batch["x"], {})
         output = network(batch["x"], batch["ids"], batch["ids"] > 0, batch["globals"], **noisy)
         sums = loss_sums(output, target, batch["ids"], batch["globals"], cfg.level)
@@ -319,14 +318,15 @@ def main(cfg):
                 epoch, number = divmod(at.step, batches)
                 if epoch_of_order != epoch:
                     shape, epoch_of_order = (batches, cfg.accumulate, world, cfg.batch_size), epoch
-                    order = epoch_order(cfg.seed, epoch, events, shape)
+                    order, train = epoch_order(cfg.seed, epoch, events, shape), data["train"]
+                    train = turned(train, meta, cfg.seed, epoch) if cfg.symmetries else train
                 for group in optimizer.param_groups:
                     group["lr"] = group["peak"] * rate_at(at.step)
-                whole, sums = denominators(take(data["train"], order[number].flatten()), cfg.level), {}
+                whole, sums = denominators(take(train, order[number].flatten()), cfg.level), {}
                 for m in range(cfg.accumulate):
                     torch.manual_seed(hash((cfg.seed, at.step, m * world + rank)))  # of dropout and noise
                     model.require_backward_grad_sync = m == cfg.accumulate - 1  # DDP: one reduction a step
-                    batch = take(data["train"], order[number, m, rank])
+                    batch = take(train, order[number, m, rank])
                     with hardware.autocast:
                         output, found = compute_loss(model, batch)
                         loss = total({name: found[name][0] / count for name, count in whole.items() if name in found})

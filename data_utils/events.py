@@ -280,7 +280,7 @@ def clean(rows, labels, split, source):
     return rows, labels[good], split[good], dropped
 
 
-# ---- order, and the table of test_mlp --------------------------------------------------------------------------------
+# ---- order, symmetries, and the table of test_mlp --------------------------------------------------------------------
 
 
 def take(columns, index):
@@ -292,6 +292,36 @@ def epoch_order(seed, epoch, n, shape=None):
     """Return the order (n,) int64 in which an epoch goes through n events; filled up from its start to a `shape`."""
     order = np.random.default_rng((seed, 1, epoch)).permutation(n)
     return np.resize(order, shape) if shape else order
+
+
+def turned(columns, meta, seed, epoch):
+    """Return a split whose events are each turned about the beam by a random angle and, half of them, mirrored.
+
+    In eta and in phi, independently. Collisions prefer no side: ids, energies, pT, the length of MET, masses and angles
+    between objects stay. A function of seed, epoch and an event's place in the split. Without ids nothing changes.
+    """
+    import torch
+
+    if "ids" not in columns:
+        return columns
+    x, stats = columns["x"], {name: columns["x"].new_tensor(values) for name, values in meta["stats"].items()}
+    draws = x.new_tensor(np.random.default_rng((seed, 4, epoch)).random((3, len(x), 1)))
+    angle, eta, phi = 2 * np.pi * draws[0], *(1 - 2 * draws[1:].round())  # (N, 1); the last two are signs
+
+    def turn(sine, cosine):
+        return phi * sine * angle.cos() + cosine * angle.sin(), cosine * angle.cos() - phi * sine * angle.sin()
+
+    met, *direction = (columns["globals"] * stats["globals_std"] + stats["globals_mean"]).split(1, -1)
+    globals = (torch.cat([met, *turn(*direction)], -1) - stats["globals_mean"]) / stats["globals_std"]
+    found, values = [], iter((x * stats["std"] + stats["mean"]).unbind(-1))
+    for name in meta["features"]:
+        value = next(values)
+        if name == "phi" and meta["phi"] == "sincos":
+            found += turn(value, next(values))
+        else:
+            found.append(eta * value if name == "eta" else wrap(phi * value + angle) if name == "phi" else value)
+    x = ((torch.stack(found, -1) - stats["mean"]) / stats["std"]).masked_fill(columns["ids"][..., None] == 0, 0)
+    return columns | dict(x=x, globals=globals)
 
 
 def test_table(seed, task):

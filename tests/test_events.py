@@ -231,6 +231,46 @@ def test_an_epoch_goes_through_all_events_once_in_an_order_of_its_own():
     assert len({tuple(order) for order in orders}) == 4 and (events.epoch_order(1, 0, 50) == orders[0]).all()
 
 
+def products(rows):
+    """Products of four-momenta (N, T, T), transverse ones with the missing momentum (N, T), length of the sum (N)."""
+    energy, pt, eta, angle = np.moveaxis(events.objects(rows).astype(float), 2, 0)
+    met, towards = rows[:, 18:20].astype(float).T
+    momenta = np.stack([energy, pt * np.cos(angle), pt * np.sin(angle), pt * np.sinh(eta)])
+    pairs = np.einsum("k,kni,knj->nij", [1, -1, -1, -1], momenta, momenta)
+    return pairs, pt * met[:, None] * np.cos(angle - towards[:, None]), np.hypot(*momenta[1:3].sum(2))
+
+
+@pytest.mark.parametrize("phi", ["sincos", "raw"])
+@pytest.mark.parametrize("features", [events.COLUMNS, ("phi", "pT", "eta", "E")])
+def test_turned_events_are_the_same_to_a_physicist(features, phi):
+    splits, meta = load(features=features, phi=phi)
+    train = splits["train"]
+    after = events.turned(train, meta, 1, 0)
+    rows, other = (events.to_rows(part["x"], part["ids"], part["globals"], meta) for part in (train, after))
+    scale = events.objects(rows)[..., 0].sum(1) ** 2
+    for expected, found in zip(products(rows), products(other), strict=True):
+        assert (abs(found - expected).reshape(len(rows), -1).max(1) < 1e-4 * scale).all()
+    (one, two), there = (events.objects(part) for part in (rows, other)), rows[:, :18] > 0
+    assert (rows[:, :18] == other[:, :18]).all() and np.allclose(one[..., :2], two[..., :2], rtol=1e-4)
+    assert np.allclose(rows[:, 18], other[:, 18], rtol=1e-4) and (after["x"][train["ids"] == 0] == 0).all()
+    sign = (two[..., 2] / np.where(there, one[..., 2], 1)).sum(1) / there.sum(1)
+    assert np.allclose(abs(two[..., 2]), abs(one[..., 2]), atol=1e-4) and np.allclose(abs(sign), 1, atol=0.05)
+    ahead, back = (events.wrap(two[:, 0, 3] - way * one[:, 0, 3]) for way in (1, -1))
+    ahead_too, back_too = (events.wrap(two[:, 1, 3] - way * one[:, 1, 3]) for way in (1, -1))
+    kept, mirrored = abs(events.wrap(ahead - ahead_too)) < 1e-3, abs(events.wrap(back - back_too)) < 1e-3
+    assert (kept | mirrored).all() and 0.4 < kept.mean() < 0.6 and 0.4 < (sign > 0).mean() < 0.6
+    angle = np.where(kept, ahead, back)
+    assert abs(np.exp(1j * angle).mean()) < 0.1 and abs(np.corrcoef([kept, sign])[0, 1]) < 0.15
+    again, next_epoch = (events.turned(train, meta, 1, epoch) for epoch in (0, 1))
+    assert (again["x"] == after["x"]).all() and (again["globals"] == after["globals"]).all()
+    assert (next_epoch["globals"][:, 1] != after["globals"][:, 1]).all()
+
+
+def test_a_table_is_not_turned():
+    splits, meta = events.test_table(0, "binary")
+    assert events.turned(splits["train"], meta, 0, 0) is splits["train"]
+
+
 @pytest.mark.parametrize("task", ["regression", "binary"])
 def test_the_table_of_the_mlp(task):
     table, about = events.test_table(7, task)

@@ -209,7 +209,7 @@ def test_the_test_of_the_guide(tmp_path):
 
 # ---- resume ----------------------------------------------------------------------------------------------------------
 
-LONG = ["epochs=20", "batch_size=8", "accumulate=2", "dropout=0.1"]
+LONG = ["epochs=20", "batch_size=8", "accumulate=2", "dropout=0.1", "symmetries=true"]
 KINDS = dict(
     ae="encoder=gnn noise_dim=3",
     gan_ae="loop=gan_ae encoder=gan decoder=gan",
@@ -265,8 +265,8 @@ launch(main, sys.argv[1:])
 """)
     toy = " ".join([*TOY, f"data={events}"])
     others = [f"{toy} loop={loop} encoder=gan batch_size=8 out={loop}" for loop in ("gan_ae", "diffusion_ae")]
-    two = start_two(tmp_path / "two.py", f"{toy} batch_size=8 revive=-1 out=two", *others, cwd=tmp_path)
-    run(events, "batch_size=16 revive=-1 out=one")
+    two = start_two(tmp_path / "two.py", f"{toy} batch_size=8 revive=-1 symmetries=true out=two", *others, cwd=tmp_path)
+    run(events, "batch_size=16 revive=-1 symmetries=true out=one")
     for process in two:
         finish(process)
     one, two = (load_checkpoint(f"{name}/last.pt", "ae:ae") for name in ("one", "two"))
@@ -276,7 +276,8 @@ launch(main, sys.argv[1:])
     assert two["test_loss"] == pytest.approx(one["test_loss"], abs=1e-5)
     assert all(math.isfinite(load_checkpoint(f"{loop}/last.pt", f"ae:{loop}")["test_loss"]) for loop in
                ("gan_ae", "diffusion_ae"))  # fmt: skip
-    run(events, "batch_size=8 revive=-1 out=two epochs=3")  # one process goes on for two: an epoch has more batches
+    # one process goes on for two: an epoch has more batches
+    run(events, "batch_size=8 revive=-1 symmetries=true out=two epochs=3")
     assert "world_size 2 -> 1" in capfd.readouterr().out
     assert load_checkpoint("two/last.pt", "ae:ae")["step"] == 3 * 8 and len(lines("two")) == 7
 
