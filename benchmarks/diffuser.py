@@ -168,7 +168,8 @@ def entropy(ids):
 
 def controls(judge, data, generator):
     """Yield (name, temperature, ids (SAMPLES, T)) of what needs no training but the judge's transformer."""
-    some = np.random.default_rng(0).choice(data.windows("val"), SAMPLES, replace=False)
+    n = data.windows("val")
+    some = np.random.default_rng(0).choice(n, SAMPLES, replace=n < SAMPLES)
     yield "real text", 1.0, data.batch("val", some)[0]
     unigram = torch.from_numpy(judge.unigram).float()
     ids = torch.multinomial(unigram, SAMPLES * T, True, generator=generator).view(SAMPLES, T)
@@ -223,6 +224,7 @@ def main():
     parser.add_argument("--steps", type=int, nargs="+", default=[10, 32], help="of the samplers")
     parser.add_argument("--samplers", nargs="+", default=["ancestral", "ddim"])
     parser.add_argument("--readme", action="store_true", help="write the table into README.md")
+    parser.add_argument("--out", type=Path, default=HERE / "diffuser.json", help="results, the samples beside them")
     cfg = parser.parse_args()
     torch.set_num_threads(1)
     cfg.work.mkdir(parents=True, exist_ok=True)
@@ -253,7 +255,8 @@ def main():
     if not path.exists():
         rows = [keep(*parts) for parts in controls(judge, data, torch.Generator().manual_seed(1))]
         path.write_text(json.dumps(rows))
-    index = np.random.default_rng(1).choice(data.windows("val"), 128, replace=False)
+    n = data.windows("val")
+    index = np.random.default_rng(1).choice(n, 128, replace=n < 128)
     x, y = data.batch("val", index)
     for seed in cfg.seeds:
         for arm in cfg.arms:
@@ -282,14 +285,14 @@ def main():
                             more = dict(sampler=sampler, steps=count, sample_seconds=spent, **trained)
                             rows.append(keep(arm, temperature, ids, **more))
                             path.write_text(json.dumps(rows))
-    table = write(cfg.work)
+    table = write(cfg.work, cfg.out)
     print(table)
     if cfg.readme:
         write_readme(table, name="diffuser")
 
 
-def write(work):
-    """All rows that were kept -> diffuser.json, diffuser_samples.md; returns the table, means over seeds."""
+def write(work, out):
+    """All rows that were kept -> `out` and its _samples.md; returns the table, means over seeds."""
     files = [work / "controls.json", *sorted(work.glob("arm-*.json"))]
     rows = [row for path in files for row in json.loads(path.read_text())]
     groups = {}
@@ -311,10 +314,8 @@ def write(work):
         samples += [f"NLL {cells[0]}, entropy {cells[2]}", ""]
         for text in found[0]["samples"][:2]:
             samples += ["".join(f"    {line}\n" for line in text.splitlines())]
-    (HERE / "diffuser.json").write_text(
-        json.dumps([{k: v for k, v in r.items() if k != "samples"} for r in rows], indent=1)
-    )
-    (HERE / "diffuser_samples.md").write_text("\n".join(samples))
+    out.write_text(json.dumps([{k: v for k, v in r.items() if k != "samples"} for r in rows], indent=1))
+    out.with_name(f"{out.stem}_samples.md").write_text("\n".join(samples))
     return "\n".join(table)
 
 

@@ -75,6 +75,7 @@ QUICK = STEP | dict(width=64, batch=2, length=9, layers=1)
 def train(args, name, *flags):
     """Run train_hrm.py to its end, or read what it wrote -> (last training row, last validation row)."""
     words = [sys.executable, HERE.parent / "train_hrm.py", f"--run_name={name}", *" ".join(flags).split()]
+    words += ["--steps=20"] * args.quick
     args.home.mkdir(parents=True, exist_ok=True)
     threads = os.environ | dict(OMP_NUM_THREADS=str(args.threads))
     subprocess.run(list(map(str, words)), check=True, cwd=args.home, env=threads, stdout=subprocess.DEVNULL)
@@ -505,7 +506,7 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--rows", default=",".join(ROWS), help=f"of {','.join(ROWS)}")
-    add("--quick", action="store_true", help="toy sizes of the speed rows: only to see that they run")
+    add("--quick", action="store_true", help="toy sizes of the speed rows, runs of 20 steps: only to see that they run")
     add("--readme", action="store_true", help="write the table into README.md")
     add("--home", type=Path, default=HERE / "work" / "hrm", help="where runs/ lies")
     add("--gsm8k", type=Path, help="folder with train.jsonl of GSM8K, for text and moments")

@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import ae_quality, experts, hrm, multimodal, multimodal_quality
+from benchmarks import ae_quality, experts, hrm, multimodal, multimodal_quality, run
+from data_utils.config import DataError, UsageError
 
 
 def test_every_row_of_the_expert_figures_runs_at_toy_size(tmp_path, capsys):
@@ -133,3 +134,88 @@ def test_numbers_of_the_pictures_figures():
     row = {"score": 1.0, "read/characters": 0.5, "read/halt_auc": None, "raw/score": 0.1, "raw/read/characters": 0.4,
            "shuffled/score": 0.0, "maze/optimal": 0.25}  # fmt: skip
     assert multimodal_quality.firsts(row) == "read/characters 50.0, maze/optimal 25.0"
+
+
+@pytest.mark.parametrize(
+    ("target", "figure", "met", "times"),
+    [
+        (">= 2", dict(ours=9.0, peer=6.0, ratio=1.5), False, 0.75),
+        ("ours <= 400", dict(ours=200.0, peer=600.0, ratio=0.33), True, 2.0),
+        ("ours <= 400, ratio 0.9 to 1.1", dict(ours=200.0, peer=100.0, ratio=2.0), False, 0.1),
+        (">= 50; >= 150 x", dict(ours=100.0, peer=1.0, ratio=100.0), False, 2 / 3),
+        ("<= 160 / 768", dict(ours=640.0, peer=3072.0, ratio=0.208), True, 160 / 768 / 0.208),
+        ("<= -0.05", dict(ours=4.1, peer=4.2, ratio=-0.1), True, 2.0),
+        ("<= -0.05", dict(ours=4.3, peer=4.2, ratio=0.1), False, 0.0),
+        ("<= 0.02", dict(ours=4.1, peer=4.2, ratio=-0.1), True, math.inf),
+        ("within 5 %", dict(ours=1.1, peer=1.0, ratio=1.1), False, 0.5),
+        ("lower by >= 0.05", dict(ours=0.5, peer=0.6, ratio=0.8), True, 2.0),
+        ("above", dict(ours=0.5, peer=0.6), False, 0.0),
+        ("> 1", dict(ours=1.0), False, 1.0),
+        ("100", dict(ours="97.5 (98.0, 97.0)"), False, 0.975),
+        ("0", dict(ours=0.0), True, 1.0),
+        ("rising", dict(ours=1.0), None, None),
+        (">= 40 at <= 1 point", dict(ours=50.0), None, None),
+        (">= 1", dict(peer="pip install peer"), None, None),
+        ("", dict(ours=1.0), None, None),
+    ],
+)
+def test_what_meets_a_target(target, figure, met, times):
+    assert run.judged(figure | dict(target=target)) == (met, times if times is None else pytest.approx(times))
+
+
+def test_a_page_of_all_figures_and_its_picture(tmp_path, monkeypatch):
+    home = tmp_path / "benchmarks"
+    home.mkdir()
+    about = dict(threads=1, torch="2.13", date="2026-01-02", cpu=["AVX2"], spread="1 to 3", command="python it.py")
+    figures = [dict(figure="speed | of it", ours=3.0, peer=1.5, ratio=2.0, target=">= 1"), dict(
+        figure="memory", ours=7.0, peer="pip install peer", target="")]  # fmt: skip
+    text = dict(temperature=1.0, trigram=3.0, distinct_2=0.5)
+    made = dict(seconds=600.0, sampler="ancestral", steps=10)
+    found = dict(
+        experts=dict(speed=about | dict(figures=[about | figure for figure in figures])),
+        mla=dict(mla=about | dict(alone=dict(a=4.0, b=5.0), runs={"router seed 0": dict(val=3.9),
+                                                                  "router seed 1": dict(val=3.8),
+                                                                  "store seed 0": dict(val=3.89)})),
+        diffuser=[text | dict(name="real text", nll=4.0, entropy=6.0),
+                  text | dict(name="unigram", nll=8.0, entropy=6.0),
+                  text | made | dict(name="ce_warm", nll=7.0, entropy=6.2),
+                  text | made | dict(name="masked_warm", nll=6.9, entropy=6.0)],
+        faults=dict(rows=[dict(expert="transformer", signal="SIGKILL", trials=3, hits=4, identical=3)]),
+    )  # fmt: skip
+    for name, rows in found.items():
+        (home / f"{name}.json").write_text(json.dumps(rows))
+    monkeypatch.setattr(run, "HERE", home)
+    run.main(run.Config(only=""))
+    page = (home / "results.md").read_text()
+    assert "| speed \\| of it | 3.0 | 1.5 | 2.0 | 1 to 3 | >= 1 | yes | `python it.py` |" in page
+    assert "| memory | 7.0 | not there |" in page and "A peer of 1 of these figures was not there: `pip install" in page
+    assert "the best expert, difference | 3.85 | 4.0 | -0.15 | -0.2000 to -0.1000, 2 seeds | <= -0.05 | yes |" in page
+    assert "store, against the router without, difference | 3.89 | 3.9 | -0.01 |" in page and "5 of 7 targets" in page
+    assert "10 steps T 1, minus masked control | 7.0 | 6.9 | 0.1 |" in page and "| 3 | yes |" in page
+    assert "Measured 2026-01-02 with torch 2.13, 1 thread, AVX2. 1 of 1 targets met." in page
+    assert "Nothing measured yet: `python benchmarks/multimodal.py`" in page
+    assert (home / "results.png").read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(UsageError, match="no such benchmark"):
+        run.main(run.Config(only="expert"))
+
+
+def test_a_benchmark_that_fails_is_a_line_and_the_others_go_on(tmp_path, monkeypatch):
+    home, found = tmp_path / "benchmarks", dict(row=dict(figures=[dict(figure="it", ours=2.0, command="it")]))
+    home.mkdir()
+    (home / "bad.py").write_text("raise SystemExit('needs a GPU')")
+    (home / "good.py").write_text(f"import sys; open(sys.argv[-1], 'w').write({json.dumps(found)!r})")
+    (home / "experts.json").write_text("{}")
+    monkeypatch.setattr(run, "HERE", home)
+    monkeypatch.setattr(run, "PREPARED", [])
+    commands = dict(mla=("Bad", ["bad.py --all"], ["bad.py"]), experts=("Good", ["good.py FILE"], ["good.py"]))
+    monkeypatch.setattr(run, "BENCHMARKS", commands)
+    for quick, folder in ((True, home / "work" / "quick"), (False, home)):
+        with pytest.raises(DataError, match="mla failed"):
+            run.main(run.Config(only="mla,experts", quick=quick))
+        page = (folder / "results.md").read_text()
+        command = (
+            "python benchmarks/bad.py --out benchmarks/work/quick/mla.json" if quick else "benchmarks/bad.py --all"
+        )
+        assert "**Failed** with status 1" in page and f"{command}`: needs a GPU" in page
+        assert ("| it | 2.0 |" in page) == quick == ("Toy sizes" in page)  # FILE of the root in the second turn
+        assert (home / "experts.json").read_text() == "{}" and (tmp_path / "FILE").exists() != quick
