@@ -36,11 +36,11 @@ def log_stablemax(logits):
 class Places(nn.Module):
     """A vector for each place of a page: the sum of those of its row and of its column."""
 
-    def __init__(self, pages, *, d_model):
+    def __init__(self, pages, *, d_model, std):
         super().__init__()
         rows, columns = map(max, zip(*pages, strict=True))
-        self.rows = nn.Parameter(0.02 * torch.randn(rows, d_model))
-        self.columns = nn.Parameter(0.02 * torch.randn(columns, d_model))
+        self.rows = nn.Parameter(std * torch.randn(rows, d_model))
+        self.columns = nn.Parameter(std * torch.randn(columns, d_model))
 
     def forward(self, rows, columns):
         """-> (rows * columns, D) of a page that is no larger than the largest of `pages`."""
@@ -106,9 +106,9 @@ class Multimodal(nn.Module):
         else:
             size = CELL_HEIGHT * CELL_WIDTH
             self.look = nn.ModuleDict({kind: nn.Linear(size * cells, D) for kind, cells in kinds.items()})
-        self.page_places = Places(map(self.shape_of, tasks.values()), d_model=D)
+        self.page_places = Places(map(self.shape_of, tasks.values()), d_model=D, std=0.02)
         if slots := [(task["rows"], task["cols"]) for task in tasks.values() if self.has_slots(task)]:
-            self.answer_places = Places(slots, d_model=D)
+            self.answer_places = Places(slots, d_model=D, std=0.5)  # all that tells slots apart
         self.task = nn.ParameterDict({name: torch.zeros(D) for name in tasks})
         if rules := max(task["ids"] for task in tasks.values()):
             self.rules = nn.Embedding(rules, D, sparse=True)
