@@ -41,7 +41,7 @@ from models.diffusion import denoised
 HERE = Path(__file__).resolve().parent
 REFERENCE = dict(phi="raw", type_weight=0.0, globals_beta=0.0)
 EVENT = REFERENCE | dict(globals_beta=0.1, level="event", latent_space="none", hidden=(256, 256), epochs=20)
-EVENT |= dict(lr=2e-3, batch_size=64, symmetries=True)
+EVENT |= dict(lr=1.5e-3, batch_size=32, symmetries=True)
 GRAPH = REFERENCE | dict(encoder="gnn", decoder="gnn", side_info=True, lr=3e-3, batch_size=64)
 TOKENS = 1024
 CYCLE = dict(lr=2e-3, warmup=530.0)  # of the runs of 5,300 steps
