@@ -42,7 +42,7 @@ HERE = Path(__file__).resolve().parent
 REFERENCE = dict(phi="raw", type_weight=0.0, globals_beta=0.0)
 EVENT = REFERENCE | dict(globals_beta=0.1, level="event", latent_space="none", hidden=(256, 256), epochs=20)
 EVENT |= dict(lr=2e-3, batch_size=64)
-TURNED = EVENT | dict(lr=1.5e-3, batch_size=32, symmetries=True)  # where events would be learnt by heart
+TURNED = EVENT | dict(lr=1.5e-3, batch_size=32, epochs=30, symmetries=True)  # where events would be learnt by heart
 GRAPH = REFERENCE | dict(encoder="gnn", decoder="gnn", side_info=True, lr=3e-3, batch_size=64)
 TOKENS = 1024
 CYCLE = dict(lr=2e-3, warmup=530.0)  # of the runs of 5,300 steps

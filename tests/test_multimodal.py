@@ -145,7 +145,7 @@ def test_parts_that_do_not_go_together(changes, words):
 
 
 def test_places_are_those_of_the_largest_page():
-    places = Places([(2, 5), (4, 1)], d_model=3)
+    places = Places([(2, 5), (4, 1)], d_model=3, std=0.02)
     assert places.rows.shape == (4, 3) and places.columns.shape == (5, 3)
     found = places(2, 5)
     assert all(torch.equal(found[5 * i + j], places.rows[i] + places.columns[j]) for i in range(2) for j in range(5))
