@@ -65,7 +65,11 @@ BENCHMARKS = dict(  # name of its JSON: (title, commands at full size, commands 
         ["ae_quality.py --data data/pythia_events.npz --seeds 3"],
         [f"ae_quality.py --quick --threads 1 --home {QUICK}/ae_quality"],
     ),
-    ae_speed=("Autoencoders of particle events: speed", ["ae_speed.py --threads 1"], ["ae_speed.py --quick --threads 1"]),
+    ae_speed=(
+        "Autoencoders of particle events: speed",
+        ["ae_speed.py --threads 1"],
+        ["ae_speed.py --quick --threads 1"],
+    ),
     multimodal=("Pictures", ["multimodal.py"], [f"multimodal.py --quick --threads 1 --home {QUICK}/multimodal"]),
     prepare_data=("Data preparation", ["prepare_data.py --times 2"], ["prepare_data.py --mb 0.5 --times 1"]),
     faults=("Faults", ["faults.py"], ["faults.py --trials 1 --experts transformer --signals SIGKILL SIGTERM SIGINT"]),
