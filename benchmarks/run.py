@@ -31,8 +31,9 @@ from data_utils.config import DataError, UsageError, from_cli, launch
 
 HERE = Path(__file__).resolve().parent
 QUICK = Path("benchmarks/work/quick")  # of the repo; emptied first, since what is finished is only read again
-SMOKE = f"train_expert.py --config configs/expert/smoke.yaml --data_dir {QUICK}/data --max_steps 8 --expert "
-MLA = f"--experts {QUICK}/experts --data_dir {QUICK}/data --seeds 1 --steps 2 --batch 4 --val_windows 8 --vectors 500"
+SMOKE = f"train_expert.py --config configs/expert/smoke.yaml --data_dir {QUICK}/data --max_steps 8 --expert"
+MLA = f"--arms router,control,store --experts {QUICK}/experts --data_dir {QUICK}/data --seeds 1 --threads 1 "
+MLA += "--steps 2 --batch 16 --val_windows 16 --vectors 500"
 HRM = "sums,sudoku,givens,ablate,halting,failures,step,generate"
 SIZE = "--width 192 --layers 4 --batch 4 --length 256 --tokens 400000 --lr 0.002"
 BENCHMARKS = dict(  # name of its JSON: (title, commands at full size, commands at toy size, which get --out)
@@ -40,7 +41,7 @@ BENCHMARKS = dict(  # name of its JSON: (title, commands at full size, commands 
         "Language-model experts",
         ["experts.py --rows speed,memory,scan,generation,tokenizing,latent,store --threads 1",
          f"experts.py --rows loss --threads 1 {SIZE}"],
-        [f"experts.py --quick --data_dir {QUICK}/data --tokenizer bytes"],
+        [f"experts.py --quick --threads 1 --data_dir {QUICK}/data --tokenizer bytes"],
     ),
     diffuser=(
         "Text of the diffuser",
@@ -52,7 +53,7 @@ BENCHMARKS = dict(  # name of its JSON: (title, commands at full size, commands 
     hrm=(
         "Recursive reasoning",
         [f"hrm.py --rows {HRM}", "hrm.py --rows text,moments --threads 1 --gsm8k data/gsm8k"],
-        [f"hrm.py --quick --rows sums,step,generate --seeds 1 --times 1 --home {QUICK}/hrm"],
+        [f"hrm.py --quick --threads 1 --rows sums,step,generate --seeds 1 --times 1 --home {QUICK}/hrm"],
     ),
     sr=(
         "Symbolic regression",
@@ -62,10 +63,14 @@ BENCHMARKS = dict(  # name of its JSON: (title, commands at full size, commands 
     ae_quality=(
         "Autoencoders of particle events: quality",
         ["ae_quality.py --data data/pythia_events.npz --seeds 3"],
-        [f"ae_quality.py --quick --home {QUICK}/ae_quality"],
+        [f"ae_quality.py --quick --threads 1 --home {QUICK}/ae_quality"],
     ),
-    ae_speed=("Autoencoders of particle events: speed", ["ae_speed.py --threads 1"], ["ae_speed.py --quick"]),
-    multimodal=("Pictures", ["multimodal.py"], [f"multimodal.py --quick --home {QUICK}/multimodal"]),
+    ae_speed=(
+        "Autoencoders of particle events: speed",
+        ["ae_speed.py --threads 1"],
+        ["ae_speed.py --quick --threads 1"],
+    ),
+    multimodal=("Pictures", ["multimodal.py"], [f"multimodal.py --quick --threads 1 --home {QUICK}/multimodal"]),
     prepare_data=("Data preparation", ["prepare_data.py --times 2"], ["prepare_data.py --mb 0.5 --times 1"]),
     faults=("Faults", ["faults.py"], ["faults.py --trials 1 --experts transformer --signals SIGKILL SIGTERM SIGINT"]),
 )  # fmt: skip
