@@ -292,7 +292,7 @@ PHYSICS = {  # column: (what is compared, how of rows, within so many %)
 
 def physics(args):
     """What a physicist looks at, made and measured. Of missing momentum the latents of particles are not told."""
-    kinds = {"a code a particle": {}, "32 numbers an event": EVENT | dict(phi="sincos", type_weight=0.1)}
+    kinds = {"a code a particle": {}, "32 numbers an event": TURNED | dict(phi="sincos", type_weight=0.1)}
     for kind, flags in kinds.items():
         runs = [fit(args, f"physics-{flags.get('level', 'token')}", seed, **flags) for seed in range(args.seeds)]
         rows = []  # in GeV, measured and made
