@@ -224,7 +224,7 @@ def main(cfg):
     kind, keep = f"ae:{cfg.loop}", cfg.save_artifacts
     out = Path(hardware.gather(run_folder(cfg))[0])  # one clock for all ranks
     last, best, resume = out / "last.pt", out / "best_val.pt", cfg.resume if Path(cfg.resume).is_file() else "auto"
-    lock = checkpoint.lock_run(out, "ae") if rank == 0 and keep else None  # noqa: F841  held until the process ends
+    lock = checkpoint.lock_run(out, "ae", out) if rank == 0 and keep else None  # noqa: F841  held until the process ends
     about = dict(kind=kind, format=1, tokenizer="events", tokenizer_hash="", data_hash=meta["data_hash"], meta=meta,
                  world_size=world, steps=steps, torch=str(torch.__version__), config=asdict(cfg),
                  model_args=model_args)  # fmt: skip

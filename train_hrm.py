@@ -198,7 +198,7 @@ def main(cfg):
     # --- data -----------------------------------------------------------------------------
     folder = cfg.save_dir or f"checkpoints/hrm/{Path(cfg.dataset).name}"
     home = Path("runs", cfg.run_name) if cfg.run_name else Path(folder)
-    folder = home / "checkpoints" if cfg.run_name else home
+    folder, best = home / "checkpoints" if cfg.run_name else home, home / "best-model" / "best.pt"
     if train:
         data = open_questions(
             cfg.dataset, max_seq_len=cfg.max_seq_len, data_seed=cfg.data_seed, reveal=cfg.reveal, say=tell, rank=rank,
@@ -246,7 +246,7 @@ def main(cfg):
     at = SimpleNamespace(step=0, evaluated=0, best_val_loss=math.inf, best_step=0, skipped=0, skipped_in_row=0,
                          halt_threshold=0.0)  # fmt: skip
     kind, snapshot, final, metrics = "hrm", r"step_(\d+)\.pt", folder / "final.pt", home / "metrics.jsonl"
-    lock = checkpoint.lock_run(folder, "hrm") if rank == 0 else None  # noqa: F841  held until the process ends
+    lock = checkpoint.lock_run(folder, "hrm", folder, best.parent) if rank == 0 else None  # noqa: F841  held until the process ends
     files = checkpoint.by_step(checkpoint.numbered(folder, snapshot), final, kind)
     path, state = checkpoint.find(cfg.resume, cfg.fresh, files, kind)
     about = dict(kind=kind, format=1, dataset=cfg.dataset, tokenizer=data.tokenizer.name,
@@ -277,7 +277,7 @@ def main(cfg):
     if rank == 0:
         size = checkpoint.rehearse(folder, "hrm", payload([]))
         if not path:
-            checkpoint.set_aside([*files, home / "best-model" / "best.pt", metrics])
+            checkpoint.set_aside([*files, best, metrics])
         start_rows(metrics, at.step, at.evaluated, asdict(cfg), device)
         tell(f"{home}: {count / 1e6:.2f} M parameters to train, checkpoints of {size / 1e6:.0f} MB in {folder}")
 
@@ -371,7 +371,7 @@ def main(cfg):
                     if improved := row["loss"] < at.best_val_loss:
                         at.best_val_loss, at.best_step = row["loss"], at.step
                     if improved and cfg.save_best_model:
-                        save(home / "best-model" / "best.pt")
+                        save(best)
             if over or stop_now:
                 save(final)
                 break

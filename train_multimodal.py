@@ -199,7 +199,7 @@ def run(cfg, stop, stack):
         stopped = build_pages(cfg, tell) if rank == 0 else 0
         hardware.close()
         return dict(step=0, best=-1.0, stopped=stopped)
-    lock = checkpoint.lock_run(home, "multimodal") if rank == 0 else None  # noqa: F841  held until the process ends
+    lock = checkpoint.lock_run(home, "multimodal", home) if rank == 0 else None  # noqa: F841  held until the process ends
     sources, data = open_pages(cfg, rank, stack, stop, tell)
     names, batches = list(sources), math.ceil(sum(map(data.rows, sources)) / B)  # an epoch
     steps, weights = cfg.epochs * batches, np.array(cfg.task_weights or [1.0] * len(names))

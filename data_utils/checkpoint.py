@@ -308,10 +308,11 @@ def rotate(paths, keep):
         path.unlink(missing_ok=True)
 
 
-def lock_run(folder, name):
+def lock_run(folder, name, *own):
     """Keep other processes out of run `name` in `folder` while this one lives; return the open lock.
 
-    Raises UsageError if it is in use. Removes temporary files that a killed process left.
+    Raises UsageError if it is in use. Removes temporary files that a killed process left: those of files that begin
+    with the name, and all in the folders `own`, which hold this run alone.
     """
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
@@ -334,6 +335,8 @@ def lock_run(folder, name):
     for torn in Path(folder).glob(f"{name}*.tmp-*"):
         if torn.name[len(name)] in "._":  # else it is that of a run with a longer name
             torn.unlink(missing_ok=True)
+    for torn in (path for place in own for path in Path(place).glob("*.tmp-*") if path.is_file()):
+        torn.unlink(missing_ok=True)
     return lock
 
 

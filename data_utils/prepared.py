@@ -101,6 +101,7 @@ def read_row(ids, index, i):
 def refuse_complete(folder, fresh):
     """Raise UsageError when the folder is finished, unless it is to be made again."""
     if not fresh and Path(folder, "meta.json").exists():
+        Path(folder, "progress.json").unlink(missing_ok=True)  # a kill came between the two
         raise UsageError(f"{folder} is complete\ntry: --fresh to make it again")
 
 
@@ -224,7 +225,7 @@ class Writer:
         self.counts.pop("lowest", None)
         meta = meta | sizes | dict(counts=self.counts, data_sha256=found.hexdigest())
         write_json(self.folder / "meta.json", meta)
-        (self.folder / "progress.json").unlink()
+        (self.folder / "progress.json").unlink(missing_ok=True)
         return meta
 
 

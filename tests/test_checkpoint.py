@@ -542,6 +542,16 @@ def test_lock_run_sweeps_the_torn_files_of_this_run_only(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir() if not p.name.startswith(".")) == sorted(others)
 
 
+def test_lock_run_sweeps_all_torn_files_of_its_own_folders(tmp_path):
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own" / "folder.tmp-3").mkdir()
+    for name in ("own/latest.pt.tmp-7", "own/latest.pt", "latest.pt.tmp-7"):
+        (tmp_path / name).write_text("")
+    checkpoint.lock_run(tmp_path, "run", tmp_path / "own", tmp_path / "absent").close()
+    assert sorted(p.name for p in (tmp_path / "own").iterdir()) == ["folder.tmp-3", "latest.pt"]
+    assert (tmp_path / "latest.pt.tmp-7").exists()
+
+
 def test_set_aside_keeps_one_generation_aloud(tmp_path, capsys):
     for generation in "12":
         (tmp_path / "a.pt").write_text(generation)
