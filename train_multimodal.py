@@ -77,6 +77,7 @@ class MultimodalConfig:
     L_cycles: int = 3  # fast updates for each slow one
     L_layers: int = 2  # blocks of the module that does both
     mixer: Literal["attention", "mlp_t"] = "attention"  # between places; mlp_t: an MLP, one task only
+    norm: Literal["post", "pre"] = "post"  # of sums, or of what goes into each part, which keeps letters apart
     relation_bias: bool = False  # cells of one task's grids know how they lie to each other
     bottleneck: Literal["capsules", "patches", "tokens"] = "capsules"  # what is reasoned about; tokens: no pictures
     num_capsules: int = 12  # vectors that a page becomes

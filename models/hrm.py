@@ -117,7 +117,7 @@ class HRM(nn.Module):
         self.core = Core(
             **sizes, core=core, core_layers=core_layers, share=share, h_cycles=h_cycles, l_steps=l_steps, grad=grad,
             ffn_dim=ffn_dim or 2 * d_model, relation=boxes(max_seq_len, n_heads) if relation_bias else None,
-            mixer="attention", length=None, recompute=False,
+            mixer="attention", norm="post", length=None, recompute=False,
         )  # fmt: skip
         self.remembers_prompt = decoder_layers > 0 and core != "none"
         self.decoder = nn.ModuleList(DecoderBlock(**sizes) for _ in range(decoder_layers))

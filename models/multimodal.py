@@ -73,15 +73,16 @@ class Multimodal(nn.Module):
 
     tasks: {name: task}, see the file's docstring. supervision_steps, text_supervision_steps: T of grids and of text.
     bottleneck: `capsules`, `patches` (the reasoner sees them all) or `tokens` (symbols instead of pictures).
-    mixer, relation_bias (boxes of a Sudoku, offsets elsewhere): as in trm.Core, for one task. loss: of slots; text that
-    is written has softmax. paths: 1 is the plain model; after each latent_planning_depth steps all go on from the best.
+    mixer, norm, relation_bias (boxes of a Sudoku, offsets elsewhere): as in trm.Core, the last for one task. loss: of
+    slots; text that is written has softmax. paths: 1 is the plain model; after each latent_planning_depth steps all go
+    on from the best.
     Raises ValueError for parts that do not go together.
     """
 
-    def __init__(self, *, tasks, hidden_size, num_heads, H_cycles, L_cycles, L_layers, mixer, relation_bias, bottleneck,
-                 num_capsules, augment, supervision_steps, text_supervision_steps, loss, paths, latent_planning_depth,
-                 use_vq_codebook, vq_size, vq_dim, vq_groups, vq_beta, enable_memory, memory_slots,
-                 memory_dim, memory_top_k, enable_mtp, decoder_layers, enable_dqn,
+    def __init__(self, *, tasks, hidden_size, num_heads, H_cycles, L_cycles, L_layers, mixer, norm, relation_bias,
+                 bottleneck, num_capsules, augment, supervision_steps, text_supervision_steps, loss, paths,
+                 latent_planning_depth, use_vq_codebook, vq_size, vq_dim, vq_groups, vq_beta, enable_memory,
+                 memory_slots, memory_dim, memory_top_k, enable_mtp, decoder_layers, enable_dqn,
                  enable_gradient_checkpointing):  # fmt: skip
         super().__init__()
         D, (only, *others) = hidden_size, tasks.values()
@@ -114,7 +115,7 @@ class Multimodal(nn.Module):
             self.rules = nn.Embedding(rules, D, sparse=True)
             nn.init.zeros_(self.rules.weight)
         sizes = dict(d_model=D, n_heads=num_heads, core="recursive", core_layers=L_layers, share=True, mixer=mixer,
-                     h_cycles=H_cycles, l_steps=L_cycles, grad="last_cycle", ffn_dim=inner_width(D),
+                     norm=norm, h_cycles=H_cycles, l_steps=L_cycles, grad="last_cycle", ffn_dim=inner_width(D),
                      recompute=enable_gradient_checkpointing)  # fmt: skip
         seen = [num_capsules + math.prod(self.shape_of(task)) for task in tasks.values()]
         lengths = [self.length_of(task) for task in tasks.values()]

@@ -111,10 +111,11 @@ class Across(nn.Module):
 
 
 class Block(nn.Module):
-    """Post-norm mixing of positions and SwiGLU: (B, S, C) -> (B, S, C). mixer as in Core."""
+    """Mixing of positions and SwiGLU: (B, S, C) -> (B, S, C). mixer, norm as in Core."""
 
-    def __init__(self, *, d_model, n_heads, ffn_dim, mixer, length):
+    def __init__(self, *, d_model, n_heads, ffn_dim, mixer, norm, length):
         super().__init__()
+        self.pre = norm == "pre"
         attention = mixer == "attention"
         self.mixer = SelfAttention(d_model=d_model, n_heads=n_heads) if attention else Across(length=length)
         self.ffn = SwiGLU(d_model=d_model, inner=ffn_dim)
@@ -122,18 +123,21 @@ class Block(nn.Module):
             nn.init.normal_(weight, std=weight.shape[1] ** -0.5)
 
     def forward(self, h, rotary, bias):
+        if self.pre:
+            h = h + self.mixer(rms(h), rotary, bias)
+            return h + self.ffn(rms(h))
         h = rms(h + self.mixer(h, rotary, bias))
         return rms(h + self.ffn(h))
 
 
 class Stack(nn.ModuleList):
-    """Blocks one after another, on the sum of the states (B, S, C) that are given: -> (B, S, C)."""
+    """Blocks one after another on the sum of the states (B, S, C): -> (B, S, C), of root mean square 1."""
 
     def forward(self, states, rotary, biases):
         h = sum(states[1:], states[0])
         for block, bias in zip(self, biases, strict=True):
             h = block(h, rotary, bias)
-        return h
+        return rms(h) if block.pre else h
 
 
 class Core(nn.Module):
@@ -144,16 +148,17 @@ class Core(nn.Module):
     grad: `bptt` through all calls of a segment, `last_cycle` through the last of the h_cycles, `one_step` through the
     last call of L and of H. relation: of `boxes` or `offsets`, what the attention of cells adds for each pair, or None.
     mixer: `attention`, or `mlp_t`, an MLP over the `length` positions (None: any number of them, for attention).
+    norm: `post` norms sums, as published; `pre` what goes into each part, and a state once, at its end.
     recompute: activations are made again in the backward pass instead of being kept.
     """
 
     def __init__(self, *, d_model, n_heads, core, core_layers, share, h_cycles, l_steps, grad, ffn_dim, relation,
-                 mixer, length, recompute):  # fmt: skip
+                 mixer, norm, length, recompute):  # fmt: skip
         super().__init__()
         self.recursive, self.calls, self.l_steps = core == "recursive", h_cycles * (l_steps + 1), l_steps
         self.without_grad = self.calls - dict(bptt=self.calls, last_cycle=l_steps + 1, one_step=2)[grad]
         self.recompute = recompute
-        sizes = dict(d_model=d_model, n_heads=n_heads, ffn_dim=ffn_dim, mixer=mixer, length=length)
+        sizes = dict(d_model=d_model, n_heads=n_heads, ffn_dim=ffn_dim, mixer=mixer, norm=norm, length=length)
         count = 0 if core == "none" else 1 if share else 2  # the first is f_L, the last f_H
         self.stacks = nn.ModuleList(Stack(Block(**sizes) for _ in range(core_layers)) for _ in range(count))
         if self.recursive:

@@ -22,10 +22,10 @@ KNOWN = dict(
     sudoku4=Task("sudoku4", "grid", 4, 4, 16, causal=False, cells=1, ids=0),
     arc=Task("arc", "grid", 2, 3, 6, causal=False, cells=1, ids=5),
 )
-SIZES = dict(hidden_size=16, num_heads=2, H_cycles=2, L_cycles=1, L_layers=1, mixer="attention", relation_bias=False,
-             bottleneck="capsules", num_capsules=3, augment=False, supervision_steps=5, text_supervision_steps=4,
-             loss="stablemax", paths=3, latent_planning_depth=2, use_vq_codebook=True, vq_size=64, vq_dim=4,
-             vq_groups=2, vq_beta=0.25, enable_memory=True, memory_slots=8, memory_dim=4,
+SIZES = dict(hidden_size=16, num_heads=2, H_cycles=2, L_cycles=1, L_layers=1, mixer="attention", norm="post",
+             relation_bias=False, bottleneck="capsules", num_capsules=3, augment=False, supervision_steps=5,
+             text_supervision_steps=4, loss="stablemax", paths=3, latent_planning_depth=2, use_vq_codebook=True,
+             vq_size=64, vq_dim=4, vq_groups=2, vq_beta=0.25, enable_memory=True, memory_slots=8, memory_dim=4,
              memory_top_k=2, enable_mtp=True, decoder_layers=1, enable_dqn=True,
              enable_gradient_checkpointing=False)  # fmt: skip
 PLAIN = dict(use_vq_codebook=False, enable_memory=False, enable_mtp=False, enable_dqn=False)  # and paths=1: nothing on
@@ -114,7 +114,7 @@ def test_every_parameter_gets_a_gradient(bottleneck, augment, monkeypatch):
 CHOICES = [
     dict(mixer="mlp_t"), dict(mixer="mlp_t", bottleneck="capsules"), dict(mixer="mlp_t", bottleneck="tokens"),
     dict(relation_bias=True), dict(relation_bias=True, bottleneck="tokens"), dict(loss="softmax"),
-    dict(mixer="mlp_t", tasks=["fill"]), dict(tasks=["arc"]),
+    dict(mixer="mlp_t", tasks=["fill"]), dict(tasks=["arc"]), dict(norm="pre"), dict(norm="pre", bottleneck="capsules"),
     dict(mixer="mlp_t", tasks=["read"]),
     SIZES | dict(augment=True, enable_dqn=False, tasks=["read", "fill", "sudoku4"]),
 ]  # fmt: skip

@@ -182,8 +182,8 @@ def choices():
     """Each value of each Literal, and bools the other way round, together where they do not depend on each other."""
     literals = {f.name: get_args(f.type) for f in fields(MultimodalConfig) if get_args(f.type)}
     literals = {name: values for name, values in literals.items() if isinstance(values[0], str)}
-    assert set(literals) == {"wandb", "text_source", "arc_set", "mixer", "bottleneck", "loss", "latent_select",
-                             "halt_policy", "dtype"}  # fmt: skip
+    assert set(literals) == {"wandb", "text_source", "arc_set", "mixer", "norm", "bottleneck", "loss",
+                             "latent_select", "halt_policy", "dtype"}  # fmt: skip
     return literals
 
 
@@ -192,7 +192,7 @@ NO_CODES = "use_vq_codebook=false"
 TURNS = [  # for each one step and one evaluation of TOY
     "wandb=offline loss=softmax latent_select=vote halt_policy=dqn dqn_warmstart_steps=0 dtype=bfloat16",
     f"wandb=auto latent_select=first_to_halt halt_policy=fixed bottleneck=patches {NO_CODES} dtype=auto augment=true",
-    f"bottleneck=tokens {NO_CODES} ema=false gradient_clip=0 enable_gradient_checkpointing=true eval_paths=3",
+    f"bottleneck=tokens norm=pre {NO_CODES} ema=false gradient_clip=0 enable_gradient_checkpointing=true eval_paths=3",
     f"{ONE} mixer=mlp_t dtype=float16 latent_noise=0.1 save_minutes=0 checkpoint_every_eval=false use_vq_codebook=true",
     f"{ONE} {NO_CODES} relation_bias=true bottleneck=patches enable_latent_planning=false enable_memory=false",
     "enable_dqn=false task_weights=[1,3] log_file='' grad_monitor_every=0 warmup_steps=0 seed=0 augment=true",

@@ -8,7 +8,7 @@ from models.transformer import Rotary
 from models.trm import EPS, RELATION_SCALE, Block, Core, attend, boxes, grid, offsets
 
 S, C, HEADS = 16, 16, 4
-SIZES = dict(d_model=C, n_heads=HEADS, core="recursive", core_layers=2, share=True, h_cycles=2, l_steps=3,
+SIZES = dict(d_model=C, n_heads=HEADS, core="recursive", core_layers=2, share=True, h_cycles=2, l_steps=3, norm="post",
              grad="last_cycle", ffn_dim=24, relation=None, mixer="attention", length=None, recompute=False)  # fmt: skip
 
 
@@ -39,7 +39,9 @@ def plain_rms(h):
 def plain_block(block, h, relation, bias):
     """One sample h (S, C), position by position; relation (heads, 8) or None, bias (S)."""
     place, D, new = grid(S).tolist(), C // HEADS, []
-    q, k, v = (part.view(S, HEADS, D) for part in (h @ block.mixer.qkv.weight.T).chunk(3, -1))
+    before, after = (plain_rms, torch.clone) if block.pre else (torch.clone, plain_rms)
+    seen = torch.stack([before(row) for row in h])
+    q, k, v = (part.view(S, HEADS, D) for part in (seen @ block.mixer.qkv.weight.T).chunk(3, -1))
     for t in range(S):
         read = []
         for head in range(HEADS):
@@ -49,18 +51,19 @@ def plain_block(block, h, relation, bias):
                 logits[s] = logits[s] + RELATION_SCALE * relation[head, row + 2 * column + 4 * box]
             p = torch.stack(logits).exp()
             read.append(p @ v[:, head] / p.sum())
-        x = plain_rms(h[t] + block.mixer.out.weight @ torch.cat(read))
-        gate, up = (block.ffn.gate_up.weight @ x).chunk(2)
-        new.append(plain_rms(x + block.ffn.down.weight @ (gate * gate.sigmoid() * up)))
+        x = after(h[t] + block.mixer.out.weight @ torch.cat(read))
+        gate, up = (block.ffn.gate_up.weight @ before(x)).chunk(2)
+        new.append(after(x + block.ffn.down.weight @ (gate * gate.sigmoid() * up)))
     return torch.stack(new)
 
 
 @pytest.mark.parametrize("share", [True, False])
 @pytest.mark.parametrize("relation_bias", [True, False])
+@pytest.mark.parametrize("norm", ["post", "pre"])
 @torch.no_grad()
-def test_core_equals_a_loop(share, relation_bias):
+def test_core_equals_a_loop(share, relation_bias, norm):
     relation = boxes(S, HEADS) if relation_bias else None
-    core = build(share=share, relation=relation, l_steps=2, core_layers=1)
+    core = build(share=share, relation=relation, norm=norm, l_steps=2, core_layers=1)
     if relation_bias:
         torch.nn.init.normal_(core.relation)
     x, z_H, z_L = (normal(2, S, C, seed=s) for s in range(3))
@@ -70,7 +73,7 @@ def test_core_equals_a_loop(share, relation_bias):
         def f(i, h, n=n):
             for layer, block in enumerate(core.stacks[i]):
                 h = plain_block(block, h, core.relation[i, layer] if relation_bias else None, padding()[n, 0, 0])
-            return h
+            return torch.stack([plain_rms(row) for row in h]) if norm == "pre" else h
 
         H, L = z_H[n], z_L[n]
         for _ in range(2):
