@@ -45,6 +45,7 @@ QUICK = """--train_samples=32 --test_samples=8 --hidden_size=32 --num_heads=2 --
 --supervision_steps=2 --text_supervision_steps=2 --build_batch=4 --memory_slots=8 --vq_size=16""".split()
 HELD_OUT = 1024  # samples, half of them reported
 CURVE = 1, 2, 4, 8, 16
+LONGER = 8, 16, 32, 64  # steps: as mazes are trained, and more
 CODES = "codes_used", "perplexity"
 ONCE = "--H_cycles=1 --L_cycles=1 --supervision_steps=1"
 CAPSULES = "--bottleneck=capsules --no-relation_bias"
@@ -307,7 +308,19 @@ def sudoku6(args):
 
 def maze(args):
     """11 x 11 mazes, scored by search: any shortest way is right."""
-    yield from learned(args, "maze", "11 x 11 mazes, held out, % with a shortest way")
+    title, first = "11 x 11 mazes, held out, % with a shortest way", next(iter(ARMS["maze"]))
+    yield from learned(args, "maze", title)
+    if first in asked_for(args, "maze"):
+        found = zip(*(longer(Trained(run)) for run in runs_of(args, "maze", first)), strict=True)
+        shares = ", ".join(f"{100 * statistics.mean(column):.1f}" for column in found)
+        yield dict(figure=f"{title}, {first}, after {', '.join(map(str, LONGER))} steps", target="", ours=shares)
+
+
+def longer(trained):
+    """Shares of the held-out mazes that are right after each number of LONGER steps."""
+    held = trained.held_out()
+    answers = trained.think(held, steps=max(LONGER))["answers"][:, :, 0]
+    return [trained.score(held, answers[steps - 1])["optimal"].mean() for steps in LONGER]
 
 
 def reading(args):
@@ -516,6 +529,7 @@ ABLATE = {  # the first is the whole
     "without codes": "--no-use_vq_codebook",
     "without multi-token prediction": "--no-enable_mtp",
     "without the halting agent": "--no-enable_dqn",
+    "with norms of sums": "--norm=post",
 }
 
 
