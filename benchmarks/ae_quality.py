@@ -9,10 +9,8 @@ protocol: raw phi, no loss of types and globals, 1,024 particles a step, 1,704 s
 standardised features. What is compared shares data, split, batches and optimizer; ratios are of means over seeds.
 """
 
-import argparse
 import contextlib
 import io
-import json
 import statistics
 import sys
 from functools import partial
@@ -28,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import train_ae
 from benchmarks.ae_peers import PACKAGES, STEPS, Quantizer
-from benchmarks.experts import load, save, table, write_readme
+from benchmarks.report import command_line, measure
 from data_utils.checkpoint import load_checkpoint
 from data_utils.event_runs import load_run
 from data_utils.events import load_events, take, to_rows
@@ -323,14 +321,11 @@ ROWS = dict(usage=usage, kmeans=kmeans, packages=packages, event=event, messages
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__, ROWS, "ae_quality")
     add = parser.add_argument
-    add("--rows", default=",".join(ROWS), help=f"of {','.join(ROWS)}")
     add("--data", default="decay_chain", help="events, a file as of prepare_data.py events; default: made here")
     add("--quick", action="store_true", help="a few steps on few events: only to see that it runs")
-    add("--readme", action="store_true", help="write the table into README.md")
     add("--home", type=Path, default=HERE / "work" / "ae_quality", help="where runs lie")
-    add("--out", type=Path, default=HERE / "ae_quality.json")
     for name, default in dict(seeds=5, threads=2, events=20000, judged=300).items():
         add(f"--{name}", type=int, default=default, help=f"default {default}")
     args = parser.parse_args(argv)
@@ -338,14 +333,7 @@ def main(argv=None):
     said = f" --data data/{Path(args.data).name}" * (args.data != "decay_chain") + f" --seeds {args.seeds}"
     if args.quick:
         args.seeds, args.events, args.judged, args.home = 1, 300, 2, args.home / "quick"
-    for name in filter(None, args.rows.split(",")):
-        figures = []
-        for found in ROWS[name](args):
-            figures.append(found | dict(command=f"python benchmarks/ae_quality.py --rows {name}{said}"))
-            print(json.dumps(figures[-1]), flush=True)
-        save(args, name, figures=figures)
-    if args.readme:
-        write_readme(table(load(args.out)), name="ae_quality")
+    measure(args, ROWS, lambda row: said)
 
 
 if __name__ == "__main__":

@@ -7,8 +7,6 @@
 Peers are never required; a figure without its peer says how to get it. What ours and the peer give is compared first.
 """
 
-import argparse
-import json
 import sys
 from pathlib import Path
 
@@ -18,7 +16,7 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.experts import load, save, table, timed, write_readme
+from benchmarks.report import command_line, measure, timed
 from models.codebook import Codebook
 from models.messages import MessageLayer, message_weights
 
@@ -119,26 +117,16 @@ ROWS = dict(quantizer=quantizer, messages=messages)
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__, ROWS, "ae_speed")
     add = parser.add_argument
-    add("--rows", default=",".join(ROWS), help=f"of {','.join(ROWS)}")
     add("--quick", action="store_true", help="toy sizes, one round: only to see that it runs")
-    add("--readme", action="store_true", help="write the table into README.md")
-    add("--out", type=Path, default=HERE / "ae_speed.json")
     for name, default in dict(times=25, threads=2).items():
         add(f"--{name}", type=int, default=default, help=f"default {default}")
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
     said = f" --threads {args.threads}" * (args.threads != 2)
     vars(args).update(QUICK | dict(times=1) if args.quick else SIZES)
-    for name in filter(None, args.rows.split(",")):
-        figures = []
-        for found in ROWS[name](args):
-            figures.append(found | dict(command=f"python benchmarks/ae_speed.py --rows {name}{said}"))
-            print(json.dumps(figures[-1]), flush=True)
-        save(args, name, figures=figures)
-    if args.readme:
-        write_readme(table(load(args.out)), name="ae_speed")
+    measure(args, ROWS, lambda row: said)
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from benchmarks.experts import write_readme
+from benchmarks.report import write_readme
 from data_utils.text import DomainText
 from data_utils.tokenizer import load_tokenizer
 from models.diffuser import Diffuser

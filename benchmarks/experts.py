@@ -30,7 +30,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from data_utils.checkpoint import write_atomic
+from benchmarks.report import command_line, figure, load, measure, save, seconds, timed
 from data_utils.config import DataError
 from data_utils.progress import peak_mb
 from data_utils.text import DomainText, _tokenize
@@ -138,31 +138,6 @@ def stepper(side, args, vocab, dtype):
         return lambda: learn(model, optimizer, x, y, dtype)
     except ImportError:
         return None
-
-
-def figure(name, target, rounds, get="", how=operator.truediv, middle=statistics.median):
-    """[(ours, peer) or (ours,)] -> a figure: the middle of each and of ours / peer, and the range of that."""
-    ours, *peer = (float(f"{middle(column):.5g}") for column in zip(*rounds, strict=True))
-    found = dict(figure=name, ours=ours, peer=peer[0] if peer else get, target=target)
-    compared = [how(*r) for r in rounds] if peer else [r[0] for r in rounds]
-    if peer:
-        found["ratio"] = float(f"{middle(compared):.3g}")
-    return found | dict(spread=f"{min(compared):.3g} to {max(compared):.3g}")
-
-
-def seconds(run):
-    start = time.perf_counter()
-    run()
-    return time.perf_counter() - start
-
-
-def timed(name, target, args, sides, units, get=""):
-    """Call the sides in turn, `times` rounds after a warm-up -> a figure in units per second."""
-    sides = [run for run in sides if run]
-    for run in sides * min(2, args.times):
-        run()
-    rounds = [[n / seconds(run) for run, n in zip(sides, units, strict=False)] for _ in range(args.times)]
-    return figure(name, target, rounds, get)
 
 
 def peak(side, args, vocab, dtype):
@@ -358,45 +333,10 @@ ROWS = dict(speed=speed, memory=memory, scan=scan, generation=generation, tokeni
             latent=latent, store=store)  # fmt: skip
 
 
-def load(path):
-    return json.loads(path.read_text()) if path.exists() else {}
-
-
-def save(args, name, **found):
-    """Merge one row into the results, with the machine that it was measured on."""
-    cpu = [torch.backends.cpu.get_cpu_capability()]
-    cpu += ["avx512_bf16"] * bool(getattr(torch.cpu, "_is_avx512_bf16_supported", bool)())
-    about = dict(threads=args.threads, torch=str(torch.__version__), date=time.strftime("%Y-%m-%d"), cpu=cpu)
-    results = load(args.out)
-    results[name] = results.get(name, {}) | about | found
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(args.out, lambda file: file.write((json.dumps(results, indent=1) + "\n").encode()))
-
-
-def table(results):
-    """Results -> markdown."""
-    lines = ["| figure | ours | peer | ratio | spread | target | command |", "| --- " * 7 + "|"]
-    for row in results.values():
-        for f in row.get("figures", []):
-            cells = [str(f.get(k, "")) for k in ("figure", "ours", "peer", "ratio", "spread", "target")]
-            lines.append(f"| {' | '.join(cells)} | `{f['command']}` |")
-    return "\n".join(lines)
-
-
-def write_readme(text, path=HERE.parent / "README.md", name="experts"):
-    """Put `text` between the markers `name` of the README; print it when there are none."""
-    begin, end, old = f"<!-- {name}:begin -->", f"<!-- {name}:end -->", path.read_text() if path.exists() else ""
-    new, count = re.subn(f"{begin}.*?{end}", lambda _: f"{begin}\n{text}\n{end}", old, flags=re.DOTALL)
-    path.write_text(new) if count else print(f"{path} lacks {begin} {end}; it would get\n{text}")
-
-
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__, ROWS, "experts")
     add = parser.add_argument
-    add("--rows", default=",".join(ROWS), help=f"of {','.join(ROWS)}")
     add("--quick", action="store_true", help="toy sizes, one round, no child processes: only to see that it runs")
-    add("--readme", action="store_true", help="write the table into README.md")
-    add("--out", type=Path, help="default: benchmarks/experts.json, with --quick benchmarks/work/experts.json")
     add("--peak", type=json.loads, help=argparse.SUPPRESS)  # a child process of the memory figures
     add("--data_dir", default="data", help="loss, tokenizing: root of the domain folders")
     add("--tokenizer", default="", help="loss, tokenizing: default bpe:DATA_DIR/bpe8192.json")
@@ -413,16 +353,8 @@ def main(argv=None):
     torch.set_num_threads(args.threads)
     said = "".join(f" --{n} {getattr(args, n)}" for n in sizes if getattr(args, n) != sizes[n])
     vars(args).update(QUICK if args.quick else {})
-    args.out = args.out or HERE / ("work/experts.json" if args.quick else "experts.json")
     args.tokenizer = args.tokenizer or f"bpe:{args.data_dir}/bpe8192.json"
-    for name in filter(None, args.rows.split(",")):
-        figures = []
-        for found in ROWS[name](args):
-            figures.append(found | dict(command=f"python benchmarks/experts.py --rows {name}{said}"))
-            print(json.dumps(figures[-1]), flush=True)
-            save(args, name, figures=figures)
-    if args.readme:
-        write_readme(table(load(args.out)))
+    measure(args, ROWS, lambda row: said)
 
 
 if __name__ == "__main__":

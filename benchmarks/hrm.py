@@ -30,7 +30,7 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.experts import figure, load, save, seconds, table, timed, write_readme
+from benchmarks.report import command_line, figure, measure, seconds, timed
 from data_utils.answers import load_reasoner, pick_threshold, stops
 from data_utils.config import DataError, from_cli
 from data_utils.pairs import open_pairs
@@ -503,15 +503,12 @@ ROWS = dict(sums=sums, sudoku=sudoku, givens=givens, ablate=ablate, halting=halt
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__, ROWS, "hrm")
     add = parser.add_argument
-    add("--rows", default=",".join(ROWS), help=f"of {','.join(ROWS)}")
     add("--quick", action="store_true", help="toy sizes of the speed rows, runs of 20 steps: only to see that they run")
-    add("--readme", action="store_true", help="write the table into README.md")
     add("--home", type=Path, default=HERE / "work" / "hrm", help="where runs/ lies")
     add("--gsm8k", type=Path, help="folder with train.jsonl of GSM8K, for text and moments")
     add("--picture", type=Path, default=HERE / "sudoku.png")
-    add("--out", type=Path, default=HERE / "hrm.json")
     add("--peak", type=json.loads, help=argparse.SUPPRESS)  # a child process of the memory figure
     for name, default in dict(seeds=3, times=7, threads=2, text_steps=300).items():
         add(f"--{name}", type=int, default=default, help=f"default {default}")
@@ -522,14 +519,7 @@ def main(argv=None):
     args.step = QUICK if args.quick else STEP
     args.home, args.gsm8k = args.home.resolve(), args.gsm8k and args.gsm8k.resolve()
     said = f" --threads {args.threads}" * (args.threads != 2)
-    for name in filter(None, args.rows.split(",")):
-        figures = []
-        for found in ROWS[name](args):
-            figures.append(found | dict(command=f"python benchmarks/hrm.py --rows {name}{said}"))
-            print(json.dumps(figures[-1]), flush=True)
-        save(args, name, figures=figures)
-    if args.readme:
-        write_readme(table(load(args.out)), name="hrm")
+    measure(args, ROWS, lambda row: said)
 
 
 if __name__ == "__main__":

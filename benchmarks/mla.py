@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from benchmarks.experts import load, save, write_readme
+from benchmarks.report import load, save, write_readme
 from data_utils.experts import load_expert
 from data_utils.text import DomainText
 from data_utils.tokenizer import load_tokenizer

@@ -11,7 +11,6 @@ what is finished is only read again.
 
 import argparse
 import inspect
-import json
 import os
 import signal
 import subprocess
@@ -33,8 +32,8 @@ import torch.nn as nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import multimodal_quality
-from benchmarks.experts import figure, load, save, seconds, table, timed, write_readme
 from benchmarks.hrm import Settings, imported
+from benchmarks.report import command_line, figure, measure, seconds, timed
 from data_utils.config import from_cli
 from data_utils.overrides import PICTURES
 from data_utils.render import HOLE, SYMBOLS, augmented_patches, layout, to_images, to_patches
@@ -365,12 +364,9 @@ ROWS |= multimodal_quality.ROWS
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__, ROWS, "multimodal")
     add = parser.add_argument
-    add("--rows", default=",".join(ROWS), help=f"of {','.join(ROWS)}")
     add("--quick", action="store_true", help="toy sizes, one round: only to see that it runs")
-    add("--readme", action="store_true", help="write the table into README.md")
-    add("--out", type=Path, default=HERE / "multimodal.json")
     add("--home", type=Path, default=HERE / "work" / "multimodal", help="where runs and their data lie")
     add("--minutes", type=float, default=20.0, help="of each run, default 20")
     add("--official", type=Path, default=HERE / "peers" / "TinyRecursiveModels", help="official code of TRM")
@@ -388,14 +384,7 @@ def main(argv=None):
     if args.quick:
         args.home, args.seeds = args.home / "quick", 1
     vars(args).update(QUICK | dict(times=1) if args.quick else SIZES)
-    for name in filter(None, args.rows.split(",")):
-        figures = []
-        for found in ROWS[name](args):
-            figures.append(found | dict(command=f"python benchmarks/multimodal.py --rows {name}{said}"))
-            print(json.dumps(figures[-1]), flush=True)
-        save(args, name, figures=figures)
-    if args.readme:
-        write_readme(table(load(args.out)), name="multimodal")
+    measure(args, ROWS, lambda row: said)
 
 
 if __name__ == "__main__":

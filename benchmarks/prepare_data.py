@@ -9,7 +9,6 @@ by json.loads of every line. Memory is the high-water mark of a command's larges
 installed packages (data_utils/corpus.py), again and again until there are --mb of it. Needs pyarrow.
 """
 
-import argparse
 import itertools
 import json
 import os
@@ -67,7 +66,7 @@ if __name__ == "__main__" and "--plain" in sys.argv:  # a child process that is 
     plain(*sys.argv[2:])
     sys.exit()
 
-from benchmarks.experts import figure, load, save, table, write_readme
+from benchmarks.report import command_line, figure, measure
 from data_utils import corpus
 from data_utils.pairs import open_pairs, open_splits
 from data_utils.prepared import read_row
@@ -301,28 +300,18 @@ ROWS = ("language", "memory", "size", "ingest")
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__, ROWS, "prepare_data")
     add = parser.add_argument
-    add("--rows", default=",".join(ROWS), help=f"of {','.join(ROWS)}")
     add("--mb", type=float, default=64, help="text, default 64")
     add("--times", type=int, default=3, help="rounds, default 3")
     add("--vocab", type=int, default=8192, help="ids of the tokenizers, default 8192")
-    add("--readme", action="store_true", help="write the table into README.md")
-    add("--out", type=Path, default=HERE / "prepare_data.json", help="results")
     args = parser.parse_args(argv)
     args.threads = 2
     said = "".join(f" --{n} {getattr(args, n)}" for n in ("mb", "times") if getattr(args, n) != parser.get_default(n))
-    if args.rows:
-        with tempfile.TemporaryDirectory() as folder:
-            bench = Bench(args, folder)
-            for name in args.rows.split(","):
-                figures = []
-                for found in getattr(bench, name)():
-                    figures.append(found | dict(command=f"python benchmarks/prepare_data.py --rows {name}{said}"))
-                    print(json.dumps(figures[-1]), flush=True)
-                save(args, name, figures=figures)
-    if args.readme:
-        write_readme(table(load(args.out)), name="prepare")
+    with tempfile.TemporaryDirectory() as folder:
+        bench = Bench(args, folder) if args.rows else None
+        rows = {name: lambda _, name=name: getattr(bench, name)() for name in ROWS}
+        measure(args, rows, lambda row: said)
 
 
 if __name__ == "__main__":

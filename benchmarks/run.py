@@ -93,7 +93,7 @@ class Config:
 if __name__ == "__main__":
     cfg = from_cli(Config, __doc__)
 
-from benchmarks.experts import load
+from benchmarks.report import load
 from data_utils.checkpoint import write_atomic
 
 

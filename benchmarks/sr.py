@@ -9,7 +9,6 @@ The control of the test sets is the same search without the network. Peers: pip 
 without them their side is left out.
 """
 
-import argparse
 import json
 import signal
 import statistics
@@ -24,7 +23,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.experts import figure, load, save, table, write_readme
+from benchmarks.report import command_line, figure, measure
 from data_utils.expressions import LITERALS, OPERATORS, evaluate
 from data_utils.refine import fit
 from data_utils.search import SOLVED, Network, find_formula, fvu
@@ -382,26 +381,15 @@ WITH_MODEL = ("nguyen", "skeletons", "feynman", "fastsrb", "noise", "candidates"
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__, ROWS, "sr")
     add = parser.add_argument
-    add("--rows", default=",".join(ROWS), help=f"of {','.join(ROWS)}")
-    add("--readme", action="store_true", help="write the table into README.md")
     add("--model", default="", help="folder of a model of train_sr.py")
-    add("--out", type=Path, default=HERE / "sr.json")
     for name, default in dict(times=7, formulas=200, seeds=3, seconds=10).items():
         add(f"--{name}", type=int, default=default, help=f"default {default}")
     args = parser.parse_args(argv)
     args.threads = 1
     torch.set_num_threads(1)
-    for name in filter(None, args.rows.split(",")):
-        said = f" --model {args.model}" * bool(args.model and name in WITH_MODEL)
-        figures = []
-        for found in ROWS[name](args):
-            figures.append(found | dict(command=f"python benchmarks/sr.py --rows {name}{said}"))
-            print(json.dumps(figures[-1]), flush=True)
-        save(args, name, figures=figures)
-    if args.readme:
-        write_readme(table(load(args.out)), name="sr")
+    measure(args, ROWS, lambda row: f" --model {args.model}" * bool(args.model and row in WITH_MODEL))
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import ae_quality, experts, hrm, multimodal, multimodal_quality, run
+from benchmarks import ae_quality, experts, hrm, multimodal, multimodal_quality, report, run
 from data_utils.config import DataError, UsageError
 
 
@@ -25,10 +25,10 @@ def test_every_row_of_the_expert_figures_runs_at_toy_size(tmp_path, capsys):
     assert json.loads(out.read_text())["loss"]["figures"] == results["loss"]["figures"]
 
     readme = tmp_path / "README.md"
-    experts.write_readme("table", readme)
+    report.write_readme("table", "experts", readme)
     assert not readme.exists() and "lacks" in capsys.readouterr().out
     readme.write_text("a <!-- experts:begin -->old<!-- experts:end --> b")
-    experts.write_readme(experts.table(results), readme)
+    report.write_readme(report.table(results), "experts", readme)
     text = readme.read_text()
     assert text.startswith("a ") and text.endswith(" b") and "old" not in text and "| S6 generation" in text
 
