@@ -1,9 +1,12 @@
 """Samples of the tasks: pure, on the right side, what a puzzle's page shows agrees with its target."""
 
 import random
+import subprocess
+import sys
 
 import numpy as np
 import pytest
+from conftest import ROOT
 
 from data_utils import puzzles, tasks
 from data_utils.config import DataError, UsageError
@@ -94,6 +97,19 @@ def test_a_source_too_small_for_the_split():
     source = tasks.Source(opened("sudoku4")["sudoku4"].task, [One()])
     with pytest.raises(DataError, match="no test sample 0 in 20000 draws, 20000 of them of the other split,\nfrom one"):
         source.make(0, "test", 0)
+
+
+def test_processes_that_make_samples_start_without_torch():
+    code = """
+import sys
+from functools import partial
+from data_utils import shard_builder, tasks
+call = tasks.open_tasks, (("read", "continue", "fill", "sudoku4", "maze"),), tuple(FLAGS.items())
+for task in call[1][0]:
+    shard_builder._make(call, 0, ("train", task, 0, 2))
+assert "torch" not in sys.modules
+""".replace("FLAGS", repr(SMALL))
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 
 def test_unknown_names():

@@ -15,7 +15,7 @@ from typing import get_args
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, finish, start, start_two
+from conftest import ROOT, finish, launch, start, start_two
 from test_resume import assert_same
 
 import train_multimodal
@@ -215,6 +215,18 @@ def test_all_choices_were_taken():
         default = getattr(MultimodalConfig, name)
         missing = [value for value in values if value != default and f"{name}={value}" not in words]
         assert missing in ([], ["online"], ["code"], ["agi2"]), name  # code: an arch
+
+
+def test_the_builder_starts_before_torch_is_imported(tmp_path):
+    run_path = f"runpy.run_path({str(ROOT / 'train_multimodal.py')!r}, run_name='__main__')"
+    words = ["", *TOY, "data_paths=data", "checkpoint_path=a"]
+    code = f"import runpy, sys; sys.argv, sys.modules['torch'] = {words}, None; {run_path}"
+    _, err = finish(launch([sys.executable, "-c", code], cwd=tmp_path), 1)
+    assert "import of torch halted" in err
+    end = time.monotonic() + 60
+    while "the same command goes on" not in Path("data", "build.log").read_text():  # it ends with its trainer
+        assert time.monotonic() < end
+        time.sleep(0.02)
 
 
 # ---- resume ----------------------------------------------------------------------------------------------------------
