@@ -445,6 +445,17 @@ def test_what_is_refused(words, status, name, finished, pages, grids, tmp_path, 
     assert {p: p.read_bytes() for p in before} == before and not Path("b", "latest.pt").exists()
 
 
+WRONG = ["tasks=[sudoku5]", "stories=none.txt", "text_source=code code_dir=none", "page_cols=3"]
+
+
+@pytest.mark.parametrize("dataset_only", [False, True])
+@pytest.mark.parametrize("wrong", WRONG)
+def test_what_is_wrong_with_the_sources_is_said_before_anything_is_written(wrong, dataset_only, capfd):
+    status = 2 if wrong.split("=")[0] in ("tasks", "page_cols") else 1
+    told(*TOY, f"data_paths=new checkpoint_path=b log_file='' dataset_only={dataset_only}", wrong, status=status)
+    assert capfd.readouterr().err.startswith("error: ") and not list(Path().iterdir())
+
+
 def test_a_run_that_is_in_use(finished, pages, capfd):
     with checkpoint.lock_run(finished, "multimodal"):
         told(*TOY, f"data_paths={pages} checkpoint_path={finished}", status=2)
