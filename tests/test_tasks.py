@@ -99,6 +99,33 @@ def test_a_source_too_small_for_the_split():
         source.make(0, "test", 0)
 
 
+def test_samples_that_few_draws_have_are_found(monkeypatch):
+    class Rare:
+        spec, about, drawn = {}, "rare ones", 0
+
+        def subject(self, draw):
+            return str(draw.random()).encode(), None
+
+        def sample(self, draw, subject):
+            self.drawn += 1
+            return (0, 0) if self.drawn == 90 else None
+
+    monkeypatch.setattr(tasks, "ATTEMPTS", 100)
+    task = opened("sudoku4")["sudoku4"].task
+    for split in ("train", "test"):  # of which 1 draw in 20 is
+        assert tasks.is_test(tasks.Source(task, [Rare()]).make(0, split, 0).key) == (split == "test")
+    monkeypatch.setattr(tasks, "ATTEMPTS", 80)
+    with pytest.raises(
+        DataError, match=r"no test sample 0 in \d{4} draws, \d{4} of them of the other split,\nfrom rare"
+    ):
+        tasks.Source(task, [Rare()]).make(0, "test", 0)
+
+
+def test_small_pages_have_names_to_fill_in():
+    source = opened("fill", page_rows=1)["fill"]  # of the library: a name stands twice in 1 of 200 pieces
+    assert all(HOLE in source.make(i, "test", 0).page for i in range(12, 20))
+
+
 def test_processes_that_make_samples_start_without_torch():
     code = """
 import sys
