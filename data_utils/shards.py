@@ -286,7 +286,7 @@ def start_builder(out, cfg, *, rebuild_dataset=False):
     folder = beside(Path(os.path.realpath(out)), "new") if rebuild_dataset else Path(out)
     command = [sys.executable, str(root() / "prepare_data.py"), "multimodal", f"--out={out}", f"--parent={os.getpid()}"]
     command += ["--rebuild_dataset"] * rebuild_dataset
-    for name in dict.fromkeys(("workers", *SIZE_FLAGS, *SOURCE_FLAGS)):
+    for name in ("workers", *SIZE_FLAGS, *SOURCE_FLAGS):
         command.append(f"--{name}={getattr(cfg, name)}")
     command += ["--tasks", *cfg.tasks]
     # a rank's variables would make it one: see config.launch

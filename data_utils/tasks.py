@@ -136,7 +136,7 @@ class Sudoku:
 DIGIT = np.uint8(ord("0") - 32)  # symbol of the digit 0
 
 
-def open_tasks(names, *, seed, page_rows, page_cols, text_source, stories, code_dir, arc_set, arc_side, say=print):
+def open_tasks(names, *, page_rows, page_cols, text_source, stories, code_dir, arc_set, arc_side, say=print):
     """Return {name: source} with .task, .spec (all that changes its samples), .make(index, split, seed), .limit(split).
 
     text_source: both, code, stories. stories, code_dir: files instead of the built-in ones, "" for those. arc_set,
