@@ -91,7 +91,8 @@ class Source:
             else:
                 empty += 1
         raise DataError(
-            f"{self.task.name}: no {split} sample {index} in {wrong + empty} draws, {wrong} of them of the other split,\n"
+            f"{self.task.name}: no {split} sample {index} in {wrong + empty} draws, "
+            f"{wrong} of them of the other split,\n"
             f"from {maker.about}: that is too little: 1 in {TEST_SHARE} is held out\ntry: more or longer text"
         )
 
