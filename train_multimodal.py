@@ -18,7 +18,6 @@ import math
 import sys
 import time
 from collections import Counter
-from contextlib import ExitStack
 from dataclasses import asdict, dataclass, fields
 from datetime import timedelta
 from functools import partial
@@ -139,9 +138,25 @@ class MultimodalConfig:
 
 
 Config = MultimodalConfig
+MAY_BE_0 = "seed warmup_steps grad_monitor_every dqn_warmstart_steps".split()  # of the whole numbers
 
-if __name__ == "__main__":  # before torch is imported, so that --help and typos answer at once
+
+def begin(cfg):
+    """Refuse flags that can't be, lock the run's folder, start the builder: all that needs no torch."""
+    from data_utils.shards import begin_pages
+
+    for f in (f for f in fields(cfg) if type(f.default) in (int, float)):
+        at_least(cfg, int(type(f.default) is int and f.default > 0 and f.name not in MAY_BE_0), f.name)
+    if not cfg.data_paths or not cfg.tasks or len(cfg.task_weights or cfg.tasks) != len(cfg.tasks):
+        raise UsageError("--data_paths, --tasks, --task_weights: expected a folder, tasks, as many weights or none")
+    if cfg.halt_policy == "dqn" and not cfg.enable_dqn:
+        raise UsageError("--halt_policy dqn needs --enable_dqn")
+    return begin_pages(cfg)
+
+
+if __name__ == "__main__":  # before torch is imported: --help and typos answer at once, pages are built meanwhile
     cfg = from_cli({"multimodal": MultimodalConfig}, __doc__, overrides=PICTURES)
+    begun = launch(begin, cfg, leave=False)
 
 import numpy as np
 import torch
@@ -161,30 +176,22 @@ from models.halting import HaltingAgent
 from models.multimodal import LATE, TABLES, Multimodal
 
 BAD_STEPS = 10  # non-finite steps in a row that end a run
-# what a resumed run may change and still do bit for bit the same
 COSMETIC = """arch config checkpoint_path resume fresh allow_partial eval_only checkpoint_every_eval save_minutes
 log_file log_interval grad_monitor_every wandb wandb_project data_paths dataset_only rebuild_dataset incremental
 build_batch workers wait_timeout stories code_dir latent_noise latent_select eval_paths max_steps max_seconds
-eval_interval device compile enable_gradient_checkpointing""".split()
-MAY_BE_0 = "seed warmup_steps grad_monitor_every dqn_warmstart_steps".split()  # of the whole numbers
+eval_interval device compile enable_gradient_checkpointing""".split()  # a resumed run with others is the same
 
 
-def main(cfg):
-    with Stop() as stop, ExitStack() as stack:  # of the process that builds data
+def main(cfg, begun=None):
+    begun = begun or begin(cfg)
+    with Stop() as stop, begun.builder:  # which ends with this
         try:
-            return run(cfg, stop, stack)
+            return run(cfg, begun, stop)
         except Stopped:  # while it waited for the first data
             return dict(step=0, best=-1.0, stopped=int(stop.signal))
 
 
-def run(cfg, stop, stack):
-    for f in (f for f in fields(cfg) if type(f.default) in (int, float)):
-        at_least(cfg, int(type(f.default) is int and f.default > 0 and f.name not in MAY_BE_0), f.name)
-    if not cfg.data_paths or not cfg.tasks or len(cfg.task_weights or cfg.tasks) != len(cfg.tasks):
-        raise UsageError("--data_paths, --tasks, --task_weights: expected a folder, tasks, as many weights or none")
-    if cfg.halt_policy == "dqn" and not cfg.enable_dqn:
-        raise UsageError("--halt_policy dqn needs --enable_dqn")
-
+def run(cfg, begun, stop):
     # --- hardware -------------------------------------------------------------------------
     hardware = Hardware(cfg.device, dict(float32="fp32", float16="fp16").get(cfg.dtype, "bf16"))
     rank, world, device, scaler = hardware.rank, hardware.world, hardware.device, hardware.scaler
@@ -197,11 +204,9 @@ def run(cfg, stop, stack):
 
     # --- data -----------------------------------------------------------------------------
     if cfg.dataset_only:
-        stopped = build_pages(cfg, tell) if rank == 0 else 0
         hardware.close()
-        return dict(step=0, best=-1.0, stopped=stopped)
-    lock = checkpoint.lock_run(home, "multimodal", home) if rank == 0 else None  # noqa: F841  held until the process ends
-    sources, data = open_pages(cfg, rank, stack, stop, tell)
+        return dict(step=0, best=-1.0, stopped=build_pages(cfg, tell) if rank == 0 else 0)
+    sources, data = open_pages(cfg, begun, stop, tell)
     names, batches = list(sources), math.ceil(sum(map(data.rows, sources)) / B)  # an epoch
     steps, weights = cfg.epochs * batches, np.array(cfg.task_weights or [1.0] * len(names))
 
@@ -228,8 +233,7 @@ def run(cfg, stop, stack):
     parts |= dict(dqn=agent) if agent else {}  # all that is saved
 
     # --- resume ---------------------------------------------------------------------------
-    # where the run is, saved and resumed as it stands
-    at = SimpleNamespace(step=0, evaluated=0, best=-1.0, best_step=0, skipped=0, skipped_in_row=0)
+    at = SimpleNamespace(step=0, evaluated=0, best=-1.0, best_step=0, skipped=0, skipped_in_row=0)  # all is saved
     kind, latest, before, metrics = "multimodal", home / "latest.pt", home / "latest.prev.pt", home / "metrics.jsonl"
     own = slice(rank * (B // world), (rank + 1) * (B // world))
     slots = {name: Slots(data, name, sources[name].task, own, cfg, raw_model.limit(name)) for name in names}
@@ -261,8 +265,7 @@ def run(cfg, stop, stack):
                 saver(home / "ema_model.pt", kept, must)
                 if at.best_step == at.step == at.evaluated:
                     saver(home / "best_model.pt", kept, must)
-            if latest.exists():
-                latest.replace(before)
+            latest.replace(before) if latest.exists() else None
             saver(latest, payload(shards), must)
 
     if rank == 0:
@@ -301,8 +304,7 @@ def run(cfg, stop, stack):
     def due():  # an evaluation
         return at.evaluated < at.step and (over or at.step % (cfg.eval_interval * batches) == 0)
 
-    if cfg.use_vq_codebook and not path:
-        start_codes(raw_model, data, sources, cfg.seed, device)
+    start_codes(raw_model, data, sources, cfg.seed, hardware) if cfg.use_vq_codebook and not path else None
 
     # --- train ----------------------------------------------------------------------------
     shares = dict(ce=1, halt_loss=cfg.halt_weight, vq_loss=1, mtp_loss=cfg.mtp_weight, dqn_loss=1)  # of the loss
@@ -380,8 +382,7 @@ def run(cfg, stop, stack):
                 break
 
     # --- summary --------------------------------------------------------------------------
-    if cfg.eval_only and not evaluate("test"):
-        stop_now = stop.signal
+    stop_now = stop.signal if cfg.eval_only and not evaluate("test") else stop_now
     if rank == 0 and over:
         try:
             from plot import plot_losses
@@ -397,4 +398,4 @@ def run(cfg, stop, stack):
 
 
 if __name__ == "__main__":
-    launch(main, cfg)
+    launch(partial(main, begun=begun), cfg)

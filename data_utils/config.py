@@ -96,20 +96,24 @@ class _Several(argparse.Action):
         setattr(namespace, self.dest, [*before, *values] if isinstance(before, list) else list(values))
 
 
-def launch(main, cfg):
+def launch(main, cfg, leave=True):
     """Run main(cfg) as a program: a short message and a status instead of a traceback for what a user can mend.
 
-    0 done, 1 data or run, 2 usage, 128 + signal when stopped. Does nothing with the None that from_cli returns in a
-    notebook: call main(Config(...)) there.
+    0 done, 1 data or run, 2 usage, 128 + signal when stopped. leave=False: what comes before the program; it leaves
+    only if that fails, else returns what it returned. Does nothing with the None that from_cli returns in a notebook:
+    call main(Config(...)) there.
     """
     if cfg is None:
-        return
+        return None
     # under torchrun a stopped rank leaves with 0: it would take 143 for a failure and start the ranks again
     torchrun = "TORCHELASTIC_RUN_ID" in os.environ
     status = 0
     try:
         signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # while there is nothing to save
-        stopped = main(cfg).get("stopped", 0)
+        made = main(cfg)
+        if not leave:
+            return made
+        stopped = made.get("stopped", 0)
         status = 0 if not stopped else 130 if stopped == signal.SIGINT else 143
     except (UsageError, DataError) as e:
         status = 2 if isinstance(e, UsageError) else 1

@@ -14,6 +14,7 @@ from data_utils.config import Parser, as_flags, parser_of, read_flags, root, tup
 
 BOOLS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
 MOST_JOBS = 1000
+NEAREST = 5  # keys shown for one that is not there
 SWEEP = "sweep.yaml"  # in the folder of a sweep
 
 
@@ -173,7 +174,10 @@ def split(argv, table, known):
 
 def _unknown(key, table, known):
     keys = [prefix + name for prefix in ("", *table.prefixes) for name in known] + list(table.aliases)
-    return f"unknown key {key}{_near(key, keys)}\nkeys: {', '.join(known)}; or after {' '.join(table.prefixes)}"
+    word = table.name(key)
+    near = dict.fromkeys([*difflib.get_close_matches(word, known, NEAREST), *(name for name in known if word in name)])
+    like = f"\nkeys like it: {', '.join([*near][:NEAREST])}; alone or after {' '.join(table.prefixes)}"
+    return f"unknown key {key}{_near(key, keys)}" + like * (len(near) > 1)
 
 
 def _layers(items, table, known, error):

@@ -5,13 +5,13 @@ A page is stored as its symbols, uint8 (R, C), one byte a cell, and drawn where 
 
 Symbols: 0 to 94 printable ASCII (code - 32), 95 to 104 the ten colours of a grid, then the names below; 110 is spare.
 BEGIN, PADDING and the spare one are blank like the space, all the others look different.
+
+torch is imported where something is drawn: processes that only make pages start without it, which is seconds sooner.
 """
 
 from functools import cache
 
 import numpy as np
-import torch
-import torch.nn.functional as F
 
 SYMBOLS = 112
 COLOUR = 95  # the first of ten
@@ -108,6 +108,8 @@ def atlas():
 
     A colour k is the grey 25 k in a frame of ink.
     """
+    import torch
+
     rows = np.zeros((2, SYMBOLS, CELL_HEIGHT), np.uint8)  # 8 bits each, the first one is the leftmost pixel
     drawn = [*range(95), NEWLINE, HOLE, OUTSIDE, END]
     rows[0, drawn, 1:12] = np.frombuffer(bytes.fromhex(GLYPHS + MARKS), np.uint8).reshape(-1, 11)
@@ -121,11 +123,15 @@ def atlas():
 @cache
 def _rows(device):
     """The atlas as rows of eight pixels, (2 * SYMBOLS, CELL_HEIGHT) int64: one number is moved, not eight."""
+    import torch
+
     return atlas().view(torch.int64).view(-1, CELL_HEIGHT).to(device)
 
 
 def to_images(pages, face=0):
     """Draw pages (B, R, C) uint8 -> (B, 14 R, 8 C) uint8 on their device. face: 0 plain, 1 bold; or (B,) of them."""
+    import torch
+
     B, R, C = pages.shape
     face = face.view(-1, 1, 1) if torch.is_tensor(face) else face
     index, table = (pages.int() + SYMBOLS * face).reshape(B * R, C), _rows(pages.device)
@@ -141,6 +147,8 @@ def to_patches(pages, n, face=0):
 
     A patch has the pixels of n cells side by side, row after row; the last of a row is filled up with PADDING.
     """
+    import torch.nn.functional as F
+
     B, R, C = pages.shape
     pages = F.pad(pages, (0, -C % n), value=PADDING) if C % n else pages
     images = to_images(pages.reshape(B, -1, n), face)  # a page n cells wide is its patches one below the other
@@ -159,6 +167,9 @@ def augmented_patches(pages, n, generator):
     longer fill patches; plain or bold, ink of 0.5 to 1 on 0 or the inverse of that, with Gaussian noise of 0.05.
     `generator` may be on the CPU or where the pages are; the former gives the same on every device.
     """
+    import torch
+    import torch.nn.functional as F
+
     B, R, C = pages.shape
     columns = -(-(C + 1) // n) * n
     high, wide = (R + 1) * CELL_HEIGHT, columns * CELL_WIDTH

@@ -24,7 +24,7 @@ from data_utils.progress import LINE_SECONDS, say
 from data_utils.stop import Stop
 from data_utils.workers import in_order
 
-SOURCE_FLAGS = ("seed", "page_rows", "page_cols", "text_source", "stories", "code_dir", "arc_set", "arc_side")
+SOURCE_FLAGS = ("page_rows", "page_cols", "text_source", "stories", "code_dir", "arc_set", "arc_side")
 SIZE_FLAGS = ("train_samples", "test_samples", "build_batch", "seed")
 DATA = r"(manifest\.json|test\.pt|batch_\d{5,}\.pt|consolidated_\d{3,}\.pt)(\.tmp-\d+)?"  # names of files made here
 POLL = 0.5  # seconds between two looks at a manifest or a lock

@@ -7,10 +7,12 @@ import sys
 import time
 import zlib
 from pathlib import Path
+from typing import IO, NamedTuple
 
 import numpy as np
 
 from data_utils import shard_files
+from data_utils.checkpoint import lock_run
 from data_utils.config import DataError, root
 from data_utils.progress import LINE_SECONDS, say
 from data_utils.shard_builder import POLL, SIZE_FLAGS, SOURCE_FLAGS, beside, build, finish_swap, opener, sizes
@@ -275,8 +277,8 @@ def start_builder(out, cfg, *, rebuild_dataset=False):
     """Start prepare_data.py multimodal for `out` unless it is complete; return the Builder.
 
     cfg has the flags of that command. The process is in a group of its own, ends with this one, and says what it does
-    in <out>/build.log (rebuild_dataset: in <out>.new, until that is whole). Needs no torch and no source here: start it
-    first, so that both get ready at once. Raises DataError when `out` can't be read or written.
+    in <out>/build.log (rebuild_dataset: in <out>.new, until that is whole). Needs no torch here: start it before that
+    is imported, so that both get ready at once. Raises DataError when `out` can't be read or written.
     """
     finish_swap(out)
     if not rebuild_dataset and (shard_files.read_manifest(out) or {}).get("complete"):
@@ -284,7 +286,7 @@ def start_builder(out, cfg, *, rebuild_dataset=False):
     folder = beside(Path(os.path.realpath(out)), "new") if rebuild_dataset else Path(out)
     command = [sys.executable, str(root() / "prepare_data.py"), "multimodal", f"--out={out}", f"--parent={os.getpid()}"]
     command += ["--rebuild_dataset"] * rebuild_dataset
-    for name in dict.fromkeys(("workers", *SIZE_FLAGS, *SOURCE_FLAGS)):
+    for name in ("workers", *SIZE_FLAGS, *SOURCE_FLAGS):
         command.append(f"--{name}={getattr(cfg, name)}")
     command += ["--tasks", *cfg.tasks]
     # a rank's variables would make it one: see config.launch
@@ -305,17 +307,39 @@ def build_pages(cfg, tell):
     return build(cfg.data_paths[0], opener(cfg), **how, **sizes(cfg))
 
 
-def open_pages(cfg, rank, stack, stop, tell):
-    """Return ({task: source}, Shards) as train_multimodal.py's flags say; rank 0 starts a builder if data are missing.
+class Begun(NamedTuple):
+    """What a run has of its pages before it imports torch; the lock of its folder is held as long as this."""
 
-    stack: the ExitStack that ends the builder. Raises UsageError, DataError, and Stopped if `stop` becomes true.
+    sources: dict  # {task: source}
+    spec: dict
+    builder: Builder
+    lock: IO | None
+
+
+def begin_pages(cfg):
+    """Return what is Begun, as train_multimodal.py's flags say.
+
+    Rank 0 locks cfg.checkpoint_path and starts a builder if data are missing, unless dataset_only. Raises UsageError
+    and DataError, for flags and files that can't be before anything is written.
     """
-    folder, builder = cfg.data_paths[0], None
-    if rank == 0:
-        builder = stack.enter_context(start_builder(folder, cfg, rebuild_dataset=cfg.rebuild_dataset))
+    folder = cfg.data_paths[0]
+    if cfg.dataset_only:
+        return Begun({}, {}, Builder(folder, None), None)
     sources = opener(cfg)()
-    if builder and cfg.rebuild_dataset:
-        builder.wait(stop, tell)
     spec = shard_files.describe(sources, **sizes(cfg))
-    return sources, Shards(cfg.data_paths, sources, seed=cfg.seed, spec=spec, wait_timeout=cfg.wait_timeout, stop=stop,
-                           incremental=cfg.incremental, alive=builder and builder.check, tell=tell)  # fmt: skip
+    if int(os.environ.get("RANK", 0)):
+        return Begun(sources, spec, Builder(folder, None), None)
+    lock = lock_run(cfg.checkpoint_path, "multimodal", cfg.checkpoint_path)
+    return Begun(sources, spec, start_builder(folder, cfg, rebuild_dataset=cfg.rebuild_dataset), lock)
+
+
+def open_pages(cfg, begun, stop, tell):
+    """Return ({task: source}, Shards) of what begin_pages began.
+
+    Raises DataError, and Stopped if `stop` becomes true while it waits for the first data.
+    """
+    if cfg.rebuild_dataset:
+        begun.builder.wait(stop, tell)
+    how = dict(wait_timeout=cfg.wait_timeout, incremental=cfg.incremental, alive=begun.builder.check)
+    how |= dict(seed=cfg.seed, spec=begun.spec, stop=stop, tell=tell)
+    return begun.sources, Shards(cfg.data_paths, begun.sources, **how)

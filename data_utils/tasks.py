@@ -24,7 +24,7 @@ MAZE_SIDE = 11
 CONTINUED = 64  # symbols
 FILLED = 16
 TEST_SHARE = 20  # one key in so many is held out
-ATTEMPTS = 20_000  # draws on the wrong side, or without a sample, before a source counts as too small
+ATTEMPTS = 20_000  # draws of the right side without a sample, or all of the other side: then a source is too small
 
 
 @dataclass(frozen=True)
@@ -79,17 +79,20 @@ class Source:
 
     def make(self, index, split, seed):
         """Return Sample `index` of "train" or "test"; DataError when the source is too small for the split."""
-        maker, wrong = self.makers[index // 2 % len(self.makers)], 0
-        for attempt in range(ATTEMPTS):
-            draw = random.Random(f"{seed} {self.task.name} {split} {index} {attempt}")
+        maker, wrong, empty = self.makers[index // 2 % len(self.makers)], 0, 0
+        while empty < ATTEMPTS and wrong < (TEST_SHARE * ATTEMPTS if empty else ATTEMPTS):
+            draw = random.Random(f"{seed} {self.task.name} {split} {index} {wrong + empty}")
             content, subject = maker.subject(draw)
             key = key_of(content)
             if is_test(key) != (split == "test"):
                 wrong += 1
             elif made := maker.sample(draw, subject):
                 return Sample(*made, key)
+            else:
+                empty += 1
         raise DataError(
-            f"{self.task.name}: no {split} sample {index} in {ATTEMPTS} draws, {wrong} of them of the other split,\n"
+            f"{self.task.name}: no {split} sample {index} in {wrong + empty} draws, "
+            f"{wrong} of them of the other split,\n"
             f"from {maker.about}: that is too little: 1 in {TEST_SHARE} is held out\ntry: more or longer text"
         )
 
@@ -134,7 +137,7 @@ class Sudoku:
 DIGIT = np.uint8(ord("0") - 32)  # symbol of the digit 0
 
 
-def open_tasks(names, *, seed, page_rows, page_cols, text_source, stories, code_dir, arc_set, arc_side, say=print):
+def open_tasks(names, *, page_rows, page_cols, text_source, stories, code_dir, arc_set, arc_side, say=print):
     """Return {name: source} with .task, .spec (all that changes its samples), .make(index, split, seed), .limit(split).
 
     text_source: both, code, stories. stories, code_dir: files instead of the built-in ones, "" for those. arc_set,

@@ -10,6 +10,7 @@ import hashlib
 import itertools
 import keyword
 import math
+import os
 import re
 import sysconfig
 from functools import cache
@@ -296,18 +297,22 @@ def code_files(folder=""):
 
     Nothing is executed. Raises DataError for a folder without such files, and ("file:line") one that is not UTF-8.
     """
-    root = Path(folder or sysconfig.get_path("stdlib"))
-    found = {}
-    for path in sorted(root.rglob("*.py")):
-        parts = path.relative_to(root).parts
-        skipped = set(parts) & set(WITHOUT) or parts[0].startswith(("config-", "_sysconfigdata"))
-        if not folder and skipped or any(part.startswith(".") for part in parts):
-            continue
-        if path.is_file():
-            found["/".join(parts)] = _plain(_decoded(path, path.read_bytes().replace(b"\r\n", b"\n"), bool(folder)))
+    root, found = Path(folder or sysconfig.get_path("stdlib")), {}
+    for path in sorted(_python_files(root, () if folder else WITHOUT)):
+        name = path.relative_to(root).as_posix()
+        if folder or not name.startswith(("config-", "_sysconfigdata")):
+            found[name] = _plain(_decoded(path, path.read_bytes().replace(b"\r\n", b"\n"), bool(folder)))
     if not any(found.values()):
         raise DataError(f"--code_dir {root}: no .py file with text in it\ntry: another folder")
     return found
+
+
+def _python_files(root, without):
+    """Paths below `root`; folders whose names begin with a dot or are in `without` are not looked into."""
+    for folder, inner, files in os.walk(root):
+        inner[:] = [name for name in inner if not name.startswith(".") and name not in without]
+        paths = (Path(folder, name) for name in files if name.endswith(".py") and not name.startswith("."))
+        yield from filter(Path.is_file, paths)
 
 
 def story_rows(path):

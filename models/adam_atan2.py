@@ -4,6 +4,7 @@ Everett et al. 2024, "Scaling Exponents Across Parameterizations and Optimizers"
 is a atan2(m, b sqrt(v)) with bias-corrected moments m, v. Decoupled weight decay (1711.05101). n numbers in all.
 """
 
+import inspect
 import math
 
 import torch
@@ -75,7 +76,19 @@ class Flat:
         return [buffer[i : i + p.numel()].view(p.shape) for i, p in zip(self.starts, self.params, strict=True)]
 
 
-class AdamAtan2(torch.optim.Optimizer):
+class Plain(torch.optim.Optimizer):
+    """torch's, less the wrappers that keep its methods out of compiled graphs: the first call imports torch._dynamo.
+
+    That takes a second, at the start of each run that compiles nothing.
+    """
+
+    add_param_group, zero_grad, state_dict, load_state_dict = (
+        inspect.unwrap(getattr(torch.optim.Optimizer, name))
+        for name in ("add_param_group", "zero_grad", "state_dict", "load_state_dict")
+    )
+
+
+class AdamAtan2(Plain):
     """groups: as of any torch optimizer, of parameters or of (name, parameter); each may have its weight_decay.
 
     From here on parameters and gradients are views of one buffer a group: move the model to its device before, and
@@ -153,7 +166,7 @@ class AdamAtan2(torch.optim.Optimizer):
         return [name for group in self.param_groups for name in group.get("param_names", ())]
 
 
-class SignRows(torch.optim.Optimizer):
+class SignRows(Plain):
     """Sign descent with decoupled decay on the rows of a table that a batch has used: nn.Embedding(.., sparse=True).
 
     The same on all ranks, each of which looked up as many rows; other rows stand still. As the puzzle table of the Tiny

@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 import torch.nn as nn
-from conftest import finish, launch
+from conftest import ROOT, finish, launch
 
 from data_utils.checkpoint import load_parts, to_plain
 from data_utils.config import UsageError
@@ -221,3 +221,18 @@ def test_two_ranks_equal_one(tmp_path):
         found = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
         for ours, wanted in zip(found, (table.weight.data, layer.weight.data), strict=True):
             torch.testing.assert_close(ours, wanted, rtol=0, atol=1e-6)
+
+
+def test_nothing_that_only_compiling_needs_is_imported():
+    code = """
+import sys, torch
+from models.adam_atan2 import AdamAtan2, SignRows
+p, table = torch.nn.Linear(2, 2).weight, torch.nn.Embedding(2, 2, sparse=True).weight
+for optimizer in (AdamAtan2([p], lr=1e-2, betas=(0.9, 0.95)), SignRows([table], lr=1e-2)):
+    p.square().sum().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    optimizer.load_state_dict(optimizer.state_dict())
+assert "torch._dynamo" not in sys.modules
+"""
+    finish(launch([sys.executable, "-c", code], cwd=ROOT))

@@ -10,7 +10,7 @@ from data_utils import arc, tasks
 from data_utils.config import DataError, UsageError
 from data_utils.render import COLOUR, OUTSIDE
 
-SMALL = dict(seed=0, page_rows=2, page_cols=24, text_source="both", stories="", code_dir="")
+SMALL = dict(page_rows=2, page_cols=24, text_source="both", stories="", code_dir="")
 
 
 def made_up(n=40):

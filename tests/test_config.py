@@ -285,6 +285,13 @@ def test_launch_maps_what_happened_to_a_status(main, status, words, torchrun, ca
     assert all(word in "\n".join(lines) for word in words) and bool(words) == bool(lines)
 
 
+def test_what_comes_before_a_program_leaves_only_if_it_fails(capsys):
+    assert launch(lambda cfg: [cfg], Child(), leave=False) == [Child()] and launch(None, None, leave=False) is None
+    with pytest.raises(SystemExit) as stop:
+        launch(fails(DataError("a.txt: bad")), Child(), leave=False)
+    assert stop.value.code == 1 and capsys.readouterr().err == "error: a.txt: bad\n"
+
+
 @pytest.mark.parametrize(
     "changes, cures",
     [

@@ -393,7 +393,7 @@ def test_answers_that_are_written():
 
 def sudokus(blanks, count):
     """Samples of 4 x 4 puzzles, with one blank each if `blanks` is 1, else as they are made."""
-    source = open_tasks(["sudoku4"], seed=0, page_rows=2, page_cols=24, text_source="stories", stories="", code_dir="",
+    source = open_tasks(["sudoku4"], page_rows=2, page_cols=24, text_source="stories", stories="", code_dir="",
                         arc_set="agi1", arc_side=4)["sudoku4"]  # fmt: skip
     made = [source.make(i, "train", 0) for i in range(count)]
     page, target = (torch.from_numpy(np.stack([getattr(s, name) for s in made])) for name in ("page", "target"))

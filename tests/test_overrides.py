@@ -70,10 +70,9 @@ def test_the_loop_picks_class_and_defaults():
 @pytest.mark.parametrize(
     "line, words",
     [
-        (
-            "phase2.trainer.epochs=3",
-            ["unknown key phase2.trainer.epochs", "phase1.trainer.epochs?", "keys: loop, name"],
-        ),
+        ("phase2.trainer.epochs=3", ["unknown key phase2.trainer.epochs", "phase1.trainer.epochs?"]),
+        ("hid=3", ["keys like it: phi, hidden;"]),
+        ("latent=3", ["keys like it: latent_dim, latent_space, latent_adv_weight; alone or after phase1.trainer. "]),
         ("phase1.trainer.epoch=3", ["phase1.trainer.epochs?"]),
         ("epoch=3", ["unknown key epoch (did you mean epochs?)"]),
         ("logging.families.loss.enabled=true", ["logging.families.losses.enabled?"]),
@@ -100,6 +99,7 @@ def test_the_loop_picks_class_and_defaults():
 def test_a_slip_names_the_key_and_the_nearest(line, words, capsys):
     message = refused(line, capsys)
     assert all(word.replace("'", "") in message.replace("'", "") for word in words), message
+    assert message.count("\n") <= 3 and max(map(len, message.splitlines())) < 200
 
 
 # ---- bundles ---------------------------------------------------------------------------------------------------------

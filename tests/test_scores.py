@@ -11,9 +11,7 @@ from data_utils import scores, tasks, texts
 from data_utils.mazes import GOAL, OPEN, START, WALL, WAY
 from data_utils.render import END, HOLE, PADDING, layout, to_symbols
 
-SMALL = dict(
-    seed=0, page_rows=2, page_cols=24, text_source="stories", stories="", code_dir="", arc_set="agi1", arc_side=10
-)
+SMALL = dict(page_rows=2, page_cols=24, text_source="stories", stories="", code_dir="", arc_set="agi1", arc_side=10)
 
 
 def samples(name, n=6):

@@ -1,5 +1,6 @@
 """Samples that come and go, each slot on its own: pytest tests/test_slots.py"""
 
+import math
 from types import SimpleNamespace
 
 import numpy as np
@@ -7,12 +8,14 @@ import pytest
 import torch
 from test_multimodal import AGENT, KNOWN, PLAIN, batch, build, one_thread  # noqa: F401
 
+from data_utils import slots as slots_module
 from data_utils.shards import Stopped
 from data_utils.slots import Slots, batch_of, start_codes
 from models import halting
 from models.halting import CONTINUE, HALT, HaltingAgent
 
 DEVICE, ROWS, LIMIT = torch.device("cpu"), 10, 4
+HARDWARE = SimpleNamespace(device=DEVICE, autocast=torch.autocast("cpu", enabled=False))
 
 
 class Stream:
@@ -222,12 +225,15 @@ def test_only_solved_samples_that_leave_are_remembered():
     assert int(model.memory.fill) == 2
 
 
-def test_codes_begin_with_the_first_pages():
-    made = []
+def test_codes_begin_with_the_first_pages(monkeypatch):
+    monkeypatch.setattr(slots_module, "VECTORS", 0.25)
+    made, stream = [], Stream("read")
     for _ in range(2):
         model = build(["read"], enable_mtp=False)
-        start_codes(model, Stream("read"), dict(read=SimpleNamespace(task=KNOWN["read"])), 0, DEVICE)
+        start_codes(model, stream, dict(read=SimpleNamespace(task=KNOWN["read"])), 0, HARDWARE)
         made.append([buffer.clone() for buffer in model.quantizer.codebook.buffers()])
     assert all(torch.equal(a, b) for a, b in zip(*made, strict=True))
+    pages = math.ceil(0.25 * len(model.quantizer.codebook.codes) / (model.num_capsules * model.quantizer.shape[0]))
+    assert 1 < pages < ROWS and stream.asked == stream.at("read", np.arange(pages)).tolist() * 2
     here = batch(model, "read")
     assert model(model.initial_carry(here), here)[1]["aux"]["vq_loss"].isfinite()

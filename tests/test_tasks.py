@@ -1,17 +1,18 @@
 """Samples of the tasks: pure, on the right side, what a puzzle's page shows agrees with its target."""
 
 import random
+import subprocess
+import sys
 
 import numpy as np
 import pytest
+from conftest import ROOT
 
 from data_utils import puzzles, tasks
 from data_utils.config import DataError, UsageError
 from data_utils.render import HOLE, to_text
 
-SMALL = dict(
-    seed=0, page_rows=2, page_cols=24, text_source="both", stories="", code_dir="", arc_set="agi1", arc_side=10
-)
+SMALL = dict(page_rows=2, page_cols=24, text_source="both", stories="", code_dir="", arc_set="agi1", arc_side=10)
 
 
 def opened(*names, **more):
@@ -64,7 +65,7 @@ def test_samples_are_pure_and_splits_disjoint(name, tmp_path):
     for split, found in keys.items():
         for seed in range(3):
             made = [source.make(i, split, seed) for i in range(20 if split == "test" else 60)]
-            assert same(made[9], opened(name, code_dir=str(tmp_path), seed=5)[name].make(9, split, seed))
+            assert same(made[9], opened(name, code_dir=str(tmp_path))[name].make(9, split, seed))
             assert len({sample.page.tobytes() for sample in made}) > 14
             for sample in made:
                 assert sample.page.shape == (source.task.rows, source.task.cols)
@@ -94,6 +95,46 @@ def test_a_source_too_small_for_the_split():
     source = tasks.Source(opened("sudoku4")["sudoku4"].task, [One()])
     with pytest.raises(DataError, match="no test sample 0 in 20000 draws, 20000 of them of the other split,\nfrom one"):
         source.make(0, "test", 0)
+
+
+def test_samples_that_few_draws_have_are_found(monkeypatch):
+    class Rare:
+        spec, about, drawn = {}, "rare ones", 0
+
+        def subject(self, draw):
+            return str(draw.random()).encode(), None
+
+        def sample(self, draw, subject):
+            self.drawn += 1
+            return (0, 0) if self.drawn == 90 else None
+
+    monkeypatch.setattr(tasks, "ATTEMPTS", 100)
+    task = opened("sudoku4")["sudoku4"].task
+    for split in ("train", "test"):  # of which 1 draw in 20 is
+        assert tasks.is_test(tasks.Source(task, [Rare()]).make(0, split, 0).key) == (split == "test")
+    monkeypatch.setattr(tasks, "ATTEMPTS", 80)
+    with pytest.raises(
+        DataError, match=r"no test sample 0 in \d{4} draws, \d{4} of them of the other split,\nfrom rare"
+    ):
+        tasks.Source(task, [Rare()]).make(0, "test", 0)
+
+
+def test_small_pages_have_names_to_fill_in():
+    source = opened("fill", page_rows=1)["fill"]  # of the library: a name stands twice in 1 of 200 pieces
+    assert all(HOLE in source.make(i, "test", 0).page for i in range(12, 20))
+
+
+def test_processes_that_make_samples_start_without_torch():
+    code = """
+import sys
+from functools import partial
+from data_utils import shard_builder, tasks
+call = tasks.open_tasks, (("read", "continue", "fill", "sudoku4", "maze"),), tuple(FLAGS.items())
+for task in call[1][0]:
+    shard_builder._make(call, 0, ("train", task, 0, 2))
+assert "torch" not in sys.modules
+""".replace("FLAGS", repr(SMALL))
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 
 def test_unknown_names():

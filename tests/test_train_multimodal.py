@@ -15,7 +15,7 @@ from typing import get_args
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, finish, start, start_two
+from conftest import ROOT, finish, launch, start, start_two
 from test_resume import assert_same
 
 import train_multimodal
@@ -217,6 +217,18 @@ def test_all_choices_were_taken():
         assert missing in ([], ["online"], ["code"], ["agi2"]), name  # code: an arch
 
 
+def test_the_builder_starts_before_torch_is_imported(tmp_path):
+    run_path = f"runpy.run_path({str(ROOT / 'train_multimodal.py')!r}, run_name='__main__')"
+    words = ["", *TOY, "data_paths=data", "checkpoint_path=a"]
+    code = f"import runpy, sys; sys.argv, sys.modules['torch'] = {words}, None; {run_path}"
+    _, err = finish(launch([sys.executable, "-c", code], cwd=tmp_path), 1)
+    assert "import of torch halted" in err
+    end = time.monotonic() + 60
+    while "the same command goes on" not in Path("data", "build.log").read_text():  # it ends with its trainer
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
 # ---- resume ----------------------------------------------------------------------------------------------------------
 
 LONG = "epochs=3 latent_explore=0.3 halt_exploration=0.5 weight_decay=0.2"
@@ -373,6 +385,8 @@ def test_stopped_while_it_evaluates(when, finished, pages, monkeypatch):
 
 REFUSED = [  # (words, exit status, what the message must name); {a} is a finished run
     ("--hidden_sise 3", 2, "did you mean --hidden_size?"),
+    ("arch.hiden_size=3", 2, "unknown key arch.hiden_size (did you mean arch.hidden_size?)"),
+    ("arch.page=3", 2, "keys like it: page_rows, page_cols; alone or after arch."),
     ("arch=sudoku5", 2, "sudoku4"),
     ("tasks=[red]", 2, "did you mean read?"),
     ("loss=nll", 2, "stablemax"),
@@ -429,8 +443,24 @@ def test_what_is_refused(words, status, name, finished, pages, grids, tmp_path, 
     )
     told(*rest, words, status=status)
     err = [line for line in capfd.readouterr().err.splitlines() if line]
-    assert len(err) <= 3 and err[0].startswith("error: ") and name.format(**places) in "\n".join(err), err
+    assert (
+        len(err) <= 3
+        and max(map(len, err)) < 400
+        and err[0].startswith("error: ")
+        and name.format(**places) in "\n".join(err)
+    ), err
     assert {p: p.read_bytes() for p in before} == before and not Path("b", "latest.pt").exists()
+
+
+WRONG = ["tasks=[sudoku5]", "stories=none.txt", "text_source=code code_dir=none", "page_cols=3"]
+
+
+@pytest.mark.parametrize("dataset_only", [False, True])
+@pytest.mark.parametrize("wrong", WRONG)
+def test_what_is_wrong_with_the_sources_is_said_before_anything_is_written(wrong, dataset_only, capfd):
+    status = 2 if wrong.split("=")[0] in ("tasks", "page_cols") else 1
+    told(*TOY, f"data_paths=new checkpoint_path=b log_file='' dataset_only={dataset_only}", wrong, status=status)
+    assert capfd.readouterr().err.startswith("error: ") and not list(Path().iterdir())
 
 
 def test_a_run_that_is_in_use(finished, pages, capfd):
