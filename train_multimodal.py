@@ -1,7 +1,6 @@
 """Train a small model to answer questions about pictures: pages of text or code, Sudoku, mazes, ARC grids.
 
-    python train_multimodal.py --arch sudoku4                 # minutes: 4 x 4 Sudoku; also sudoku6, maze, read
-    python train_multimodal.py --arch cpu                     # everything at once, small
+    python train_multimodal.py --arch sudoku4                 # minutes; also sudoku6, maze, read; cpu: all at once
     python train_multimodal.py                                # the documented run: a GPU's work
     python train_multimodal.py arch=text_optimized lr=1e-4 arch.hidden_size=512
     torchrun --nproc-per-node 4 train_multimodal.py           # several GPUs
