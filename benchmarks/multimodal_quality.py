@@ -45,7 +45,7 @@ QUICK = """--train_samples=32 --test_samples=8 --hidden_size=32 --num_heads=2 --
 --supervision_steps=2 --text_supervision_steps=2 --build_batch=4 --memory_slots=8 --vq_size=16""".split()
 HELD_OUT = 1024  # samples, half of them reported
 CURVE = 1, 2, 4, 8, 16
-LONGER = 8, 16, 32, 64  # steps: as mazes are trained, and more
+LONGER = 4, 8, 16, 32, 64  # steps: as mazes are trained, and more
 CODES = "codes_used", "perplexity"
 ONCE = "--H_cycles=1 --L_cycles=1 --supervision_steps=1"
 CAPSULES = "--bottleneck=capsules --no-relation_bias"
