@@ -258,8 +258,8 @@ def main(cfg):
     if state:
         checkpoint.load_parts(parts, state, path, about)
         vars(at).update({name: state[name] for name in vars(at)})
-        if state["carry"] and len(state["carry"]) == world:
-            carry = tuple(z.to(device) for z in state["carry"][rank])
+        whole = [torch.cat(z) for z in zip(*state["carry"], strict=True)]  # of all ranks that there were
+        carry = tuple(z[rank * cfg.batch_size :][: cfg.batch_size].to(device) for z in whole if len(z) == rows) or None
         tell(checkpoint.notice(path, state, about, COSMETIC))
     if at.step >= steps and (at.evaluated == at.step or not n_val):
         tell(f"{home}: finished at step {at.step}, best val_loss {at.best_val_loss:.4f}; a larger --steps goes on")

@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import finish, start, start_two, torchrun, train_flags
 from test_resume import assert_same
-from test_train_hrm import SIZES
+from test_train_hrm import SIZES, results
 from test_train_sr import TINY
 
 from data_utils.checkpoint import load_checkpoint, read, shared_like, to_plain
@@ -83,19 +83,22 @@ def test_a_run_moves_between_processes_bit_for_bit(toy, experts, tmp_path):
 def test_shared_weights_of_train_hrm(tmp_path):
     """A decoder's keys, averaged weights, clipped gradients; from shared weights to one process and back."""
     flags = [*SIZES, *"--dataset=synthetic --eval_rows=100 --optimizer=adamw --lr_scheduler=constant".split()]
-    flags += "--segments=2 --grad_clip=0.1".split()
+    flags += "--segments=2 --grad_clip=0.1 --log_steps=1".split()
 
     def begun(way, name, steps):
         more = [f"--run_name={name}", f"--steps={steps}"]
         return begin(way, "train_hrm.py", *flags, *more, two=["--batch_size=8"], cwd=tmp_path)
 
-    finish_all(begun("single", "straight", 6), begun("fsdp", "moved", 2))
-    finish_all(begun("single", "moved", 4))
+    finish_all(begun("single", "straight", 6), begun("fsdp", "moved", 3))
+    finish_all(begun("single", "moved", 5))
     finish_all(begun("fsdp", "moved", 6))
     one, two = (load_checkpoint(tmp_path / f"runs/{n}/checkpoints/final.pt", "hrm") for n in ("straight", "moved"))
     for part in ("model_state", "ema"):
         assert_near(one[part], two[part])
     assert two["best_val_loss"] == pytest.approx(one["best_val_loss"], abs=1e-5)
+    norms = [[row["grad_norm"] for row in results(tmp_path / "runs" / n)[1] if "grad_norm" in row]
+             for n in ("straight", "moved")]  # fmt: skip
+    assert norms[1] == pytest.approx(norms[0], rel=1e-4) and len(norms[0]) == 6
 
 
 def test_shared_weights_of_train_sr(tmp_path):
@@ -117,6 +120,7 @@ def test_shared_weights_of_train_sr(tmp_path):
         assert_near(slot, slots[1][i])
 
 
+@pytest.mark.parametrize("script", ["train_expert", "train_hrm", "train_sr"])
 def test_one_process_has_nobody_to_share_with(script, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     module = importlib.import_module(script)
