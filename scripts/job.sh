@@ -54,7 +54,8 @@ nodes=${SLURM_NNODES:-1}
 command=(python)
 if [ "$nodes" -gt 1 ]; then  # a launcher a node; since Slurm 22.05 srun does not take the job's --cpus-per-task over
   first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-  command=(srun --ntasks-per-node=1 "--cpus-per-task=${SLURM_CPUS_PER_TASK:-1}" torchrun "--nnodes=$SLURM_NNODES" "--nproc-per-node=$processes" --rdzv-backend=c10d
+  command=(srun --ntasks-per-node=1 "--cpus-per-task=${SLURM_CPUS_PER_TASK:-1}"
+    torchrun "--nnodes=$nodes" "--nproc-per-node=$processes" --rdzv-backend=c10d
     "--rdzv-endpoint=$first:29500" "--rdzv-id=$SLURM_JOB_ID")
 elif [ "$processes" -gt 1 ] && { [ "$script" != train_ae.py ] || ! sweeps || given sweep_job; }; then
   command=(torchrun --standalone "--nproc-per-node=$processes")

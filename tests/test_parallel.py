@@ -46,7 +46,8 @@ def test_two_ranks_equal_one(expert, ways, toy, experts, tmp_path):
     common += ["--no-use_amp", *("--entropy_reg=0 --balance_reg=0 --z_reg=0".split() if "mla" in expert else ())]
 
     def begun(way, folder, *flags):
-        return begin(way, script, *common, f"--checkpoint_dir={folder}", *flags, one=["--grad_accum_steps=2"])
+        more = dict(one=["--grad_accum_steps=4"], two=["--grad_accum_steps=2"])
+        return begin(way, script, *common, f"--checkpoint_dir={folder}", *flags, **more)
 
     finish_all(*(begun(way, tmp_path / way, "--max_steps=8") for way in ("single", *ways)))
     name, kind = ("nanothink_mla", "mla") if "mla" in expert else (f"{expert}_expert", expert)
