@@ -8,7 +8,7 @@ import sys
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
-from torch.nn import ModuleList
+from torch.nn import ModuleList, Parameter
 from torch.nn.parallel import DistributedDataParallel
 
 from data_utils.checkpoint import gathered, warn
@@ -74,7 +74,8 @@ class Hardware:
             raise UsageError(f"--fsdp with --optimizer {optimizer}, which needs whole weights\ntry: --optimizer adamw")
         from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method  # half a second
 
-        self.twin = copy.deepcopy(model).to("meta")
+        without = {id(p): Parameter(p.to("meta"), p.requires_grad) for p in model.parameters()}
+        self.twin = copy.deepcopy(model, without).to("meta")
         how = dict(mesh=init_device_mesh(self.device.type, (self.world,)))
         lists = [part for part in model.modules() if isinstance(part, ModuleList)]
         for child in (child for part in reversed(lists) for child in part if not isinstance(child, ModuleList)):
