@@ -5,7 +5,7 @@
     python train_expert.py --expert transformer --domains my_domain     # one folder of data/
     python train_expert.py --expert transformer --resume                # go on where it stopped
     python train_expert.py --config configs/expert/smoke.yaml           # a bundle of flags
-    torchrun --nproc-per-node 2 train_expert.py --expert transformer    # several GPUs
+    torchrun --nproc-per-node 2 train_expert.py --expert transformer    # several GPUs; --fsdp shares the weights
 
 Writes <expert>_expert.pt (best), <expert>_expert_epoch{N}.pt, <expert>_expert_interrupted.pt, _metrics.jsonl and
 _loss.png to --checkpoint_dir. In a notebook: paste this file into a cell, then main(Config(max_steps=100)).
@@ -101,6 +101,7 @@ class TrainExpertConfig(DataConfig):
     eval_interval: int = 0  # steps between extra evaluations; 0 = only after each epoch
     eval_windows: int = 0  # validation windows per evaluation; 0 = all
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
+    fsdp: bool = False  # several processes keep a part of the weights and of the optimizer each, not all of them
     use_amp: bool = True  # mixed precision
     amp_dtype: Literal["bf16", "fp16"] = "bf16"  # fp16 where bf16 is slow; fp32 where both are
     compile: bool = False  # torch.compile: slow to start, then faster on a GPU
@@ -144,8 +145,9 @@ from data_utils.tokenizer import load_tokenizer
 
 BAD_STEPS = 10  # non-finite steps in a row that end a run
 # what a resumed run may change and still do bit for bit the same
-COSMETIC = """resume fresh allow_partial checkpoint_dir transformer_ckpt data_dir device compile skip_bad_lines patience
-save_every save_minutes keep log_interval eval_interval eval_windows max_epochs max_steps max_seconds""".split()
+COSMETIC = """resume fresh allow_partial checkpoint_dir transformer_ckpt data_dir device fsdp compile
+skip_bad_lines patience save_every save_minutes keep log_interval eval_interval eval_windows max_epochs max_steps
+max_seconds""".split()
 
 
 def decays(name, parameter):
@@ -164,7 +166,7 @@ def main(cfg):
         raise UsageError(f"--dropout {cfg.dropout}: expected a share below 1")
 
     # --- hardware -------------------------------------------------------------------------
-    hardware = Hardware(cfg.device, cfg.amp_dtype if cfg.use_amp else "fp32")
+    hardware = Hardware(cfg.device, cfg.amp_dtype if cfg.use_amp else "fp32", cfg.fsdp)
     rank, world, device, scaler = hardware.rank, hardware.world, hardware.device, hardware.scaler
     tell = say if rank == 0 else lambda *_: None
     tell(hardware.reason)
@@ -205,6 +207,7 @@ def main(cfg):
     if cfg.expert == "diffuser":
         ids, _ = batch("train", data.order(42, 0, math.ceil(100_000 / cfg.max_seq_len)))
         raw_model.start_from(transformer.to(device), ids.flatten())
+    hardware.shard(raw_model)
     trained = {name: p for name, p in raw_model.named_parameters() if p.requires_grad}
     groups = [
         dict(params=[p for name, p in trained.items() if decays(name, p)], weight_decay=cfg.weight_decay),
@@ -245,12 +248,12 @@ def main(cfg):
     def payload():
         return about | vars(at) | {name: part.state_dict() for name, part in parts.items()}
 
-    def save(path, must=True):
-        if rank == 0:
-            saver(path, payload(), must)
+    def save(path, must=True):  # on all ranks, which give what they have of the weights
+        saver(path, payload(), must)
 
+    size = checkpoint.rehearse(folder, run, payload())
     if rank == 0:
-        size, count = checkpoint.rehearse(folder, run, payload()), sum(p.numel() for p in trained.values())
+        count = sum(p.numel() for p in trained.values())
         if not path:
             checkpoint.set_aside([rolling, *snapshots, best_file, metrics])
         start_rows(metrics, at.step, at.evaluated, asdict(cfg), device)
@@ -265,22 +268,20 @@ def main(cfg):
     @torch.no_grad()
     def evaluate():
         """The same validation windows every time -> a row of numbers, overall and by domain; None if stopped."""
-        raw_model.eval()
         count = data.windows("val")
         windows = np.linspace(0, count, min(cfg.eval_windows or count, count), endpoint=False, dtype=np.int64)
         sums = {}  # name -> (domains,)
-        for start in range(rank * cfg.batch_size, len(windows), world * cfg.batch_size):
-            if stop:
-                break
-            index = windows[start : start + cfg.batch_size]
-            x, y = batch("val", index)
-            with hardware.autocast:
-                _, report = raw_model(x, y, torch.from_numpy(index))
-            report |= dict(tokens=y >= 0, bytes=token_bytes[y.clamp_min(0)] * (y >= 0))
-            for name, numbers in report.items():
-                sums.setdefault(name, torch.zeros(len(data.domains), dtype=torch.float64))
-                sums[name].index_add_(0, data.domain("val", index), numbers.double().sum(1).cpu())
-        raw_model.train()
+        with hardware.whole(raw_model) as whole, hardware.autocast:
+            for start in range(rank * cfg.batch_size, len(windows), world * cfg.batch_size):
+                if stop:
+                    break
+                index = windows[start : start + cfg.batch_size]
+                x, y = batch("val", index)
+                _, report = whole(x, y, torch.from_numpy(index))
+                report |= dict(tokens=y >= 0, bytes=token_bytes[y.clamp_min(0)] * (y >= 0))
+                for name, numbers in report.items():
+                    sums.setdefault(name, torch.zeros(len(data.domains), dtype=torch.float64))
+                    sums[name].index_add_(0, data.domain("val", index), numbers.double().sum(1).cpu())
         shards = hardware.gather((bool(stop), sums))
         if any(stopped for stopped, _ in shards):
             return None
@@ -315,10 +316,10 @@ def main(cfg):
                 for m, (x, y) in micro.items():
                     mix = np.random.SeedSequence((cfg.seed, at.step, m - first))  # of dropout and noise
                     torch.manual_seed(int(mix.generate_state(1)[0]))
-                    model.require_backward_grad_sync = m == numbers[-1]  # DDP: one reduction a step
+                    hardware.travel(model, m == numbers[-1])  # one reduction a step
                     with hardware.autocast:
                         nats, _ = model(x, y)
-                    scaler.scale(nats * (world / targets)).backward()  # DDP takes the mean over ranks
+                    scaler.scale(nats * (world / targets)).backward()  # what travels is the mean over ranks
                     loss += nats.item() / targets
                 scaler.unscale_(optimizer)
                 norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), cfg.grad_clip or math.inf).item()

@@ -3,7 +3,7 @@
     python train_hrm.py --config configs/hrm/addition.yaml --run_name addition     # half a minute: sums, held out
     python train_hrm.py --dataset sudoku --run_name sudoku9                        # minutes: 9 x 9, 40 givens
     python train_hrm.py --dataset data/prepared --run_name text --save_best_model  # of prepare_data.py language
-    torchrun --nproc-per-node 2 train_hrm.py --dataset sudoku --run_name sudoku9   # several GPUs
+    torchrun --nproc-per-node 2 train_hrm.py --dataset sudoku --run_name sudoku9   # several GPUs; --fsdp shares weights
 
 Writes runs/<run_name>/checkpoints/{step_N,final}.pt with a .yaml each, best-model/, metrics.jsonl and loss.png, and
 goes on from the newest checkpoint there when it is started again. In a notebook: paste this file into a cell, then
@@ -90,6 +90,7 @@ class HrmConfig:
     eval_segments: int = 0  # most segments with halting; 0 = four times segments
     log_steps: int = 10  # steps per line and row of metrics
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
+    fsdp: bool = False  # several processes keep a part of the weights and of the optimizer each, not all of them
     mixed_precision: Literal["none", "bf16", "fp16", "auto"] = "none"  # auto: bf16 where it is fast
     compile: bool = False  # torch.compile of the core: a minute to start, then faster
 
@@ -163,7 +164,7 @@ BAD_STEPS = 10  # non-finite steps in a row that end a run
 # what a resumed run may change and still do bit for bit the same
 COSMETIC = """dataset dry_run dataset_workers skip_bad_lines run_name save_dir resume fresh save_best_model
 checkpoint_limit save_minutes max_steps max_seconds val_every eval_batch_size eval_rows eval_segments log_steps
-device compile""".split()
+device fsdp compile""".split()
 
 
 def kind_of(name, parameter):
@@ -187,9 +188,9 @@ def main(cfg):
         raise UsageError(f"--run_name {cfg.run_name}: letters, digits, dots, _ and -, at most 100, the first no sign")
 
     # --- hardware -------------------------------------------------------------------------
-    hardware = Hardware(cfg.device, dict(none="fp32", auto="bf16").get(cfg.mixed_precision, cfg.mixed_precision))
+    hardware = Hardware(cfg.device, dict(none="fp32", auto="bf16").get(asked := cfg.mixed_precision, asked), cfg.fsdp)
     rank, world, device, scaler = hardware.rank, hardware.world, hardware.device, hardware.scaler
-    if cfg.mixed_precision == "fp16" and device.type != "cuda":
+    if asked == "fp16" and device.type != "cuda":
         raise UsageError("--mixed_precision fp16 needs CUDA\ntry: bf16 or none")
     tell = say if rank == 0 else lambda *_: None
     tell(hardware.reason)
@@ -230,6 +231,7 @@ def main(cfg):
     steps = cfg.epochs * batches * cfg.segments if cfg.epochs and cfg.steps in (0, type(cfg).steps) else cfg.steps
     if steps < 1:
         raise UsageError(f"--steps {cfg.steps} --epochs {cfg.epochs}: one of them must be 1 or more")
+    hardware.shard(raw_model, cfg.optimizer)
     trained = dict(raw_model.named_parameters())
     groups = [
         dict(params=[p for name, p in trained.items() if kind_of(name, p) == kind], weight_decay=decay, times=times)
@@ -256,8 +258,8 @@ def main(cfg):
     if state:
         checkpoint.load_parts(parts, state, path, about)
         vars(at).update({name: state[name] for name in vars(at)})
-        if state["carry"] and len(state["carry"]) == world:
-            carry = tuple(z.to(device) for z in state["carry"][rank])
+        whole = [torch.cat(z) for z in zip(*state["carry"], strict=True)]  # of all ranks that there were
+        carry = tuple(z[rank * cfg.batch_size :][: cfg.batch_size].to(device) for z in whole if len(z) == rows) or None
         tell(checkpoint.notice(path, state, about, COSMETIC))
     if at.step >= steps and (at.evaluated == at.step or not n_val):
         tell(f"{home}: finished at step {at.step}, best val_loss {at.best_val_loss:.4f}; a larger --steps goes on")
@@ -270,12 +272,12 @@ def main(cfg):
 
     def save(path, must=True):
         states = hardware.gather(tuple(z.cpu() for z in carry or ()))
+        saver(path, payload(states), must)  # on all ranks, which give what they have of the weights
         if rank == 0:
-            saver(path, payload(states), must)
             data.write_beside(path, asdict(cfg))
 
+    size = checkpoint.rehearse(folder, "hrm", payload([]))
     if rank == 0:
-        size = checkpoint.rehearse(folder, "hrm", payload([]))
         if not path:
             checkpoint.set_aside([*files, best, metrics])
         start_rows(metrics, at.step, at.evaluated, asdict(cfg), device)
@@ -293,15 +295,13 @@ def main(cfg):
         """Averaged weights on the same validation rows every time -> a row of numbers; None if stopped."""
         size, found = cfg.eval_batch_size or cfg.batch_size, []
         segments = (cfg.eval_segments or 4 * cfg.segments) if cfg.halting else cfg.segments
-        raw_model.eval()
-        with average.in_place(), hardware.autocast:
+        with average.in_place(), hardware.whole(raw_model) as whole, hardware.autocast:
             for start in range(rank * size, n_val, world * size):
                 if stop:
                     break
                 index = np.arange(start, min(start + size, n_val))
-                trace = raw_model.trace(place(data.batch("val", index)), segments) | data.about("val", index)
+                trace = whole.trace(place(data.batch("val", index)), segments) | data.about("val", index)
                 found.append({name: values.cpu() for name, values in trace.items()})
-        raw_model.train()
         shards = hardware.gather((bool(stop), found))
         if any(stopped for stopped, _ in shards):
             return None
@@ -329,7 +329,7 @@ def main(cfg):
                 for group in optimizer.param_groups:
                     group["lr"] = lr_at(at.step)
                 with hardware.autocast:
-                    loss, _, carry = model(here, carry if segment else None, targets / world)  # DDP takes the mean
+                    loss, _, carry = model(here, carry if segment else None, targets / world)  # the mean is taken
                 scaler.scale(loss).backward()
                 scaler.unscale_(optimizer)
                 norm = torch.nn.utils.clip_grad_norm_(trained.values(), cfg.grad_clip or math.inf).item()

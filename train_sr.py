@@ -4,7 +4,8 @@
     ./scripts/train.sh configs/test                                              # every part once, in seconds
     python train_sr.py -c configs/v23.0-3M/train.yaml -ci 250000 -vi 10000       # a bundle, for a GPU
     python train_sr.py --resume-from auto                                        # go on where it stopped
-    torchrun --nproc-per-node 2 train_sr.py --batch_size 32                      # a process a core, or several GPUs
+    torchrun --nproc-per-node 2 train_sr.py --batch_size 32                      # a process a core, or several GPUs;
+                                                                                 # --fsdp shares the weights
 
 Writes models/ansr-models/<bundle>/: checkpoint_<step>/ folders, metrics.jsonl, loss.png, and at the end model.yaml,
 tokenizer.yaml and state_dict.pt, which is all that `generate.py formula` needs; each folder is a bundle too. In a
@@ -108,6 +109,7 @@ class SRConfig(ModelConfig, PoolConfig, DataConfig):
     entity: str = ""  # of W&B
     name: str = ""  # of the run in W&B
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
+    fsdp: bool = False  # several processes keep a part of the weights and of the optimizer each, not all of them
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # auto: bfloat16 on a GPU that has it
     compile_mode: Literal["", "off", "default", "reduce-overhead", "max-autotune"] = ""  # of torch.compile
 
@@ -137,7 +139,7 @@ SAVED = "state_dict optimizer lr_scheduler scaler".split()
 # what a resumed run may change and still do bit for bit the same
 COSMETIC = """config output_dir verbose resume_from resume_step fresh num_workers max_steps max_seconds
 validate_interval val_size val_batch_size val_problems val_choices checkpoint_interval save_minutes log_interval
-wandb_mode project entity name device compile_mode""".split()
+wandb_mode project entity name device fsdp compile_mode""".split()
 
 
 def kind_of(name, parameter):
@@ -173,7 +175,7 @@ def main(cfg):
     # --- hardware -------------------------------------------------------------------------
     auto = "float32" if cfg.device == "cpu" or not torch.cuda.is_available() else "bfloat16"
     dtype = auto if cfg.dtype == "auto" else cfg.dtype
-    hardware = Hardware(cfg.device, dict(float32="fp32", bfloat16="bf16", float16="fp16")[dtype])
+    hardware = Hardware(cfg.device, dict(float32="fp32", bfloat16="bf16", float16="fp16")[dtype], cfg.fsdp)
     rank, world, device, scaler = hardware.rank, hardware.world, hardware.device, hardware.scaler
     tell = say if rank == 0 else lambda *_: None
     tell(hardware.reason)
@@ -192,6 +194,7 @@ def main(cfg):
     model_args = {name: getattr(cfg, name) for name in ARGUMENTS}
     raw_model = FlashANSRModel(alphabet, **model_args)  # the one that is saved: no _orig_mod. or module. keys
     raw_model.to(device)
+    hardware.shard(raw_model, cfg.optimizer)
     trained = dict(raw_model.named_parameters())
     groups = [
         dict(params=[p for name, p in trained.items() if kind_of(name, p) == kind], weight_decay=decay, times=times)
@@ -248,11 +251,11 @@ def main(cfg):
         sizes = " + ".join(f"{n / 1e6:.2f} M {part}" for part, n in count.items())
         tell(f"{out}: {sizes} parameters to train, {len(alphabet.tokens)} tokens, {len(alphabet.variables)} variables")
 
-    def save(must=True):
+    def save(must=True):  # on all ranks, which give what they have of the weights
+        parts = dict(state_dict=raw_model.state_dict(), optimizer=optimizer.state_dict(),
+                     lr_scheduler=dict(step=at.step, points=points), scaler=scaler.state_dict())  # fmt: skip
+        saver(out / f"checkpoint_{at.step}", (parts, about | vars(at), bundle), must)
         if rank == 0:
-            parts = dict(state_dict=raw_model.state_dict(), optimizer=optimizer.state_dict(),
-                         lr_scheduler=dict(step=at.step, points=points), scaler=scaler.state_dict())  # fmt: skip
-            saver(out / f"checkpoint_{at.step}", (parts, about | vars(at), bundle), must)
             prune(out, cfg.checkpoint_interval)
 
     call = hardware.wrap(raw_model, "" if cfg.compile_mode == "off" else cfg.compile_mode)
@@ -273,22 +276,19 @@ def main(cfg):
     @torch.no_grad()
     def evaluate():
         """Fixed samples and problems of skeletons that are never trained on -> a row of numbers; None if stopped."""
-        raw_model.eval()
         sums, solved = dict(loss=0.0, mrr=0.0, top1=0.0, tokens=0), 0
-        for batch in data.val[rank::world]:
-            if stop:
-                break
-            with hardware.autocast:
-                nats, report = raw_model.loss(place(batch))
-            ranks = report["rank"][report["counted"]].double()
-            new = dict(
-                loss=nats.item(), mrr=(1 / ranks).sum().item(), top1=(ranks == 1).sum().item(), tokens=len(ranks)
-            )
-            sums = {name: sums[name] + new[name] for name in sums}
         problems = range(rank, min(cfg.val_problems, cfg.val_size), world)
-        if not stop:
-            solved = solve_problems(raw_model, data.val, problems, cfg.val_choices, cfg.seed, stop)
-        raw_model.train()
+        with hardware.whole(raw_model) as whole:
+            for batch in data.val[rank::world]:
+                if stop:
+                    break
+                with hardware.autocast:
+                    nats, report = whole.loss(place(batch))
+                ranks = report["rank"][report["counted"]].double()
+                new = dict(loss=nats.item(), mrr=(1 / ranks).sum().item(), top1=(ranks == 1).sum().item())
+                sums = {name: sums[name] + number for name, number in (new | dict(tokens=len(ranks))).items()}
+            if not stop:
+                solved = solve_problems(whole, data.val, problems, cfg.val_choices, cfg.seed, stop)
         (stopped,), totals = hardware.largest(bool(stop)), hardware.total(*sums.values(), solved)
         if stopped:
             return None
@@ -316,10 +316,10 @@ def main(cfg):
                 loss = 0.0
                 for m, batch in enumerate(micro):
                     torch.manual_seed(hash((cfg.seed, at.step, m * world + rank)))  # of dropout and feature noise
-                    call.require_backward_grad_sync = m == len(micro) - 1  # DDP: one reduction a step
+                    hardware.travel(call, m == len(micro) - 1)  # one reduction a step
                     with hardware.autocast:
                         nats, _ = raw_model.loss(batch, call)
-                    scaler.scale(nats * (world / targets)).backward()  # DDP takes the mean over ranks
+                    scaler.scale(nats * (world / targets)).backward()  # what travels is the mean over ranks
                     loss += nats.item() / targets
                 scaler.unscale_(optimizer)
                 norm = torch.nn.utils.clip_grad_norm_(trained.values(), cfg.clip or math.inf).item()
@@ -378,7 +378,8 @@ def main(cfg):
     if rank == 0 and over:
         if at.step >= cfg.steps:
             save_config(bundle, out)
-            raw_model.save(out, dtype=cfg.dtype)  # last: with it the run counts as finished
+            weights = checkpoint.read(out / f"checkpoint_{at.step}" / "state_dict.pt")  # a rank may have a part alone
+            raw_model.save(out, weights, dtype=cfg.dtype)  # last: with it the run counts as finished
         try:
             from plot import plot_losses
 

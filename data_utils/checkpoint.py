@@ -30,16 +30,41 @@ def warn(message):
     print(f"warning: {message}", file=sys.stderr, flush=True)
 
 
-def to_plain(x, path="checkpoint"):
-    """Return a copy of `x` on the CPU. Raises TypeError, with the key's path, on what weights_only would refuse."""
+def writes():
+    """Whether this process, of those that train one model, is the one that writes."""
+    import torch.distributed as dist
+
+    return not dist.is_initialized() or dist.get_rank() == 0
+
+
+def gathered(tensor):
+    """Return a tensor whole: of one that processes share (FSDP2) all of them give their part."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def shared_like(whole, own):
+    """Return of a tensor the part that this process keeps of `own`: all of it, unless processes share that."""
+    if not hasattr(own, "full_tensor"):
+        return whole
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(whole, own.device_mesh, own.placements, src_data_rank=None)  # each has read the file
+
+
+def to_plain(x, path="checkpoint", keep=True):
+    """Return a copy of `x` on the CPU. Raises TypeError, with the key's path, on what weights_only would refuse.
+
+    Tensors that processes share are gathered, for which each calls this. keep False: None instead of any tensor.
+    """
     import torch
 
     if isinstance(x, torch.Tensor):
-        return x.detach().to("cpu", copy=True)
+        whole = gathered(x.detach())
+        return whole.to("cpu", copy=True) if keep else None
     if type(x) is dict or type(x).__name__ == "OrderedDict":
-        return {k: to_plain(v, f"{path}.{k}") for k, v in x.items()}
+        return {k: to_plain(v, f"{path}.{k}", keep) for k, v in x.items()}
     if type(x) in (list, tuple):
-        return type(x)(to_plain(v, f"{path}[{i}]") for i, v in enumerate(x))
+        return type(x)(to_plain(v, f"{path}[{i}]", keep) for i, v in enumerate(x))
     if type(x) in PLAIN:
         return x
     raise TypeError(f"{path} is a {type(x).__module__}.{type(x).__name__}; save tensors and plain Python only")
@@ -74,10 +99,15 @@ def named(state):
 
 
 def save_checkpoint(path, state):
-    """Write `state` to `path`; what was there stays if anything fails. Refuses weights that are not finite."""
+    """Write `state` to `path`; what was there stays if anything fails. Refuses weights that are not finite.
+
+    Each process calls this where they share weights, else one is enough; the first one writes.
+    """
     import torch
 
-    state = to_plain(state)
+    state = to_plain(state, keep=writes())
+    if not writes():
+        return
     weights = named(state).get("model_state", {}).values()
     if not all(w.isfinite().all() for w in weights if w.is_floating_point()):
         raise CheckpointError(f"{path} was not written: weights are not finite")
@@ -212,23 +242,27 @@ def load_parts(parts, state, path, about, allow_partial=None, same_data=""):
         if share < 0.5:
             raise UsageError(f"{path} fits only {share:.0%} of this model: {found}")
         warn(f"{path}: {found}; {share:.0%} loaded, the optimizer starts anew")
-        model.load_state_dict(fits, strict=False)
+        model.load_state_dict({k: shared_like(v, own[k]) for k, v in fits.items()}, strict=False)
         return
-    model.load_state_dict(saved)
+    model.load_state_dict({k: shared_like(v, own[k]) for k, v in saved.items()})
     for name, part in parts.items():
         if part is model or not state.get(name):  # an empty scaler is that of a run without one
             continue
         if name == "optimizer_state":
-            _check_optimizer(part, state[name], path)
+            slots = _checked(part, state[name], path)
             pairs = zip(part.state_dict()["param_groups"], state[name]["param_groups"], strict=False)
             groups = [own | dict(lr=old.get("lr", own["lr"])) for own, old in pairs]
-            part.load_state_dict(state[name] | dict(param_groups=groups))
+            part.load_state_dict(state[name] | dict(state=slots, param_groups=groups))
         else:
-            part.load_state_dict(state[name])
+            now = part.state_dict()
+            part.load_state_dict({k: shared_like(v, now.get(k)) for k, v in state[name].items()})
 
 
-def _check_optimizer(optimizer, saved, path):
-    """torch accepts any shape here and fails at the next step."""
+def _checked(optimizer, saved, path):
+    """Return the states of an optimizer, shared like its parameters.
+
+    Raises UsageError for shapes that don't fit: torch accepts any here and fails at the next step.
+    """
     import torch
 
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
@@ -237,6 +271,8 @@ def _check_optimizer(optimizer, saved, path):
         whole = [t for name, t in tensors.items() if not name.endswith(("_codes", "_scales"))]  # not in blocks
         if i >= len(parameters) or any(t.shape != parameters[i].shape for t in whole):
             raise UsageError(f"{path}: optimizer state {i} does not fit its parameter")
+        slots.update({name: shared_like(t, parameters[i]) for name, t in tensors.items()})
+    return saved["state"]
 
 
 def changed(old, new, cosmetic=()):
@@ -250,9 +286,15 @@ def _listed(x):
 
 
 def notice(path, state, about, cosmetic):
-    """Return the line that says what a run goes on from, and which changes end exact resuming."""
+    """Return the line that says what a run goes on from, and which changes end exact resuming.
+
+    As many micro-batches a step, on more processes or on fewer, are the same step.
+    """
     names = ("data_hash", "world_size", "steps")
     old, new = ({n: s[n] for n in names} | s["config"] for s in (state, about))
+    split = [n for n in ("grad_accum_steps", "gradient_accumulation_steps", "world_size") if n in old and n in new]
+    if len(split) == 2 and math.prod(old[n] for n in split) == math.prod(new[n] for n in split):
+        cosmetic = (*cosmetic, *split)
     differs = changed(old, new, cosmetic)
     return f"resumed {path} at step {state['step']}" + f", {differs}: exact resume is lost" * bool(differs)
 
@@ -277,11 +319,15 @@ class Saver:
 def rehearse(folder, name, state):
     """Write `state` into `folder`, read it back, remove it; return the size in bytes that a checkpoint will have.
 
+    Called as save_checkpoint is; the processes that write nothing return 0.
+
     Raises CheckpointError when that fails or there is no room for two of them: better now than after a night.
     """
     trial = Path(folder) / f"{name}.tmp-rehearsal-{os.getpid()}"
     try:
         save_checkpoint(trial, state)
+        if not writes():
+            return 0
         load_checkpoint(trial, state["kind"])
         size = trial.stat().st_size
     finally:

@@ -30,6 +30,9 @@ class DataError(Exception):
 class Parser(argparse.ArgumentParser):
     def error(self, message):
         unknown = message.partition("unrecognized arguments:")[2]
+        if "--fsdp" in unknown.split() and self.prog.startswith("train_"):
+            message = f"{self.prog} has no --fsdp; train_expert.py, train_hrm.py and train_sr.py have"
+            self.exit(2, f"error: {message}\ntry: torchrun --standalone --nproc-per-node 2 {self.prog}\n")
         for word in re.findall(r"(?<!\S)--?[\w-]+", unknown):
             close = difflib.get_close_matches(word, self._option_string_actions, 1)
             message += f" (did you mean {close[0]}?)" if close else ""
@@ -143,7 +146,8 @@ def _remedy(cfg):
         return " ".join(left) or "a smaller hidden_size="
     if hasattr(cfg, "accumulate"):
         return "a smaller batch_size=, accumulate=2, or a smaller hidden="
-    return "a smaller --batch_size with a larger --grad_accum_steps"
+    shared = ", or --fsdp" * (not getattr(cfg, "fsdp", True) and int(os.environ.get("WORLD_SIZE", 1)) > 1)
+    return "a smaller --batch_size with a larger --grad_accum_steps" + shared
 
 
 def at_least(cfg, low, *names):

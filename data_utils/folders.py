@@ -8,7 +8,16 @@ from pathlib import Path
 
 import torch
 
-from data_utils.checkpoint import CheckpointError, first_good, load_checkpoint, numbered, read, to_plain, write_atomic
+from data_utils.checkpoint import (
+    CheckpointError,
+    first_good,
+    load_checkpoint,
+    numbered,
+    read,
+    to_plain,
+    write_atomic,
+    writes,
+)
 from data_utils.config import DataError, UsageError, save_config
 
 FOLDER = r"checkpoint_(\d+)"
@@ -16,8 +25,14 @@ STATE = "training_state.pt"
 
 
 def save_folder(path, content):
-    """Write content: ({name: state dict} as name.pt each, state with their hashes as training_state.pt, the bundle)."""
+    """Write content: ({name: state dict} as name.pt each, state with their hashes as training_state.pt, the bundle).
+
+    Called as save_checkpoint is.
+    """
     path, (parts, state, config) = Path(path), content
+    parts = to_plain(parts, keep=writes())  # before anything can fail, since all processes take part
+    if not writes():
+        return
     temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
     try:
         shutil.rmtree(temporary, ignore_errors=True)

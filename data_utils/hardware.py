@@ -1,25 +1,37 @@
 """Device, precision and processes of a run: chosen once, printed once."""
 
+import contextlib
+import copy
 import os
+import sys
 
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.nn import ModuleList, Parameter
 from torch.nn.parallel import DistributedDataParallel
 
+from data_utils.checkpoint import gathered, warn
 from data_utils.config import UsageError
 
 DTYPES = dict(bf16=torch.bfloat16, fp16=torch.float16, fp32=torch.float32)
+LARGE = 2e9  # parameters from which on a gathered model may not fit the machine
 
 
 class Hardware:
     """`device` (auto, cpu, cuda, cuda:1, mps) and `precision` (bf16, fp16, fp32) as asked -> what there is.
 
     bf16 is taken on CUDA from capability 8.0 on and on CPUs with avx512_bf16 or amx, else fp16 with a GradScaler on
-    CUDA, else fp32. Under torchrun the process group is started. Raises UsageError when the device is not there.
+    CUDA, else fp32. Under torchrun the process group is started. fsdp: `shard` shares the weights among its processes.
+    Raises UsageError when the device is not there, or there is one process to share among.
     """
 
-    def __init__(self, device, precision):
+    def __init__(self, device, precision, fsdp=False):
         self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        self.fsdp, self.twin = fsdp, None
+        if fsdp and self.world == 1:
+            raise UsageError("--fsdp shares a model among processes, and this is the only one\n"
+                             f"try: torchrun --standalone --nproc-per-node 2 {' '.join(sys.argv)}")  # fmt: skip
         if device == "auto":
             mps = torch.backends.mps.is_available()
             device = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
@@ -47,6 +59,33 @@ class Hardware:
         self.autocast = torch.autocast(kind, DTYPES[self.precision], enabled=self.precision != "fp32")
         self.scaler = torch.amp.GradScaler(kind, enabled=self.precision == "fp16")
         self.reason = f"{self.device}, {self.precision} ({reason})" + f", {self.world} processes" * (self.world > 1)
+        self.reason += " that share the weights" * fsdp
+
+    def shard(self, model, optimizer="adamw"):
+        """With fsdp, keep a part of each weight of `model`, in place; the optimizer is built of these parts, later.
+
+        Children of a ModuleList are gathered when they are called, and again in the backward pass; what else there is,
+        tied weights too, stays whole from the forward pass on. PyTorch FSDP, arXiv 2304.11277. Raises UsageError for an
+        optimizer that needs whole matrices (muon) or blocks of its own (adamw_8bit).
+        """
+        if not self.fsdp:
+            return
+        if optimizer != "adamw":
+            raise UsageError(f"--fsdp with --optimizer {optimizer}, which needs whole weights\ntry: --optimizer adamw")
+        from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method  # half a second
+
+        without = {id(p): Parameter(p.to("meta"), p.requires_grad) for p in model.parameters()}
+        self.twin = copy.deepcopy(model, without).to("meta")
+        how = dict(mesh=init_device_mesh(self.device.type, (self.world,)))
+        lists = [part for part in model.modules() if isinstance(part, ModuleList)]
+        for child in (child for part in reversed(lists) for child in part if not isinstance(child, ModuleList)):
+            fully_shard(child, **how)
+            if hasattr(child, "keys"):  # of what a decoder reads: called by itself, before the child
+                register_fsdp_forward_method(child, "keys")
+        fully_shard(model, **how)
+        count = sum(p.numel() for p in model.parameters())
+        if count > LARGE and self.rank == 0:
+            warn(f"{count / 1e9:.1f} billion parameters: a save takes {12 * count / 1e9:.0f} GB of memory on the CPU")
 
     def wrap(self, model, compile=False):
         """Return `model` as it is called in training: compiled on request, with gradients averaged over ranks.
@@ -54,7 +93,33 @@ class Hardware:
         compile: whether, or a mode of torch.compile.
         """
         model = torch.compile(model, mode=compile if isinstance(compile, str) else None) if compile else model
-        return DistributedDataParallel(model) if self.world > 1 else model
+        return DistributedDataParallel(model) if self.world > 1 and not self.fsdp else model
+
+    def travel(self, model, last):
+        """Average gradients in the next backward pass of what `wrap` returned only if it is the `last` of a step."""
+        if self.fsdp:
+            model.set_requires_gradient_sync(last)
+        else:
+            model.require_backward_grad_sync = last  # read by DDP
+
+    @contextlib.contextmanager
+    def whole(self, model):
+        """`with hardware.whole(model) as whole:` in eval mode, with all weights on every rank; then training goes on.
+
+        So ranks may call it as often as each likes, and any of its methods.
+        """
+        whole = model if self.twin is None else self.twin.to_empty(device=self.device)
+        if self.twin is not None:
+            now = dict(model.named_parameters()) | dict(model.named_buffers())
+            for name, part in (*whole.named_parameters(), *whole.named_buffers()):
+                part.data.copy_(gathered(now[name].detach()))
+        whole.eval()
+        try:
+            yield whole
+        finally:
+            model.train()
+            if self.twin is not None:
+                self.twin.to("meta")
 
     def largest(self, *numbers):
         """The maximum of each over all ranks, so that they skip, save and leave at the same step."""

@@ -59,6 +59,10 @@ class DecoderBlock(nn.Module):
         self.ffn_norm, self.ffn = Norm(ffn_norm, dim), FFN(dim=dim, hidden_dim=ffn_hidden_dim)
         self.dropout = nn.Dropout(dropout)
 
+    def keys(self, memory, rotary):
+        """Keys and values of the points, memory (B, S, memory_dim), each (B, H, S, D): made once a set."""
+        return self.cross_attention.keys(memory, rotary)
+
     def forward(self, x, keys, rotary, cross_rotary, cache=None, start=0):
         x = x + self.dropout(self.self_attention(self.self_attn_norm(x), rotary, True, cache, start))
         x = x + self.dropout(self.cross_attention(self.cross_attn_norm(x), keys, None, cross_rotary, start))
@@ -142,7 +146,7 @@ class FlashANSRModel(nn.Module):
         if variables is None:
             variables = ((data[..., : len(self.alphabet.variables)] != 0) & mask[..., None]).any(1)
         memory = self.memory_norm(self.encoder(data, mask))
-        return Encoded([block.cross_attention.keys(memory, self.cross_rotary) for block in self.blocks], variables)
+        return Encoded([block.keys(memory, self.cross_rotary) for block in self.blocks], variables)
 
     def _fits(self, length):
         if length > self.max_seq_len:
@@ -318,8 +322,11 @@ class FlashANSRModel(nn.Module):
         found = scores.isfinite()
         return ended[found, : t + 1].cpu(), scores[found].cpu()
 
-    def save(self, folder, **more):
-        """Write model.yaml, tokenizer.yaml and state_dict.pt into `folder`; `more`: further keys of model.yaml."""
+    def save(self, folder, weights=None, **more):
+        """Write model.yaml, tokenizer.yaml and state_dict.pt into `folder`; `more`: further keys of model.yaml.
+
+        weights: a state_dict to write instead of its own.
+        """
         tokens, split = self.alphabet.tokens, len(self.alphabet.operators) + len(self.alphabet.variables)
         tokenizer = dict(special_tokens=tokens[:-split], operators=self.alphabet.operators,
                          variables=self.alphabet.variables)  # fmt: skip
@@ -327,7 +334,7 @@ class FlashANSRModel(nn.Module):
         for name, content in (("model.yaml", model), ("tokenizer.yaml", tokenizer)):
             text = yaml.safe_dump(content, sort_keys=False).encode()
             write_atomic(Path(folder) / name, lambda file, text=text: file.write(text))
-        weights = {name: tensor.detach().cpu() for name, tensor in self.state_dict().items()}
+        weights = {name: tensor.detach().cpu() for name, tensor in (weights or self.state_dict()).items()}
         write_atomic(Path(folder) / "state_dict.pt", lambda file: torch.save(weights, file))
 
     @classmethod

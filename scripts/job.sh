@@ -50,10 +50,12 @@ case $script in
 esac
 
 processes=${NPROC:-${SLURM_GPUS_ON_NODE:-1}}
+nodes=${SLURM_NNODES:-1}
 command=(python)
-if [ "${SLURM_NNODES:-1}" -gt 1 ]; then
+if [ "$nodes" -gt 1 ]; then  # a launcher a node; since Slurm 22.05 srun does not take the job's --cpus-per-task over
   first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-  command=(srun torchrun "--nnodes=$SLURM_NNODES" "--nproc-per-node=$processes" --rdzv-backend=c10d
+  command=(srun --ntasks-per-node=1 "--cpus-per-task=${SLURM_CPUS_PER_TASK:-1}"
+    torchrun "--nnodes=$nodes" "--nproc-per-node=$processes" --rdzv-backend=c10d
     "--rdzv-endpoint=$first:29500" "--rdzv-id=$SLURM_JOB_ID")
 elif [ "$processes" -gt 1 ] && { [ "$script" != train_ae.py ] || ! sweeps || given sweep_job; }; then
   command=(torchrun --standalone "--nproc-per-node=$processes")
@@ -62,13 +64,17 @@ fi
 child= late= stopped=
 stop() {
   stopped=1
-  [ -n "$child" ] && kill -TERM "$child" 2>/dev/null
+  if [ "$nodes" -gt 1 ]; then
+    scancel --signal=TERM "$SLURM_JOB_ID"  # srun would end its launchers: this reaches them and the ranks themselves
+  elif [ -n "$child" ]; then
+    kill -TERM "$child" 2>/dev/null
+  fi
 }
 trap stop TERM INT
 trap 'late=1; stop' USR1
 "${command[@]}" "$script" "${arguments[@]}" &
 child=$!
-[ -n "$stopped" ] && kill -TERM "$child"
+[ -n "$stopped" ] && stop
 if [ -n "$MAX_SECONDS" ]; then
   (trap - TERM USR1; sleep "$MAX_SECONDS" & trap 'kill $!' TERM; wait && kill -USR1 $$) & clock=$!
 fi

@@ -487,6 +487,14 @@ def test_changed_and_notice():
     )
 
 
+@pytest.mark.parametrize("name", ["grad_accum_steps", "gradient_accumulation_steps"])
+def test_as_many_micro_batches_on_other_processes_are_no_change(name):
+    one, two = (make_about(world_size=world, config={name: count}) for world, count in ((1, 4), (2, 2)))
+    assert checkpoint.notice("a.pt", one, two, ()) == "resumed a.pt at step 5"
+    two["config"][name] = 4
+    assert "world_size 1 -> 2: exact" in checkpoint.notice("a.pt", one, two, ())
+
+
 # ---- rotate, lock, set aside -----------------------------------------------------------------------------------------
 
 

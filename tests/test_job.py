@@ -20,6 +20,11 @@ if "wait" in sys.argv:
     open("ready", "w").close()
     time.sleep(60)
 """
+SCONTROL = 'test "$1" = show && echo first && echo second || echo scontrol "$@"'
+SCANCEL = 'echo scancel "$@"; touch cancelled'
+# says with what it was called; waits to be cancelled if `wait` is there, and a signal would end it
+SRUN = """echo srun "$@"
+case "$*" in *wait*) touch ready; while [ ! -f cancelled ]; do sleep 0.1; done; exit 1 ;; esac"""
 
 pytestmark = pytest.mark.skipif(not shutil.which("bash"), reason="no bash")
 
@@ -32,7 +37,7 @@ def clone(tmp_path, monkeypatch):
     for name in ("train_ae.py", "train_sr.py", "train_hrm.py", "train_expert.py"):
         (tmp_path / name).write_text(CHILD)
     (tmp_path / "bin").mkdir()
-    for name, text in dict(python=f'exec {sys.executable} "$@"', scontrol='echo scontrol "$@"',
+    for name, text in dict(python=f'exec {sys.executable} "$@"', scontrol=SCONTROL, srun=SRUN, scancel=SCANCEL,
                            torchrun='echo torchrun "$@"').items():  # fmt: skip
         (tmp_path / "bin" / name).write_text(f"#!/bin/sh\n{text}\n")
         (tmp_path / "bin" / name).chmod(0o755)
@@ -76,6 +81,9 @@ def job(clone, words, script="scripts/job.sh"):
         ("NPROC=2", "train_hrm.py --run_name a",
          "torchrun --standalone --nproc-per-node=2 train_hrm.py --run_name a"),
         ("SLURM_GPUS_ON_NODE=2", "train_ae.py -m epochs=1,2", "train_ae.py -m epochs=1,2"),
+        ("SLURM_JOB_ID=7 SLURM_NNODES=2 SLURM_GPUS_ON_NODE=4 SLURM_CPUS_PER_TASK=3", "train_hrm.py --run_name a --fsdp",
+         "srun --ntasks-per-node=1 --cpus-per-task=3 torchrun --nnodes=2 --nproc-per-node=4 --rdzv-backend=c10d "
+         "--rdzv-endpoint=first:29500 --rdzv-id=7 train_hrm.py --run_name a --fsdp"),
     ],
 )  # fmt: skip
 def test_what_makes_the_same_command_resume_is_added(clone, monkeypatch, env, words, called):
@@ -108,6 +116,13 @@ def test_a_late_slurm_job_is_requeued(clone, monkeypatch):
     (clone / "ready").unlink()
     monkeypatch.setenv("SLURM_RESTART_COUNT", "100")
     assert "scontrol" not in finish(stopped(clone, signal.SIGUSR1), 143)[0]
+
+
+def test_a_late_job_on_two_nodes_is_cancelled_by_its_steps_and_requeued(clone, monkeypatch):
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.setenv("SLURM_NNODES", "2")
+    out = finish(stopped(clone, signal.SIGUSR1))[0]
+    assert "scancel --signal=TERM 7" in out and "scontrol requeue 7" in out
 
 
 def test_a_late_htcondor_job_leaves_with_85(clone, monkeypatch):

@@ -77,7 +77,7 @@ def serve():
 
 
 if __name__ == "__main__":
-    for name in ("torch._dynamo", "matplotlib.pyplot", "tokenizers", "faiss"):  # none starts a thread
+    for name in "torch._dynamo torch.distributed.fsdp matplotlib.pyplot tokenizers faiss".split():  # none has a thread
         with contextlib.suppress(ImportError):
             importlib.import_module(name)
     import numpy
