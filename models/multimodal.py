@@ -107,7 +107,9 @@ class Multimodal(nn.Module):
         else:
             size = CELL_HEIGHT * CELL_WIDTH
             self.look = nn.ModuleDict({kind: nn.Linear(size * cells, D) for kind, cells in kinds.items()})
-        self.page_places = Places(map(self.shape_of, tasks.values()), d_model=D, std=0.02)
+        boxed = only["rows"] == only["cols"] in (4, 6, 9)  # a Sudoku
+        if boxed or not relation_bias:  # else offsets tell where a cell lies
+            self.page_places = Places(map(self.shape_of, tasks.values()), d_model=D, std=0.02)
         if slots := [(task["rows"], task["cols"]) for task in tasks.values() if self.has_slots(task)]:
             self.answer_places = Places(slots, d_model=D, std=0.5)  # all that tells slots apart
         self.task = nn.ParameterDict({name: torch.zeros(D) for name in tasks})
@@ -124,8 +126,7 @@ class Multimodal(nn.Module):
             self.encoder = Core(**sizes, relation=None, length=seen[0])
         relation = None
         if relation_bias:
-            square = only["rows"] == only["cols"] in (4, 6, 9)
-            relation = boxes(only["length"], num_heads) if square else offsets(only["rows"], only["cols"], num_heads)
+            relation = boxes(only["length"], num_heads) if boxed else offsets(only["rows"], only["cols"], num_heads)
         self.core = Core(**sizes, relation=relation, length=lengths[0])
         self.rotary = Still() if relation_bias else Rotary(D // num_heads, max(seen + lengths), ROPE_BASE)
         self.register_buffer("starts", starts(self.core.start_L, paths))
@@ -172,9 +173,9 @@ class Multimodal(nn.Module):
     def see(self, batch):
         """Page (B, R, C), or patches (B, P, pixels) if they are there already -> what is seen of it (B, P, D)."""
         task = self.tasks[batch["task"]]
-        places = self.page_places(*self.shape_of(task))
+        places = self.page_places(*self.shape_of(task)) if hasattr(self, "page_places") else 0
         if self.bottleneck == "tokens":
-            return rms(self.embedding(batch["page"].flatten(1).long()) * places.shape[-1] ** 0.5 + places)
+            return rms(self.embedding(batch["page"].flatten(1).long()) * self.embedding.embedding_dim**0.5 + places)
         patches = batch["patches"] if "patches" in batch else to_float(to_patches(batch["page"], task["cells"]))
         return rms(self.look[task["kind"]](patches) + places)
 

@@ -20,6 +20,7 @@ KNOWN = dict(
     read=Task("read", "text", 2, 3, 6, causal=False, cells=2, ids=0),
     fill=Task("fill", "text", 2, 3, 5, causal=True, cells=2, ids=0),
     sudoku4=Task("sudoku4", "grid", 4, 4, 16, causal=False, cells=1, ids=0),
+    maze=Task("maze", "grid", 3, 3, 9, causal=False, cells=1, ids=0),
     arc=Task("arc", "grid", 2, 3, 6, causal=False, cells=1, ids=5),
 )
 SIZES = dict(hidden_size=16, num_heads=2, H_cycles=2, L_cycles=1, L_layers=1, mixer="attention", norm="post",
@@ -115,6 +116,7 @@ CHOICES = [
     dict(mixer="mlp_t"), dict(mixer="mlp_t", bottleneck="capsules"), dict(mixer="mlp_t", bottleneck="tokens"),
     dict(relation_bias=True), dict(relation_bias=True, bottleneck="tokens"), dict(loss="softmax"),
     dict(mixer="mlp_t", tasks=["fill"]), dict(tasks=["arc"]), dict(norm="pre"), dict(norm="pre", bottleneck="capsules"),
+    dict(tasks=["maze"], relation_bias=True), dict(tasks=["maze"], relation_bias=True, bottleneck="tokens"),
     dict(mixer="mlp_t", tasks=["read"]),
     SIZES | dict(augment=True, enable_dqn=False, tasks=["read", "fill", "sudoku4"]),
 ]  # fmt: skip
