@@ -138,11 +138,11 @@ def asked_for(args, row):
     return [arm for arm in ARMS[row] if not args.arms or any(word in arm for word in args.arms.split(","))]
 
 
-def quoted(values, digits=1):
-    """'mean (each)' of shares, in percent."""
+def quoted(values):
+    """'mean (each)' of shares, in percent; what is nearly all is not rounded to all."""
     values = [100 * float(value) for value in values]
-    each = f" ({', '.join(f'{v:.{digits}f}' for v in values)})" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.{digits}f}{each}"
+    mean, *each = (f"{v:.{1 + (99.9 < v < 100)}f}" for v in (statistics.mean(values), *values))
+    return mean + f" ({', '.join(each)})" * (len(each) > 1)
 
 
 def opened(run):
