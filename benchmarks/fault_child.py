@@ -5,14 +5,20 @@ them. Steps are counted from the start of the process, by the optimizer; calls o
 
     signal=NAME:STEP:MS[:group]   send a signal to itself (to its group) MS milliseconds after a step
     bad=nan|inf:CALL:TIMES        gradients that are not finite, in so many calls of backward from CALL on
-    grow=CALL:TIMES:FACTOR        gradients that are so many times as large
     sleep=CALL:SECONDS            a slow call of backward
     die=half|before|after:N       SIGKILL in the middle of the N-th file that is saved, before or after the N-th rename
+    die=delete:N                  the same before the N-th checkpoint is deleted
     limit=STEP:BYTES              after a step no file may be longer; -1 lifts that
     quota=BYTES                   no file may be longer from the start
     slow=PATH[:ARGUMENT]          a slow function, where it gets that argument; SIGTERM comes in its first wait
     clock=SECONDS                 time.time() is so much ahead
+    user=NUMBER                   another user than root
+    scaler=1                      loss scaling, which the product has on CUDA only
+    word=FLAG                     one more word of the command line
+    once=FILE                     the faults after it only if FILE is not there; makes it
     figures=0                     no figures: drawing them would take most of the time
+
+1@ before a fault: in rank 1 only.
 """
 
 import atexit
@@ -31,22 +37,28 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 WARM = ["torch", "torch._dynamo", "tokenizers", "faiss", "pandas", "tqdm.auto"]  # none starts a thread
 
+# what a child that is killed or leaves by os._exit still held
+os.environ.setdefault("PYTHONWARNINGS", "ignore::UserWarning:multiprocessing.resource_tracker")
+LOCK = threading.Lock()  # a start of multiprocessing asks for the status of all children: it is told once
+
 
 # --- faults -----------------------------------------------------------------------------------
 def inject(words):
     """Patch this process as the words say."""
     at_steps, at_calls, moves = {}, {}, []
     for word in words:
-        what, _, values = word.partition("=")
-        values = values.split(":")
+        rank, at, word = word.rpartition("@")
+        if at and rank != os.environ.get("RANK"):
+            continue
+        what, _, value = word.partition("=")
+        values = value.split(":")
         if what == "signal":
             at_steps.setdefault(int(values[1]), []).append(lambda v=values: send(v[0], float(v[2]) / 1e3, len(v) > 3))
         elif what == "limit":
             at_steps.setdefault(int(values[0]), []).append(lambda v=values: limit(int(v[1])))
-        elif what in ("bad", "grow"):
-            times = {"bad": values[0], "grow": values[-1]}[what]
-            first, count = (int(value) for value in (values[1:3] if what == "bad" else values[:2]))
-            at_calls |= dict.fromkeys(range(first, first + count), (float(times), 0.0))
+        elif what == "bad":
+            first, count = map(int, values[1:])
+            at_calls |= dict.fromkeys(range(first, first + count), (float(values[0]), 0.0))
         elif what == "sleep":
             at_calls[int(values[0])] = (1.0, float(values[1]))
         elif what == "die":
@@ -57,6 +69,16 @@ def inject(words):
             slow_down(*values)
         elif what == "clock":
             time.time = lambda now=time.time, ahead=float(values[0]): now() + ahead
+        elif what == "user":
+            os.setuid(int(value))
+        elif what == "scaler":
+            scale_losses()
+        elif what == "word":
+            sys.argv.append(value)
+        elif what == "once":
+            if os.path.exists(value):
+                break
+            open(value, "w").close()
         elif what == "figures":
             sys.modules["plot"] = None
         else:
@@ -119,10 +141,10 @@ def spoil_backward(changes):
 
 
 def die_in_saves(where, number):
-    """SIGKILL with half of the number-th checkpoint written, or before or after the number-th rename of one."""
+    """SIGKILL with half of the number-th checkpoint written, before or after its rename, or before one is deleted."""
     import torch
 
-    save, counts = torch.save, dict(half=0, move=0)
+    save, counts = torch.save, dict(half=0, move=0, delete=0)
 
     def dies():
         said(where)
@@ -150,7 +172,13 @@ def die_in_saves(where, number):
 
         return moved
 
-    torch.save, os.replace, os.rename = half, counted(os.replace), counted(os.rename)
+    def deleted(path, unlink=os.unlink, **how):
+        counts["delete"] += str(path).endswith(".pt")
+        if where == "delete" and counts["delete"] == number:
+            dies()
+        unlink(path, **how)
+
+    torch.save, os.replace, os.rename, os.unlink = half, counted(os.replace), counted(os.rename), deleted
 
 
 def limit(size):
@@ -182,12 +210,26 @@ def slow_down(path, argument=""):
     setattr(owner, name, slow)
 
 
+def scale_losses():
+    import torch
+
+    from data_utils.hardware import Hardware
+
+    begin = Hardware.__init__
+
+    def begun(hardware, *arguments):
+        begin(hardware, *arguments)
+        hardware.scaler = torch.amp.GradScaler("cpu")
+
+    Hardware.__init__ = begun
+
+
 # --- children ---------------------------------------------------------------------------------
 def run(faults, script, words):
     """Be `python script words` with faults."""
-    inject(faults)
     sys.argv = [script, *words]
     sys.path.insert(0, str(ROOT))
+    inject([fault for fault in faults if fault])
     runpy.run_path(str(ROOT / script), run_name="__main__")
 
 
@@ -224,7 +266,8 @@ class Child:
             context = multiprocessing.get_context("forkserver")
             context.set_forkserver_preload(WARM)
             self.process = context.Process(target=_forked, args=(faults, script, words, folder, self.logs, env))
-            self.process.start()
+            with LOCK:
+                self.process.start()
         else:
             line = [sys.executable, *launcher, str(ROOT / "benchmarks" / "faults.py"), "inject", *faults, "--", script]
             out, err = (open(log, "wb") for log in self.logs)
@@ -234,7 +277,8 @@ class Child:
 
     def status(self):
         """The exit status, negative for a signal; None while it runs."""
-        return self.process.exitcode if hasattr(self.process, "exitcode") else self.process.poll()
+        with LOCK:
+            return self.process.exitcode if hasattr(self.process, "exitcode") else self.process.poll()
 
     def wait(self, seconds=60):
         """Return (status, stdout, stderr). Raises AssertionError, and ends it, when it takes longer."""

@@ -19,7 +19,7 @@ from data_utils.checkpoint import by_step, numbered, read
 torch.set_num_threads(1)
 VOLATILE = set(
     """config seconds epoch_seconds run_id throughput epoch_time_s total_time_s max_memory_mib samples_per_s
-tokens_per_s data_share peak_mb argv""".split()
+tokens_per_s data_share peak_mb argv timestamp""".split()
 )  # what a clock or a place decides
 LANGUAGE = """--tokenizer bytes --d_model 32 --n_heads 2 --max_seq_len 32 --batch_size 16 --domains code
 --lr 3e-3 --max_steps 30 --save_every 1 --save_minutes 0.0003 --log_interval 5 --eval_windows 40 --device cpu"""
@@ -128,7 +128,7 @@ def results(script, folder):
     for line in (folder / script.metrics).read_text().splitlines()[script.letter != "A" :]:
         row = json.loads(line)
         started = script.letter == "V" and row["split"] == "train" and row["step"] % 2  # a row three steps after each
-        if not started and row.get("moment") not in ("on_start", "on_resume", "on_interrupt"):
+        if not started and row.get("moment") not in ("on_start", "on_resume", "on_interrupt", "on_exception"):
             rows.append(row)
     return {path.relative_to(home.parent).as_posix(): read(path) for path in files} | dict(rows=rows)
 

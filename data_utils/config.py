@@ -149,6 +149,15 @@ def at_least(cfg, low, *names):
             raise UsageError(f"--{name} {getattr(cfg, name)}: expected {low} or more")
 
 
+def check_name(cfg, field):
+    """Raise UsageError unless that field, which becomes part of a path, is a plain name on every system."""
+    name = getattr(cfg, field)
+    if not re.fullmatch(r"[A-Za-z0-9][\w.-]{0,99}", name, re.ASCII):
+        raise UsageError(f"--{field} {name}: letters, digits, dots, _ and -, at most 100, the first no sign")
+    if re.fullmatch(r"(con|nul|aux|prn|com\d|lpt\d)(\..*)?", name, re.I):
+        raise UsageError(f"--{field} {name}: a device of Windows\ntry: another name")
+
+
 def parser_of(cls, doc, prog):
     parser = Parser(prog=prog, description=doc, formatter_class=_Formatter, allow_abbrev=False)
     if "config" not in (f.name for f in dataclasses.fields(cls)):
