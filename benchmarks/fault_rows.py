@@ -57,7 +57,7 @@ CODES = (  # pickles in which a call of a function is written out; {} is the fil
     b"cos\nsystem\n(S'touch {}'\ntR.",
     b'cbuiltins\neval\n(S\'open("{}", "w")\'\ntR.',
     b"cbuiltins\nopen\n(S'{}'\nS'w'\ntR.",
-    b"(dS'kind'\nS'it'\nS'step'\nI9\nS'optimizer_state'\ncos\nsystem\n(S'touch {}'\ntRs.",
+    b"(dS'kind'\nS'it'\nsS'step'\nI9\nsS'optimizer_state'\ncos\nsystem\n(S'touch {}'\ntRs.",
 )
 
 
@@ -557,7 +557,7 @@ def elastic(lab, name):
 
 
 def other_world(lab, name):
-    """Two ranks, one, two again, as many windows a step: what two ranks leave; of hrm, which does not accumulate, near."""
+    """Two ranks, one, two again, as many windows a step: as two ranks all the way, nearly so without accumulation."""
     folder = lab.folder()
     flags = dict(expert={1: ["--grad_accum_steps=2"], 2: ["--grad_accum_steps=1"]},
                  hrm={1: ["--batch_size=32"], 2: ["--batch_size=16"]})[name]  # fmt: skip

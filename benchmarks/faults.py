@@ -34,7 +34,7 @@ import re
 import shutil
 import tempfile
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -156,26 +156,29 @@ def jobs(cfg, lab):
             yield "table", dict(row=number, fault=fault, script=name), partial(function, lab, name)
 
 
+def keep(path, section, row):
+    """Write one row into the results, in the place of its last one."""
+    results = json.loads(path.read_text()) if path.exists() else {}
+    rows = {tuple(row.values())[:3]: row for row in [*results.get(section, {}).get("rows", []), row]}
+    cpu = [torch.backends.cpu.get_cpu_capability()]
+    about = dict(threads=1, torch=str(torch.__version__), date=time.strftime("%Y-%m-%d"), cpu=cpu)
+    results[section] = about | dict(rows=[rows[key] for key in sorted(rows)])
+    write_atomic(path, lambda file: file.write((json.dumps(results, indent=1) + "\n").encode()))
+
+
 def main(cfg):
     place, begin = tempfile.mkdtemp(dir="/dev/shm" if os.access("/dev/shm", os.W_OK) else None), time.monotonic()
     os.chmod(place, 0o755)  # for the rows of another user
     try:
         work = list(jobs(cfg, Lab(place, cfg.seed)))
         with ThreadPoolExecutor(1 if cfg.start else cfg.jobs) as pool:
-            found = list(pool.map(lambda job: (job[0], tried(*job[1:])), work))
+            under_way = {pool.submit(tried, *job[1:]): job[0] for job in work}
+            for done in as_completed(under_way):
+                keep(Path(cfg.out), under_way[done], done.result())
     finally:
         shutil.rmtree(place, ignore_errors=True)
-    path = Path(cfg.out)
-    results = json.loads(path.read_text()) if path.exists() else {}
-    cpu = [torch.backends.cpu.get_cpu_capability()]
-    about = dict(threads=1, torch=str(torch.__version__), date=time.strftime("%Y-%m-%d"), cpu=cpu)
-    for section in {section for section, _ in found}:
-        kept = {tuple(row.values())[:3]: row for row in results.get(section, {}).get("rows", [])}
-        kept |= {tuple(row.values())[:3]: row for other, row in found if other == section}
-        results[section] = about | dict(rows=[kept[key] for key in sorted(kept)])
-    write_atomic(path, lambda file: file.write((json.dumps(results, indent=1) + "\n").encode()))
-    failed = [row for _, row in found if row["outcome"] == "FAIL"]
-    print(f"{len(found) - len(failed)} of {len(found)} as they must, {time.monotonic() - begin:.0f} s")
+    failed = [done for done in under_way if done.result()["outcome"] == "FAIL"]
+    print(f"{len(under_way) - len(failed)} of {len(under_way)} as they must, {time.monotonic() - begin:.0f} s")
     if failed:
         sys.exit(1)
     return {}

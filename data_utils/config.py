@@ -63,6 +63,9 @@ def from_cli(cls, doc="", argv=None, prog=None, by="", flatten=None, load=None, 
         if not hasattr(sys.modules["__main__"], "__file__"):
             return None
         argv = sys.argv[1:]
+        for name in ("stdout", "stderr"):
+            if getattr(sys, name) is None:  # closed, as by 2>&-: say it to nobody
+                setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))
     argv = [re.sub("^--no_", "--no-", word) for word in argv]
     if overrides:
         from data_utils.overrides import read
