@@ -176,6 +176,7 @@ def main(cfg):
             for done in as_completed(under_way):
                 keep(Path(cfg.out), under_way[done], done.result())
     finally:
+        pool.shutdown(wait=False, cancel_futures=True)  # else a stop would wait for all that is left
         shutil.rmtree(place, ignore_errors=True)
     failed = [done for done in under_way if done.result()["outcome"] == "FAIL"]
     print(f"{len(under_way) - len(failed)} of {len(under_way)} as they must, {time.monotonic() - begin:.0f} s")
