@@ -15,7 +15,6 @@ B batch, S prompt, T answer, V vocabulary; a segment is one optimizer step on a 
 import inspect
 import json
 import math
-import re
 import sys
 import time
 from dataclasses import asdict, dataclass, field
@@ -25,7 +24,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Literal
 
-from data_utils.config import DataError, UsageError, at_least, from_cli, launch
+from data_utils.config import DataError, UsageError, at_least, check_name, from_cli, launch
 from data_utils.nested import flatten
 
 
@@ -184,8 +183,8 @@ def main(cfg):
         raise UsageError(f"--d_model {cfg.d_model} over --n_heads {cfg.n_heads}: the head dim must be whole and even")
     if cfg.segments > 1 and cfg.core != "recursive":
         raise UsageError(f"--segments {cfg.segments} needs --core recursive, it is {cfg.core}")
-    if cfg.run_name and not re.fullmatch(r"[A-Za-z0-9][\w.-]{0,99}", cfg.run_name, re.ASCII):
-        raise UsageError(f"--run_name {cfg.run_name}: letters, digits, dots, _ and -, at most 100, the first no sign")
+    if cfg.run_name:
+        check_name(cfg, "run_name")
 
     # --- hardware -------------------------------------------------------------------------
     hardware = Hardware(cfg.device, dict(none="fp32", auto="bf16").get(asked := cfg.mixed_precision, asked), cfg.fsdp)
@@ -260,6 +259,7 @@ def main(cfg):
         vars(at).update({name: state[name] for name in vars(at)})
         whole = [torch.cat(z) for z in zip(*state["carry"], strict=True)]  # of all ranks that there were
         carry = tuple(z[rank * cfg.batch_size :][: cfg.batch_size].to(device) for z in whole if len(z) == rows) or None
+        checkpoint.leave(files, at.step) if rank == 0 else None
         tell(checkpoint.notice(path, state, about, COSMETIC))
     if at.step >= steps and (at.evaluated == at.step or not n_val):
         tell(f"{home}: finished at step {at.step}, best val_loss {at.best_val_loss:.4f}; a larger --steps goes on")

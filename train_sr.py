@@ -236,6 +236,7 @@ def main(cfg):
         checkpoint.load_parts(parts, state | loaded, path, about)
         vars(at).update({name: state[name] for name in vars(at)})
         at.step = step
+        checkpoint.leave(there, at.step) if rank == 0 else None
         tell(checkpoint.notice(path, state, about, COSMETIC))
     if at.step >= cfg.steps and at.evaluated == at.step and final.exists():
         tell(f"{out}: finished at step {at.step}, val_loss {at.best_val_loss:.4f}; a larger --steps goes on")
@@ -246,10 +247,14 @@ def main(cfg):
             checkpoint.set_aside([out])
         out.mkdir(parents=True, exist_ok=True)
         sweep(out)
+    weights = dict(model_state=raw_model.state_dict(), optimizer_state=optimizer.state_dict())
+    size = checkpoint.rehearse(out, "checkpoint", about | vars(at) | weights)
+    if rank == 0:
         final.unlink(missing_ok=True)  # with it the folder counts as finished
         start_rows(metrics, at.step, at.evaluated, asdict(cfg), device)
         sizes = " + ".join(f"{n / 1e6:.2f} M {part}" for part, n in count.items())
-        tell(f"{out}: {sizes} parameters to train, {len(alphabet.tokens)} tokens, {len(alphabet.variables)} variables")
+        tell(f"{out}: {sizes} parameters to train, {len(alphabet.tokens)} tokens, {len(alphabet.variables)} variables, "
+             f"checkpoints of {size / 1e6:.0f} MB")  # fmt: skip
 
     def save(must=True):  # on all ranks, which give what they have of the weights
         parts = dict(state_dict=raw_model.state_dict(), optimizer=optimizer.state_dict(),
@@ -357,10 +362,7 @@ def main(cfg):
                 (stop_now,) = hardware.largest(0 if row else int(stop.signal))
                 mark += time.monotonic() - before
                 if row:
-                    at.evaluated, val_row = (
-                        at.step,
-                        {name: f"{number:.3f}" for name, number in row.items() if name != "loss"},
-                    )
+                    at.evaluated, val_row = at.step, {n: f"{number:.3f}" for n, number in row.items() if n != "loss"}
                     if rank == 0:
                         write(dict(step=at.step, split="val", samples=at.samples) | row)
                         if not cfg.verbose:

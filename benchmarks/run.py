@@ -72,7 +72,11 @@ BENCHMARKS = dict(  # name of its JSON: (title, commands at full size, commands 
     ),
     multimodal=("Pictures", ["multimodal.py"], [f"multimodal.py --quick --threads 1 --home {QUICK}/multimodal"]),
     prepare_data=("Data preparation", ["prepare_data.py --times 2"], ["prepare_data.py --mb 0.5 --times 1"]),
-    faults=("Faults", ["faults.py"], ["faults.py --trials 1 --experts transformer --signals SIGKILL SIGTERM SIGINT"]),
+    faults=(
+        "Faults",
+        ["faults.py", "faults.py --soak", "faults.py --flips", "faults.py --start"],
+        ["faults.py --rows 2,9,30 --scripts expert"],
+    ),
 )  # fmt: skip
 PREPARED = [  # data and experts of the toy size
     f"prepare_data.py expert --toy --data_dir {QUICK}/data",
@@ -146,11 +150,21 @@ def of_diffuser(rows):
 
 
 def of_faults(results):
-    """Trials of faults.json that ended bit for bit as the uninterrupted run."""
-    for row in results.get("rows", []):
-        yield dict(figure=f"{row['expert']} hit by {row['signal']}, of {row['trials']} trials identical, bit for bit",
-                   ours=row["identical"], target=str(row["trials"]), spread=f"{row['hits']} hits",
-                   command="python benchmarks/faults.py")  # fmt: skip
+    """Faults of faults.json that ended as they must: of each row on how many scripts, then the long rows one by one."""
+    groups, flags = {}, dict(soak="--soak", flips="--flips", start="--start")
+    for row in results.get("table", {}).get("rows", []):
+        groups.setdefault((row["row"], row["fault"]), []).append(row)
+    for (number, fault), rows in groups.items():
+        ran = [row for row in rows if row["outcome"] != "not run"]
+        notes = [f"{row['script']}: {row['note']}" for row in rows if row["note"]]
+        yield dict(figure=f"row {number}, {fault}: scripts that do what they must",
+                   ours=sum(row["outcome"] == "pass" for row in ran), target=str(len(rows)), spread="; ".join(notes),
+                   command=f"python benchmarks/faults.py --rows {number}")  # fmt: skip
+    for section, flag in flags.items():
+        for row in results.get(section, {}).get("rows", []):
+            yield dict(figure=f"{section}, {row['fault']}, {row['script']}: as it must be",
+                       ours=int(row["outcome"] == "pass"), target="1", spread=row["note"],
+                       command=f"python benchmarks/faults.py {flag} --scripts {row['script']}")  # fmt: skip
 
 
 def of_rows(results):

@@ -397,6 +397,22 @@ def set_aside(paths):
             print(f"{path} -> {path.name}.bak", file=sys.stderr)
 
 
+def leave(paths, step):
+    """Set aside those of the step files or folders `paths` that are of a later step than a run goes on from.
+
+    They are of a branch that is left, or damaged: the next start must not take them, nor `rotate` keep them as newest.
+    A file without a number in its name is asked for its step.
+    """
+    later = []
+    for path in filter(os.path.exists, paths):
+        number = re.search(r"\d+", Path(path).stem)
+        try:
+            later += [path] * ((int(number[0]) if number else read(path)["step"]) > step)
+        except CheckpointError:  # it was named when it was passed over
+            continue
+    set_aside(later)
+
+
 def point(link, name):
     """Make `link` a relative link to its neighbour `name`, by a rename; a copy where the system has no links."""
     link = Path(link)

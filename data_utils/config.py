@@ -66,6 +66,9 @@ def from_cli(cls, doc="", argv=None, prog=None, by="", flatten=None, load=None, 
         if not hasattr(sys.modules["__main__"], "__file__"):
             return None
         argv = sys.argv[1:]
+        for name in ("stdout", "stderr"):
+            if getattr(sys, name) is None:  # closed, as by 2>&-: say it to nobody
+                setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))
     argv = [re.sub("^--no_", "--no-", word) for word in argv]
     if overrides:
         from data_utils.overrides import read
@@ -155,6 +158,15 @@ def at_least(cfg, low, *names):
     for name in names:
         if not getattr(cfg, name) >= low:  # nan is not
             raise UsageError(f"--{name} {getattr(cfg, name)}: expected {low} or more")
+
+
+def check_name(cfg, field):
+    """Raise UsageError unless that field, which becomes part of a path, is a plain name on every system."""
+    name = getattr(cfg, field)
+    if not re.fullmatch(r"[A-Za-z0-9][\w.-]{0,99}", name, re.ASCII):
+        raise UsageError(f"--{field} {name}: letters, digits, dots, _ and -, at most 100, the first no sign")
+    if re.fullmatch(r"(con|nul|aux|prn|com\d|lpt\d)(\..*)?", name, re.I):
+        raise UsageError(f"--{field} {name}: a device of Windows\ntry: another name")
 
 
 def parser_of(cls, doc, prog):

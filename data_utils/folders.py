@@ -119,5 +119,5 @@ def prune(out, interval):
 
 def sweep(out):
     """Remove what a killed process left half written."""
-    for torn in Path(out).glob("checkpoint_*.tmp-*"):
-        shutil.rmtree(torn, ignore_errors=True)
+    for torn in Path(out).glob("*.tmp-*"):
+        shutil.rmtree(torn, ignore_errors=True) if torn.is_dir() else torn.unlink()

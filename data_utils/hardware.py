@@ -55,7 +55,10 @@ class Hardware:
             precision = "fp16"
         self.precision = "fp32" if precision == "fp16" and kind != "cuda" else precision
         if self.world > 1 and not dist.is_initialized():
-            dist.init_process_group("nccl" if kind == "cuda" else "gloo")
+            # a restarted group (--max-restarts) must not find the addresses of the one before, which torchrun keeps
+            store, rank, world = next(dist.rendezvous("env://"))
+            store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+            dist.init_process_group("nccl" if kind == "cuda" else "gloo", store=store, rank=rank, world_size=world)
         self.autocast = torch.autocast(kind, DTYPES[self.precision], enabled=self.precision != "fp32")
         self.scaler = torch.amp.GradScaler(kind, enabled=self.precision == "fp16")
         self.reason = f"{self.device}, {self.precision} ({reason})" + f", {self.world} processes" * (self.world > 1)

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 from data_utils.checkpoint import write_atomic
+from data_utils.config import DataError
 
 
 def read_rows(path):
@@ -64,9 +65,13 @@ def means(sums):
 
 
 def append_row(path, row):
-    """Add one row; it is in the file when this returns."""
-    with open(path, "a", encoding="utf-8") as file:
-        file.write(_line(row))
+    """Add one row; it is in the file when this returns. Raises DataError when the disk is full."""
+    line = _line(row)
+    try:
+        with open(path, "a", encoding="utf-8") as file:
+            file.write(line)
+    except OSError as e:
+        raise DataError(f"{path} was not written: {e.strerror}\ntry: make room, then go on with it") from e
 
 
 def to_wandb(mode, project, entity, name, config):

@@ -9,7 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from data_utils.checkpoint import set_aside, warn, write_atomic
-from data_utils.config import UsageError
+from data_utils.config import UsageError, check_name
 from data_utils.facts import append_jsonl_event, append_scalars_csv, build_event_payload, rewind
 from data_utils.metrics import commit
 from data_utils.progress import peak_mb
@@ -21,7 +21,7 @@ SHOWN = "train_loss val_loss perplexity accuracy ddim_mse d_loss".split()  # of 
 def run_folder(cfg):
     """Return the folder of a run: `out`, or that of what `resume` names, or a new one named by the clock.
 
-    Raises UsageError for a `resume` that is not there, and where resume=none finds files.
+    Raises UsageError for a `resume` that is not there, where resume=none finds files, and for a `name` that is a path.
     """
     named = Path(cfg.resume) if cfg.resume not in ("auto", "none") else None
     if named and not (named.is_file() or Path(named, ".hydra").exists() or any(named.glob("*.pt"))):
@@ -31,6 +31,7 @@ def run_folder(cfg):
         if cfg.resume == "none" and cfg.save_artifacts and folder.is_dir() and any(folder.iterdir()):
             raise UsageError(f"--resume none: {folder} is not empty\ntry: resume=auto, which goes on, or another out=")
         return folder
+    check_name(cfg, "name")
     first = Path(cfg.outputs, "runs", f"run_{time.strftime('%Y%m%d-%H%M%S')}_{cfg.name}")
     return next(path for path in (first, *(Path(f"{first}_{n}") for n in range(2, 1000))) if not path.exists())
 

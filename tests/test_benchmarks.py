@@ -180,7 +180,9 @@ def test_a_page_of_all_figures_and_its_picture(tmp_path, monkeypatch):
                   text | dict(name="unigram", nll=8.0, entropy=6.0),
                   text | made | dict(name="ce_warm", nll=7.0, entropy=6.2),
                   text | made | dict(name="masked_warm", nll=6.9, entropy=6.0)],
-        faults=dict(rows=[dict(expert="transformer", signal="SIGKILL", trials=3, hits=4, identical=3)]),
+        faults=dict(table=about | dict(rows=[
+            dict(row=9, fault="bad", script=name, outcome="pass", note="") for name in ("sr", "ae", "hrm")
+        ])),
     )  # fmt: skip
     for name, rows in found.items():
         (home / f"{name}.json").write_text(json.dumps(rows))

@@ -571,6 +571,24 @@ def test_set_aside_keeps_one_generation_aloud(tmp_path, capsys):
 # ---- metrics ---------------------------------------------------------------------------------------------------------
 
 
+def test_a_branch_that_is_left_is_set_aside(tmp_path):
+    for name in ("step_9.pt", "step_10.pt", "step_100.pt", "final.pt"):
+        checkpoint.save_checkpoint(tmp_path / name, make_state(step=50))
+    (tmp_path / "step_70.pt").write_bytes(b"cut")
+    (tmp_path / "checkpoint_11").mkdir()
+    names = "step_100.pt step_70.pt final.pt step_10.pt step_9.pt checkpoint_11 absent.pt".split()
+    checkpoint.leave([tmp_path / name for name in names], 10)
+    assert {p.name for p in tmp_path.iterdir() if p.name.endswith(".bak")} == {
+        "step_100.pt.bak", "step_70.pt.bak", "final.pt.bak", "checkpoint_11.bak"
+    }  # fmt: skip
+    assert (tmp_path / "step_10.pt").exists() and (tmp_path / "step_9.pt").exists()
+
+
+def test_a_row_that_the_disk_does_not_take_is_a_message(tmp_path):
+    with pytest.raises(DataError, match="was not written"):
+        metrics.append_row(tmp_path, dict(step=1))  # a folder
+
+
 def test_metrics_drop_rows_beyond_the_step_and_a_torn_last_line(tmp_path):
     path = tmp_path / "metrics.jsonl"
     assert metrics.read_rows(path) == []

@@ -105,6 +105,15 @@ def bundle(tmp_path, text):
     return ["--config", str(tmp_path / "a.yaml")]
 
 
+def test_a_stream_that_is_closed_is_written_to_nobody(monkeypatch):
+    monkeypatch.setattr(sys, "stderr", None)
+    monkeypatch.setattr(sys, "argv", ["it.py"])
+    monkeypatch.setattr(sys.modules["__main__"], "__file__", "it.py", raising=False)
+    from_cli(plot.Config)
+    with sys.stderr as stream:
+        assert not stream.isatty()
+
+
 def test_typed_flags_win_over_the_bundle(tmp_path):
     text = "rate: 1e-4\nuse_amp: false\nmax-steps: 7\nnames: [a, b]\nresume: latest\n"
     cfg = from_cli(Child, argv=["--max_steps", "9", *bundle(tmp_path, text), "--rate", "2"])

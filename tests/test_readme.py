@@ -28,7 +28,7 @@ def test_python_commands_parse(command):
     if words[1].startswith("scripts/"):  # which take no flags
         assert (ROOT / words[1]).exists() and len(words) == 2
         return
-    module = importlib.import_module(words[1].removesuffix(".py"))
+    module = importlib.import_module(words[1].removesuffix(".py").replace("/", "."))
     flags = words[2:]
     if words[1] == "prepare_data.py":
         from_cli(module.COMMANDS[flags[0]][0], argv=flags[1:])

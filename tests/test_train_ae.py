@@ -356,6 +356,8 @@ REFUSED = [  # (words, exit status, what the message must name); {a} is a finish
     ("out={a} limit=63", 2, "data_hash"),
     ("out={a} loop=gan_ae", 2, "ae:gan_ae"),
     ("out={a} resume=none", 2, "{a} is not empty"),
+    ("name=../x", 2, "--name ../x"),
+    ("name=nul", 2, "--name nul"),
     ("resume={a}/none.pt", 2, "no such run"),
     ("resume=.", 2, "no such run"),
     ("device=cuda:7", 2, "--device cpu"),

@@ -105,6 +105,23 @@ def test_interrupted_and_resumed_equals_uninterrupted(kind, optimizer, puzzles, 
         assert found_rows == rows
 
 
+def test_going_on_from_an_older_checkpoint_leaves_the_later_branch(tmp_path):
+    """Else the next start would take that one, and new steps would be deleted as older than it."""
+    flags = ["--dataset=synthetic", "--steps=8", "--val_every=2", "--eval_rows=40", "--run_name=a"]
+    folder = tmp_path / "runs" / "a" / "checkpoints"
+    finish(train(tmp_path, *flags))
+    expected, rows = results(folder.parent)
+    named = ["--resume=runs/a/checkpoints/step_2.pt", "--checkpoint_limit=1", "--max_steps=5"]
+    _, err = finish(train(tmp_path, *flags, *named))
+    assert "step_6.pt -> step_6.pt.bak" in err and "final.pt -> final.pt.bak" in err
+    assert {p.name for p in folder.glob("*.pt")} == {"step_4.pt", "final.pt"}
+    out, _ = finish(train(tmp_path, *flags))
+    assert "final.pt at step 5" in out
+    found, _ = results(folder.parent)
+    ignored = dict(config=None, evaluated=8)
+    assert_same(found["final.pt"] | ignored, expected["final.pt"] | ignored)
+
+
 def test_two_ranks_equal_one(puzzles, tmp_path):
     flags = ["--max_seq_len=16", "--core_layers=1", f"--dataset={puzzles}", "--steps=6", "--segments=3", "--no-halting"]
     one = train(tmp_path, *flags, "--run_name=one", "--batch_size=16")
@@ -147,6 +164,7 @@ ERRORS = [
     ("--dataset synthetic --batch_size 0", 2, "--batch_size 0: expected 1"),
     ("--dataset synthetic --save_best_model", 2, "needs a --run_name"),
     ("--dataset synthetic --run_name ../up", 2, "--run_name ../up"),
+    ("--dataset synthetic --run_name nul", 2, "--run_name nul"),
     ("--dataset synthetic --mixed_precision fp16", 2, "needs CUDA"),
     ("--dataset synthetic --d_model 30 --n_heads 4", 2, "head dim must be whole and even"),
     ("--dataset synthetic --core plain --segments 2", 2, "--segments 2 needs --core recursive"),

@@ -158,6 +158,39 @@ def test_damaged_checkpoints(damage, model, tmp_path):
     assert "optimizer.pt" in err and len(err.splitlines()) <= 3
 
 
+def test_going_on_from_an_older_checkpoint_leaves_the_later_branch(tmp_path):
+    """Else the next start would take that one, and new steps would be deleted as older than it."""
+    flags = ["--steps=6", "-vi", "6", "-ci", "2", "--val_problems=0", "-o", "run"]
+    finish(train(tmp_path, *flags))
+    expected, _ = results(tmp_path / "run")
+    _, err = finish(train(tmp_path, *flags, "--resume-from", "run/checkpoint_2", "--max_steps=5"))
+    assert "checkpoint_6 -> checkpoint_6.bak" in err and "checkpoint_4 -> checkpoint_4.bak" in err
+    out, _ = finish(train(tmp_path, *flags, "--resume-from", "auto"))
+    assert "checkpoint_5 at step 5" in out
+    found, _ = results(tmp_path / "run")
+    ignored = dict(evaluated=6)
+    assert_same(found["training_state.pt"] | ignored, expected["training_state.pt"] | ignored)
+    # a newest one that is damaged is passed over, and what is saved next is kept
+    (tmp_path / "run" / "checkpoint_6" / "optimizer.pt").write_bytes(b"cut")
+    (tmp_path / "run" / "state_dict.pt").unlink()
+    shutil.rmtree(tmp_path / "run" / "checkpoint_5", ignore_errors=True)
+    finish(train(tmp_path, *flags, "--resume-from", "auto", "--max_steps=5"))
+    assert (tmp_path / "run" / "checkpoint_5").exists() and (tmp_path / "run" / "checkpoint_6.bak").exists()
+
+
+def test_no_room_for_a_checkpoint_is_found_before_the_first_step(tmp_path, monkeypatch, capsys):
+    def full(*_):
+        raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 64 vs 0")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(SystemExit) as stopped:
+        launch(main, from_cli(SRConfig, argv=[*TINY, "-o", "run"], prog="train_sr.py", load=load_flags))
+    err = capsys.readouterr().err
+    assert stopped.value.code == 1 and "was not written" in err and len(err.splitlines()) <= 3
+    assert not (tmp_path / "run" / "metrics.jsonl").exists() and not list((tmp_path / "run").glob("*.tmp-*"))
+
+
 def test_formula_of_a_table(model, tmp_path):
     x = np.linspace(-2, 2, 30)
     lines = ["t,u,height", *(f"{a},{b},{3 * a * a + 1.5}" for a, b in zip(x, x[::-1] ** 2, strict=True))]

@@ -1,0 +1,296 @@
+"""The side of faults.py that runs in the child: what goes wrong there, and how children start.
+
+A fault is a word WHAT=A:B:...; faults are patches made before the script is run by its name, so that no script knows of
+them. Steps are counted from the start of the process, by the optimizer; calls of `backward` and saves from 1.
+
+    signal=NAME:STEP:MS[:group]   send a signal to itself (to its group) MS milliseconds after a step
+    bad=nan|inf:CALL:TIMES        gradients that are not finite, in so many calls of backward from CALL on
+    sleep=CALL:SECONDS            a slow call of backward
+    die=half|before|after:N       SIGKILL in the middle of the N-th file that is saved, before or after the N-th rename
+    die=delete:N                  the same before the N-th checkpoint is deleted
+    limit=STEP:BYTES              after a step no file may be longer; -1 lifts that
+    quota=BYTES                   no file may be longer from the start
+    slow=PATH[:ARGUMENT]          a slow function, where it gets that argument; SIGTERM comes in its first wait
+    clock=SECONDS                 time.time() is so much ahead
+    user=NUMBER                   another user than root
+    scaler=1                      loss scaling, which the product has on CUDA only
+    word=FLAG                     one more word of the command line
+    once=FILE                     the faults after it only if FILE is not there; makes it
+    figures=0                     no figures: drawing them would take most of the time
+
+1@ before a fault: in rank 1 only.
+"""
+
+import atexit
+import importlib
+import io
+import multiprocessing
+import os
+import runpy
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+WARM = ["torch", "torch._dynamo", "tokenizers", "faiss", "pandas", "tqdm.auto"]  # none starts a thread
+
+# what a child that is killed or leaves by os._exit still held
+os.environ.setdefault("PYTHONWARNINGS", "ignore::UserWarning:multiprocessing.resource_tracker")
+LOCK = threading.Lock()  # a start of multiprocessing asks for the status of all children: it is told once
+
+
+# --- faults -----------------------------------------------------------------------------------
+def inject(words):
+    """Patch this process as the words say."""
+    at_steps, at_calls, moves = {}, {}, []
+    for word in words:
+        rank, at, word = word.rpartition("@")
+        if at and rank != os.environ.get("RANK"):
+            continue
+        what, _, value = word.partition("=")
+        values = value.split(":")
+        if what == "signal":
+            at_steps.setdefault(int(values[1]), []).append(lambda v=values: send(v[0], float(v[2]) / 1e3, len(v) > 3))
+        elif what == "limit":
+            at_steps.setdefault(int(values[0]), []).append(lambda v=values: limit(int(v[1])))
+        elif what == "bad":
+            first, count = map(int, values[1:])
+            at_calls |= dict.fromkeys(range(first, first + count), (float(values[0]), 0.0))
+        elif what == "sleep":
+            at_calls[int(values[0])] = (1.0, float(values[1]))
+        elif what == "die":
+            moves.append((values[0], int(values[1])))
+        elif what == "quota":
+            limit(int(values[0]))
+        elif what == "slow":
+            slow_down(*values)
+        elif what == "clock":
+            time.time = lambda now=time.time, ahead=float(values[0]): now() + ahead
+        elif what == "user":
+            os.setuid(int(value))
+        elif what == "scaler":
+            scale_losses()
+        elif what == "word":
+            sys.argv.append(value)
+        elif what == "once":
+            if os.path.exists(value):
+                break
+            open(value, "w").close()
+        elif what == "figures":
+            sys.modules["plot"] = None
+        else:
+            raise SystemExit(f"unknown fault {word}")
+    if at_steps:
+        count_steps(at_steps)
+    if at_calls:
+        spoil_backward(at_calls)
+    if moves:
+        die_in_saves(*moves[0])
+
+
+def said(what):
+    print(f"injected {what} at {time.monotonic()}", file=sys.stderr, flush=True)
+
+
+def send(name, seconds, group):
+    """Send a signal to this process, or its group, after so many seconds."""
+
+    def now():
+        said(name)
+        (os.killpg if group else os.kill)(os.getpgrp() if group else os.getpid(), getattr(signal, name))
+
+    if seconds:
+        timer = threading.Timer(seconds, now)
+        timer.daemon = True
+        timer.start()
+    else:
+        now()
+
+
+def count_steps(actions):
+    """Call what `actions` holds for a step after the optimizer has made it."""
+    from torch.optim.optimizer import register_optimizer_step_post_hook
+
+    steps = [0]
+
+    def after(optimizer, *_):
+        if type(optimizer).__name__ != "SignRows":  # a second optimizer of the same step
+            steps[0] += 1
+            for act in actions.get(steps[0], ()):
+                act()
+
+    register_optimizer_step_post_hook(after)
+
+
+def spoil_backward(changes):
+    """changes: {call: (factor of all gradients, seconds to sleep)}."""
+    import torch
+
+    backward, calls = torch.Tensor.backward, [0]
+
+    def spoilt(tensor, *arguments, **how):
+        calls[0] += 1
+        factor, seconds = changes.get(calls[0], (1.0, 0.0))
+        time.sleep(seconds)
+        return backward(tensor if factor == 1 else tensor * factor, *arguments, **how)
+
+    torch.Tensor.backward = spoilt
+
+
+def die_in_saves(where, number):
+    """SIGKILL with half of the number-th checkpoint written, before or after its rename, or before one is deleted."""
+    import torch
+
+    save, counts = torch.save, dict(half=0, move=0, delete=0)
+
+    def dies():
+        said(where)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def half(state, file, *arguments, **how):
+        counts["half"] += "rehearsal" not in str(getattr(file, "name", file))
+        if where != "half" or counts["half"] != number:
+            return save(state, file, *arguments, **how)
+        whole = io.BytesIO()
+        save(state, whole)
+        file.write(whole.getvalue()[: whole.tell() // 2])
+        file.flush()
+        dies()
+
+    def counted(move):
+        def moved(source, target, **how):
+            mine = any(word in f"{source}" for word in (".pt", "checkpoint_")) and "rehearsal" not in str(source)
+            counts["move"] += mine
+            if mine and counts["move"] == number and where == "before":
+                dies()
+            move(source, target, **how)
+            if mine and counts["move"] == number and where == "after":
+                dies()
+
+        return moved
+
+    def deleted(path, unlink=os.unlink, **how):
+        counts["delete"] += str(path).endswith(".pt")
+        if where == "delete" and counts["delete"] == number:
+            dies()
+        unlink(path, **how)
+
+    torch.save, os.replace, os.rename, os.unlink = half, counted(os.replace), counted(os.rename), deleted
+
+
+def limit(size):
+    """A full disk, for files that would be longer."""
+    import resource
+
+    said(f"limit {size}")
+    hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+    resource.setrlimit(resource.RLIMIT_FSIZE, (hard if size < 0 else size, hard))
+
+
+def slow_down(path, argument=""):
+    """Make the function or method at `path` wait 0.1 s where `argument` is given; SIGTERM comes in the first wait."""
+    where, name = path.rsplit(".", 1)
+    try:
+        owner = importlib.import_module(where)
+    except ImportError:
+        module, cls = where.rsplit(".", 1)
+        owner = getattr(importlib.import_module(module), cls)
+    function, first = getattr(owner, name), [True]
+
+    def slow(*arguments, **how):
+        if not argument or any(isinstance(a, str) and a == argument for a in arguments):
+            if first.pop() if first else False:
+                send("SIGTERM", 0, False)
+            time.sleep(0.1)
+        return function(*arguments, **how)
+
+    setattr(owner, name, slow)
+
+
+def scale_losses():
+    import torch
+
+    from data_utils.hardware import Hardware
+
+    begin = Hardware.__init__
+
+    def begun(hardware, *arguments):
+        begin(hardware, *arguments)
+        hardware.scaler = torch.amp.GradScaler("cpu")
+
+    Hardware.__init__ = begun
+
+
+# --- children ---------------------------------------------------------------------------------
+def run(faults, script, words):
+    """Be `python script words` with faults."""
+    sys.argv = [script, *words]
+    sys.path.insert(0, str(ROOT))
+    inject([fault for fault in faults if fault])
+    runpy.run_path(str(ROOT / script), run_name="__main__")
+
+
+def _forked(faults, script, words, folder, logs, env):
+    os.setsid()
+    os.chdir(folder)
+    os.environ.update(env)
+    for number, path in enumerate([os.devnull, *logs]):
+        os.dup2(os.open(path, os.O_RDWR), number)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job starts with it ignored
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    try:
+        run(faults, script, words)
+    except SystemExit as end:
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(end.code or 0)  # to free all that was imported takes long
+
+
+class Child:
+    """A script of the repo as a process with a session of its own: what subprocess.Popen would be.
+
+    warm: a fork of a process that has imported torch, but computed nothing and imported nothing of the repo; else an
+    interpreter of its own. launcher: what comes before the script, torchrun's words.
+    """
+
+    def __init__(self, script, words, folder, logs, faults=(), warm=True, env=None, launcher=()):
+        self.logs, words = [str(log) for log in logs], [str(word) for word in words]
+        env = dict(OMP_NUM_THREADS="1", PYTHONPATH=str(ROOT)) | (env or {})
+        for log in self.logs:
+            open(log, "wb").close()
+        if warm:
+            context = multiprocessing.get_context("forkserver")
+            context.set_forkserver_preload(WARM)
+            self.process = context.Process(target=_forked, args=(faults, script, words, folder, self.logs, env))
+            with LOCK:
+                self.process.start()
+        else:
+            line = [sys.executable, *launcher, str(ROOT / "benchmarks" / "faults.py"), "inject", *faults, "--", script]
+            out, err = (open(log, "wb") for log in self.logs)
+            self.process = subprocess.Popen([*line, *words], cwd=folder, env=os.environ | env, stdout=out, stderr=err,
+                                            stdin=subprocess.DEVNULL, start_new_session=True)  # fmt: skip
+        self.pid = self.process.pid
+
+    def status(self):
+        """The exit status, negative for a signal; None while it runs."""
+        with LOCK:
+            return self.process.exitcode if hasattr(self.process, "exitcode") else self.process.poll()
+
+    def wait(self, seconds=60):
+        """Return (status, stdout, stderr). Raises AssertionError, and ends it, when it takes longer."""
+        end = time.monotonic() + seconds
+        while self.status() is None and time.monotonic() < end:
+            time.sleep(0.005)
+        self.ended = time.monotonic()
+        if (status := self.status()) is None:
+            self.kill()
+            raise AssertionError(f"no end after {seconds} s")
+        return status, *(Path(log).read_text(errors="replace") for log in self.logs)
+
+    def kill(self, number=signal.SIGKILL):
+        """Send a signal to its group."""
+        os.killpg(self.pid, number)
