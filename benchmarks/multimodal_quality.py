@@ -92,7 +92,7 @@ ARMS = dict(  # row: {what is trained: (flags, most seeds, target)}; the first i
 # --- runs -------------------------------------------------------------------------------------
 def train(args, name, flags, seed, steps=0):
     """Train to the end of --minutes, or of `steps`, or read what is there -> home, cfg, rows, test: the last row."""
-    words = [*flags.split(), f"--seed={seed}", f"--test_samples={HELD_OUT}", "--wandb=disabled", "--save_minutes=2"]
+    words = [f"--seed={seed}", f"--test_samples={HELD_OUT}", "--wandb=disabled", "--save_minutes=2", *flags.split()]
     words += QUICK if args.quick else [f"--max_steps={steps}"] if steps else []
     cfg = from_cli({"multimodal": train_multimodal.Config}, argv=words, prog="train_multimodal.py", overrides=PICTURES)
     about = hashlib.blake2b(repr([getattr(cfg, name) for name in DATA]).encode(), digest_size=4).hexdigest()
@@ -522,6 +522,8 @@ def written(trained, held):
 
 
 # --- parts ------------------------------------------------------------------------------------
+SMALL = """--arch=cpu --hidden_size=64 --num_heads=2 --supervision_steps=4 --text_supervision_steps=2
+--global_batch_size=32 --test_samples=256"""
 ABLATE = {  # the first is the whole
     "with all parts": "",
     "without planning": "--no-enable_latent_planning",
@@ -534,11 +536,11 @@ ABLATE = {  # the first is the whole
 
 
 def ablate(args):
-    """All tasks and features of the cpu arch, then without each at as many steps, one seed."""
+    """All tasks and features of the cpu arch, made smaller, then without each at as many steps, one seed."""
     whole = None
     for arm, flags in ABLATE.items():
         steps = whole.test["step"] if whole else 0
-        run = train(args, f"ablate {arm}", f"--arch=cpu {flags}", 0, steps=steps)
+        run = train(args, f"ablate {arm}", f"{SMALL} {flags}", 0, steps=steps)
         whole = whole or run
         yield dict(figure=f"cpu arch, mean score of its tasks, %, {arm}", target="",
                    ours=round(100 * run.test["score"], 1), peer=round(100 * whole.test["score"], 1),
