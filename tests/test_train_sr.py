@@ -34,7 +34,7 @@ def train(folder, *flags, **more):
 
 def results(out):
     """Tensors of the newest checkpoint and of the model, and metrics without what a clock measures."""
-    newest = max(out.glob("checkpoint_*"), key=lambda p: int(p.name.split("_")[1]))
+    newest = max(out.glob("checkpoint_*[0-9]"), key=lambda p: int(p.name.split("_")[1]))
     parts = {p.name: read(p) for p in newest.glob("*.pt")}
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()[1:]]
     return parts, [{k: v for k, v in row.items() if k not in VOLATILE} for row in rows]
