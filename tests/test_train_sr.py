@@ -168,8 +168,7 @@ def test_going_on_from_an_older_checkpoint_leaves_the_later_branch(tmp_path):
     out, _ = finish(train(tmp_path, *flags, "--resume-from", "auto"))
     assert "checkpoint_5 at step 5" in out
     found, _ = results(tmp_path / "run")
-    ignored = dict(evaluated=6)
-    assert_same(found["training_state.pt"] | ignored, expected["training_state.pt"] | ignored)
+    assert_same(*({name: parts[name] for name in ("state_dict.pt", "optimizer.pt")} for parts in (found, expected)))
     # a newest one that is damaged is passed over, and what is saved next is kept
     (tmp_path / "run" / "checkpoint_6" / "optimizer.pt").write_bytes(b"cut")
     (tmp_path / "run" / "state_dict.pt").unlink()
