@@ -150,21 +150,24 @@ def of_diffuser(rows):
 
 
 def of_faults(results):
-    """Faults of faults.json that ended as they must: of each row on how many scripts, then the long rows one by one."""
-    groups, flags = {}, dict(soak="--soak", flips="--flips", start="--start")
-    for row in results.get("table", {}).get("rows", []):
-        groups.setdefault((row["row"], row["fault"]), []).append(row)
-    for (number, fault), rows in groups.items():
-        ran = [row for row in rows if row["outcome"] != "not run"]
-        notes = [f"{row['script']}: {row['note']}" for row in rows if row["note"]]
-        yield dict(figure=f"row {number}, {fault}: scripts that do what they must",
-                   ours=sum(row["outcome"] == "pass" for row in ran), target=str(len(rows)), spread="; ".join(notes),
-                   command=f"python benchmarks/faults.py --rows {number}")  # fmt: skip
+    """Faults of faults.json: how many pairs of fault and script ended as they must, of each part, then row by row."""
+    flags = dict(table="", soak=" --soak", flips=" --flips", start=" --start")
     for section, flag in flags.items():
+        rows = [row for row in results.get(section, {}).get("rows", []) if row["outcome"] != "not run"]
+        if rows:
+            yield dict(figure=f"{section}: pairs of fault and script that did what they must", target=str(len(rows)),
+                       ours=sum(row["outcome"] == "pass" for row in rows), spread=f"of {len(rows)}",
+                       command=f"python benchmarks/faults.py{flag}")  # fmt: skip
+    for section, flag in flags.items():
+        groups = {}
         for row in results.get(section, {}).get("rows", []):
-            yield dict(figure=f"{section}, {row['fault']}, {row['script']}: as it must be",
-                       ours=int(row["outcome"] == "pass"), target="1", spread=row["note"],
-                       command=f"python benchmarks/faults.py {flag} --scripts {row['script']}")  # fmt: skip
+            groups.setdefault((row["row"], row["fault"]), []).append(row)
+        for (number, fault), rows in groups.items():
+            notes = [f"{row['script']}: {row['note']}" for row in rows if row["note"]]
+            passed = sum(row["outcome"] == "pass" for row in rows)
+            command = f"python benchmarks/faults.py{flag or f' --rows {number}'}"
+            yield dict(figure=f"{'row' if section == 'table' else section} {number}, {fault}", ours=f"{passed} of {len(rows)} scripts", target="all",
+                       spread="; ".join(notes), command=command)  # fmt: skip
 
 
 def of_rows(results):
