@@ -166,7 +166,8 @@ def of_faults(results):
             notes = [f"{row['script']}: {row['note']}" for row in rows if row["note"]]
             passed = sum(row["outcome"] == "pass" for row in rows)
             command = f"python benchmarks/faults.py{flag or f' --rows {number}'}"
-            yield dict(figure=f"{'row' if section == 'table' else section} {number}, {fault}", ours=f"{passed} of {len(rows)} scripts", target="all",
+            name = "row" if section == "table" else section
+            yield dict(figure=f"{name} {number}, {fault}", ours=f"{passed} of {len(rows)} scripts", target="all",
                        spread="; ".join(notes), command=command)  # fmt: skip
 
 
