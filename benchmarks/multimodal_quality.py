@@ -522,8 +522,6 @@ def written(trained, held):
 
 
 # --- parts ------------------------------------------------------------------------------------
-SMALL = """--arch=cpu --hidden_size=64 --num_heads=2 --supervision_steps=4 --text_supervision_steps=2
---global_batch_size=32 --test_samples=256"""
 ABLATE = {  # the first is the whole
     "with all parts": "",
     "without planning": "--no-enable_latent_planning",
@@ -536,11 +534,11 @@ ABLATE = {  # the first is the whole
 
 
 def ablate(args):
-    """All tasks and features of the cpu arch, made smaller, then without each at as many steps, one seed."""
+    """All tasks and features of the cpu arch, then without each at as many steps, one seed."""
     whole = None
     for arm, flags in ABLATE.items():
         steps = whole.test["step"] if whole else 0
-        run = train(args, f"ablate {arm}", f"{SMALL} {flags}", 0, steps=steps)
+        run = train(args, f"ablate {arm}", f"--arch=cpu --test_samples=256 {flags}", 0, steps=steps)
         whole = whole or run
         yield dict(figure=f"cpu arch, mean score of its tasks, %, {arm}", target="",
                    ours=round(100 * run.test["score"], 1), peer=round(100 * whole.test["score"], 1),
