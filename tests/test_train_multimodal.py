@@ -147,7 +147,7 @@ def test_a_command_of_the_guide_parses(words, flags):
 def test_the_low_memory_bundle_is_above_an_arch_and_below_flags():
     bundle = f"--config {ROOT}/configs/multimodal/low_memory.yaml"
     cfg = read("--arch cpu", bundle, "--global_batch_size 4")
-    assert (cfg.hidden_size, cfg.global_batch_size, cfg.enable_gradient_checkpointing) == (128, 4, True)
+    assert (cfg.hidden_size, cfg.global_batch_size, cfg.enable_gradient_checkpointing) == (64, 4, True)
     assert not cfg.enable_memory and not cfg.enable_latent_planning and cfg.enable_dqn
 
 
