@@ -212,6 +212,7 @@ def main(cfg):
                          samples=0, total_pflops=0.0)  # fmt: skip
     kind, metrics, final = "sr", out / "metrics.jsonl", out / "state_dict.pt"
     lock = checkpoint.lock_run(out.parent, out.name) if rank == 0 else None  # noqa: F841  held until the process ends
+    sweep(out) if rank == 0 else None
     path, state, found = find_folder("" if cfg.fresh else cfg.resume_from, out, kind, SAVED)
     there = checkpoint.numbered(out, r"checkpoint_(\d+)")
     if not path and out.exists() and not cfg.fresh and there and not final.exists():
@@ -246,7 +247,6 @@ def main(cfg):
         if not path:
             checkpoint.set_aside([out])
         out.mkdir(parents=True, exist_ok=True)
-        sweep(out)
     weights = dict(model_state=raw_model.state_dict(), optimizer_state=optimizer.state_dict())
     size = checkpoint.rehearse(out, "checkpoint", about | vars(at) | weights)
     if rank == 0:

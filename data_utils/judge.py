@@ -104,15 +104,13 @@ CONTROLS = dict(shuffled=lambda pages: pages.roll(1, 0), blank=torch.zeros_like)
 def examine(model, sources, data, split, *, paths, noise, select, change=None, **how):
     """All tasks on one half of what is held out -> {score, loss: means over tasks, task/name: number}, or None.
 
-    score: of the first score of each. None: stopped. change: of the pages, for a control.
+    score: of the first score of each. None: stopped. change: of the pages that are shown, for a control.
     """
     row, firsts = {}, []
     for name, source in sources.items():
-        held = data.held_out(name, split)
-        if change:
-            held |= dict(page=change(held["page"]))
-        steps = model.limit(name)
-        found = traces(model, name, source.task, held, steps=steps, paths=paths, noise=noise, **how)
+        held, steps = data.held_out(name, split), model.limit(name)
+        shown = held | dict(page=change(held["page"])) if change else held  # what is right is that of its own page
+        found = traces(model, name, source.task, shown, steps=steps, paths=paths, noise=noise, **how)
         if not found:
             return None
         judged = judge(source.task, held, found, select)

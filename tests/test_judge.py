@@ -186,3 +186,14 @@ def test_shuffled_pages_are_those_of_others():
     pages = torch.arange(4)[:, None, None].expand(4, 2, 3)
     moved = module.CONTROLS["shuffled"](pages)
     assert not (moved == pages).any() and sorted(moved[:, 0, 0].tolist()) == [0, 1, 2, 3]
+
+
+def test_a_control_is_scored_by_the_page_that_was_asked(monkeypatch):
+    """Else who solves the maze of another would be right wherever that has a way as long."""
+    model, seen = build(["read"], **PLAIN), []
+    data, sources = Held(model, model.tasks), dict(read=SimpleNamespace(task=KNOWN["read"]))
+    monkeypatch.setattr(module, "score", lambda task, pages, *others: seen.append(pages) or score(task, pages, *others))
+    how = dict(paths=0, noise=0.0, select="score", size=4, seed=0, hardware=HARDWARE)
+    examine(model.eval(), sources, data, "test", change=torch.zeros_like, **how)
+    own = data.held_out("read", "test")["page"].numpy()
+    assert seen and all((pages == own).all() for pages in seen)
