@@ -320,7 +320,7 @@ def longer(trained):
     """Shares of the held-out mazes that are right after each number of LONGER steps."""
     held = trained.held_out()
     answers = trained.think(held, steps=max(LONGER))["answers"][:, :, 0]
-    return [trained.score(held, answers[steps - 1])["optimal"].mean() for steps in LONGER]
+    return [trained.score(held, answers[:, steps - 1])["optimal"].mean() for steps in LONGER]
 
 
 def reading(args):
