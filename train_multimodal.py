@@ -93,7 +93,7 @@ class MultimodalConfig:
     vq_size: int = 2048  # codes
     vq_dim: int = 8  # numbers of a code
     vq_groups: int = 16  # codes of a capsule
-    vq_beta: float = 0.25  # weight of the commitment
+    vq_beta: float = 0.01  # weight of the commitment; with 0.25 it is all that an encoder learns at first
     enable_memory: bool = True  # look up what was thought about solved samples that look alike
     memory_slots: int = 4096  # samples kept
     memory_dim: int = 64  # numbers of a key

@@ -48,7 +48,11 @@ class Places(nn.Module):
 
 
 class Quantizer(nn.Module):
-    """Each capsule as `groups` codes of one codebook: (B, N, D) -> the same shape, and nothing else comes through."""
+    """Each capsule as `groups` codes of one codebook: (B, N, D) -> the same shape, and nothing else comes through.
+
+    Except that in training some samples pass as they are: at first capsules hardly differ from page to page, codes
+    would take that little away, and nothing would ever be read from them (half of them, as in Mimi, arXiv 2410.00037).
+    """
 
     def __init__(self, *, d_model, size, dim, groups, beta):
         super().__init__()
@@ -62,9 +66,11 @@ class Quantizer(nn.Module):
         """What the codes stand for, of length 1 each: (B, N, D) -> (B, N, groups, dim)."""
         return F.normalize(self.down(capsules).float().unflatten(-1, self.shape), dim=-1)
 
-    def forward(self, capsules):
-        """-> capsules (B, N, D), codes (B, N, groups) int64, commitment loss."""
-        q, index, commit = self.codebook(self.vectors(capsules))
+    def forward(self, capsules, whole):
+        """whole (B): who passes -> capsules (B, N, D), codes (B, N, groups) int64, commitment loss."""
+        vectors = self.vectors(capsules)
+        q, index, commit = self.codebook(vectors)
+        q = torch.where(whole[:, None, None, None], vectors, q)
         return self.up(q.flatten(-2)), index, commit
 
 
@@ -191,7 +197,8 @@ class Multimodal(nn.Module):
         if self.bottleneck == "capsules":
             x = self.capsules(x)
             if hasattr(self, "quantizer"):
-                x, codes["codes"], losses["vq_loss"] = self.quantizer(x)
+                whole = (batch["index"] % 2 == 0) & self.training
+                x, codes["codes"], losses["vq_loss"] = self.quantizer(x, whole)
         if task["ids"]:
             x = torch.cat([self.rules(batch["id"])[:, None].to(x.dtype), x], 1)
         if self.has_slots(task):

@@ -349,12 +349,25 @@ def test_codes_stay_bounded():
     torch.manual_seed(0)
     quantizer = Quantizer(d_model=8, size=16, dim=4, groups=2, beta=0.25)
     for _ in range(100):
-        out, codes, commit = quantizer(5 * torch.randn(8, 3, 8))
+        out, codes, commit = quantizer(5 * torch.randn(8, 3, 8), torch.arange(8) % 2 == 0)
     assert out.shape == (8, 3, 8) and commit.isfinite() and len(codes.unique()) > 8
     for name, value in quantizer.codebook.named_buffers():
         assert value.isfinite().all() and value.abs().max() < 1e3, name
     codes = torch.randn(50, 3, 8)
     torch.testing.assert_close(quantizer.vectors(codes).norm(dim=-1), torch.ones(50, 3, 2))
+
+
+@torch.no_grad()
+def test_only_codes_come_through_except_for_every_other_sample_in_training():
+    model = build(tasks=["read"], enable_mtp=False, enable_memory=False)
+    here = batch(model, "read", 4) | dict(index=torch.arange(4))
+    for training in (True, False):
+        model.train(training)
+        codes = model.quantizer.codebook.codes.clone()
+        x, _, said = model.perceive(here)
+        coded = model.quantizer.up(codes[said["codes"]].flatten(-2)) + model.task["read"]
+        same = torch.isclose(x[:, : coded.shape[1]], coded, atol=1e-5).all(-1).all(-1)
+        assert same.tolist() == ([False, True] * 2 if training else [True] * 4)
 
 
 def test_starting_codes_come_from_pages():
