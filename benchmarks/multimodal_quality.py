@@ -25,7 +25,7 @@ from data_utils.arc import CHANGES, vote
 from data_utils.checkpoint import load_checkpoint, named
 from data_utils.config import from_cli
 from data_utils.hardware import Hardware
-from data_utils.judge import CONTROLS, examine, traces
+from data_utils.judge import examine, traces
 from data_utils.metrics import read_rows
 from data_utils.overrides import PICTURES
 from data_utils.render import END, HOLE, PADDING, SYMBOLS
@@ -133,9 +133,9 @@ def runs_of(args, row, arm):
     return [train(args, f"{row} {arm}", flags, seed) for seed in range(min(most, args.seeds))]
 
 
-def asked_for(args, row):
-    """The arms of a row that are asked for: all, or those with one of the words of --arms."""
-    return [arm for arm in ARMS[row] if not args.arms or any(word in arm for word in args.arms.split(","))]
+def asked_for(args, arms):
+    """The arms that are asked for: all, or those with one of the words of --arms."""
+    return [arm for arm in arms if not args.arms or any(word in arm for word in args.arms.split(","))]
 
 
 def quoted(values):
@@ -193,7 +193,7 @@ class Trained:
 # --- one task ---------------------------------------------------------------------------------
 def learned(args, row, title):
     """A figure for each arm of a row: its first score with controls, then how it grows with the steps."""
-    for arm in asked_for(args, row):
+    for arm in asked_for(args, ARMS[row]):
         runs, target = runs_of(args, row, arm), ARMS[row][arm][-1]
         task = runs[0].cfg.tasks[0]
         first = next(key.split("/")[1] for key in runs[0].test if key.startswith(f"{task}/"))
@@ -262,7 +262,7 @@ def sudoku(args, side):
     """n x n puzzles that no training puzzle is the solution of, 6 of 16 and 14 of 36 givens."""
     row = f"sudoku{side}"
     yield from learned(args, row, f"{side} x {side} Sudoku, held out, % solved")
-    if (first := next(iter(ARMS[row]))) not in asked_for(args, row):
+    if (first := next(iter(ARMS[row]))) not in asked_for(args, ARMS[row]):
         return
     runs = runs_of(args, row, first)
     yield from averaging(row, runs)
@@ -310,7 +310,7 @@ def maze(args):
     """11 x 11 mazes, scored by search: any shortest way is right."""
     title, first = "11 x 11 mazes, held out, % with a shortest way", next(iter(ARMS["maze"]))
     yield from learned(args, "maze", title)
-    if first in asked_for(args, "maze"):
+    if first in asked_for(args, ARMS["maze"]):
         found = zip(*(longer(Trained(run)) for run in runs_of(args, "maze", first)), strict=True)
         shares = ", ".join(f"{100 * statistics.mean(column):.1f}" for column in found)
         yield dict(figure=f"{title}, {first}, after {', '.join(map(str, LONGER))} steps", target="", ours=shares)
@@ -519,68 +519,52 @@ def written(trained, held):
 
 
 # --- parts ------------------------------------------------------------------------------------
-ABLATE = {  # the first is the whole
-    "with all parts": "",
-    "without planning": "--no-enable_latent_planning",
-    "without memory": "--no-enable_memory",
-    "without codes": "--no-use_vq_codebook",
-    "without multi-token prediction": "--no-enable_mtp",
-    "without the halting agent": "--no-enable_dqn",
-    "with norms of sums": "--norm=post",
+ABLATE = {  # part: (where it has something to do, that without it, its flags, steps of both)
+    "a memory": ("6 x 6 Sudoku", "--arch=sudoku6", "--enable_memory", 400),
+    "the halting agent": ("6 x 6 Sudoku", "--arch=sudoku6", "--enable_dqn --dqn_buffer_capacity=20000", 400),
+    "a guess one symbol ahead": ("ends of stories", CONTINUE, "--enable_mtp", 300),
+    "codes": ("reading", READ, "--use_vq_codebook", 800),
 }
 
 
 def ablate(args):
-    """All tasks and features of the cpu arch, then without each at as many steps, one seed."""
-    whole = None
-    for arm, flags in ABLATE.items():
-        steps = whole.test["step"] if whole else 0
-        run = train(args, f"ablate {arm}", f"--arch=cpu --test_samples=256 {flags}", 0, steps=steps)
-        whole = whole or run
-        yield dict(figure=f"cpu arch, mean score of its tasks, %, {arm}", target="",
-                   ours=round(100 * run.test["score"], 1), peer=round(100 * whole.test["score"], 1),
-                   spread=f"{firsts(run.test)}; {run.test['step']} steps in {spent(run.rows):.0f} s")  # fmt: skip
-    used, perplexity = ([whole.test[f"{task}/{key}"] for task in whole.cfg.tasks] for key in CODES)
-    yield dict(figure="cpu arch, codes in use, %, most of a task", ours=round(100 * max(used) / whole.cfg.vq_size, 1),
-               target=">= 80", spread=f"perplexity {max(perplexity):.0f} of {whole.cfg.vq_size}, target half; by task "
-               + ", ".join(f"{task} {n:.0f}" for task, n in zip(whole.cfg.tasks, used, strict=True)))  # fmt: skip
-    yield from inside(whole)
+    """Each part on and off at as many steps, one seed; planning has a row of its own."""
+    for part in asked_for(args, ABLATE):
+        where, base, flags, steps = ABLATE[part]
+        on, off = (train(args, f"ablate {name}", f"{base} {more}", 0, steps)
+                   for name, more in ((part, flags), (f"nothing {where} {steps}", "")))  # fmt: skip
+        said = [f"nats a symbol {on.test['loss']:.3f} and {off.test['loss']:.3f}", *inside(part, on)]
+        said += [f"{spent(on.rows):.0f} and {spent(off.rows):.0f} s"]
+        yield dict(figure=f"{where}, score in % after {on.test['step']} steps, with {part}, without", target="",
+                   ours=round(100 * on.test["score"], 1), peer=round(100 * off.test["score"], 1),
+                   spread="; ".join(said))  # fmt: skip
 
 
-def firsts(row):
-    """The first score of each task of a row of metrics."""
-    found = {}
-    for key, value in row.items():
-        task, *name = key.split("/")
-        if len(name) == 1 and task not in ("raw", *CONTROLS) and task not in found:
-            found[task] = f"{key} {100 * value:.1f}"
-    return ", ".join(found.values())
-
-
-def inside(run):
-    """Of the whole model: scores with its memory shuffled and emptied; how often the guess ahead is the answer."""
-    model, data = opened(run)
-    sources = {name: SimpleNamespace(task=Task(**about)) for name, about in model.tasks.items()}
-    how = dict(paths=0, noise=0.0, select="score", size=run.cfg.global_batch_size, seed=0)
-    look = partial(examine, model, sources, data, "test", hardware=Hardware("cpu", "bf16"), **how)
-    plain, memory = look(), model.memory
-    with memory.shuffled(torch.Generator().manual_seed(0)):
-        mixed = look()
-    entries = int(memory.fill)
-    memory.fill.zero_()
-    yield dict(figure="cpu arch, mean score of its tasks, %, with its memory and with that shuffled", target="",
-               ours=round(100 * plain["score"], 1), peer=round(100 * mixed["score"], 1),
-               spread=f"emptied {100 * look()['score']:.1f}; {entries} entries; shuffled: {firsts(mixed)}")  # fmt: skip
-    trained, found = Trained(run, "continue"), []
-    for batch in trained.batches(trained.held_out()):
-        carry = trained.model.initial_carry(batch)
-        for _ in range(trained.steps):
-            with torch.no_grad(), trained.hardware.autocast:
-                carry, out = trained.model(carry, batch)
-            carry["halted"] = torch.zeros_like(carry["halted"])
-        found.append(out["aux"]["acceptance"].item())
-    yield dict(figure="cpu arch, % of symbols guessed ahead that are the next guess too", target="",
-               ours=round(100 * statistics.mean(found), 1))  # fmt: skip
+def inside(part, run):
+    """What else tells whether a part does something, in words."""
+    if "memory" in part:
+        model, data = opened(run)
+        sources = {name: SimpleNamespace(task=Task(**about)) for name, about in model.tasks.items()}
+        how = dict(paths=0, noise=0.0, select="score", size=run.cfg.global_batch_size, seed=0)
+        look = partial(examine, model, sources, data, "test", hardware=Hardware("cpu", "bf16"), **how)
+        with model.memory.shuffled(torch.Generator().manual_seed(0)):
+            mixed = look()["score"]
+        entries = int(model.memory.fill)
+        model.memory.fill.zero_()
+        yield f"its {entries} entries shuffled {100 * mixed:.1f}, emptied {100 * look()['score']:.1f}"
+    if "codes" in part:
+        used, perplexity = (run.test[f"{run.cfg.tasks[0]}/{key}"] for key in CODES)
+        yield f"{used:.0f} of {run.cfg.vq_size} codes used, perplexity {perplexity:.0f}"
+    if "ahead" in part:
+        trained, found = Trained(run), []
+        for batch in trained.batches(trained.held_out()):
+            carry = trained.model.initial_carry(batch)
+            for _ in range(trained.steps):
+                with torch.no_grad(), trained.hardware.autocast:
+                    carry, out = trained.model(carry, batch)
+                carry["halted"] = torch.zeros_like(carry["halted"])
+            found.append(out["aux"]["acceptance"].item())
+        yield f"{100 * statistics.mean(found):.1f} % of its guesses are the next one too"
 
 
 # --- ARC --------------------------------------------------------------------------------------
