@@ -15,6 +15,7 @@ from models.adam_atan2 import gather_rows
 
 TEMPERATURE = 0.1  # of the cosines, at the start
 GATE = -2.0  # added to the logit of the gate, which is nearly closed at the start
+START = 0.01  # of the usual weights: the first entries come when a model begins to solve, and would throw it back
 
 
 class Memory(nn.Module):
@@ -25,6 +26,7 @@ class Memory(nn.Module):
         self.top_k = top_k
         self.query = nn.Linear(d_model, key_dim, bias=False)
         self.value = nn.Linear(d_model, d_model, bias=False)
+        nn.init.normal_(self.value.weight, std=START * d_model**-0.5)
         self.gate = nn.Linear(2 * d_model, 1, bias=False)
         self.log_scale = nn.Parameter(torch.tensor(-math.log(TEMPERATURE)))
         self.register_buffer("keys", torch.zeros(slots, key_dim))
