@@ -131,9 +131,6 @@ def test_numbers_of_the_pictures_figures():
     chances = [model.chance([1, 2], symbol) for symbol in range(112)]
     assert sum(chances) == pytest.approx(1) and max(range(112), key=chances.__getitem__) == 3
     assert model.nats([1, 2, 3], 2) == [pytest.approx(-math.log(chances[3]))]
-    row = {"score": 1.0, "read/characters": 0.5, "read/halt_auc": None, "raw/score": 0.1, "raw/read/characters": 0.4,
-           "shuffled/score": 0.0, "maze/optimal": 0.25}  # fmt: skip
-    assert multimodal_quality.firsts(row) == "read/characters 50.0, maze/optimal 25.0"
 
 
 @pytest.mark.parametrize(
