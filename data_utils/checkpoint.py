@@ -16,6 +16,7 @@ from data_utils.config import DataError, UsageError
 
 PLAIN = (int, float, str, bool, bytes, type(None))
 FAILED_SAVES = 3  # rolling saves in a row that fail before a run gives up
+FOLDER = 0x10  # attribute of a zip's entry, outside all checksums: torch reads whatever memory holds for a tensor's
 OTHER_NAMES = dict(  # old ones, read but never written; and those of train_multimodal.py's guide
     model_state=("model", "model_state_dict"), optimizer_state=("optimizer", "optimizer_state_dict"),
     amp_scaler=("scaler",), ema_state=("ema_state_dict",),
@@ -120,8 +121,8 @@ def read(path):
 
     try:
         with zipfile.ZipFile(path) as archive:  # torch.load checks no checksum: most flipped bits would go unseen
-            packed = any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist())
-            if packed or archive.testzip() is not None:
+            about = [(entry.compress_type, entry.external_attr & FOLDER) for entry in archive.infolist()]
+            if any(part != (zipfile.ZIP_STORED, 0) for part in about) or archive.testzip() is not None:
                 raise ValueError("checksum differs")
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as e:  # truncation and flipped bits raise a dozen types
