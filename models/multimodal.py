@@ -197,7 +197,7 @@ class Multimodal(nn.Module):
         if self.bottleneck == "capsules":
             x = self.capsules(x)
             if hasattr(self, "quantizer"):
-                whole = (batch["index"] % 2 == 0) & self.training
+                whole = (batch["index"] % 2 == 0) & self.training  # by its number: the same on any rank, after any stop
                 x, codes["codes"], losses["vq_loss"] = self.quantizer(x, whole)
         if task["ids"]:
             x = torch.cat([self.rules(batch["id"])[:, None].to(x.dtype), x], 1)
