@@ -23,6 +23,7 @@ def in_order(function, tasks, processes):
         yield from map(function, tasks)
         return
     context = multiprocessing.get_context("spawn")  # a fork would keep locks, and break after torch or tokenizers
+    others = set(multiprocessing.active_children())
     pool = ProcessPoolExecutor(processes, context, begin)
 
     def submit(*call):
@@ -40,6 +41,8 @@ def in_order(function, tasks, processes):
         while under_way:
             yield under_way.popleft().result()
     except BrokenProcessPool as e:
+        for process in set(multiprocessing.active_children()) - others:
+            process.kill()  # the pool sends SIGTERM, which they ignore, and waits: one may write what nobody reads
         raise DataError("a worker process died, perhaps of too little memory\ntry: fewer processes") from e
     finally:
         pool.shutdown(cancel_futures=True)
