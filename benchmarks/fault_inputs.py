@@ -31,7 +31,8 @@ def disk_full_later(lab, name):
     """No room for one rolling save, then for the last ones; and a disk that is full of something else."""
     steps = SCRIPTS[name].steps
     folder = lab.folder()
-    _, err = lab.go_on(name, folder, faults="sleep=7:0.1 limit=7:20000 limit=8:-1")
+    late = "sleep=7:0.1 sleep=14:0.1"  # so that a save is due after step 7: of one call of backward, or of two
+    _, err = lab.go_on(name, folder, faults=f"{late} limit=7:20000 limit=8:-1")
     warned = [line for line in err.splitlines() if "training goes on" in line]
     check(warned and all("was not written" in line for line in warned), f"no warning: {err[-300:]}")
     lab.clean(folder)
