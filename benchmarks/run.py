@@ -214,8 +214,9 @@ def bounds(clause):
 def judged(figure):
     """Whether a figure meets its target, and how many times better it is than it must be (1: just so).
 
-    (None, None) for a figure without a target or value, or with a target in words. The times are of value and bound, or
-    for a target with two bounds of their half distance and what the value is off the middle; None without any.
+    (None, None) for a figure without a target or value, with a target in words, or of a ratio to a peer that was not
+    there. The times are of value and bound, or for a target with two bounds of their half distance and what the value
+    is off the middle; None without any.
     """
     clauses = re.split("[,;] ", figure.get("target") or "")
     met, least = [], []
@@ -224,6 +225,8 @@ def judged(figure):
         if not (found := bounds(clause)):
             return None, None
         of, low, high, out = found
+        if not of and missing(figure):
+            return None, None
         of = of or ("ratio" if ratio is not None and len(clauses) == 1 else "ours")
         less = None if None in (ours, peer) else peer - ours
         value = dict(ours=ours, ratio=ratio, less=less)[of]
@@ -243,6 +246,12 @@ def judged(figure):
     return all(met), min(least)
 
 
+def missing(figure):
+    """How to get a peer that was not there; "" if it was, or if there is none."""
+    peer = figure.get("peer")
+    return peer if isinstance(peer, str) and _number(peer) is None else ""
+
+
 def _number(value):
     """The number that a figure begins with, None without one."""
     found = re.match(r"-?\d+(\.\d+)?(e[-+]?\d+)?", str(value))
@@ -254,8 +263,7 @@ def table(figures):
     columns = "figure", "ours", "peer", "ratio", "spread", "target"
     lines = [f"| {' | '.join(columns)} | met | command |", "| --- " * 8 + "|"]
     for f in figures:
-        missing = isinstance(f.get("peer"), str) and f["peer"]
-        cells = ["not there" if missing and name == "peer" else f.get(name, "") for name in columns]
+        cells = ["not there" if missing(f) and name == "peer" else f.get(name, "") for name in columns]
         met = {True: "yes", False: "**no**", None: ""}[judged(f)[0]]
         cells = [str("" if cell is None else cell).replace("|", "\\|") for cell in (*cells, met)]
         lines.append(f"| {' | '.join(cells)} | `{f['command']}` |")
@@ -304,9 +312,9 @@ def page(folder, failures, spent, picture, quick=False):
         lines = [f"## {title}", "", " ".join(filter(None, about)), ""]
         for command, status, said in failures.get(name, ()):
             lines += [f"**Failed** with status {status}: `{command}`: {said}", ""]
-        missing = [f["peer"] for f in figures if isinstance(f.get("peer"), str) and f["peer"]]
-        for how in dict.fromkeys(missing):
-            lines += [f"A peer of {missing.count(how)} of these figures was not there: `{how}`", ""]
+        absent = list(filter(None, map(missing, figures)))
+        for how in dict.fromkeys(absent):
+            lines += [f"A peer of {absent.count(how)} of these figures was not there: `{how}`", ""]
         lines += [table(figures) if figures else f"Nothing measured yet: `{_command(full[0])}`", ""]
         sections += lines
         if bars:

@@ -153,6 +153,9 @@ def test_numbers_of_the_pictures_figures():
         ("rising", dict(ours=1.0), None, None),
         (">= 40 at <= 1 point", dict(ours=50.0), None, None),
         (">= 1", dict(peer="pip install peer"), None, None),
+        (">= 1", dict(ours=2000.0, peer="pip install peer"), None, None),
+        (">= 97", dict(ours="98.0", peer="60.5 (60.0, 61.0)"), True, 98 / 97),
+        ("ours <= 400", dict(ours=200.0, peer="pip install peer"), True, 2.0),
         ("", dict(ours=1.0), None, None),
     ],
 )
