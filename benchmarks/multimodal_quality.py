@@ -8,6 +8,7 @@ say `raw`; n samples, T steps, K paths.
 import contextlib
 import hashlib
 import io
+import itertools
 import math
 import random
 import statistics
@@ -449,8 +450,9 @@ def halting(args):
 
 
 # --- stories ----------------------------------------------------------------------------------
-CONTINUE = """--arch=read --tasks=continue --text_source=stories --L_cycles=2 --text_supervision_steps=4
---lr_min_ratio=1 --epochs=14"""
+CONTINUE = "--arch=read --tasks=continue --text_source=stories --lr_min_ratio=1 --epochs=14"
+PATCHES = f"{CONTINUE} --bottleneck=patches"
+STORIES = {"every patch seen": (PATCHES, ">= 90"), "through 12 capsules": (CONTINUE, "")}  # arm: flags, target
 ORDER = 5  # of the n-gram: symbols that it sees
 TOLD = 10_000  # stories that it counts
 
@@ -486,9 +488,10 @@ class Ngram:
 
 def continued(args):
     """The last sentence of a story, whose cast stands on the page only, between an exact floor and an n-gram."""
-    ngram = low = None
-    for seed in range(args.seeds):
-        run = train(args, "continue", CONTINUE, seed)
+    ngram = None
+    for arm, seed in itertools.product(asked_for(args, STORIES), range(args.seeds)):
+        flags, target = STORIES[arm]
+        run = train(args, f"continue {arm}", flags, seed)
         trained = Trained(run)
         held = trained.held_out()
         if not ngram:
@@ -498,13 +501,13 @@ def continued(args):
         high = statistics.mean(statistics.mean(ngram.nats(page + end, len(page))) for page, end in pairs)
         low = np.mean(floor(held["target"]) / (held["target"] != PADDING).sum(1).numpy())
         ours, shuffled = (run.test[f"{control}continue/loss"] / math.log(2) for control in ("", "shuffled/"))
-        yield dict(figure=f"ends of stories, bits a character, against an n-gram of order {ORDER}, seed {seed}",
+        yield dict(figure=f"ends of stories, bits a character, {arm}, against an n-gram of order {ORDER}, seed {seed}",
                    ours=round(ours, 4), peer=round(high / math.log(2), 4), target="between floor and n-gram",
                    ratio=round(ours / high * math.log(2), 3),
                    spread=f"exact floor {low / math.log(2):.4f}; the pages of others {shuffled:.3f}")  # fmt: skip
         names = [written(trained, held), written(trained, held | dict(page=held["page"].roll(1, 0)))]
         said = f"the pages of others {100 * names[1]:.1f}; {run.test['step']} steps in {spent(run.rows):.0f} s"
-        yield dict(figure=f"ends of stories, % of a page's names that are written, seed {seed}", target=">= 90",
+        yield dict(figure=f"ends of stories, % of a page's names that are written, {arm}, seed {seed}", target=target,
                    ours=round(100 * names[0], 1), spread=said)  # fmt: skip
 
 
@@ -521,7 +524,7 @@ def written(trained, held):
 # --- parts ------------------------------------------------------------------------------------
 ABLATE = {  # part: (where it has something to do, that without it, its flags, steps of both)
     "a memory": ("6 x 6 Sudoku", "--arch=sudoku6", "--enable_memory", 400),
-    "a guess one symbol ahead": ("ends of stories", CONTINUE, "--enable_mtp", 300),
+    "a guess one symbol ahead": ("ends of stories", PATCHES, "--enable_mtp", 600),
     "codes": ("reading", READ, "--use_vq_codebook", 600),
 }
 

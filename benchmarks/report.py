@@ -81,7 +81,8 @@ def load(path):
 def save(args, name, **found):
     """Merge one row into the results, with the machine that it was measured on."""
     cpu = [torch.backends.cpu.get_cpu_capability()]
-    cpu += ["avx512_bf16"] * bool(getattr(torch.cpu, "_is_avx512_bf16_supported", bool)())
+    asked = dict(avx512_bf16="_is_avx512_bf16_supported", amx="_is_amx_tile_supported")  # which make bf16 fast
+    cpu += [name for name, supported in asked.items() if getattr(torch.cpu, supported, bool)()]
     about = dict(threads=args.threads, torch=str(torch.__version__), date=time.strftime("%Y-%m-%d"), cpu=cpu)
     results = load(args.out)
     results[name] = results.get(name, {}) | about | found

@@ -196,9 +196,9 @@ def fits(args):
             yield figure(f"fits per CPU second, {M} points", target, rounds, "pip install scipy")
             continue
 
-        def singly(X=X, y=y, found=found):
-            draw = np.random.default_rng(0)
-            found[1][:] = np.inf
+        def singly(X=X, y=y, best_of=found[1], seed=0):
+            draw = np.random.default_rng(seed)
+            best_of[:] = np.inf
             for i, prefix in enumerate(prefixes):
                 count = prefix.count("<constant>")
                 for start in [np.ones(count), *draw.normal(0, 5, (3, count))]:
@@ -207,16 +207,18 @@ def fits(args):
                             warnings.simplefilter("ignore")
                             best, _ = curve_fit(lambda x, *c, prefix=prefix: finite(walk(prefix, c, x)), X, y, start,
                                                 method="lm", maxfev=200)  # fmt: skip
-                            found[1][i] = np.fmin(found[1][i], fvu(y, walk(prefix, best, X)))
+                            best_of[i] = np.fmin(best_of[i], fvu(y, walk(prefix, best, X)))
                     except (RuntimeError, ValueError, TypeError):  # not converged, no finite values, more constants
                         continue
 
         rounds = [[96 * 4 / spent(run) for run in (batched, singly)] for _ in range(args.times)]
         yield figure(f"fits per CPU second, {M} points, against scipy.optimize.curve_fit", target, rounds)
-        ours, theirs = (part[np.isfinite(found[1])] for part in found)
-        share = [(100 * (ours <= 1.01 * theirs + 1e-10).mean(),)]
+        other = np.empty(len(rows))
+        singly(best_of=other, seed=1)
+        ours, theirs, other = (part[np.isfinite(found[1])] for part in (*found, other))
+        ours, other = (100 * (part <= 1.01 * theirs + 1e-10).mean() for part in (ours, other))
         name = f"% within 1 % of scipy's FVU, of the {len(theirs)} candidates that it fits to {M} points"
-        yield figure(name, ">= 98", share)
+        yield figure(f"{name}, against scipy's own from other starts", "ours >= 98", [(ours, other)])
 
 
 def of_gplearn(X, y, seed, seconds):
