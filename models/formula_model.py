@@ -202,7 +202,7 @@ class FlashANSRModel(nn.Module):
         """
         data = torch.cat([batch["x_tensors"], batch["y_tensors"]], -1)
         ids, num, labels = batch["input_ids"][:, :-1], batch["input_num"][:, :-1], batch["labels"].long()
-        logits = (forward or self)(ids, data, batch["data_attn_mask"], num).float()
+        logits = (self if forward is None else forward)(ids, data, batch["data_attn_mask"], num).float()
         counted = (labels > 0) & ~batch["prompt_mask"][:, 1:].bool() & (labels != self.alphabet.ids["<expression>"])
         labels = labels.clamp_min(0)
         nats = F.cross_entropy(logits.mT, labels, reduction="none") * counted

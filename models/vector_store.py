@@ -55,6 +55,7 @@ class VectorStore:
         self.index.add(keys)
         self.tokens, self.documents, self._keys = self.tokens[:n], self.documents[:n], None
 
+    @torch.compiler.disable  # FAISS and numpy are no part of a graph
     def search(self, keys, documents=None):
         """keys: (N, C) on any device, documents: (N) of the queries -> similarity (N, k), tokens (N, k).
 

@@ -1,0 +1,70 @@
+"""--compile of every script: traced by torch.compile, but run by PyTorch, which takes seconds and not minutes."""
+
+import functools
+import importlib
+
+import pytest
+import torch
+from conftest import train_flags
+from test_train_hrm import SIZES
+from test_train_sr import TINY
+
+from data_utils.config import from_cli
+from data_utils.overrides import GUIDE, PICTURES
+
+AE = "events=200 limit=64 hidden=[8,8] latent_dim=4 codebook_size=8 batch_size=16 epochs=1 device=cpu out={home} "
+AE += "make_plots=false"
+PAGES = "--train_samples=40 --max_steps=4 --wandb=disabled --data_paths={data} --checkpoint_path={home}"
+FLAGS = dict(
+    train_hrm=[*SIZES, *"--dataset=synthetic --run_name=run --eval_rows=100 --steps=4 --val_every=2".split()],
+    train_sr=[*TINY, *"--steps=4 -vi 2 -o {home}".split()],
+    train_ae=AE.split(),
+    train_multimodal=f"--arch=smoke --tasks continue sudoku4 {PAGES}".split(),
+)
+
+
+def traced(model=None, *, mode=None, compile=torch.compile, **how):
+    """torch.compile as far as graphs."""
+    return compile(model, backend="eager", **how)
+
+
+def configured(name, module, flags):
+    """The settings that a script reads from its flags."""
+    cls = dict(train_hrm="SyntheticConfig", train_mla="Config", train_sr="SRConfig")
+    how = dict(argv=flags, prog=f"{name}.py")
+    if name in cls:
+        return from_cli(getattr(module, cls[name]), "", **how)
+    if name == "train_expert":
+        return from_cli(module.CONFIGS, "", by="expert", **how)
+    if name == "train_ae":
+        loops = {loop: cls for loop, (cls, _) in module.LOOPS.items()}
+        return from_cli(loops, "", by="loop", overrides=GUIDE, **how)
+    return from_cli({"multimodal": module.Config}, "", overrides=PICTURES, **how)
+
+
+@pytest.mark.parametrize(
+    "case", ["transformer", "state_space", "diffuser", "mla_store", "train_hrm", "train_sr", "train_ae loop=gan_ae",
+             "train_ae loop=diffusion_ae", "train_ae loop=test_mlp", "train_multimodal"]
+)  # fmt: skip
+def test_a_compiled_run_is_the_same_run(case, toy, experts, tmp_path, monkeypatch):
+    name, *more = case.split()
+    if name not in FLAGS:
+        script, *flags = train_flags(name, toy, experts)
+        name, flags = script.removesuffix(".py"), [*flags, "--checkpoint_dir={home}", "--max_steps=4"]
+    else:
+        flags = [*FLAGS[name], *more]
+    module = importlib.import_module(name)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(torch, "compile", functools.wraps(torch.compile)(traced))
+    compile = "--compile_mode=default" if name == "train_sr" else "--compile"
+    found = []
+    for i, asked in enumerate(([], [compile])):
+        torch._dynamo.reset()
+        home = tmp_path / str(i)
+        home.mkdir()
+        monkeypatch.chdir(home)
+        words = [word.format(home=home / "run", data=tmp_path / "data") for word in flags] + asked
+        found.append(module.main(configured(name, module, words)))
+    assert sum(torch._dynamo.utils.counters["stats"].values()), "nothing was compiled"
+    plain, compiled = (result.get("best", result.get("best_val_loss")) for result in found)
+    assert compiled == pytest.approx(plain, rel=1e-4) and found[1]["step"] == found[0]["step"] > 0
