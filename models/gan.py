@@ -7,6 +7,7 @@ eq. 7), spectral norm (1802.05957), adversarial autoencoders (1511.05644).
 import contextlib
 
 import torch
+import torch._functorch.config as graphs
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
@@ -114,6 +115,7 @@ class Judges(nn.Module):
         sizes = dict(cont_dim=cont_dim, n_tokens=n_tokens, num_types=num_types, n_globals=n_globals)
         judge = Discriminator(**sizes, width=gnn_dim, layers=gnn_layers) if discriminator else None
         self.discriminator, self.critic = judge, LatentCritic(latent_dim) if encoder == "gan" else None
+        graphs.donated_buffer = False  # else a compiled model goes backward once, and adaptive_weight needs more
 
     def forward(self, batch, output, loss, last_weight, progress):
         """Judge the model's output on a batch (x, ids, globals) -> own loss, cost to the model, {name: (sum, count)}.

@@ -1,4 +1,4 @@
-"""--compile of every script: traced by torch.compile, but run by PyTorch, which takes seconds and not minutes."""
+"""--compile of every script: graphs forward and backward, but run by PyTorch, which takes seconds and not minutes."""
 
 import functools
 import importlib
@@ -25,7 +25,7 @@ FLAGS = dict(
 
 def traced(model=None, *, mode=None, compile=torch.compile, **how):
     """torch.compile as far as graphs."""
-    return compile(model, backend="eager", **how)
+    return compile(model, backend="aot_eager", **how)
 
 
 def configured(name, module, flags):
