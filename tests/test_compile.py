@@ -1,6 +1,5 @@
 """--compile of every script: graphs forward and backward, but run by PyTorch, which takes seconds and not minutes."""
 
-import functools
 import importlib
 
 import pytest
@@ -23,9 +22,9 @@ FLAGS = dict(
 )
 
 
-def traced(model=None, *, mode=None, compile=torch.compile, **how):
+def traced(model=None, *, mode=None, by=torch.compile, **how):
     """torch.compile as far as graphs."""
-    return compile(model, backend="aot_eager", **how)
+    return by(model, backend="aot_eager", **how)
 
 
 def configured(name, module, flags):
@@ -54,16 +53,16 @@ def test_a_compiled_run_is_the_same_run(case, toy, experts, tmp_path, monkeypatc
     else:
         flags = [*FLAGS[name], *more]
     module = importlib.import_module(name)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(torch, "compile", functools.wraps(torch.compile)(traced))
-    compile = "--compile_mode=default" if name == "train_sr" else "--compile"
+    monkeypatch.setattr(torch, "compile", traced)
+    asked = "--compile_mode=default" if name == "train_sr" else "--compile"
     found = []
-    for i, asked in enumerate(([], [compile])):
+    for i, more in enumerate(([], [asked])):
         torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
         home = tmp_path / str(i)
         home.mkdir()
         monkeypatch.chdir(home)
-        words = [word.format(home=home / "run", data=tmp_path / "data") for word in flags] + asked
+        words = [word.format(home=home / "run", data=tmp_path / "data") for word in flags] + more
         found.append(module.main(configured(name, module, words)))
     assert sum(torch._dynamo.utils.counters["stats"].values()), "nothing was compiled"
     plain, compiled = (result.get("best", result.get("best_val_loss")) for result in found)
