@@ -19,6 +19,7 @@ def die_or_answer_at_length(task):
 
 
 def test_a_process_that_dies_ends_those_that_write():
+    others = multiprocessing.active_children()
     with pytest.raises(DataError, match="a worker process died"):
         list(in_order(die_or_answer_at_length, range(4), 2))
-    assert not multiprocessing.active_children()
+    assert set(multiprocessing.active_children()) <= set(others)
