@@ -107,7 +107,7 @@ def test_speed_of_the_pictures_runs_at_toy_size_and_says_how_to_get_peers(tmp_pa
 def test_learning_of_the_pictures_runs_at_toy_size_and_is_read_again(tmp_path):
     out, rows = tmp_path / "figures.json", "sudoku4,halting,continue"
     flags = ["--quick", "--threads", str(torch.get_num_threads()), "--home", str(tmp_path), "--out", str(out)]
-    multimodal.main([*flags, "--rows", rows, "--arms", "recursion"])
+    multimodal.main([*flags, "--rows", rows, "--arms", "recursion,every patch"])
     results = json.loads(out.read_text())
     assert {name: len(row["figures"]) for name, row in results.items()} == dict(sudoku4=6, halting=2, **{"continue": 2})
     assert all("ours" in f for row in results.values() for f in row["figures"])
