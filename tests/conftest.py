@@ -10,6 +10,8 @@ import pytest
 import torch
 import warm
 
+from data_utils.config import from_cli
+
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job starts with it ignored, and its children
 signal.signal(signal.SIGHUP, signal.SIG_DFL)  # and with this one what nohup starts
 
@@ -81,6 +83,23 @@ def train_flags(name, toy, experts):
         return ["train_expert.py", f"--expert={name}", *flags, *SIZES[name]]
     flags += [f"--{other}_ckpt={experts}/{other}_expert.pt" for other in ("state_space", "diffuser")]
     return ["train_mla.py", *flags, *MLA, *["--use_vector_store"] * (name == "mla_store")]
+
+
+def settings(module, flags):
+    """The settings that a training script, imported, reads from its flags, as it does when it is started."""
+    how = dict(argv=flags, prog=f"{module.__name__}.py")
+    if module.__name__ == "train_expert":
+        return from_cli(module.CONFIGS, by="expert", **how)
+    if module.__name__ == "train_hrm":
+        return from_cli(module.variant, by="dataset", flatten=module.flatten, **how)
+    if module.__name__ == "train_sr":
+        return from_cli(module.Config, load=module.load_flags, **how)
+    if module.__name__ == "train_ae":
+        loops = {name: cls for name, (cls, _) in module.LOOPS.items()}
+        return from_cli(loops, by="loop", overrides=module.GUIDE, **how)
+    if module.__name__ == "train_multimodal":
+        return from_cli({"multimodal": module.Config}, overrides=module.PICTURES, **how)
+    return from_cli(module.Config, **how)
 
 
 @pytest.fixture(scope="session")

@@ -4,12 +4,9 @@ import importlib
 
 import pytest
 import torch
-from conftest import train_flags
+from conftest import settings, train_flags
 from test_train_hrm import SIZES
 from test_train_sr import TINY
-
-from data_utils.config import from_cli
-from data_utils.overrides import GUIDE, PICTURES
 
 AE = "events=200 limit=64 hidden=[8,8] latent_dim=4 codebook_size=8 batch_size=16 epochs=1 device=cpu out={home} "
 AE += "make_plots=false"
@@ -25,20 +22,6 @@ FLAGS = dict(
 def traced(model=None, *, mode=None, by=torch.compile, **how):
     """torch.compile as far as graphs."""
     return by(model, backend="aot_eager", **how)
-
-
-def configured(name, module, flags):
-    """The settings that a script reads from its flags."""
-    cls = dict(train_hrm="SyntheticConfig", train_mla="Config", train_sr="SRConfig")
-    how = dict(argv=flags, prog=f"{name}.py")
-    if name in cls:
-        return from_cli(getattr(module, cls[name]), "", **how)
-    if name == "train_expert":
-        return from_cli(module.CONFIGS, "", by="expert", **how)
-    if name == "train_ae":
-        loops = {loop: cls for loop, (cls, _) in module.LOOPS.items()}
-        return from_cli(loops, "", by="loop", overrides=GUIDE, **how)
-    return from_cli({"multimodal": module.Config}, "", overrides=PICTURES, **how)
 
 
 @pytest.mark.parametrize(
@@ -63,7 +46,7 @@ def test_a_compiled_run_is_the_same_run(case, toy, experts, tmp_path, monkeypatc
         home.mkdir()
         monkeypatch.chdir(home)
         words = [word.format(home=home / "run", data=tmp_path / "data") for word in flags] + more
-        found.append(module.main(configured(name, module, words)))
+        found.append(module.main(settings(module, words)))
     assert sum(torch._dynamo.utils.counters["stats"].values()), "nothing was compiled"
     plain, compiled = (result.get("best", result.get("best_val_loss")) for result in found)
     assert compiled == pytest.approx(plain, rel=1e-4) and found[1]["step"] == found[0]["step"] > 0

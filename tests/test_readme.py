@@ -6,6 +6,7 @@ import shlex
 from pathlib import Path
 
 import pytest
+from conftest import settings
 
 from data_utils.config import from_cli
 
@@ -34,23 +35,13 @@ def test_python_commands_parse(command):
         from_cli(module.COMMANDS[flags[0]][0], argv=flags[1:])
     elif words[1] == "plot.py":
         from_cli(module.Config, argv=["--runs", *flags])
-    elif words[1] == "train_expert.py":
-        cfg = from_cli(module.CONFIGS, argv=flags, by="expert")
-        assert type(cfg) is module.CONFIGS[cfg.expert]
-    elif words[1] == "train_hrm.py":
-        from_cli(module.variant, argv=flags, by="dataset", flatten=module.flatten)
-    elif words[1] == "train_sr.py":
-        from_cli(module.Config, argv=flags, load=module.load_flags)
-    elif words[1] == "train_ae.py":
-        from_cli({name: cls for name, (cls, _) in module.LOOPS.items()}, argv=flags, by="loop", overrides=module.GUIDE)
-    elif words[1] == "train_multimodal.py":
-        from_cli({"multimodal": module.MultimodalConfig}, argv=flags, overrides=module.PICTURES)
     elif words[1] == "generate.py" and flags[0] in module.COMMANDS:
         from_cli(module.COMMANDS[flags[0]], argv=module.flags(flags))
     elif words[1] == "generate.py":
         from_cli(module.variant, argv=flags, by="run_name")
     else:
-        from_cli(module.Config, argv=flags)
+        cfg = settings(module, flags)
+        assert words[1] != "train_expert.py" or type(cfg) is module.CONFIGS[cfg.expert]
 
 
 @pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("bash ")])
