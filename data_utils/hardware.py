@@ -29,14 +29,20 @@ class Hardware:
     def __init__(self, device, precision, fsdp=False):
         self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         self.fsdp, self.twin = fsdp, None
+        lacking = [name for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+        if self.world > 1 and lacking:
+            raise UsageError(f"WORLD_SIZE is {self.world}, but {', '.join(lacking)} not set: left over from another job?\n"
+                             "try: unset WORLD_SIZE, or start with torchrun")  # fmt: skip
         if fsdp and self.world == 1:
             raise UsageError("--fsdp shares a model among processes, and this is the only one\n"
                              f"try: torchrun --standalone --nproc-per-node 2 {' '.join(sys.argv)}")  # fmt: skip
         if device == "auto":
             mps = torch.backends.mps.is_available()
             device = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
-        if device == "cuda" and self.world > 1:
-            device = f"cuda:{os.environ['LOCAL_RANK']}"
+        if device.startswith("cuda:") and self.world > 1:
+            raise UsageError(f"--device {device} puts all {self.world} processes on one GPU\ntry: --device cuda")
+        if device == "cuda" and torch.cuda.is_available():  # set_device takes no device without an index
+            device = f"cuda:{os.environ['LOCAL_RANK'] if self.world > 1 else torch.cuda.current_device()}"
         try:
             self.device = torch.device(device)
             torch.empty(1, device=self.device)
@@ -48,6 +54,8 @@ class Hardware:
             capability = torch.cuda.get_device_capability(self.device)
             fast, reason = capability >= (8, 0), f"CUDA capability {capability[0]}.{capability[1]}"
             torch.cuda.set_device(self.device)
+            torch.set_float32_matmul_precision("high")  # TF32 for what stays in fp32, from capability 8.0 on
+            reason += ", TF32" * fast
         else:
             has = [n for n in ("avx512_bf16", "amx_tile") if getattr(torch.cpu, f"_is_{n}_supported", bool)()]
             fast, reason = kind == "cpu" and bool(has), f"{kind} with {has[0]}" if has else f"{kind} without bf16 units"
