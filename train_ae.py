@@ -335,8 +335,9 @@ def main(cfg):
                             loss, found = loss + (own + cost) / (cfg.accumulate * world), found | said
                     scaler.scale(loss * world).backward()  # DDP takes the mean over ranks
                     add(sums, found)
+                if judges:  # before unscale_, which looks for overflows: all ranks must see those of each
+                    hardware.average(judges.parameters())
                 scaler.unscale_(optimizer)
-                hardware.average(judges.parameters()) if judges else None
                 clip, limit = torch.nn.utils.clip_grad_norm_, cfg.clip or math.inf
                 norms = [clip(group["params"], limit) for group in optimizer.param_groups]
                 now = time.monotonic()

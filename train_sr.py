@@ -275,7 +275,8 @@ def main(cfg):
     def lr_at(step):  # linear between the points: a pure function of the step
         for (left, low), (right, high) in zip(points, points[1:], strict=False):
             if left <= step < right:
-                return low + (high - low) * (step + 1 - left) / (right - left)
+                share = min(1.0, (step + 1 - left) / (right - left))  # a rise of part of a step is one step
+                return low + (high - low) * share
         return points[-1][1] if step >= points[-1][0] else points[0][1]
 
     @torch.no_grad()

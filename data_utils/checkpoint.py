@@ -244,10 +244,15 @@ def load_parts(parts, state, path, about, allow_partial=None, same_data=""):
             raise UsageError(f"{path} fits only {share:.0%} of this model: {found}")
         warn(f"{path}: {found}; {share:.0%} loaded, the optimizer starts anew")
         model.load_state_dict({k: shared_like(v, own[k]) for k, v in fits.items()}, strict=False)
-        return
-    model.load_state_dict({k: shared_like(v, own[k]) for k, v in saved.items()})
+        state = {}  # nothing else fits
+    else:
+        model.load_state_dict({k: shared_like(v, own[k]) for k, v in saved.items()})
     for name, part in parts.items():
-        if part is model or not state.get(name):  # an empty scaler is that of a run without one
+        if part is model:
+            continue
+        if not state.get(name):  # an empty scaler is that of a run without one
+            if hasattr(part, "restart"):  # averaged weights begin as the loaded ones, not as random ones
+                part.restart()
             continue
         if name == "optimizer_state":
             slots = _checked(part, state[name], path)

@@ -13,6 +13,7 @@ import re
 import signal
 import sys
 import textwrap
+import time
 import typing
 from pathlib import Path
 
@@ -63,6 +64,7 @@ def from_cli(cls, doc="", argv=None, prog=None, by="", flatten=None, load=None, 
     main(Config(...)).
     """
     if argv is None:
+        share_cores()
         if not hasattr(sys.modules["__main__"], "__file__"):
             return None
         argv = sys.argv[1:]
@@ -88,6 +90,39 @@ def from_cli(cls, doc="", argv=None, prog=None, by="", flatten=None, load=None, 
     parser.error = error
     args = tuples(parser.parse_args(argv, args))
     return cls(**{f.name: getattr(args, f.name) for f in dataclasses.fields(cls)})
+
+
+WAITING = "OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"  # each says how OpenMP's threads wait
+
+
+def share_cores():
+    """Let torch's threads wait without spinning long where other processes want the cores. To be called before torch.
+
+    A thread that spins at a barrier keeps the core from the one it waits for. Nothing is changed where the user has
+    chosen, and numbers never change. benchmarks/busy.py measured the counts.
+    """
+    if "torch" in sys.modules or any(name in os.environ for name in WAITING):
+        return
+    cores = os.cpu_count() or 1
+    threads = int(os.environ.get("OMP_NUM_THREADS", "") or cores)
+    if others_running() > cores - threads + 0.5:
+        os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
+        os.environ["GOMP_SPINCOUNT"] = "1000"
+    else:  # a neighbour may still come
+        os.environ["GOMP_SPINCOUNT"] = "10000"
+
+
+def others_running(samples=10, seconds=0.02):
+    """Return how many other threads of the machine run or wait for a core, on average over `seconds`."""
+    try:
+        counts = []
+        for _ in range(samples):
+            time.sleep(seconds / samples)
+            with open("/proc/loadavg", encoding="ascii") as file:  # 0.20 0.18 0.12 1/80 11206
+                counts.append(int(file.read().split()[3].split("/")[0]) - 1)  # this process itself runs
+        return sum(counts) / samples
+    except (OSError, ValueError, IndexError):  # no Linux
+        return os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
 
 
 def tuples(args):
@@ -127,11 +162,16 @@ def launch(main, cfg, leave=True):
     except KeyboardInterrupt:
         status = 130
     except (RuntimeError, MemoryError) as e:
-        if not re.search("out of memory|OutOfMemory|MemoryError|can't allocate memory", f"{type(e).__name__} {e}"):
+        text = f"{type(e).__name__} {e}"
+        reason = (str(e).splitlines() or ["no reason given"])[0][:300]
+        if re.search("out of memory|OutOfMemory|MemoryError|can't allocate memory", text):
+            print(f"error: out of memory: {reason}\ntry: {_remedy(cfg)}", file=sys.stderr)
+        elif re.search("InvalidCxxCompiler|No working C\\+\\+ compiler|Failed to find C compiler", text):
+            print("error: --compile needs a C++ compiler, and there is none\n"
+                  "try: the same command without --compile", file=sys.stderr)  # fmt: skip
+        else:
             raise
         status = 1
-        print(f"error: out of memory: {(str(e).splitlines() or ['no reason given'])[0][:300]}\n"
-              f"try: {_remedy(cfg)}", file=sys.stderr)  # fmt: skip
     status = 0 if torchrun and status > 128 else status
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:  # see Hardware.close
         sys.stdout.flush()

@@ -36,6 +36,11 @@ class Average:
         for name, value in values.items():
             self.parameters[name].data.copy_(value)
 
+    def restart(self):
+        """Begin anew from the weights as they are: those of a checkpoint that has no average."""
+        for name, value in self.values.items():
+            value.copy_(self.parameters[name].detach())
+
     def state_dict(self):
         return dict(self.values)
 

@@ -26,13 +26,13 @@ sweeps() {  # whether the arguments, or a bundle among them, say --multirun
   for word in "${arguments[@]}"; do
     word=${word#*=}
     [ "$word" = -m ] && return 0
-    grep -qs '^multirun: true' "${word%.yaml}.yaml" "configs/ae/${word#phase1/}.yaml" && return 0
+    grep -qs '^multirun: true' -- "${word%.yaml}.yaml" "configs/ae/${word#phase1/}.yaml" && return 0
   done
   return 1
 }
 
 # the same command is to resume
-case $script in
+case ${script##*/} in  # ./train_X.py and a path are the same script
   train_expert.py | train_mla.py) given resume || arguments+=(--resume auto) ;;
   train_sr.py) given resume_from || arguments+=(--resume-from auto) ;;
   train_ae.py)
@@ -57,7 +57,7 @@ if [ "$nodes" -gt 1 ]; then  # a launcher a node; since Slurm 22.05 srun does no
   command=(srun --ntasks-per-node=1 "--cpus-per-task=${SLURM_CPUS_PER_TASK:-1}"
     torchrun "--nnodes=$nodes" "--nproc-per-node=$processes" --rdzv-backend=c10d
     "--rdzv-endpoint=$first:29500" "--rdzv-id=$SLURM_JOB_ID")
-elif [ "$processes" -gt 1 ] && { [ "$script" != train_ae.py ] || ! sweeps || given sweep_job; }; then
+elif [ "$processes" -gt 1 ] && { [ "${script##*/}" != train_ae.py ] || ! sweeps || given sweep_job; }; then
   command=(torchrun --standalone "--nproc-per-node=$processes")
 fi
 
