@@ -193,6 +193,7 @@ def main(cfg):
     events, rows = len(data["train"]["x"]), cfg.batch_size * cfg.accumulate * world
     batches = math.ceil(events / rows)  # an epoch; its last batch is filled up from its start
     steps = cfg.epochs * batches
+    last_step = min(steps, cfg.max_steps or steps)  # at which this run ends, on the schedule of all
     counts = ", ".join(f"{len(columns['x'])} {split}" for split, columns in data.items())
     tell(f"{meta['source']}: {counts} events" + f", dropped: {meta['dropped']}" * bool(meta["dropped"]))
 
@@ -309,8 +310,8 @@ def main(cfg):
         return at.epoch < at.step // batches
 
     # --- train ----------------------------------------------------------------------------
-    epoch_of_order, shown, stop_now, late, over = -1, {}, 0, False, at.step >= min(steps, cfg.max_steps or steps)
-    with Stop() as stop, Progress(steps, at.step, show=rank == 0 and sys.stderr.isatty()) as progress, record:
+    epoch_of_order, shown, stop_now, late, over = -1, {}, 0, False, at.step >= last_step
+    with Stop() as stop, Progress(last_step, at.step, show=rank == 0 and sys.stderr.isatty()) as progress, record:
         start = saved = mark = time.monotonic()
         record("on_resume" if path else "on_start")
         while True:
@@ -342,7 +343,7 @@ def main(cfg):
                 norms = [clip(group["params"], limit) for group in optimizer.param_groups]
                 now = time.monotonic()
                 late = cfg.save_minutes and now - saved > 60 * cfg.save_minutes
-                over = at.step + 1 >= min(steps, cfg.max_steps or steps) or 0 < cfg.max_seconds < now - start
+                over = at.step + 1 >= last_step or 0 < cfg.max_seconds < now - start
                 totals = hardware.total(*(number for pair in sums.values() for number in pair))
                 sums = {name: totals[2 * i : 2 * i + 2] for i, name in enumerate(sums)}
                 bad = not math.isfinite(sum(norms) + sum(totals))

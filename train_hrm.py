@@ -230,6 +230,7 @@ def main(cfg):
     steps = cfg.epochs * batches * cfg.segments if cfg.epochs and cfg.steps in (0, type(cfg).steps) else cfg.steps
     if steps < 1:
         raise UsageError(f"--steps {cfg.steps} --epochs {cfg.epochs}: one of them must be 1 or more")
+    last = min(steps, cfg.max_steps or steps)  # step at which this run ends, on the schedule of all
     hardware.shard(raw_model, cfg.optimizer)
     trained = dict(raw_model.named_parameters())
     groups = [
@@ -313,7 +314,7 @@ def main(cfg):
 
     # --- train ----------------------------------------------------------------------------
     epoch_of_order, batch_of_step, val, over = -1, -1, {}, at.step >= steps
-    with Stop() as stop, Progress(steps, at.step, show=rank == 0 and sys.stderr.isatty()) as progress:
+    with Stop() as stop, Progress(last, at.step, show=rank == 0 and sys.stderr.isatty()) as progress:
         start = saved = mark = time.monotonic()
         first, seen, stop_now, late = at.step, 0, 0, 0  # labels since mark; signal; whether a rolling save is due
         while True:
@@ -335,7 +336,7 @@ def main(cfg):
                 norm = torch.nn.utils.clip_grad_norm_(trained.values(), cfg.grad_clip or math.inf).item()
                 now = time.monotonic()
                 late = cfg.save_minutes and now - saved > 60 * cfg.save_minutes
-                over = at.step + 1 >= min(steps, cfg.max_steps or steps) or 0 < cfg.max_seconds < now - start
+                over = at.step + 1 >= last or 0 < cfg.max_seconds < now - start
                 (loss,) = hardware.total(loss.item() / world)
                 bad = not math.isfinite(loss + norm)
                 bad, stop_now, late, over = hardware.largest(bad, int(stop.signal), late, over)
@@ -352,8 +353,8 @@ def main(cfg):
                 progress(**dict(train=f"{loss:.3f}") | val)
                 if rank == 0 and (at.step % cfg.log_steps == 0 or over):
                     rate = (at.step - first) / (now - start)
-                    tell(f"step {at.step}/{steps} | loss {loss:.3f} | grad {norm:.2f} | lr {lr_at(at.step - 1):.1e} | "
-                         f"eta {timedelta(seconds=int((steps - at.step) / rate))} | {rate:.1f} it/s")  # fmt: skip
+                    tell(f"step {at.step}/{last} | loss {loss:.3f} | grad {norm:.2f} | lr {lr_at(at.step - 1):.1e} | "
+                         f"eta {timedelta(seconds=int((last - at.step) / rate))} | {rate:.1f} it/s")  # fmt: skip
                     append_row(metrics, dict(
                         step=at.step, split="train", loss=loss, lr=lr_at(at.step - 1), grad_norm=norm,
                         tokens_per_s=seen / (now - mark), seconds=now - start, peak_mb=peak_mb(device),
@@ -390,7 +391,7 @@ def main(cfg):
         except ImportError:
             tell("no loss curve: pip install matplotlib")
     next_command = f"python generate.py --checkpoint {final}" if over else "the same command again"
-    tell(f"{home}: step {at.step} of {steps}, best val_loss {at.best_val_loss:.4f} at step {at.best_step}, "
+    tell(f"{home}: step {at.step} of {last}, best val_loss {at.best_val_loss:.4f} at step {at.best_step}, "
          f"{time.monotonic() - start:.0f} s, peak {peak_mb(device):.0f} MB; next: {next_command}")  # fmt: skip
     hardware.close()
     return dict(step=at.step, best=at.best_val_loss, stopped=int(stop_now))

@@ -171,6 +171,7 @@ def main(cfg):
     if cfg.warmup + cfg.cooldown > 1:
         raise UsageError(f"--warmup {cfg.warmup} --cooldown {cfg.cooldown}: shares of the steps, together at most 1")
     points = schedule(cfg)
+    last = min(cfg.steps, cfg.max_steps or cfg.steps)  # step at which this run ends, on the schedule of all
 
     # --- hardware -------------------------------------------------------------------------
     auto = "float32" if cfg.device == "cpu" or not torch.cuda.is_available() else "bfloat16"
@@ -308,7 +309,7 @@ def main(cfg):
     # --- train ----------------------------------------------------------------------------
     val_row, over = {}, at.step >= cfg.steps
     stream = data.train.iterate(at.step, max(0, cfg.steps - at.step))
-    with data.train, Stop() as stop, Progress(cfg.steps, at.step, show=rank == 0 and cfg.verbose) as progress:
+    with data.train, Stop() as stop, Progress(last, at.step, show=rank == 0 and cfg.verbose) as progress:
         start = saved_at = mark = time.monotonic()
         seen, drawing, stop_now, late = 0, 0.0, 0, 0  # samples, seconds of data since mark; signal; a save is due
         while True:
@@ -331,7 +332,7 @@ def main(cfg):
                 norm = torch.nn.utils.clip_grad_norm_(trained.values(), cfg.clip or math.inf).item()
                 now = time.monotonic()
                 late = cfg.save_minutes and now - saved_at > 60 * cfg.save_minutes
-                over = at.step + 1 >= min(cfg.steps, cfg.max_steps or cfg.steps) or 0 < cfg.max_seconds < now - start
+                over = at.step + 1 >= last or 0 < cfg.max_seconds < now - start
                 (loss,) = hardware.total(loss)
                 bad = not math.isfinite(loss + norm)
                 bad, stop_now, late, over = hardware.largest(bad, int(stop.signal), late, over)
@@ -391,7 +392,7 @@ def main(cfg):
             tell("no loss curve: pip install matplotlib")
     again = " ".join(["python", *sys.argv, "--resume-from", "auto"])
     next_command = f"python generate.py formula --model {out} --data points.csv" if at.step >= cfg.steps else again
-    tell(f"{out}: step {at.step} of {cfg.steps}, best val_loss {at.best_val_loss:.4f} at step {at.best_step}, "
+    tell(f"{out}: step {at.step} of {last}, best val_loss {at.best_val_loss:.4f} at step {at.best_step}, "
          f"{time.monotonic() - start:.0f} s, peak {peak_mb(device):.0f} MB; next: {next_command}")  # fmt: skip
     hardware.close()
     return dict(step=at.step, best=at.best_val_loss, stopped=int(stop_now))

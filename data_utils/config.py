@@ -104,7 +104,8 @@ def share_cores():
     if "torch" in sys.modules or any(name in os.environ for name in WAITING):
         return
     cores = os.cpu_count() or 1
-    threads = int(os.environ.get("OMP_NUM_THREADS", "") or cores)
+    asked = re.match(r"\d+", os.environ.get("OMP_NUM_THREADS", ""))
+    threads = int(asked[0]) if asked else cores
     if others_running() > cores - threads + 0.5:
         os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
         os.environ["GOMP_SPINCOUNT"] = "1000"

@@ -22,6 +22,7 @@ from data_utils import checkpoint, metrics
 from data_utils.checkpoint import CheckpointError
 from data_utils.config import DataError, UsageError
 from data_utils.stop import Stop
+from models.average import Average
 
 ROOT = Path(__file__).parents[1]
 Pair = namedtuple("Pair", "a b")
@@ -399,6 +400,19 @@ def test_the_decay_of_the_run_stands_and_the_rate_is_left_to_the_schedule():
     assert [(g["lr"], g["weight_decay"]) for g in groups] == [(0.1, 0.3), (0.1, 0.0)]
     parts["model_state"](torch.ones(1, 4)).sum().backward()
     parts["optimizer_state"].step()  # the states lie on the right parameters
+
+
+@pytest.mark.parametrize("partly", [False, True])
+def test_an_average_that_a_file_lacks_begins_at_the_loaded_weights_not_at_random_ones(partly):
+    """--ema switched on at a resume, or weights loaded in part: else random weights are evaluated and kept as best."""
+    state = saved(trained())
+    parts = make_parts(seed=1)
+    if partly:
+        del state["model_state"]["1.bias"]
+    parts["ema"] = Average(dict(parts["model_state"].named_parameters()), 0.999)
+    checkpoint.load_parts(parts, state, "a.pt", make_about(), allow_partial=True)
+    assert same(parts["ema"].state_dict(), dict(parts["model_state"].state_dict()))
+    assert torch.equal(parts["ema"].state_dict()["0.weight"], state["model_state"]["0.weight"])
 
 
 def test_an_empty_scaler_is_not_loaded_into_an_active_one():

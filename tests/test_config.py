@@ -280,6 +280,8 @@ def fails(error):
         (fails(KeyboardInterrupt()), 130, []),
         (fails(MemoryError()), 1, ["out of memory", "--batch_size"]),
         (fails(RuntimeError("CUDA out of memory. Tried\nto allocate")), 1, ["out of memory", "--batch_size"]),
+        (fails(RuntimeError("InvalidCxxCompiler: No working C++ compiler found in\nall")), 1, ["without --compile"]),
+        (fails(RuntimeError("Failed to find C compiler. Please")), 1, ["without --compile"]),
     ],
 )
 @pytest.mark.parametrize("torchrun", [False, True])

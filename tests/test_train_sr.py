@@ -48,6 +48,19 @@ def model(tmp_path_factory):
     return folder / "model"
 
 
+@pytest.mark.parametrize("steps", [1, 2, 3, 7, 30, 33])
+def test_the_rate_of_a_short_run_stays_below_its_peak(steps, tmp_path, monkeypatch):
+    """A warmup of 5 % is part of a step, which is one step then."""
+    monkeypatch.chdir(tmp_path)
+    main(
+        from_cli(
+            SRConfig, argv=[*TINY, f"--steps={steps}", "-o", "short", "--val_problems=0", "--lr=1"], load=load_flags
+        )
+    )
+    rates = [row["lr"] for row in results(Path("short"))[1] if row["split"] == "train"]
+    assert len(rates) == steps and max(rates) <= 1 and min(rates) >= 0
+
+
 def test_minimal_example_of_the_guide(tmp_path):
     clone = tmp_path / "clone"
     shutil.copytree(ROOT, clone, ignore=shutil.ignore_patterns(".*", "peers", "work", "runs", "checkpoints", "data"))
