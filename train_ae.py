@@ -348,9 +348,11 @@ def main(cfg):
                 sums = {name: totals[2 * i : 2 * i + 2] for i, name in enumerate(sums)}
                 bad = not math.isfinite(sum(norms) + sum(totals))
                 bad, stop_now, late, over = hardware.largest(bad, int(stop.signal), late, over)
-                if not bad or scaler.is_enabled():  # GradScaler skips and lowers its scale by itself
+                if not bad:
                     scaler.step(optimizer)
                     scaler.update()
+                elif scaler.is_enabled():  # an overflow, perhaps of another rank: all of them skip and lower the scale
+                    scaler.update(scaler.get_scale() * scaler.get_backoff_factor())
                 optimizer.zero_grad(set_to_none=True)
                 if not bad:
                     add(at.sums, sums | dict(grad_norm=(norms[0], 1)))

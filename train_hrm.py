@@ -340,10 +340,12 @@ def main(cfg):
                 (loss,) = hardware.total(loss.item() / world)
                 bad = not math.isfinite(loss + norm)
                 bad, stop_now, late, over = hardware.largest(bad, int(stop.signal), late, over)
-                if not bad or scaler.is_enabled():  # GradScaler skips and lowers its scale by itself
+                if not bad:
                     scaler.step(optimizer)
                     scaler.update()
                     average.update(at.step)
+                elif scaler.is_enabled():  # an overflow, perhaps of another rank: all of them skip and lower the scale
+                    scaler.update(scaler.get_scale() * scaler.get_backoff_factor())
                 optimizer.zero_grad(set_to_none=True)
                 at.skipped += bool(bad)
                 at.skipped_in_row = at.skipped_in_row + 1 if bad and scaler.get_scale() <= 1 else 0

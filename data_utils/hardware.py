@@ -15,6 +15,7 @@ from data_utils.checkpoint import gathered, warn
 from data_utils.config import UsageError
 
 DTYPES = dict(bf16=torch.bfloat16, fp16=torch.float16, fp32=torch.float32)
+TORCHRUN = "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"  # set beside WORLD_SIZE
 LARGE = 2e9  # parameters from which on a gathered model may not fit the machine
 
 
@@ -29,10 +30,13 @@ class Hardware:
     def __init__(self, device, precision, fsdp=False):
         self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         self.fsdp, self.twin = fsdp, None
-        lacking = [name for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+        lacking = [name for name in TORCHRUN if name not in os.environ]
         if self.world > 1 and lacking:
-            raise UsageError(f"WORLD_SIZE is {self.world}, but {', '.join(lacking)} not set: left over from another job?\n"
-                             "try: unset WORLD_SIZE, or start with torchrun")  # fmt: skip
+            missing = ", ".join(lacking)
+            raise UsageError(
+                f"WORLD_SIZE is {self.world}, but {missing} not set: left over from another job?\n"
+                "try: unset WORLD_SIZE, or start with torchrun"
+            )
         if fsdp and self.world == 1:
             raise UsageError("--fsdp shares a model among processes, and this is the only one\n"
                              f"try: torchrun --standalone --nproc-per-node 2 {' '.join(sys.argv)}")  # fmt: skip
