@@ -1,0 +1,132 @@
+"""Training beside busy processes: how much speed each script keeps, as it starts by itself and as torch comes.
+
+    python benchmarks/busy.py                             # some 15 minutes; nothing else may run meanwhile
+    python benchmarks/busy.py --rows expert,sr --times 1
+
+Each script trains for a few seconds in a process of its own, with as many threads as there are cores: alone, beside
+one process that never waits, and beside two. The baseline is libgomp's own spin count, 300,000, which the scripts
+lower before they import torch (data_utils/config.share_cores). Sides take turns; a figure is the median of the rounds.
+"""
+
+import contextlib
+import csv
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks.report import command_line, figure, measure
+from data_utils.metrics import read_rows
+from data_utils.workers import cores
+
+ROOT = Path(__file__).resolve().parents[1]
+BASELINE = dict(GOMP_SPINCOUNT="300000")  # libgomp's count where nobody chooses one
+TEXT = "--tokenizer bytes --data_dir {data} --d_model 128 --n_heads 4 --max_seq_len 128 --log_interval 1"
+TEXT += " --batch_size 16 --max_epochs 1000 --eval_windows 16 --checkpoint_dir {folder}"
+EXPERTS = " ".join(f"--{name}_ckpt {{experts}}/{name}_expert.pt" for name in ("transformer", "state_space", "diffuser"))
+SCRIPTS = dict(  # row: (flags, file with the rates, name of the rate there)
+    expert=(f"train_expert.py --expert transformer --n_layers 4 {TEXT}",
+            "transformer_expert_metrics.jsonl", "tokens_per_s"),
+    mla=(f"train_mla.py --n_layers 2 {TEXT} {EXPERTS}", "nanothink_mla_metrics.jsonl", "tokens_per_s"),
+    sr=("train_sr.py --validate_interval 100000 --val_size 16 --log_interval 1 --output_dir {folder}/run",
+        "run/metrics.jsonl", "samples_per_s"),
+    ae=("train_ae.py events=2000 epochs=1000 make_plots=false latent_space=none out={folder}/run",
+        "run/facts/scalars.csv", "throughput"),
+    hrm=("train_hrm.py --dataset sudoku --eval_rows 16 --log_steps 1 --steps 100000 --save_dir {folder}",
+         "metrics.jsonl", "tokens_per_s"),
+    multimodal=("train_multimodal.py --arch sudoku4 --data_paths {data}/pages --log_interval 1 --eval_interval 1000 "
+                "--test_samples 16 --train_samples 2000 --epochs 1000 --wandb disabled --checkpoint_path {folder}",
+                "metrics.jsonl", "samples_per_s"),
+)  # fmt: skip
+
+
+def python(words, **more):
+    """Run a script of the repo to its end. Raises RuntimeError with its last line if it fails."""
+    done = subprocess.run([sys.executable, *words.split()], cwd=ROOT, capture_output=True, text=True, **more)
+    if done.returncode:
+        raise RuntimeError(f"{words.split()[0]}: {(done.stderr.strip().splitlines() or ['no reason given'])[-1]}")
+
+
+@contextlib.contextmanager
+def neighbours(count):
+    """`with neighbours(2):` so many processes keep a core busy each."""
+    processes = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(count)]
+    try:
+        yield
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+
+
+def rate(path, name):
+    """Return the median rate in a file of metrics, without its first row, in which threads and caches are new."""
+    if path.suffix == ".csv":
+        with open(path, encoding="utf-8", newline="") as file:
+            rows = list(csv.DictReader(file))
+    else:
+        rows = read_rows(path)
+    rates = [float(row[name]) for row in rows if row.get(name)]
+    return statistics.median(rates[1:] or rates)
+
+
+def train(script, args, work, count, environment):
+    """Train for args.seconds beside `count` busy processes -> items per second."""
+    words, file, name = SCRIPTS[script]
+    folder = Path(tempfile.mkdtemp(dir=work))
+    places = dict(data=work / "data", experts=work / "experts", folder=folder)
+    words = f"{words.format(**places)} --device cpu --max_seconds {args.seconds}"
+    inherited = {key: value for key, value in os.environ.items() if not key.startswith(("OMP_", "GOMP_", "KMP_"))}
+    with neighbours(count):
+        python(words, env=inherited | dict(OMP_NUM_THREADS=str(cores())) | environment)
+    return rate(folder / file, name)
+
+
+def of_script(script, args, work):
+    """Yield the figures of one script: alone against the baseline, and beside others against alone."""
+    sides = [(count, environment) for count in (0, 1, 2) for environment in ({}, BASELINE)]
+    rounds = [[train(script, args, work, *side) for side in sides] for _ in range(args.times)]
+    unit = SCRIPTS[script][2].replace("_per_", "/").replace("throughput", "events/s")
+    head = f"train_{script}.py, {cores()} threads, {unit}"
+    columns = list(zip(*rounds, strict=True))
+    alone = columns[0]
+    yield figure(f"{head}, alone, against torch's own spinning", ">= 0.97", list(zip(alone, columns[1], strict=True)))
+    for count in (1, 2):
+        ours, baseline = columns[2 * count], columns[2 * count + 1]
+        beside = f"{head}, beside {count} busy process{'es' * (count > 1)}"
+        share = cores() / (cores() + count) - 0.25
+        yield figure(f"{beside}, against torch's own spinning", "> 1", list(zip(ours, baseline, strict=True)))
+        yield figure(f"{beside}, against alone", f">= {share:.2f}", list(zip(ours, alone, strict=True)))
+
+
+def prepare(work, rows):
+    """Make the text and, for train_mla.py, the three experts."""
+    python(f"prepare_data.py expert --toy --data_dir {work}/data")
+    if "mla" in rows:
+        text = TEXT.format(data=work / "data", folder=work / "experts") + " --max_steps 2 --device cpu"
+        for expert in ("transformer", "state_space", "diffuser"):
+            start = f" --transformer_ckpt {work}/experts/transformer_expert.pt" * (expert == "diffuser")
+            python(f"train_expert.py --expert {expert} --n_layers 2 {text}{start}")
+
+
+def main():
+    parser = command_line(__doc__, SCRIPTS, "busy")
+    parser.add_argument("--times", type=int, default=3, help="rounds of each side")
+    parser.add_argument("--seconds", type=float, default=8, help="of each training")
+    parser.add_argument("--quick", action="store_true", help="one short round, only to see that it runs")
+    args = parser.parse_args()
+    args.threads = cores()
+    if args.quick:
+        args.times, args.seconds = 1, 1
+    with tempfile.TemporaryDirectory() as work:
+        prepare(Path(work), args.rows.split(","))
+        rows = {script: lambda args, script=script: of_script(script, args, Path(work)) for script in SCRIPTS}
+        measure(args, rows, lambda row: f" --times {args.times} --seconds {args.seconds:g}")
+
+
+if __name__ == "__main__":
+    main()
