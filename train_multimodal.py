@@ -330,8 +330,8 @@ def run(cfg, begun, stop):
                 losses = {key: aux[key] for key in shares if aux.get(key) is not None}
                 loss = sum(shares[key] * value for key, value in losses.items())
                 scaler.scale(loss).backward()
+                optimizer.average_gradients(world, rules.gradients())  # what overflows on one rank then does on all
                 scaler.unscale_(optimizer)
-                optimizer.average_gradients(world)
                 look = cfg.grad_monitor_every and at.step % cfg.grad_monitor_every == 0
                 monitor.begin() if look else monitor.note()
                 norm = optimizer.clip_(cfg.gradient_clip or math.inf)
@@ -342,11 +342,11 @@ def run(cfg, begun, stop):
                                          aux["accuracy"].sum().item() / B, aux["right"].sum().item() / B)  # fmt: skip
                 bad = not math.isfinite(norm + sum(numbers))
                 bad, stop_now, late, over = hardware.largest(bad, int(stop.signal), late, over)
-                if not bad or scaler.is_enabled():  # GradScaler skips and lowers its scale by itself
+                if not bad:
                     scaler.step(optimizer)
-                    scaler.update()
+                    rules.step()
                     average.update(at.step)
-                rules.step() if not bad else None
+                scaler.update()  # lowers its scale after an overflow
                 for warning in warnings(monitor.end()) if look else ():
                     tell(f"step {at.step} | {warning}")
                 optimizer.zero_grad()

@@ -49,6 +49,43 @@ cls = train_multimodal.MultimodalConfig
 launch(train_multimodal.main, from_cli(dict(multimodal=cls), "", sys.argv[1:], "", overrides=PICTURES))
 """
 
+# the same in fp16 with a GradScaler, as an old GPU has it; the gradients of rank 1 alone overflow in the third step
+OVERFLOW = """
+import json
+import torch
+from data_utils import hardware
+from models.adam_atan2 import AdamAtan2
+from models.average import Average
+
+begin, average_gradients, update = hardware.Hardware.__init__, AdamAtan2.average_gradients, Average.update
+calls, averaged, optimizers, scalers = [], [], [], []
+
+def in_fp16(self, *args, **more):
+    begin(self, *args, **more)
+    self.autocast = torch.autocast("cpu", torch.float16)
+    self.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    scalers.append(self.scaler)
+
+def overflow(self, world, *others):
+    calls.append(world)
+    if len(calls) == 3 and int(hardware.os.environ["RANK"]) == 1:
+        self.flat_gradients[0][5] = torch.inf
+    optimizers[:] = [self]
+    average_gradients(self, world, *others)
+
+def note(self, step):
+    averaged.append(step)
+    update(self, step)
+
+def tell(self):
+    weights = [flat.values.double().sum().item() for flat in optimizers[0].flat]
+    row = dict(weights=weights, steps=optimizers[0].steps, scale=scalers[0].get_scale(), averaged=averaged)
+    open(f"rank{self.rank}.json", "w").write(json.dumps(row))
+
+hardware.Hardware.__init__, hardware.Hardware.close = in_fp16, tell
+AdamAtan2.average_gradients, Average.update = overflow, note
+"""
+
 
 @pytest.fixture(autouse=True)
 def folder(tmp_path, monkeypatch):
@@ -337,6 +374,17 @@ def test_two_ranks_equal_one(pages, tmp_path):
     for ours, theirs in zip(first, second, strict=True):
         assert theirs == pytest.approx(ours, abs=1e-4, nan_ok=True)
     assert one["dqn"]["ring"]["added"] == two["dqn"]["ring"]["added"] > 0
+
+
+def test_an_overflow_of_one_rank_is_skipped_by_all(grids, tmp_path):
+    Path("script.py").write_text(OVERFLOW + SCRIPT)
+    line = [*TOY, "tasks=[sudoku4]", "enable_mtp=false", f"data_paths={grids}", "max_steps=5", "checkpoint_path=a"]
+    for process in start_two(tmp_path / "script.py", *line, cwd=tmp_path):
+        finish(process)
+    first, second = (json.loads(Path(f"rank{rank}.json").read_text()) for rank in range(2))
+    assert first == second and all(map(math.isfinite, first["weights"]))
+    assert (first["steps"], first["scale"], first["averaged"]) == (4, 512.0, [0, 1, 3, 4])
+    assert load_checkpoint("a/latest.pt", "multimodal")["skipped"] == 1
 
 
 def test_averaged_weights_stand_alone(finished, pages):
