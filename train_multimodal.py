@@ -166,13 +166,13 @@ from data_utils.judge import report
 from data_utils.metrics import append_row, start_rows, to_wandb
 from data_utils.progress import Progress, peak_mb, say_and_log
 from data_utils.shards import Stopped, build_pages, open_pages
-from data_utils.slots import Slots, start_codes
+from data_utils.slots import Slots, load_slots, start_codes
 from data_utils.stop import Stop
 from models.adam_atan2 import AdamAtan2, SignRows
 from models.average import Average
 from models.gradients import Monitor, warnings
 from models.halting import HaltingAgent
-from models.multimodal import LATE, TABLES, Multimodal
+from models.multimodal import LATE, TABLES, Multimodal, adapted
 
 BAD_STEPS = 10  # non-finite steps in a row that end a run
 COSMETIC = """arch config checkpoint_path resume fresh allow_partial eval_only checkpoint_every_eval save_minutes
@@ -240,12 +240,16 @@ def run(cfg, begun, stop):
     about = dict(kind=kind, format=1, data_hash=data.hash, world_size=world, steps=steps, torch=str(torch.__version__),
                  config=asdict(cfg), model_args=model_args)  # fmt: skip
     if state:
-        checkpoint.load_parts(parts, state, path, about, cfg.allow_partial)
+        state = checkpoint.named(state)
+        fitting = adapted(state["model_state"], state["model_args"], model_args)
+        checkpoint.load_parts(parts, state | fitting, path, about, cfg.allow_partial)
         vars(at).update({name: state[name] for name in vars(at)})
-        same = all(state[name] == about[name] for name in ("data_hash", "world_size"))
-        for name, slot in slots.items() if same else ():
-            slot.load_state_dict(state["slots"][rank][name], device)
+        same_data = state["data_hash"] == data.hash
+        anew = load_slots(slots, state["slots"], raw_model, device, same_data)
         tell(checkpoint.notice(path, state, about, COSMETIC))
+        if anew:
+            kept = f"; the newest {len(agent.ring)} transitions stay" * bool(agent)
+            tell(f"the samples at hand of {', '.join(anew)} begin anew{kept}")
     if at.step >= steps and at.evaluated == at.step and not cfg.eval_only:
         tell(f"{home}: finished at step {at.step}, best {at.best:.4f}; more --epochs go on")
         hardware.close()

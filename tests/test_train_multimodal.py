@@ -387,6 +387,37 @@ def test_an_overflow_of_one_rank_is_skipped_by_all(grids, tmp_path):
     assert load_checkpoint("a/latest.pt", "multimodal")["skipped"] == 1
 
 
+ANEW = "the samples at hand of continue, sudoku4 begin anew; the newest 60 transitions stay"
+CHANGED = [  # (flags of a resumed run that are not those it began with, the line that says what begins anew)
+    ("global_batch_size=4", ANEW),
+    ("dqn_buffer_capacity=20", ""),
+    ("dqn_buffer_capacity=200", ""),
+    ("memory_slots=6", ""),
+    ("memory_slots=40", ""),
+    ("latent_num_paths=1", ANEW),
+    ("enable_latent_planning=false", ANEW),
+    ("enable_gradient_checkpointing=true", ""),
+    ("latent_num_paths=3 allow_partial=true", ANEW.replace("60", "0")),
+    ("enable_memory=false allow_partial=true", ""),
+]
+
+
+@pytest.mark.parametrize("flags, anew", CHANGED, ids=[flags for flags, _ in CHANGED])
+def test_a_run_goes_on_with_other_sizes(flags, anew, finished, pages, capfd):
+    shutil.copytree(finished, "a")
+    words = [word for word in TOY if word.split("=")[0] + "=" not in flags]
+    result = run(*words, f"data_paths={pages} checkpoint_path=a epochs=2 max_steps=19", flags)
+    out, _ = capfd.readouterr()
+    assert result["step"] == 19 and math.isfinite(result["best"]) and "resumed a/latest.pt at step 16" in out
+    assert [line for line in out.splitlines() if "begin anew" in line] == [anew] * bool(anew)
+    state = load_checkpoint("a/latest.pt", "multimodal")
+    assert state["skipped"] == 0
+    if "global_batch_size" in flags:  # no sample is drawn a second time
+        before = load_checkpoint(finished / "latest.pt", "multimodal")["slots"][0]
+        for task, slot in state["slots"][0].items():
+            assert len(slot["draws"]) == 4 and slot["draws"].min() * 4 >= before[task]["draws"].sum()
+
+
 def test_averaged_weights_stand_alone(finished, pages):
     for name in ("ema_model.pt", "best_model.pt"):
         state = load_checkpoint(finished / name, "multimodal")
