@@ -24,7 +24,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Literal
 
-from data_utils.config import DataError, UsageError, at_least, check_name, from_cli, launch
+from data_utils.config import DataError, UsageError, at_least, below_one, check_name, from_cli, launch
 from data_utils.nested import flatten
 
 
@@ -179,6 +179,7 @@ def main(cfg):
     at_least(cfg, 0, *"encoder_layers decoder_layers core_layers ffn_dim warmup_steps learning_rate seed".split())
     at_least(cfg, 0, *"checkpoint_limit save_minutes val_every eval_batch_size eval_rows eval_segments".split())
     at_least(cfg, 0, *"lr_min_ratio weight_decay ema max_steps max_seconds halting_weight reveal muon".split())
+    below_one(cfg, "beta1", "beta2")
     if cfg.d_model % (2 * cfg.n_heads):
         raise UsageError(f"--d_model {cfg.d_model} over --n_heads {cfg.n_heads}: the head dim must be whole and even")
     if cfg.segments > 1 and cfg.core != "recursive":

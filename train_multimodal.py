@@ -24,7 +24,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Literal
 
-from data_utils.config import DataError, UsageError, at_least, from_cli, launch
+from data_utils.config import DataError, UsageError, at_least, below_one, from_cli, launch
 from data_utils.overrides import PICTURES
 
 Names = tuple[str, ...]
@@ -148,6 +148,16 @@ def begin(cfg):
         at_least(cfg, int(type(f.default) is int and f.default > 0 and f.name not in MAY_BE_0), f.name)
     if not cfg.data_paths or not cfg.tasks or len(cfg.task_weights or cfg.tasks) != len(cfg.tasks):
         raise UsageError("--data_paths, --tasks, --task_weights: expected a folder, tasks, as many weights or none")
+    if cfg.task_weights and not (min(cfg.task_weights) >= 0 and 0 < sum(cfg.task_weights) < math.inf):
+        weights = " ".join(map(str, cfg.task_weights))
+        raise UsageError(f"--task_weights {weights}: expected 0 or more for each task, above 0 for one\n"
+                         "try: the command without it, for equal shares")  # fmt: skip
+    below_one(cfg, "beta1", "beta2")
+    files = [Path(cfg.checkpoint_path, name) for name in ("latest.pt", "latest.prev.pt")]
+    begins = cfg.fresh or cfg.resume in ("", "none") or cfg.resume == "auto" and not any(map(Path.exists, files))
+    if cfg.eval_only and begins:
+        raise UsageError(f"--eval_only: no trained model to score in {cfg.checkpoint_path}, or it is not to be read\n"
+                         "try: the command without --eval_only, which trains one")  # fmt: skip
     if cfg.halt_policy == "dqn" and not cfg.enable_dqn:
         raise UsageError("--halt_policy dqn needs --enable_dqn")
     return begin_pages(cfg)

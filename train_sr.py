@@ -24,7 +24,7 @@ from types import SimpleNamespace
 from typing import Literal
 
 from data_utils.bundles import load_flags
-from data_utils.config import DataError, UsageError, at_least, from_cli, launch, save_config
+from data_utils.config import DataError, UsageError, at_least, below_one, from_cli, launch, save_config
 from data_utils.skeletons import PoolConfig
 from data_utils.sr_data import DataConfig
 
@@ -168,6 +168,7 @@ def main(cfg):
     at_least(cfg, 1, "log_interval", "val_choices", "val_size")
     at_least(cfg, 0, *"num_workers warmup cooldown weight_decay clip max_steps max_seconds seed save_minutes".split())
     at_least(cfg, 0, "checkpoint_interval", "val_problems", "lr", "muon")
+    below_one(cfg, "beta1", "beta2")
     if cfg.warmup + cfg.cooldown > 1:
         raise UsageError(f"--warmup {cfg.warmup} --cooldown {cfg.cooldown}: shares of the steps, together at most 1")
     points = schedule(cfg)
