@@ -150,7 +150,7 @@ import torch
 from data_utils import checkpoint
 from data_utils.answers import summarize
 from data_utils.hardware import Hardware
-from data_utils.metrics import append_row, start_rows
+from data_utils.metrics import append_row, draw_losses, start_rows
 from data_utils.progress import Progress, peak_mb, say
 from data_utils.questions import open_questions, random_batch
 from data_utils.stop import Stop
@@ -384,12 +384,7 @@ def main(cfg):
 
     # --- summary --------------------------------------------------------------------------
     if rank == 0 and over:
-        try:
-            from plot import plot_losses
-
-            plot_losses([metrics], home / "loss.png")
-        except ImportError:
-            tell("no loss curve: pip install matplotlib")
+        draw_losses([metrics], home / "loss.png", tell)
     next_command = f"python generate.py --checkpoint {final}" if over else "the same command again"
     tell(f"{home}: step {at.step} of {steps}, best val_loss {at.best_val_loss:.4f} at step {at.best_step}, "
          f"{time.monotonic() - start:.0f} s, peak {peak_mb(device):.0f} MB; next: {next_command}")  # fmt: skip

@@ -126,7 +126,7 @@ from data_utils import checkpoint
 from data_utils.bundles import open_formulas
 from data_utils.folders import find_folder, prune, save_folder, step_of, sweep
 from data_utils.hardware import Hardware
-from data_utils.metrics import append_row, start_rows, to_wandb
+from data_utils.metrics import append_row, draw_losses, start_rows, to_wandb
 from data_utils.progress import Progress, peak_mb, say
 from data_utils.search import solve_problems
 from data_utils.stop import Stop
@@ -383,12 +383,7 @@ def main(cfg):
             save_config(bundle, out)
             weights = checkpoint.read(out / f"checkpoint_{at.step}" / "state_dict.pt")  # a rank may have a part alone
             raw_model.save(out, weights, dtype=cfg.dtype)  # last: with it the run counts as finished
-        try:
-            from plot import plot_losses
-
-            plot_losses([metrics], out / "loss.png")
-        except ImportError:
-            tell("no loss curve: pip install matplotlib")
+        draw_losses([metrics], out / "loss.png", tell)
     again = " ".join(["python", *sys.argv, "--resume-from", "auto"])
     next_command = f"python generate.py formula --model {out} --data points.csv" if at.step >= cfg.steps else again
     tell(f"{out}: step {at.step} of {cfg.steps}, best val_loss {at.best_val_loss:.4f} at step {at.best_step}, "

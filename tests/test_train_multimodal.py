@@ -492,6 +492,8 @@ REFUSED = [  # (words, exit status, what the message must name); {a} is a finish
     ("eval_only=true", 2, "--eval_only: no trained model"),
     ("eval_only=true fresh=true checkpoint_path={a}", 2, "--eval_only: no trained model"),
     ("eval_only=true resume=none checkpoint_path={a}", 2, "--eval_only: no trained model"),
+    ("log_file=bad.jsonl/train.log", 2, "--log_file bad.jsonl/train.log can't be written"),
+    ("log_file=.", 2, "--log_file . can't be written"),
     ("halt_policy=dqn enable_dqn=false", 2, "--halt_policy dqn needs --enable_dqn"),
     ("device=cuda:7", 2, "--device cpu"),
     ("data_paths=[{pages},none]", 1, "--dataset-only"),
@@ -598,3 +600,28 @@ def test_a_disk_that_fills_up(finished, pages, monkeypatch, capfd):
     assert "was not written" in capfd.readouterr().err and not list(Path("a").glob("*.tmp-*"))
     run(*words)
     assert "resumed a/latest" in capfd.readouterr().out
+
+
+def test_neither_log_nor_figure_ends_a_run(finished, pages, capfd):
+    shutil.copytree(finished, "a")
+    Path("a", "loss.png").unlink()
+    Path("a", "loss.png").mkdir()
+    log = "/dev/full" if os.path.exists("/dev/full") else "logs/train.log"
+    result = run(*TOY, f"data_paths={pages} checkpoint_path=a epochs=2 max_steps=18 log_file={log}")
+    out, err = capfd.readouterr()
+    assert result["step"] == 18 and load_checkpoint("a/latest.pt", "multimodal")["step"] == 18
+    assert "no loss curve: a/loss.png was not written" in out and "next: python generate.py" in out
+    assert err.count("--log_file /dev/full was not written") == (log == "/dev/full")
+
+
+def test_steps_and_time_left_are_those_of_max_steps(pages, monkeypatch, capfd):
+    shown = []
+    progress = train_multimodal.Progress
+    monkeypatch.setattr(train_multimodal, "Progress", lambda total, *rest, **more: (
+        shown.append(total), progress(total, *rest, **more))[1])  # fmt: skip
+    run(*TOY, f"data_paths={pages} checkpoint_path=a max_steps=4 epochs=1000")
+    lines = [line for line in capfd.readouterr().out.splitlines() if line.startswith("step ") and " eta " in line]
+    assert shown == [4] and [line.split(" | ")[0] for line in lines] == ["step 2/4", "step 3/4", "step 4/4"]
+    assert "eta 0:00:00" in lines[-1]
+    run(*TOY, f"data_paths={pages} checkpoint_path=a max_steps=2 epochs=1000")
+    assert "step 4 of 4" in capfd.readouterr().out
