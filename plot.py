@@ -119,11 +119,13 @@ def _scores(row):
 
 
 def _write(figure, out):
+    """Write a figure whole or not at all; without an ending in its name it is a PNG."""
+    content = io.BytesIO()
     try:
-        Path(out).parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(out, dpi=130)
+        figure.savefig(content, dpi=130, format=Path(out).suffix[1:] or "png")
+        write_atomic(out, lambda file: file.write(content.getvalue()))
     except (OSError, ValueError) as e:
-        raise DataError(f"{out} was not written: {e}") from e
+        raise DataError(f"{out} was not written: {(str(e).splitlines() or [type(e).__name__])[0]}") from e
     finally:
         plt.close(figure)
 

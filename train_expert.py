@@ -137,7 +137,7 @@ import torch
 from data_utils import checkpoint
 from data_utils.experts import EXPERTS, load_expert
 from data_utils.hardware import Hardware
-from data_utils.metrics import append_row, averages, start_rows
+from data_utils.metrics import append_row, averages, draw_losses, start_rows
 from data_utils.progress import Progress, peak_mb, say
 from data_utils.stop import Stop
 from data_utils.text import DomainText
@@ -382,12 +382,7 @@ def main(cfg):
 
     # --- summary --------------------------------------------------------------------------
     if rank == 0 and over:
-        try:
-            from plot import plot_losses
-
-            plot_losses([metrics], folder / f"{run}_loss.png")
-        except ImportError:
-            tell("no loss curve: pip install matplotlib")
+        draw_losses([metrics], folder / f"{run}_loss.png", tell)
         for domain, numbers in (row["domains"] | {"all": row}).items():
             tell(f"  {domain:12} loss {numbers['loss']:.4f}  bits per byte {numbers['bpb']:.4f}")
     again = " ".join(["python", *(word for word in sys.argv if word != "--resume"), "--resume"])

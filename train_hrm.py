@@ -24,7 +24,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Literal
 
-from data_utils.config import DataError, UsageError, at_least, check_name, from_cli, launch
+from data_utils.config import DataError, UsageError, at_least, below_one, check_name, from_cli, launch
 from data_utils.nested import flatten
 
 
@@ -150,7 +150,7 @@ import torch
 from data_utils import checkpoint
 from data_utils.answers import summarize
 from data_utils.hardware import Hardware
-from data_utils.metrics import append_row, start_rows
+from data_utils.metrics import append_row, draw_losses, start_rows
 from data_utils.progress import Progress, peak_mb, say
 from data_utils.questions import open_questions, random_batch
 from data_utils.stop import Stop
@@ -179,6 +179,7 @@ def main(cfg):
     at_least(cfg, 0, *"encoder_layers decoder_layers core_layers ffn_dim warmup_steps learning_rate seed".split())
     at_least(cfg, 0, *"checkpoint_limit save_minutes val_every eval_batch_size eval_rows eval_segments".split())
     at_least(cfg, 0, *"lr_min_ratio weight_decay ema max_steps max_seconds halting_weight reveal muon".split())
+    below_one(cfg, "beta1", "beta2")
     if cfg.d_model % (2 * cfg.n_heads):
         raise UsageError(f"--d_model {cfg.d_model} over --n_heads {cfg.n_heads}: the head dim must be whole and even")
     if cfg.segments > 1 and cfg.core != "recursive":
@@ -386,12 +387,7 @@ def main(cfg):
 
     # --- summary --------------------------------------------------------------------------
     if rank == 0 and over:
-        try:
-            from plot import plot_losses
-
-            plot_losses([metrics], home / "loss.png")
-        except ImportError:
-            tell("no loss curve: pip install matplotlib")
+        draw_losses([metrics], home / "loss.png", tell)
     next_command = f"python generate.py --checkpoint {final}" if over else "the same command again"
     tell(f"{home}: step {at.step} of {last}, best val_loss {at.best_val_loss:.4f} at step {at.best_step}, "
          f"{time.monotonic() - start:.0f} s, peak {peak_mb(device):.0f} MB; next: {next_command}")  # fmt: skip

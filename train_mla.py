@@ -104,7 +104,7 @@ import torch
 from data_utils import checkpoint
 from data_utils.experts import load_expert, load_store, save_store
 from data_utils.hardware import Hardware
-from data_utils.metrics import append_row, averages, start_rows
+from data_utils.metrics import append_row, averages, draw_losses, start_rows
 from data_utils.progress import Progress, peak_mb, say
 from data_utils.stop import Stop
 from data_utils.text import DomainText
@@ -380,12 +380,7 @@ def main(cfg):
 
     # --- summary --------------------------------------------------------------------------
     if rank == 0 and over:
-        try:
-            from plot import plot_losses
-
-            plot_losses([metrics], folder / f"{run}_loss.png")
-        except ImportError:
-            tell("no loss curve: pip install matplotlib")
+        draw_losses([metrics], folder / f"{run}_loss.png", tell)
         tell(f"  {'nats':10} {run:>14} (bpb) {'static':>9}" + "".join(f"{n:>13} weight" for n in FAMILIES))
         for domain, numbers in (row["domains"] | {"all": row}).items():
             experts = "".join(f"{numbers[n]:13.4f} {numbers[f'weight_{n}']:6.3f}" for n in FAMILIES)

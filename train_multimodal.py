@@ -14,6 +14,7 @@ B batch, K paths, T steps of reasoning on a sample, each of them one optimizer s
 
 import inspect
 import math
+import os
 import sys
 import time
 from collections import Counter
@@ -24,7 +25,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Literal
 
-from data_utils.config import DataError, UsageError, at_least, from_cli, launch
+from data_utils.config import DataError, UsageError, at_least, below_one, from_cli, launch
 from data_utils.overrides import PICTURES
 
 Names = tuple[str, ...]
@@ -142,14 +143,27 @@ MAY_BE_0 = "seed warmup_steps grad_monitor_every dqn_warmstart_steps".split()  #
 
 def begin(cfg):
     """Refuse flags that can't be, lock the run's folder, start the builder: all that needs no torch."""
+    from data_utils.progress import check_log
     from data_utils.shards import begin_pages
 
     for f in (f for f in fields(cfg) if type(f.default) in (int, float)):
         at_least(cfg, int(type(f.default) is int and f.default > 0 and f.name not in MAY_BE_0), f.name)
     if not cfg.data_paths or not cfg.tasks or len(cfg.task_weights or cfg.tasks) != len(cfg.tasks):
         raise UsageError("--data_paths, --tasks, --task_weights: expected a folder, tasks, as many weights or none")
+    if cfg.task_weights and not (min(cfg.task_weights) >= 0 and 0 < sum(cfg.task_weights) < math.inf):
+        weights = " ".join(map(str, cfg.task_weights))
+        raise UsageError(f"--task_weights {weights}: expected 0 or more for each task, above 0 for one\n"
+                         "try: the command without it, for equal shares")  # fmt: skip
+    below_one(cfg, "beta1", "beta2")
+    files = [Path(cfg.checkpoint_path, name) for name in ("latest.pt", "latest.prev.pt")]
+    begins = cfg.fresh or cfg.resume in ("", "none") or cfg.resume == "auto" and not any(map(Path.exists, files))
+    if cfg.eval_only and begins:
+        raise UsageError(f"--eval_only: no trained model to score in {cfg.checkpoint_path}, or it is not to be read\n"
+                         "try: the command without --eval_only, which trains one")  # fmt: skip
     if cfg.halt_policy == "dqn" and not cfg.enable_dqn:
         raise UsageError("--halt_policy dqn needs --enable_dqn")
+    if not int(os.environ.get("RANK", 0)):
+        check_log(cfg.log_file)
     return begin_pages(cfg)
 
 
@@ -163,16 +177,16 @@ import torch
 from data_utils import checkpoint
 from data_utils.hardware import Hardware
 from data_utils.judge import report
-from data_utils.metrics import append_row, start_rows, to_wandb
-from data_utils.progress import Progress, peak_mb, say_and_log
+from data_utils.metrics import append_row, draw_losses, start_rows, to_wandb
+from data_utils.progress import Log, Progress, peak_mb
 from data_utils.shards import Stopped, build_pages, open_pages
-from data_utils.slots import Slots, start_codes
+from data_utils.slots import Slots, load_slots, start_codes
 from data_utils.stop import Stop
 from models.adam_atan2 import AdamAtan2, SignRows
 from models.average import Average
 from models.gradients import Monitor, warnings
 from models.halting import HaltingAgent
-from models.multimodal import LATE, TABLES, Multimodal
+from models.multimodal import LATE, TABLES, Multimodal, adapted
 
 BAD_STEPS = 10  # non-finite steps in a row that end a run
 COSMETIC = """arch config checkpoint_path resume fresh allow_partial eval_only checkpoint_every_eval save_minutes
@@ -195,7 +209,7 @@ def run(cfg, begun, stop):
     hardware = Hardware(cfg.device, dict(float32="fp32", float16="fp16").get(cfg.dtype, "bf16"))
     rank, world, device, scaler = hardware.rank, hardware.world, hardware.device, hardware.scaler
     B, home = cfg.global_batch_size, Path(cfg.checkpoint_path)
-    tell = partial(say_and_log, cfg.log_file, home.name) if rank == 0 else lambda *_: None
+    tell = Log(cfg.log_file, home.name) if rank == 0 else lambda *_: None
     tell(hardware.reason)
     torch.manual_seed(cfg.seed)
     if B % world:
@@ -240,12 +254,16 @@ def run(cfg, begun, stop):
     about = dict(kind=kind, format=1, data_hash=data.hash, world_size=world, steps=steps, torch=str(torch.__version__),
                  config=asdict(cfg), model_args=model_args)  # fmt: skip
     if state:
-        checkpoint.load_parts(parts, state, path, about, cfg.allow_partial)
+        state = checkpoint.named(state)
+        fitting = adapted(state["model_state"], state["model_args"], model_args)
+        checkpoint.load_parts(parts, state | fitting, path, about, cfg.allow_partial)
         vars(at).update({name: state[name] for name in vars(at)})
-        same = all(state[name] == about[name] for name in ("data_hash", "world_size"))
-        for name, slot in slots.items() if same else ():
-            slot.load_state_dict(state["slots"][rank][name], device)
+        same_data = state["data_hash"] == data.hash
+        anew = load_slots(slots, state["slots"], raw_model, device, same_data)
         tell(checkpoint.notice(path, state, about, COSMETIC))
+        if anew:
+            kept = f"; the newest {len(agent.ring)} transitions stay" * bool(agent)
+            tell(f"the samples at hand of {', '.join(anew)} begin anew{kept}")
     if at.step >= steps and at.evaluated == at.step and not cfg.eval_only:
         tell(f"{home}: finished at step {at.step}, best {at.best:.4f}; more --epochs go on")
         hardware.close()
@@ -307,9 +325,10 @@ def run(cfg, begun, stop):
 
     # --- train ----------------------------------------------------------------------------
     shares = dict(ce=1, halt_loss=cfg.halt_weight, vq_loss=1, mtp_loss=cfg.mtp_weight, dqn_loss=1)  # of the loss
-    over = cfg.eval_only or at.step >= min(steps, cfg.max_steps or steps)
+    last = max(at.step, min(steps, cfg.max_steps or steps))  # where this command ends
+    over = cfg.eval_only or at.step >= last
     stop_now, late, taken = 0, False, Counter()
-    with Progress(steps, at.step, show=rank == 0 and sys.stderr.isatty()) as progress:
+    with Progress(last, at.step, show=rank == 0 and sys.stderr.isatty()) as progress:
         start, first, saved = time.monotonic(), at.step, time.monotonic()
         while not cfg.eval_only:
             if not due() and not over:  # else the run was stopped while it evaluated
@@ -330,23 +349,23 @@ def run(cfg, begun, stop):
                 losses = {key: aux[key] for key in shares if aux.get(key) is not None}
                 loss = sum(shares[key] * value for key, value in losses.items())
                 scaler.scale(loss).backward()
+                optimizer.average_gradients(world, rules.gradients())  # what overflows on one rank then does on all
                 scaler.unscale_(optimizer)
-                optimizer.average_gradients(world)
                 look = cfg.grad_monitor_every and at.step % cfg.grad_monitor_every == 0
                 monitor.begin() if look else monitor.note()
                 norm = optimizer.clip_(cfg.gradient_clip or math.inf)
                 now, taken[name] = time.monotonic(), taken[name] + 1
                 late = cfg.save_minutes and now - saved > 60 * cfg.save_minutes
-                over = at.step + 1 >= min(steps, cfg.max_steps or steps) or 0 < cfg.max_seconds < now - start
+                over = at.step + 1 >= last or 0 < cfg.max_seconds < now - start
                 numbers = hardware.total(*(value.item() / world for value in (loss, *losses.values())),
                                          aux["accuracy"].sum().item() / B, aux["right"].sum().item() / B)  # fmt: skip
                 bad = not math.isfinite(norm + sum(numbers))
                 bad, stop_now, late, over = hardware.largest(bad, int(stop.signal), late, over)
-                if not bad or scaler.is_enabled():  # GradScaler skips and lowers its scale by itself
+                if not bad:
                     scaler.step(optimizer)
-                    scaler.update()
+                    rules.step()
                     average.update(at.step)
-                rules.step() if not bad else None
+                scaler.update()  # lowers its scale after an overflow
                 for warning in warnings(monitor.end()) if look else ():
                     tell(f"step {at.step} | {warning}")
                 optimizer.zero_grad()
@@ -363,8 +382,9 @@ def run(cfg, begun, stop):
                 progress(task=name, loss=f"{loss:.3f}", exact=f"{exact:.2f}")
                 rate = (at.step - first) / (now - start)
                 if at.step - first == 3 or at.step % cfg.log_interval == 0 or over:
-                    tell(f"step {at.step}/{steps} | {name} | loss {loss:.3f} | exact {exact:.2f} | grad {norm:.2f} | "
-                         f"eta {timedelta(seconds=int((steps - at.step) / rate))} | {rate:.1f} it/s")  # fmt: skip
+                    left = min((last - at.step) / rate, max(0, cfg.max_seconds + start - now) or math.inf)
+                    tell(f"step {at.step}/{last} | {name} | loss {loss:.3f} | exact {exact:.2f} | grad {norm:.2f} | "
+                         f"eta {timedelta(seconds=int(left))} | {rate:.1f} it/s")  # fmt: skip
                     write(dict(split="train", task=name, loss=loss, **dict(zip(losses, each, strict=True)), exact=exact,
                                accuracy=accuracy, lr=lr_at(at.step - 1), grad_norm=norm, samples_per_s=B * rate,
                                seconds=now - start, peak_mb=peak_mb(device), skipped=at.skipped))  # fmt: skip
@@ -383,14 +403,9 @@ def run(cfg, begun, stop):
     # --- summary --------------------------------------------------------------------------
     stop_now = stop.signal if cfg.eval_only and not evaluate("test") else stop_now
     if rank == 0 and over:
-        try:
-            from plot import plot_losses
-
-            plot_losses([metrics], home / "loss.png")
-        except ImportError:
-            tell("no loss curve: pip install matplotlib")
+        draw_losses([metrics], home / "loss.png", tell)
     next_command = f"python generate.py multimodal {home / 'best_model.pt'}" if over else "the same command again"
-    tell(f"{home}: step {at.step} of {steps}, best {at.best:.4f} at step {at.best_step}, "
+    tell(f"{home}: step {at.step} of {last}, best {at.best:.4f} at step {at.best_step}, "
          f"{time.monotonic() - start:.0f} s, peak {peak_mb(device):.0f} MB; next: {next_command}")  # fmt: skip
     hardware.close()
     return dict(step=at.step, best=at.best, stopped=int(stop_now))

@@ -24,7 +24,7 @@ from types import SimpleNamespace
 from typing import Literal
 
 from data_utils.bundles import load_flags
-from data_utils.config import DataError, UsageError, at_least, from_cli, launch, save_config
+from data_utils.config import DataError, UsageError, at_least, below_one, from_cli, launch, save_config
 from data_utils.skeletons import PoolConfig
 from data_utils.sr_data import DataConfig
 
@@ -126,7 +126,7 @@ from data_utils import checkpoint
 from data_utils.bundles import open_formulas
 from data_utils.folders import find_folder, prune, save_folder, step_of, sweep
 from data_utils.hardware import Hardware
-from data_utils.metrics import append_row, start_rows, to_wandb
+from data_utils.metrics import append_row, draw_losses, start_rows, to_wandb
 from data_utils.progress import Progress, peak_mb, say
 from data_utils.search import solve_problems
 from data_utils.stop import Stop
@@ -168,6 +168,7 @@ def main(cfg):
     at_least(cfg, 1, "log_interval", "val_choices", "val_size")
     at_least(cfg, 0, *"num_workers warmup cooldown weight_decay clip max_steps max_seconds seed save_minutes".split())
     at_least(cfg, 0, "checkpoint_interval", "val_problems", "lr", "muon")
+    below_one(cfg, "beta1", "beta2")
     if cfg.warmup + cfg.cooldown > 1:
         raise UsageError(f"--warmup {cfg.warmup} --cooldown {cfg.cooldown}: shares of the steps, together at most 1")
     points = schedule(cfg)
@@ -386,12 +387,7 @@ def main(cfg):
             save_config(bundle, out)
             weights = checkpoint.read(out / f"checkpoint_{at.step}" / "state_dict.pt")  # a rank may have a part alone
             raw_model.save(out, weights, dtype=cfg.dtype)  # last: with it the run counts as finished
-        try:
-            from plot import plot_losses
-
-            plot_losses([metrics], out / "loss.png")
-        except ImportError:
-            tell("no loss curve: pip install matplotlib")
+        draw_losses([metrics], out / "loss.png", tell)
     again = " ".join(["python", *sys.argv, "--resume-from", "auto"])
     next_command = f"python generate.py formula --model {out} --data points.csv" if at.step >= cfg.steps else again
     tell(f"{out}: step {at.step} of {last}, best val_loss {at.best_val_loss:.4f} at step {at.best_step}, "

@@ -28,7 +28,10 @@ class CheckpointError(DataError):
 
 
 def warn(message):
-    print(f"warning: {message}", file=sys.stderr, flush=True)
+    try:
+        print(f"warning: {message}", file=sys.stderr, flush=True)
+    except OSError:  # nobody reads it, or its disk is full
+        pass
 
 
 def writes():

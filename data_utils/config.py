@@ -201,6 +201,13 @@ def at_least(cfg, low, *names):
             raise UsageError(f"--{name} {getattr(cfg, name)}: expected {low} or more")
 
 
+def below_one(cfg, *names):
+    """Raise UsageError for the first of the fields `names` that is not at least 0 and below 1, as averages need."""
+    for name in names:
+        if not 0 <= getattr(cfg, name) < 1:
+            raise UsageError(f"--{name} {getattr(cfg, name)}: expected 0 or more, and less than 1\ntry: --{name} 0.9")
+
+
 def check_name(cfg, field):
     """Raise UsageError unless that field, which becomes part of a path, is a plain name on every system."""
     name = getattr(cfg, field)

@@ -1,5 +1,7 @@
 """metrics.jsonl: one strict JSON object a line; the first says what ran, each later one has a step."""
 
+import contextlib
+import errno
 import functools
 import json
 import math
@@ -9,8 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from data_utils.checkpoint import write_atomic
-from data_utils.config import DataError
+from data_utils.checkpoint import warn, write_atomic
 
 
 def read_rows(path):
@@ -65,32 +66,94 @@ def means(sums):
 
 
 def append_row(path, row):
-    """Add one row; it is in the file when this returns. Raises DataError when the disk is full."""
-    line = _line(row)
+    """Add one row, whole; it is in the file when this returns. A disk that does not take it is a warning, once a file.
+
+    The file is there, `start_rows` has written it: what fails now is no mistake of the command, and a run is worth more
+    than a row.
+    """
+    line = _line(row).encode()
     try:
-        with open(path, "a", encoding="utf-8") as file:
-            file.write(line)
+        with open(path, "ab", buffering=0) as file:
+            before = file.seek(0, os.SEEK_END)
+            try:
+                if file.write(line) < len(line):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            except OSError:
+                with contextlib.suppress(OSError):
+                    file.truncate(before)  # half a line would hide the rows after it
+                raise
     except OSError as e:
-        raise DataError(f"{path} was not written: {e.strerror}\ntry: make room, then go on with it") from e
+        if str(path) not in _unwritten:
+            warn(f"{path} was not written: {e.strerror}; training goes on, rows are missing until there is room")
+        _unwritten.add(str(path))
+
+
+_unwritten = set()  # files that lack rows
+
+
+def draw_losses(paths, out, tell):
+    """Draw the losses of a finished run. What can't be drawn is said: a figure is never worth a run."""
+    try:
+        from plot import plot_losses
+
+        plot_losses(paths, out)
+    except ImportError:
+        tell("no loss curve: pip install matplotlib")
+    except Exception as e:
+        tell(f"no loss curve: {(str(e).splitlines() or [type(e).__name__])[0]}")
+
+
+INIT_SECONDS = 30  # that W&B has to begin
 
 
 def to_wandb(mode, project, entity, name, config):
     """Return log(row), which also sends a row to Weights & Biases; nothing when disabled or not installed.
 
-    mode auto: as WANDB_MODE says, online where there is a key, else disabled; nobody is asked to log in.
+    mode auto: as WANDB_MODE says, online where there is a key, else disabled; nobody is asked to log in. When W&B can't
+    begin or fails later, as without a network, that is a warning and training goes on without it.
     """
     if mode == "auto":
-        netrc = Path.home() / ".netrc"
-        keyed = "WANDB_API_KEY" in os.environ or netrc.is_file() and "api.wandb.ai" in netrc.read_text(errors="replace")
-        mode = os.environ.get("WANDB_MODE") or ("online" if keyed else "disabled")
+        mode = os.environ.get("WANDB_MODE") or ("online" if _has_key() else "disabled")
     if mode == "disabled":
         return lambda row: None
     try:
         import wandb
+
+        how = dict(mode=mode, project=project, entity=entity or None, name=name or None, config=config)
+        if hasattr(wandb, "Settings"):
+            how["settings"] = wandb.Settings(init_timeout=INIT_SECONDS)
+        send = wandb.init(**how).log
     except ImportError:
-        print(f"wandb_mode {mode}: not installed, training goes on without it; try: pip install wandb", file=sys.stderr)
+        warn(f"wandb_mode {mode}: not installed, training goes on without it; try: pip install wandb")
         return lambda row: None
-    return wandb.init(mode=mode, project=project, entity=entity or None, name=name or None, config=config).log
+    except Exception as e:  # wandb has a dozen types, and raises those of others
+        warn(f"wandb_mode {mode}: {_reason(e)}; training goes on without it; try: WANDB_MODE=offline")
+        return lambda row: None
+
+    def log(row):
+        nonlocal send
+        try:
+            send(row)
+        except Exception as e:
+            warn(f"W&B took no row: {_reason(e)}; training goes on without it")
+            send = len  # of a row, which does nothing
+
+    return log
+
+
+def _has_key():
+    """Whether there is a key for W&B; a home folder that can't be found or read has none."""
+    if "WANDB_API_KEY" in os.environ:
+        return True
+    try:
+        netrc = Path.home() / ".netrc"
+        return netrc.is_file() and "api.wandb.ai" in netrc.read_text(errors="replace")
+    except (OSError, RuntimeError):
+        return False
+
+
+def _reason(error):
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
 
 
 def _line(row):

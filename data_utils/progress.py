@@ -3,26 +3,62 @@
 import os
 import sys
 import time
+from pathlib import Path
 
 from tqdm.auto import tqdm
+
+from data_utils.checkpoint import warn
+from data_utils.config import UsageError
 
 LINE_SECONDS = 10  # at most one plain line in so many seconds
 
 
 def say(*words):
-    """Print at once; a reader that went away (`| head`) must not end a training run."""
+    """Print at once; a reader that went away (`| head`) or a full disk must not end a training run."""
     try:
         print(*words, flush=True)
     except BrokenPipeError:
         sys.stdout = open(os.devnull, "w", encoding="utf-8")
+    except OSError:  # the next line may find room
+        pass
 
 
-def say_and_log(path, name, line):
-    """`say`, and add the line, with a name before it, to the file `path` ("": to none)."""
-    say(line)
-    if path:
-        with open(path, "a", encoding="utf-8") as file:
-            file.write(f"{name}: {line}\n")
+class Log:
+    """`log = Log(path, name); log(line)`: say the line, and add it, with the name before it, to a file; "" for none.
+
+    A line that can't be added is a warning, the first time: a run is worth more than its log.
+    """
+
+    def __init__(self, path, name):
+        self.path, self.name, self.failed = path, name, False
+
+    def __call__(self, line):
+        say(line)
+        if not self.path:
+            return
+        try:
+            with open(self.path, "a", encoding="utf-8") as file:
+                file.write(f"{self.name}: {line}\n")
+        except OSError as e:
+            if not self.failed:
+                warn(f"--log_file {self.path} was not written: {e.strerror}; training goes on")
+            self.failed = True
+
+
+def check_log(path):
+    """Make the folder of a log file. Raises UsageError unless lines can be added to the file; "" is none."""
+    if not path:
+        return
+    new = not os.path.exists(path)
+    try:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        with open(path, "a", encoding="utf-8"):
+            pass
+        if new:
+            os.unlink(path)
+    except OSError as e:
+        raise UsageError(f"--log_file {path} can't be written: {e.strerror}\n"
+                         "try: --log_file '' for none, or a file in another folder") from e  # fmt: skip
 
 
 class Progress:
@@ -54,6 +90,8 @@ class Progress:
                 print(f"step {self.step}/{self.total} {words} left={left:.0f}s", file=sys.stderr, flush=True)
             except BrokenPipeError:
                 self.lines = False
+            except OSError:  # a full disk
+                pass
 
 
 def peak_mb(device):

@@ -9,7 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from data_utils.checkpoint import set_aside, warn, write_atomic
-from data_utils.config import UsageError, check_name
+from data_utils.config import DataError, UsageError, check_name
 from data_utils.facts import append_jsonl_event, append_scalars_csv, build_event_payload, rewind
 from data_utils.metrics import commit
 from data_utils.progress import peak_mb
@@ -54,6 +54,7 @@ class Recorder:
     def __init__(self, run_dir, cfg, families, at, device, new):
         self.run_dir, self.cfg, self.families, self.at, self.device = run_dir, cfg, families, at, device
         self.start, self.before = time.monotonic(), at.seconds
+        self.failed = False  # to write a row of facts
         if run_dir:
             if new:
                 set_aside(Path(run_dir, name) for name in ("last.pt", "best_val.pt", "facts"))
@@ -80,7 +81,7 @@ class Recorder:
             return
         event = build_event_payload(moment=moment, run_dir=self.run_dir, cfg=self.cfg, run_id=self.at.run_id,
                                     step=self.at.step, total_time_s=self.at.seconds, **said)  # fmt: skip
-        append_jsonl_event(self.run_dir, event)
+        self._write(append_jsonl_event, event)
         if self.cfg.make_plots and self.at.histories:
             try:
                 from plot import handle_event
@@ -105,8 +106,8 @@ class Recorder:
         at.epoch += 1
         row = dict(epoch=epoch, **losses, **speed, max_memory_mib=peak_mb(self.device) * 1e6 / 2**20)
         if self.run_dir:
-            append_scalars_csv(self.run_dir, split="train", metrics=train, **row)
-            append_scalars_csv(self.run_dir, split="val", metrics=val, **row)
+            self._write(append_scalars_csv, split="train", metrics=train, **row)
+            self._write(append_scalars_csv, split="val", metrics=val, **row)
         self("on_epoch_end", dict(codes=codes), split="val", metrics=train | val, **row)
         return {name: f"{found[name]:.4g}" for name in SHOWN if name in found}
 
@@ -116,8 +117,17 @@ class Recorder:
         named = {("test_loss" if name == "loss" else name): value for name, value in metrics.items()}
         if self.run_dir:
             nothing = dict(epoch_time_s=None, throughput=None, max_memory_mib=None)
-            append_scalars_csv(self.run_dir, metrics=named, **row, **nothing)
+            self._write(append_scalars_csv, metrics=named, **row, **nothing)
         self("on_test_end", dict(codes=codes, rows=rows), metrics=named, **row)
+
+    def _write(self, append, *what, **named):
+        """Append to a file of the run. What a full disk does not take is a warning, once: a run is worth more."""
+        try:
+            append(self.run_dir, *what, **named)
+        except DataError as e:
+            if not self.failed:
+                warn(f"{e}; training goes on")
+            self.failed = True
 
     def summary(self):
         """The last line of a run."""

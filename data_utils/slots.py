@@ -117,6 +117,43 @@ class Slots:
             setattr(self, name, parts and {key: part.to(device) for key, part in parts.items()})
 
 
+def load_slots(slots, ranks, model, device, same_data):
+    """Give {task: Slots} what each of the `ranks` of a run saved, {task: state} -> the names of those that begin anew.
+
+    Slots go over to any number of ranks. They begin anew where their number or the shape of their states has changed,
+    behind all samples that were drawn; of other data with the first sample.
+    """
+    anew = []
+    for name, slot in slots.items():
+        parts = [rank[name] for rank in ranks if name in rank]
+        if not parts:
+            continue
+        whole = {key: _joined([part[key] for part in parts]) for key in parts[0]}
+        carry, shape = whole["carry"], (len(model.starts), model.length_of(model.tasks[name]), model.starts.shape[1])
+        if same_data and len(whole["draws"]) == slot.size and (not carry or carry["z_H"].shape[1:] == shape):
+            slot.load_state_dict({key: _rows(state, slot.own) for key, state in whole.items()}, device)
+        else:
+            anew.append(name)
+            slot.draws[:] = math.ceil(int(whole["draws"].sum()) / slot.size) if same_data else 0
+    return anew
+
+
+def _joined(parts):
+    """Join tensors, dicts of them, or Nones of several ranks into those of all their slots."""
+    if parts[0] is None:
+        return None
+    if isinstance(parts[0], dict):
+        return {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
+    return torch.cat(parts)
+
+
+def _rows(state, rows):
+    """Return the rows of a tensor or of each tensor in a dict; None of None."""
+    if isinstance(state, dict):
+        return {key: part[rows] for key, part in state.items()}
+    return state if state is None else state[rows]
+
+
 def start_codes(model, data, sources, seed, hardware):
     """Begin the codebook of capsules with those of the first pages of the first task, as many as it needs."""
     name, source = next(iter(sources.items()))

@@ -113,8 +113,14 @@ class AdamAtan2(Plain):
         for gradients in self.flat_gradients:
             gradients.zero_()
 
-    def average_gradients(self, world):
-        """Gradients become their means over `world` ranks: all that data parallelism needs after the backward pass."""
+    def average_gradients(self, world, others=()):
+        """Gradients become their means over `world` ranks: all that data parallelism needs after the backward pass.
+
+        others: gradients of this rank that another optimizer takes. If one of them is not finite, the means are not
+        finite either, so that all ranks skip the step. With a GradScaler, call this before `unscale_`.
+        """
+        for gradient in others:
+            self.flat_gradients[0][0] += 0 * gradient.sum()  # 0 times infinity is not a number
         for gradients in self.flat_gradients if world > 1 else ():
             dist.all_reduce(gradients)
             gradients /= world
@@ -175,6 +181,10 @@ class SignRows(Plain):
 
     def __init__(self, groups, *, lr, weight_decay=0.0):
         super().__init__(groups, dict(lr=lr, weight_decay=weight_decay))
+
+    def gradients(self):
+        """The numbers of each sparse gradient that this rank has."""
+        return [p.grad._values() for group in self.param_groups for p in group["params"] if p.grad is not None]
 
     @torch.no_grad()
     def step(self):

@@ -73,12 +73,21 @@ class Ring:
         return dict(rows=self.rows[: len(self)], added=self.added)
 
     def load_state_dict(self, state):
-        """Raises ValueError for the rows of another capacity or width."""
-        if state["rows"].shape != (min(state["added"], self.capacity), self.rows.shape[1]):
-            raise ValueError(f"a ring of {self.capacity} x {self.rows.shape[1]} got rows {tuple(state['rows'].shape)}")
-        self.added = state["added"]
+        """Take over the rows of a ring of any capacity, the newest ones where this one is smaller.
+
+        Raises ValueError for rows of another width, and for a count that can't be theirs.
+        """
+        rows, added = state["rows"], state["added"]
+        if rows.ndim != 2 or rows.shape[1] != self.rows.shape[1] or len(rows) > added:
+            raise ValueError(
+                f"a ring {self.rows.shape[1]} wide got {added} rows, of which {tuple(rows.shape)} are left"
+            )
+        if len(rows) != min(added, self.capacity):  # another capacity: begin with the oldest row that is kept
+            rows = rows.roll(-(added % len(rows)), 0)[-self.capacity :] if added > len(rows) else rows[-self.capacity :]
+            added = len(rows)
+        self.added = added
         self._grow(len(self))
-        self.rows[: len(self)] = state["rows"]
+        self.rows[: len(self)] = rows
 
     def _grow(self, needed):
         while len(self.rows) < needed:

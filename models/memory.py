@@ -87,3 +87,15 @@ class Memory(nn.Module):
             yield
         finally:
             self.values.copy_(kept)
+
+
+def resized(state, slots):
+    """Return the buffers of a memory, {name: tensor}, for one with so many slots: the newest entries stay."""
+    old, kept = len(state["keys"]), min(int(state["fill"]), slots)
+    newest = (int(state["cursor"]) - kept + torch.arange(kept)) % old  # from the oldest that stays to the newest
+    resized = {}
+    for name, empty in dict(keys=0, values=0, samples=-1).items():
+        resized[name] = state[name].new_full((slots, *state[name].shape[1:]), empty)
+        resized[name][:kept] = state[name][newest]
+    counts = dict(fill=kept, cursor=kept % slots)
+    return resized | {name: torch.full_like(state[name], count) for name, count in counts.items()}

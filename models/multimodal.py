@@ -17,7 +17,7 @@ from models.codebook import Codebook
 from models.decoder import Decoder
 from models.halting import QNet
 from models.hrm import ROPE_BASE, Still
-from models.memory import Memory
+from models.memory import Memory, resized
 from models.planning import all_paths, pick, put, select, share, starts
 from models.transformer import Rotary
 from models.trm import Core, boxes, inner_width, offsets, rms
@@ -72,6 +72,26 @@ class Quantizer(nn.Module):
         q, index, commit = self.codebook(vectors)
         q = torch.where(whole[:, None, None, None], vectors, q)
         return self.up(q.flatten(-2)), index, commit
+
+
+def adapted(weights, old, new):
+    """Fit the saved `weights` of a model built with `old` to one built with `new` -> dict(model_state, model_args).
+
+    What need not be learnt again follows the new arguments: a memory of another size keeps its newest entries, fewer
+    paths are the first of those that there were, and activations may be made again instead of kept. All other
+    arguments stay as they were.
+    """
+    weights, args, memory = dict(weights), dict(old), "memory."
+    args["enable_gradient_checkpointing"] = new["enable_gradient_checkpointing"]
+    if old["enable_memory"] and new["enable_memory"] and old["memory_slots"] != new["memory_slots"]:
+        buffers = {name.removeprefix(memory): x for name, x in weights.items() if name.startswith(memory)}
+        weights |= {memory + name: x for name, x in resized(buffers, new["memory_slots"]).items()}
+    if not new["enable_memory"] or old["enable_memory"]:
+        args["memory_slots"] = new["memory_slots"]
+    if new["paths"] < old["paths"]:
+        weights["starts"] = weights["starts"][: new["paths"]]
+        args["paths"] = new["paths"]
+    return dict(model_state=weights, model_args=args)
 
 
 class Multimodal(nn.Module):

@@ -206,6 +206,25 @@ def test_rows_of_the_batch_take_the_sign_of_their_summed_gradients():
     torch.testing.assert_close(table.weight.detach(), wanted)
 
 
+@pytest.mark.parametrize("wrong", [math.inf, -math.inf, math.nan])
+def test_rules_that_overflow_skip_the_step_of_all_weights(wrong):
+    table, layer = nn.Embedding(6, 3, sparse=True), nn.Linear(3, 2)
+    optimizer = AdamAtan2([dict(params=layer.parameters())], **SETTINGS)
+    rules, scaler = SignRows([table.weight], lr=1e-2), torch.amp.GradScaler("cpu", init_scale=2.0)
+    before = layer.weight.detach().clone()
+    for factor, skipped in ((wrong, True), (1.0, False)):
+        scaler.scale(layer(table(torch.tensor([1, 4]))).sum()).backward()
+        table.weight.grad._values()[1, 2] *= factor
+        optimizer.average_gradients(1, rules.gradients())
+        scaler.unscale_(optimizer)
+        assert math.isfinite(optimizer.clip_(1.0)) != skipped
+        scaler.step(optimizer)
+        scaler.update()
+        assert torch.equal(layer.weight, before) == skipped and scaler.get_scale() == 1.0
+        optimizer.zero_grad()
+        rules.zero_grad()
+
+
 def test_two_ranks_equal_one(tmp_path):
     for run in [launch([sys.executable, "-c", RANKS, str(rank), str(tmp_path)]) for rank in range(2)]:
         finish(run)

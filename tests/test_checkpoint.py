@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 
-from data_utils import checkpoint, metrics
+from data_utils import checkpoint, metrics, progress
 from data_utils.checkpoint import CheckpointError
 from data_utils.config import DataError, UsageError
 from data_utils.stop import Stop
@@ -614,9 +614,141 @@ def test_a_branch_that_is_left_is_set_aside(tmp_path):
     assert (tmp_path / "step_10.pt").exists() and (tmp_path / "step_9.pt").exists()
 
 
-def test_a_row_that_the_disk_does_not_take_is_a_message(tmp_path):
-    with pytest.raises(DataError, match="was not written"):
-        metrics.append_row(tmp_path, dict(step=1))  # a folder
+def test_a_row_that_the_disk_does_not_take_is_one_warning(tmp_path, capfd):
+    for step in (1, 2):
+        metrics.append_row(tmp_path, dict(step=step))  # a folder
+    err = capfd.readouterr().err
+    assert err.count("was not written") == 1 and "training goes on" in err
+
+
+def test_a_row_that_fits_the_disk_in_part_leaves_no_torn_line(tmp_path, capfd):
+    resource = pytest.importorskip("resource")
+    path, (soft, hard) = tmp_path / "metrics.jsonl", resource.getrlimit(resource.RLIMIT_FSIZE)
+    metrics.append_row(path, dict(step=1, text="x" * 20_000))
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + 10, hard))  # room for half a row
+        metrics.append_row(path, dict(step=2, text="x" * 100))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    metrics.append_row(path, dict(step=3))
+    assert [row["step"] for row in metrics.read_rows(path)] == [1, 3]
+    assert "metrics.jsonl was not written" in capfd.readouterr().err
+
+
+def test_a_figure_that_can_not_be_drawn_is_said(tmp_path):
+    lines, rows = [], tmp_path / "metrics.jsonl"
+    metrics.append_row(rows, dict(step=1, split="train", loss=1.0))
+    (tmp_path / "loss.png").mkdir()
+    metrics.draw_losses([rows], tmp_path / "loss.png", lines.append)
+    metrics.draw_losses([tmp_path / "none.jsonl"], tmp_path / "b.png", lines.append)
+    assert len(lines) == 2 and all(line.startswith("no loss curve: ") for line in lines)
+    assert "loss.png was not written" in lines[0]
+    metrics.draw_losses([rows], tmp_path / "c.png", lines.append)
+    assert (tmp_path / "c.png").exists() and len(lines) == 2
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["c.png", "loss.png", "metrics.jsonl"]
+
+
+# ---- W&B -------------------------------------------------------------------------------------------------------------
+
+
+class FakeRun:
+    """A module wandb whose parts do what they are told."""
+
+    def __init__(self, begin=None, send=None):
+        self.begin, self.send, self.rows, self.how = begin, send, [], {}
+        self.Settings = dict
+
+    def init(self, **how):
+        self.how = how
+        if self.begin:
+            raise self.begin
+        return self
+
+    def log(self, row):
+        if self.send:
+            raise self.send
+        self.rows.append(row)
+
+
+def start_wandb(monkeypatch, fake, mode="online"):
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    return metrics.to_wandb(mode, "project", "", "name", {})
+
+
+@pytest.mark.parametrize("error", [TimeoutError("no network"), RuntimeError(""), PermissionError(13, "denied")])
+def test_wandb_that_can_not_begin_is_one_warning(error, monkeypatch, capfd):
+    fake = FakeRun(begin=error)
+    log = start_wandb(monkeypatch, fake)
+    log(dict(step=1))
+    err = capfd.readouterr().err
+    assert len(err.splitlines()) == 1 and "training goes on without it" in err and type(error).__name__ in err
+    assert fake.how["settings"]["init_timeout"] <= 30 and not fake.rows
+
+
+def test_wandb_that_fails_later_is_one_warning(monkeypatch, capfd):
+    fake = FakeRun()
+    log = start_wandb(monkeypatch, fake)
+    log(dict(step=1))
+    fake.send = ConnectionError("gone")
+    log(dict(step=2))
+    fake.send = None
+    log(dict(step=3))
+    err = capfd.readouterr().err
+    assert fake.rows == [dict(step=1)] and err.count("warning: ") == 1 and "ConnectionError: gone" in err
+
+
+@pytest.mark.parametrize("error", [RuntimeError("Could not determine home directory."), PermissionError(13, "denied")])
+def test_a_home_folder_that_is_not_to_be_read_has_no_key_for_wandb(error, monkeypatch, capfd):
+    def home():
+        raise error
+
+    for name in ("WANDB_API_KEY", "WANDB_MODE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(metrics.Path, "home", home)
+    fake = FakeRun()
+    start_wandb(monkeypatch, fake, "auto")(dict(step=1))
+    assert not fake.how and not fake.rows and not capfd.readouterr().err
+
+
+def test_wandb_that_is_not_installed_is_one_warning(monkeypatch, capfd):
+    start_wandb(monkeypatch, None)(dict(step=1))
+    assert "pip install wandb" in capfd.readouterr().err
+
+
+# ---- logs ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_log_that_can_not_be_written_later_is_one_warning(tmp_path, capfd):
+    log = progress.Log(tmp_path / "train.log", "run")
+    log("first")
+    (tmp_path / "train.log").rename(tmp_path / "old.log")
+    (tmp_path / "train.log").mkdir()
+    for line in ("second", "third"):
+        log(line)
+    out, err = capfd.readouterr()
+    assert out.split() == ["first", "second", "third"] and (tmp_path / "old.log").read_text() == "run: first\n"
+    assert err.count("train.log was not written") == 1 and "training goes on" in err
+
+
+def test_a_log_file_is_tried_before_any_work(tmp_path):
+    progress.check_log("")
+    progress.check_log(tmp_path / "new" / "folder" / "train.log")
+    assert (tmp_path / "new" / "folder").is_dir() and not list((tmp_path / "new" / "folder").iterdir())
+    (tmp_path / "file").write_text("kept")
+    progress.check_log(tmp_path / "file")
+    assert (tmp_path / "file").read_text() == "kept"
+    for path in (tmp_path, tmp_path / "file" / "train.log"):
+        with pytest.raises(UsageError, match="--log_file .* can't be written: .*\ntry: --log_file ''"):
+            progress.check_log(path)
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full here")
+def test_lines_that_a_full_disk_does_not_take_are_left_out(monkeypatch):
+    for name in ("stdout", "stderr"):
+        monkeypatch.setattr(sys, name, open("/dev/full", "w", buffering=1))
+    progress.say("a line")
+    checkpoint.warn("another")
+    progress.Log("/dev/full", "run")("a third")
 
 
 def test_metrics_drop_rows_beyond_the_step_and_a_torn_last_line(tmp_path):

@@ -134,8 +134,22 @@ def test_state_goes_on_bit_for_bit(monkeypatch):
         each.store(slots(20, 7), slots(20, 8))
     losses = [each.loss(32, torch.Generator().manual_seed(0)) for each in (agent, other)]
     assert torch.equal(*losses) and torch.equal(agent.ring.rows, other.ring.rows)
+    narrow = dict(rows=saved["ring"]["rows"][:, 1:], added=saved["ring"]["added"])
     with pytest.raises(ValueError, match="ring"):
-        build(capacity=30).load_state_dict(saved)
+        build(capacity=50).load_state_dict(saved | dict(ring=narrow))
+
+
+@pytest.mark.parametrize("added", [3, 7, 12])
+@pytest.mark.parametrize("capacity", [2, 5, 7, 20])
+def test_a_ring_of_another_capacity_takes_over_the_newest_rows(capacity, added):
+    old, new, rows = Ring(7, 2, "cpu"), Ring(capacity, 2, "cpu"), torch.arange(16.0)[:, None].expand(16, 2)
+    for row in rows[:added]:
+        old.add(row[None])
+    new.load_state_dict(old.state_dict())
+    for newest in range(added, 16):
+        kept = min(capacity, newest - max(0, added - 7))
+        assert sorted(new.rows[: len(new), 0].tolist()) == list(range(newest - kept, newest))
+        new.add(rows[newest][None])
 
 
 def test_it_learns_when_to_stop(monkeypatch):

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from conftest import finish, launch
 
-from models.memory import Memory
+from models.memory import Memory, resized
 
 SIZES = dict(slots=10, key_dim=5, d_model=8, top_k=3)
 RANKS = """
@@ -107,6 +107,23 @@ def test_the_ring_keeps_the_newest_and_evaluation_writes_nothing():
         row = samples.tolist().index(wanted[-1])
         torch.testing.assert_close(memory.values[newest], values[row])
         torch.testing.assert_close(memory.keys[newest], memory.key(mean[row : row + 1])[0].detach())
+
+
+@pytest.mark.parametrize("count", [3, 10, 17])
+@pytest.mark.parametrize("slots", [2, 4, 10, 25])
+def test_a_memory_of_another_size_takes_over_the_newest_entries(slots, count):
+    old, new = build(), build(slots=slots)
+    for step in range(count):
+        mean, values, _, keep = batch(1, seed=step)
+        old.write(mean, values, torch.tensor([step]), keep | True)
+    buffers = resized(dict(old.named_buffers()), slots)
+    new.load_state_dict(old.state_dict() | buffers)
+    for step in range(count, 30):
+        kept = min(slots, step - max(0, count - 10))
+        assert set(new.samples.tolist()) - {-1} == set(range(step - kept, step))
+        assert int(new.fill) == kept and new.keys[:kept].any(1).all() and not new.keys[kept:].any()
+        mean, values, _, keep = batch(1, seed=step)
+        new.write(mean, values, torch.tensor([step]), keep | True)
 
 
 def test_shuffled_values_come_back():

@@ -10,7 +10,7 @@ from test_multimodal import AGENT, KNOWN, PLAIN, batch, build, one_thread  # noq
 
 from data_utils import slots as slots_module
 from data_utils.shards import Stopped
-from data_utils.slots import Slots, batch_of, start_codes
+from data_utils.slots import Slots, batch_of, load_slots, start_codes
 from models import halting
 from models.halting import CONTINUE, HALT, HaltingAgent
 
@@ -99,6 +99,53 @@ def test_a_resumed_slot_goes_on(augment):
         here, there = first.take(DEVICE), again.take(DEVICE)
         assert all(torch.equal(here[key], there[key]) for key in here if key != "task")
         assert np.array_equal(first.draws, again.draws)
+
+
+def model_like(paths=1, length=2, width=3):
+    return SimpleNamespace(starts=torch.zeros(paths, width), tasks=KNOWN, length_of=lambda task: length)
+
+
+def states_of(ranks, taken=3):
+    """What ranks of 4 slots save after some samples, each slot with its number in its states."""
+    saved = []
+    for rank in range(ranks):
+        n = 4 // ranks
+        some = slots(Stream("read"), slice(rank * n, (rank + 1) * n))
+        for _ in range(taken):
+            leave(some, [True] * n) if some.batch else None
+            some.take(DEVICE)
+        z = torch.arange(rank * n, (rank + 1) * n)[:, None, None, None].expand(n, 1, 2, 3).float()
+        halted = torch.arange(rank * n, (rank + 1) * n) % 2 == 0
+        some.carry = dict(z_H=z, z_L=z, halted=halted, steps=torch.ones(n))
+        saved.append(dict(read=some.state_dict()))
+    return saved
+
+
+@pytest.mark.parametrize("old, new", [(1, 2), (2, 1), (4, 2), (2, 2)])
+def test_slots_go_over_to_any_number_of_ranks(old, new):
+    saved, n = states_of(old), 4 // new
+    for rank in range(new):
+        own = slice(rank * n, (rank + 1) * n)
+        some = slots(Stream("read"), own)
+        assert not load_slots(dict(read=some), saved, model_like(), DEVICE, True)
+        assert some.draws.tolist() == [3] * n and some.carry["z_H"][:, 0, 0, 0].tolist() == list(range(4))[own]
+        taken, before = some.take(DEVICE), Stream("read").at("read", np.arange(4)[own] + 8)
+        after = Stream("read").at("read", np.arange(4)[own] + 12)
+        expected = np.where(np.arange(4)[own] % 2 == 0, after, before)
+        assert taken["page"][:, 0, 0].tolist() == expected.tolist()
+
+
+@pytest.mark.parametrize("changed, shape, same_data, draws", [
+    (dict(global_batch_size=2), {}, True, 6),
+    (dict(global_batch_size=5), {}, True, 3),
+    ({}, dict(paths=2), True, 3),
+    ({}, dict(length=4), True, 3),
+    ({}, {}, False, 0),
+])  # fmt: skip
+def test_slots_of_another_kind_begin_behind_what_was_drawn(changed, shape, same_data, draws):
+    some = slots(Stream("read"), **changed)
+    assert load_slots(dict(read=some), states_of(2), model_like(**shape), DEVICE, same_data) == ["read"]
+    assert some.carry is None and set(some.draws.tolist()) == {draws}
 
 
 def test_stopped_while_it_waits_it_is_as_before():

@@ -49,6 +49,43 @@ cls = train_multimodal.MultimodalConfig
 launch(train_multimodal.main, from_cli(dict(multimodal=cls), "", sys.argv[1:], "", overrides=PICTURES))
 """
 
+# the same in fp16 with a GradScaler, as an old GPU has it; the gradients of rank 1 alone overflow in the third step
+OVERFLOW = """
+import json
+import torch
+from data_utils import hardware
+from models.adam_atan2 import AdamAtan2
+from models.average import Average
+
+begin, average_gradients, update = hardware.Hardware.__init__, AdamAtan2.average_gradients, Average.update
+calls, averaged, optimizers, scalers = [], [], [], []
+
+def in_fp16(self, *args, **more):
+    begin(self, *args, **more)
+    self.autocast = torch.autocast("cpu", torch.float16)
+    self.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    scalers.append(self.scaler)
+
+def overflow(self, world, *others):
+    calls.append(world)
+    if len(calls) == 3 and int(hardware.os.environ["RANK"]) == 1:
+        self.flat_gradients[0][5] = torch.inf
+    optimizers[:] = [self]
+    average_gradients(self, world, *others)
+
+def note(self, step):
+    averaged.append(step)
+    update(self, step)
+
+def tell(self):
+    weights = [flat.values.double().sum().item() for flat in optimizers[0].flat]
+    row = dict(weights=weights, steps=optimizers[0].steps, scale=scalers[0].get_scale(), averaged=averaged)
+    open(f"rank{self.rank}.json", "w").write(json.dumps(row))
+
+hardware.Hardware.__init__, hardware.Hardware.close = in_fp16, tell
+AdamAtan2.average_gradients, Average.update = overflow, note
+"""
+
 
 @pytest.fixture(autouse=True)
 def folder(tmp_path, monkeypatch):
@@ -339,6 +376,48 @@ def test_two_ranks_equal_one(pages, tmp_path):
     assert one["dqn"]["ring"]["added"] == two["dqn"]["ring"]["added"] > 0
 
 
+def test_an_overflow_of_one_rank_is_skipped_by_all(grids, tmp_path):
+    Path("script.py").write_text(OVERFLOW + SCRIPT)
+    line = [*TOY, "tasks=[sudoku4]", "enable_mtp=false", f"data_paths={grids}", "max_steps=5", "checkpoint_path=a"]
+    for process in start_two(tmp_path / "script.py", *line, cwd=tmp_path):
+        finish(process)
+    first, second = (json.loads(Path(f"rank{rank}.json").read_text()) for rank in range(2))
+    assert first == second and all(map(math.isfinite, first["weights"]))
+    assert (first["steps"], first["scale"], first["averaged"]) == (4, 512.0, [0, 1, 3, 4])
+    assert load_checkpoint("a/latest.pt", "multimodal")["skipped"] == 1
+
+
+ANEW = "the samples at hand of continue, sudoku4 begin anew; the newest 60 transitions stay"
+CHANGED = [  # (flags of a resumed run that are not those it began with, the line that says what begins anew)
+    ("global_batch_size=4", ANEW),
+    ("dqn_buffer_capacity=20", ""),
+    ("dqn_buffer_capacity=200", ""),
+    ("memory_slots=6", ""),
+    ("memory_slots=40", ""),
+    ("latent_num_paths=1", ANEW),
+    ("enable_latent_planning=false", ANEW),
+    ("enable_gradient_checkpointing=true", ""),
+    ("latent_num_paths=3 allow_partial=true", ANEW.replace("60", "0")),
+    ("enable_memory=false allow_partial=true", ""),
+]
+
+
+@pytest.mark.parametrize("flags, anew", CHANGED, ids=[flags for flags, _ in CHANGED])
+def test_a_run_goes_on_with_other_sizes(flags, anew, finished, pages, capfd):
+    shutil.copytree(finished, "a")
+    words = [word for word in TOY if word.split("=")[0] + "=" not in flags]
+    result = run(*words, f"data_paths={pages} checkpoint_path=a epochs=2 max_steps=19", flags)
+    out, _ = capfd.readouterr()
+    assert result["step"] == 19 and math.isfinite(result["best"]) and "resumed a/latest.pt at step 16" in out
+    assert [line for line in out.splitlines() if "begin anew" in line] == [anew] * bool(anew)
+    state = load_checkpoint("a/latest.pt", "multimodal")
+    assert state["skipped"] == 0
+    if "global_batch_size" in flags:  # no sample is drawn a second time
+        before = load_checkpoint(finished / "latest.pt", "multimodal")["slots"][0]
+        for task, slot in state["slots"][0].items():
+            assert len(slot["draws"]) == 4 and slot["draws"].min() * 4 >= before[task]["draws"].sum()
+
+
 def test_averaged_weights_stand_alone(finished, pages):
     for name in ("ema_model.pt", "best_model.pt"):
         state = load_checkpoint(finished / name, "multimodal")
@@ -402,6 +481,19 @@ REFUSED = [  # (words, exit status, what the message must name); {a} is a finish
     ("tasks=[sudoku4] data_paths={grids}", 2, "--no-enable_mtp"),
     ("latent_num_paths=17", 2, "17 paths in 16 dimensions"),
     ("task_weights=[1]", 2, "--task_weights"),
+    ("task_weights=[0,0]", 2, "--task_weights 0.0 0.0: expected 0 or more for each task, above 0 for one"),
+    ("task_weights=[1,-1]", 2, "--task_weights 1.0 -1.0"),
+    ("task_weights=[1,nan]", 2, "--task_weights 1.0 nan"),
+    ("task_weights=[nan,1]", 2, "--task_weights nan 1.0"),
+    ("task_weights=[1,inf]", 2, "--task_weights 1.0 inf"),
+    ("beta2=1", 2, "--beta2 1.0: expected 0 or more, and less than 1"),
+    ("beta1=1.5", 2, "--beta1 1.5"),
+    ("beta1=nan", 2, "--beta1 nan"),
+    ("eval_only=true", 2, "--eval_only: no trained model"),
+    ("eval_only=true fresh=true checkpoint_path={a}", 2, "--eval_only: no trained model"),
+    ("eval_only=true resume=none checkpoint_path={a}", 2, "--eval_only: no trained model"),
+    ("log_file=bad.jsonl/train.log", 2, "--log_file bad.jsonl/train.log can't be written"),
+    ("log_file=.", 2, "--log_file . can't be written"),
     ("halt_policy=dqn enable_dqn=false", 2, "--halt_policy dqn needs --enable_dqn"),
     ("device=cuda:7", 2, "--device cpu"),
     ("data_paths=[{pages},none]", 1, "--dataset-only"),
@@ -508,3 +600,28 @@ def test_a_disk_that_fills_up(finished, pages, monkeypatch, capfd):
     assert "was not written" in capfd.readouterr().err and not list(Path("a").glob("*.tmp-*"))
     run(*words)
     assert "resumed a/latest" in capfd.readouterr().out
+
+
+def test_neither_log_nor_figure_ends_a_run(finished, pages, capfd):
+    shutil.copytree(finished, "a")
+    Path("a", "loss.png").unlink()
+    Path("a", "loss.png").mkdir()
+    log = "/dev/full" if os.path.exists("/dev/full") else "logs/train.log"
+    result = run(*TOY, f"data_paths={pages} checkpoint_path=a epochs=2 max_steps=18 log_file={log}")
+    out, err = capfd.readouterr()
+    assert result["step"] == 18 and load_checkpoint("a/latest.pt", "multimodal")["step"] == 18
+    assert "no loss curve: a/loss.png was not written" in out and "next: python generate.py" in out
+    assert err.count("--log_file /dev/full was not written") == (log == "/dev/full")
+
+
+def test_steps_and_time_left_are_those_of_max_steps(pages, monkeypatch, capfd):
+    shown = []
+    progress = train_multimodal.Progress
+    monkeypatch.setattr(train_multimodal, "Progress", lambda total, *rest, **more: (
+        shown.append(total), progress(total, *rest, **more))[1])  # fmt: skip
+    run(*TOY, f"data_paths={pages} checkpoint_path=a max_steps=4 epochs=1000")
+    lines = [line for line in capfd.readouterr().out.splitlines() if line.startswith("step ") and " eta " in line]
+    assert shown == [4] and [line.split(" | ")[0] for line in lines] == ["step 2/4", "step 3/4", "step 4/4"]
+    assert "eta 0:00:00" in lines[-1]
+    run(*TOY, f"data_paths={pages} checkpoint_path=a max_steps=2 epochs=1000")
+    assert "step 4 of 4" in capfd.readouterr().out
