@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 from data_utils.checkpoint import write_atomic
-from data_utils.config import DataError
+from data_utils.config import DataError, at_end
 
 
 def read_rows(path):
@@ -90,7 +90,9 @@ def to_wandb(mode, project, entity, name, config):
     except ImportError:
         print(f"wandb_mode {mode}: not installed, training goes on without it; try: pip install wandb", file=sys.stderr)
         return lambda row: None
-    return wandb.init(mode=mode, project=project, entity=entity or None, name=name or None, config=config).log
+    run = wandb.init(mode=mode, project=project, entity=entity or None, name=name or None, config=config)
+    at_end(lambda failed: run.finish(exit_code=int(failed)))
+    return run.log
 
 
 def _line(row):
