@@ -30,7 +30,8 @@ if __name__ == "__main__":
 
 import matplotlib
 
-matplotlib.use("Agg")  # files only, so that no screen is needed
+if "ipykernel" not in sys.modules:  # else a notebook's own figures would no longer show
+    matplotlib.use("Agg")  # files only, so that no screen is needed
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter

@@ -20,7 +20,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Literal
 
-from data_utils.config import DataError, at_least, from_cli, launch
+from data_utils.config import DataError, at_least, complete, ends_cleanly, from_cli, launch
 from data_utils.overrides import GUIDE
 
 Part = Literal["mlp", "gnn", "gan", "diffusion"]
@@ -139,10 +139,11 @@ LOOPS = {
     "diffusion_ae": (DiffusionAeConfig, FAMILIES | {"diffusion"}),
     "test_mlp": (TestMlpConfig, {"losses", "metrics", "latency"}),
 }
+CONFIGS = {name: cls for name, (cls, _) in LOOPS.items()}
 Config = AeConfig
 
 if __name__ == "__main__":  # before torch is imported, so that --help and typos answer at once
-    cfg = from_cli({name: cls for name, (cls, _) in LOOPS.items()}, __doc__, by="loop", overrides=GUIDE)
+    cfg = from_cli(CONFIGS, __doc__, by="loop", overrides=GUIDE)
     if cfg and cfg.multirun:  # each job is a process of its own; this one needs no torch
         from data_utils.sweep import sweep
 
@@ -172,7 +173,9 @@ make_plots plot_losses plot_metrics plot_codebook plot_latency plot_recon plot_a
 plot_every plot_detail multirun fail_fast sweep_job device compile""".split()
 
 
+@ends_cleanly
 def main(cfg):
+    cfg = complete(cfg, CONFIGS, by="loop", overrides=GUIDE)
     at_least(cfg, 1, *"epochs batch_size accumulate latent_dim gnn_dim gnn_layers noise_dim plot_every events".split())
     at_least(cfg, 0, *"lr d_lr weight_decay warmup clip dropout limit beta type_weight globals_beta seed".split())
     at_least(cfg, 0, *"latent_adv_weight ema_decay save_minutes max_steps max_seconds".split())
@@ -225,7 +228,7 @@ def main(cfg):
     kind, keep = f"ae:{cfg.loop}", cfg.save_artifacts
     out = Path(hardware.gather(run_folder(cfg))[0])  # one clock for all ranks
     last, best, resume = out / "last.pt", out / "best_val.pt", cfg.resume if Path(cfg.resume).is_file() else "auto"
-    lock = checkpoint.lock_run(out, "ae", out) if rank == 0 and keep else None  # noqa: F841  held until the process ends
+    lock = checkpoint.lock_run(out, "ae", out) if rank == 0 and keep else None  # noqa: F841  held until main ends
     about = dict(kind=kind, format=1, tokenizer="events", tokenizer_hash="", data_hash=meta["data_hash"], meta=meta,
                  world_size=world, steps=steps, torch=str(torch.__version__), config=asdict(cfg),
                  model_args=model_args)  # fmt: skip

@@ -22,7 +22,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Literal
 
-from data_utils.config import DataError, UsageError, at_least, from_cli, launch
+from data_utils.config import DataError, UsageError, at_least, complete, ends_cleanly, from_cli, launch
 
 
 @dataclass
@@ -155,7 +155,9 @@ def decays(name, parameter):
     return parameter.ndim == 2 and not any(word in name for word in ("embedding", "head", "A_log"))
 
 
+@ends_cleanly
 def main(cfg):
+    cfg = complete(cfg, CONFIGS, by="expert")
     at_least(cfg, 1, *"d_model n_heads n_layers max_seq_len batch_size grad_accum_steps max_epochs".split())
     at_least(cfg, 1, "save_every", "log_interval")
     at_least(cfg, 0, *"lr min_lr_ratio warmup_steps weight_decay grad_clip max_steps max_seconds dropout seed".split())
@@ -222,7 +224,7 @@ def main(cfg):
                          patience_used=0, skipped=0, skipped_in_row=0)  # fmt: skip
     kind, snapshot = f"expert:{cfg.expert}", rf"{run}_epoch(\d+)\.pt"
     best_file, rolling, metrics = (folder / f"{run}{end}" for end in (".pt", "_interrupted.pt", "_metrics.jsonl"))
-    lock = checkpoint.lock_run(folder, run) if rank == 0 else None  # noqa: F841  held until the process ends
+    lock = checkpoint.lock_run(folder, run) if rank == 0 else None  # noqa: F841  held until main ends
     snapshots = checkpoint.numbered(folder, snapshot)
     path, state = checkpoint.find(cfg.resume, cfg.fresh, [rolling, *snapshots, best_file], kind)
     about = dict(kind=kind, format=1, expert=cfg.expert, tokenizer=cfg.tokenizer, tokenizer_hash=tokenizer.hash,

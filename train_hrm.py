@@ -24,7 +24,17 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Literal
 
-from data_utils.config import DataError, UsageError, at_least, below_one, check_name, from_cli, launch
+from data_utils.config import (
+    DataError,
+    UsageError,
+    at_least,
+    below_one,
+    check_name,
+    complete,
+    ends_cleanly,
+    from_cli,
+    launch,
+)
 from data_utils.nested import flatten
 
 
@@ -171,7 +181,9 @@ def kind_of(name, parameter):
     return "" if parameter.ndim != 2 else "hidden" if name.startswith(("encoder.", "core.", "decoder.")) else "table"
 
 
+@ends_cleanly
 def main(cfg):
+    cfg = complete(cfg, variant, by="dataset")
     train = cfg.dry_run == "0" or cfg.dry_run == "auto" and bool(cfg.dataset)
     if train and not cfg.dataset:
         raise UsageError("--dry_run 0 needs a --dataset: synthetic, sudoku, or a folder of prepare_data.py")
@@ -249,7 +261,7 @@ def main(cfg):
     at = SimpleNamespace(step=0, evaluated=0, best_val_loss=math.inf, best_step=0, skipped=0, skipped_in_row=0,
                          halt_threshold=0.0)  # fmt: skip
     kind, snapshot, final, metrics = "hrm", r"step_(\d+)\.pt", folder / "final.pt", home / "metrics.jsonl"
-    lock = checkpoint.lock_run(folder, "hrm", folder, best.parent) if rank == 0 else None  # noqa: F841  held until the process ends
+    lock = checkpoint.lock_run(folder, "hrm", folder, best.parent) if rank == 0 else None  # noqa: F841  held until main ends
     files = checkpoint.by_step(checkpoint.numbered(folder, snapshot), final, kind)
     path, state = checkpoint.find(cfg.resume, cfg.fresh, files, kind)
     about = dict(kind=kind, format=1, dataset=cfg.dataset, tokenizer=data.tokenizer.name,

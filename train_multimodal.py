@@ -25,7 +25,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Literal
 
-from data_utils.config import DataError, UsageError, at_least, below_one, from_cli, launch
+from data_utils.config import DataError, UsageError, at_least, below_one, complete, ends_cleanly, from_cli, launch
 from data_utils.overrides import PICTURES
 
 Names = tuple[str, ...]
@@ -137,6 +137,7 @@ class MultimodalConfig:
     compile: bool = False  # torch.compile of the blocks: half a minute to start, then faster
 
 
+CONFIGS = {"multimodal": MultimodalConfig}
 Config = MultimodalConfig
 MAY_BE_0 = "seed warmup_steps grad_monitor_every dqn_warmstart_steps".split()  # of the whole numbers
 
@@ -168,7 +169,7 @@ def begin(cfg):
 
 
 if __name__ == "__main__":  # before torch is imported: --help and typos answer at once, pages are built meanwhile
-    cfg = from_cli({"multimodal": MultimodalConfig}, __doc__, overrides=PICTURES)
+    cfg = from_cli(CONFIGS, __doc__, overrides=PICTURES)
     begun = launch(begin, cfg, leave=False)
 
 import numpy as np
@@ -195,13 +196,16 @@ build_batch workers wait_timeout stories code_dir latent_noise latent_select eva
 eval_interval device compile enable_gradient_checkpointing""".split()  # a resumed run with others is the same
 
 
+@ends_cleanly
 def main(cfg, begun=None):
-    begun = begun or begin(cfg)
-    with Stop() as stop, begun.builder:  # which ends with this
-        try:
-            return run(cfg, begun, stop)
-        except Stopped:  # while it waited for the first data
-            return dict(step=0, best=-1.0, stopped=int(stop.signal))
+    cfg = complete(cfg, CONFIGS, overrides=PICTURES)
+    with Stop() as stop:  # first, so that no signal comes between the builder's start and its end
+        begun = begun or begin(cfg)
+        with begun.builder:  # which ends with this
+            try:
+                return run(cfg, begun, stop)
+            except Stopped:  # while it waited for the first data
+                return dict(step=0, best=-1.0, stopped=int(stop.signal))
 
 
 def run(cfg, begun, stop):

@@ -24,7 +24,17 @@ from types import SimpleNamespace
 from typing import Literal
 
 from data_utils.bundles import load_flags
-from data_utils.config import DataError, UsageError, at_least, below_one, from_cli, launch, save_config
+from data_utils.config import (
+    DataError,
+    UsageError,
+    at_least,
+    below_one,
+    complete,
+    ends_cleanly,
+    from_cli,
+    launch,
+    save_config,
+)
 from data_utils.skeletons import PoolConfig
 from data_utils.sr_data import DataConfig
 
@@ -163,7 +173,9 @@ def schedule(cfg):
     return points
 
 
+@ends_cleanly
 def main(cfg):
+    cfg = complete(cfg, SRConfig, load=load_flags)
     at_least(cfg, 1, *"batch_size gradient_accumulation_steps steps validate_interval val_batch_size".split())
     at_least(cfg, 1, "log_interval", "val_choices", "val_size")
     at_least(cfg, 0, *"num_workers warmup cooldown weight_decay clip max_steps max_seconds seed save_minutes".split())
@@ -213,7 +225,7 @@ def main(cfg):
     at = SimpleNamespace(step=0, evaluated=0, best_val_loss=math.inf, best_step=0, skipped=0, skipped_in_row=0,
                          samples=0, total_pflops=0.0)  # fmt: skip
     kind, metrics, final = "sr", out / "metrics.jsonl", out / "state_dict.pt"
-    lock = checkpoint.lock_run(out.parent, out.name) if rank == 0 else None  # noqa: F841  held until the process ends
+    lock = checkpoint.lock_run(out.parent, out.name) if rank == 0 else None  # noqa: F841  held until main ends
     sweep(out) if rank == 0 else None
     path, state, found = find_folder("" if cfg.fresh else cfg.resume_from, out, kind, SAVED)
     there = checkpoint.numbered(out, r"checkpoint_(\d+)")

@@ -12,7 +12,7 @@ import sys
 import zipfile
 from pathlib import Path
 
-from data_utils.config import DataError, UsageError
+from data_utils.config import DataError, UsageError, at_end
 
 PLAIN = (int, float, str, bool, bytes, type(None))
 FAILED_SAVES = 3  # rolling saves in a row that fail before a run gives up
@@ -364,7 +364,7 @@ def rotate(paths, keep):
 
 
 def lock_run(folder, name, *own):
-    """Keep other processes out of run `name` in `folder` while this one lives; return the open lock.
+    """Keep other runs out of run `name` in `folder` until main (ends_cleanly) or this process ends; return the lock.
 
     Raises UsageError if it is in use. Removes temporary files that a killed process left: those of files that begin
     with the name, and all in the folders `own`, which hold this run alone.
@@ -374,6 +374,7 @@ def lock_run(folder, name, *own):
         lock = open(Path(folder) / f".{name}.lock", "a+", encoding="utf-8")
     except OSError as e:
         raise CheckpointError(f"{folder} can't be written: {e.strerror}") from e
+    at_end(lambda failed: lock.close())
     try:
         import fcntl
 

@@ -4,10 +4,13 @@ Imports no torch, so that --help and typos answer at once.
 """
 
 import argparse
+import contextlib
+import contextvars
 import dataclasses
 import difflib
 import functools
 import inspect
+import io
 import os
 import re
 import signal
@@ -18,6 +21,8 @@ import typing
 from pathlib import Path
 
 BARE = {"resume": "latest"}  # flags that may stand alone, and the value they then have
+COMPLETE = "_complete"  # attribute of a configuration whose bundles are read and whose types are checked
+_endings = contextvars.ContextVar("endings", default=None)  # the calls that the main under way makes when it ends
 
 
 class UsageError(Exception):
@@ -75,7 +80,7 @@ def from_cli(cls, doc="", argv=None, prog=None, by="", flatten=None, load=None, 
     if overrides:
         from data_utils.overrides import read
 
-        return read(cls, doc, argv, prog, by, overrides)
+        return _completed(read(cls, doc, argv, prog, by, overrides))
     own = dataclasses.fields(cls) if dataclasses.is_dataclass(cls) else ()
     short = {f.metadata["short"]: f"--{f.name}" for f in own if "short" in f.metadata}
     argv = [{"-c": "--config", **short}.get(word, word) for word in argv]  # argparse would read -ci as -c i
@@ -89,7 +94,129 @@ def from_cli(cls, doc="", argv=None, prog=None, by="", flatten=None, load=None, 
     args = tuples(parser.parse_args(flags))
     parser.error = error
     args = tuples(parser.parse_args(argv, args))
-    return cls(**{f.name: getattr(args, f.name) for f in dataclasses.fields(cls)})
+    return _completed(cls(**{f.name: getattr(args, f.name) for f in dataclasses.fields(cls)}))
+
+
+def complete(cfg, cls, by="", **how):
+    """Return `cfg` as flags would have made it, for a configuration that was made in Python, not by from_cli.
+
+    Bundles that its fields name (config, arch, env, logging) are loaded. They apply where `cfg` has its class's
+    default. A plain Config whose field `by` picks another class becomes one of that class. Values get the types of
+    their fields, see `coerced`. The other arguments are those of from_cli, whose results are returned as they are.
+    Raises UsageError, naming the field, for a wrong type or a bundle that is not there.
+    """
+    if hasattr(cfg, COMPLETE):
+        return cfg
+    known = {f.name: f for f in dataclasses.fields(cfg)}
+    for name in vars(cfg).keys() - known.keys():  # cfg.max_step = 3
+        near = difflib.get_close_matches(name, known, 1)
+        hint = f" (did you mean {near[0]}?)" if near else ""
+        raise UsageError(f"{name}: not a field of {type(cfg).__name__}{hint}")
+    values = {name: _value(cfg, f) for name, f in known.items()}
+    typed = {name: value for name, value in values.items() if value != default_of(known[name])}
+    table = how.get("overrides")
+    naming = ("config", "resume", *table.bundles) if table else ("config",)
+    words = [f"--{name}={typed[name]}" for name in naming if name in typed]
+    if typed.get("multirun"):
+        words.append("--multirun")
+    variants = _variants(cls, by, type(cfg), values)
+    bundle_may_pick = table and by not in typed and type(cfg) is next(iter(variants.values()))
+    if by and not bundle_may_pick:
+        words.append(f"--{by}={values[by]}")
+    message = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(message):
+            base = from_cli(variants, argv=words, by=by, **how)
+    except SystemExit:
+        error = message.getvalue().removeprefix("error: ").partition("\ntry: ")[0].strip()
+        raise UsageError(f"{error}\ntry: help({type(cfg).__name__}), which lists the fields") from None
+    if getattr(base, "multirun", False):
+        raise UsageError("multirun: a sweep starts from the command line, each of its jobs is a process\n"
+                         "try: python train_ae.py --multirun KEY=VALUE,VALUE")  # fmt: skip
+    for name, value in typed.items():
+        if not hasattr(base, name):
+            picked = type(base).__name__
+            raise UsageError(f"{name}={value!r}: not a field of {picked}, which {by}={values[by]!r} picks\n"
+                             f"try: help({picked}), which lists the fields")  # fmt: skip
+    return _completed(dataclasses.replace(base, **typed))
+
+
+def _variants(cls, by, kind, values):
+    """Return the first argument of from_cli for a configuration of class `kind`; a class of the user's own stays."""
+    if isinstance(cls, dict):
+        return cls if kind in cls.values() else dict.fromkeys(cls, kind)
+    if not by:
+        return kind
+    picked = cls(values[by])
+    return lambda _: picked if issubclass(picked, kind) else kind
+
+
+def _completed(cfg):
+    setattr(cfg, COMPLETE, True)
+    return cfg
+
+
+def _value(cfg, field):
+    """Return the value of a field of `cfg`, coerced.
+
+    `Config.domains = ["x"]` in a notebook changes the class, not what Config() holds: it counts as an edited default.
+    """
+    value = coerced(field, getattr(cfg, field.name))
+    of_class = getattr(type(cfg), field.name, field.default)
+    edited = of_class is not field.default and value == default_of(field)
+    return coerced(field, of_class) if edited else value
+
+
+def default_of(field):
+    """Return the default of a dataclass's field, coerced: the one in the script may have been edited."""
+    return coerced(field, _as_written(field))
+
+
+def _as_written(field):  # dataclasses want a default_factory in place of a list
+    return field.default_factory() if field.default is dataclasses.MISSING else field.default
+
+
+def type_of(field):
+    """Return (type of a field, or of each value of a tuple; whether it is a tuple)."""
+    default = _as_written(field)
+    if isinstance(default, (tuple, list)) or (typing.get_origin(field.type) or field.type) in (tuple, list):
+        inner = typing.get_args(field.type) or (str,)
+        return inner[0], True
+    return field.type if field.type in (bool, int, float, str) else type(default), False
+
+
+def coerced(field, value):
+    """Return `value` as the field holds it.
+
+    A list becomes a tuple, a single value a tuple of one, a whole number a float, numpy's numbers Python's, a Path a
+    text, where the field has that type. Raises UsageError, naming the field, for another type or none of its choices.
+    """
+    kind, several = type_of(field)
+    value = value.tolist() if hasattr(value, "tolist") else value
+    values = value if several and isinstance(value, (list, tuple)) else [value]
+    choices = () if several else typing.get_args(field.type)
+    expected = f"a tuple of {kind.__name__}" if several else kind.__name__
+    if choices:
+        expected = " or ".join(map(repr, choices))
+    try:
+        values = tuple(_as(kind, one) for one in values)
+        if choices and values[0] not in choices:
+            raise ValueError
+    except ValueError:
+        default = _as_written(field)
+        hint = "" if value is default else f"\ntry: {field.name}={default!r}"
+        raise UsageError(f"{field.name}={value!r}: expected {expected}{hint}") from None
+    return values if several else values[0]
+
+
+def _as(kind, value):
+    """Return `value` as a bool, int, float or str. Raises ValueError where that would change what it says."""
+    value = value.tolist() if hasattr(value, "tolist") else value
+    value = os.fspath(value) if isinstance(value, os.PathLike) else value
+    value = float(value) if kind is float and type(value) is int else value
+    if type(value) is not kind:
+        raise ValueError
+    return value
 
 
 WAITING = "OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"  # each says how OpenMP's threads wait
@@ -136,6 +263,29 @@ class _Several(argparse.Action):
     def __call__(self, parser, namespace, values, option_string=None):
         before = getattr(namespace, self.dest)
         setattr(namespace, self.dest, [*before, *values] if isinstance(before, list) else list(values))
+
+
+def ends_cleanly(main):
+    """Decorate main: what it holds (locks, its W&B run, processes) is let go when it ends, however it ends.
+
+    A notebook's kernel lives on, and keeps the traceback of an error with all that main's variables refer to.
+    """
+
+    @functools.wraps(main)
+    def run(*args, **kwargs):
+        with contextlib.ExitStack() as endings:
+            before = _endings.set(endings)
+            endings.callback(_endings.reset, before)
+            return main(*args, **kwargs)
+
+    return run
+
+
+def at_end(call):
+    """Have call(failed) made when the main under way ends, `failed` if by an exception; never where there is none."""
+    endings = _endings.get()
+    if endings is not None:
+        endings.push(lambda kind, error, trace: call(kind is not None) and None)
 
 
 def launch(main, cfg, leave=True):
@@ -225,13 +375,17 @@ def parser_of(cls, doc, prog):
     for f in dataclasses.fields(cls):
         owner, comment = _origin(cls, f.name)
         group = groups.setdefault(owner, parser.add_argument_group(owner) if owner not in groups else None)
-        kind = dict(default=f.default, help=comment.replace("%", "%%"))
-        if isinstance(f.default, bool):
+        try:
+            kind = dict(default=default_of(f), help=comment.replace("%", "%%"))
+        except UsageError as e:  # it was edited
+            parser.error(f"the default of {e}")
+        value_type, several = type_of(f)
+        if value_type is bool:
             kind |= dict(action=argparse.BooleanOptionalAction)
-        elif isinstance(f.default, tuple):
-            kind |= dict(type=typing.get_args(f.type)[0], nargs="*", action=_Several)
+        elif several:
+            kind |= dict(type=value_type, nargs="*", action=_Several)
         else:
-            kind |= dict(type=type(f.default), choices=typing.get_args(f.type) or None)
+            kind |= dict(type=value_type, choices=typing.get_args(f.type) or None)
         if bare := f.metadata.get("bare", BARE.get(f.name)):
             kind |= dict(nargs="?", const=bare)
         names = [f.name, *filter(None, [f.metadata.get("also")])]

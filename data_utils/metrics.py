@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 from data_utils.checkpoint import warn, write_atomic
+from data_utils.config import at_end
 
 
 def read_rows(path):
@@ -122,13 +123,20 @@ def to_wandb(mode, project, entity, name, config):
         how = dict(mode=mode, project=project, entity=entity or None, name=name or None, config=config)
         if hasattr(wandb, "Settings"):
             how["settings"] = wandb.Settings(init_timeout=INIT_SECONDS)
-        send = wandb.init(**how).log
+        run = wandb.init(**how)
+        send = run.log
     except ImportError:
         warn(f"wandb_mode {mode}: not installed, training goes on without it; try: pip install wandb")
         return lambda row: None
     except Exception as e:  # wandb has a dozen types, and raises those of others
         warn(f"wandb_mode {mode}: {_reason(e)}; training goes on without it; try: WANDB_MODE=offline")
         return lambda row: None
+
+    def finish(failed):
+        try:
+            run.finish(exit_code=int(failed))
+        except Exception as e:
+            warn(f"W&B did not finish: {_reason(e)}")
 
     def log(row):
         nonlocal send
@@ -138,6 +146,7 @@ def to_wandb(mode, project, entity, name, config):
             warn(f"W&B took no row: {_reason(e)}; training goes on without it")
             send = len  # of a row, which does nothing
 
+    at_end(finish)
     return log
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
 
-from data_utils.config import Parser, as_flags, parser_of, read_flags, root, tuples
+from data_utils.config import Parser, as_flags, default_of, parser_of, read_flags, root, tuples
 
 BOOLS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
 MOST_JOBS = 1000
@@ -153,7 +153,7 @@ def split(argv, table, known):
         if re.match(r"--?[A-Za-z]", word):
             name = key.lstrip("-").replace("-", "_")
             name = name if name in known else name.removeprefix("no_")
-            default = known[name].default if name in known else ""
+            default = default_of(known[name]) if name in known else ""
             room = 0 if equals or isinstance(default, bool) else math.inf if isinstance(default, tuple) else 1
             items.append(Item(name, [word]))
         elif room and not (equals and name in known and (room > 1 or items[-1].name == "resume")):
@@ -192,7 +192,7 @@ def _layers(items, table, known, error):
     above = bundle(named["config"]) if named.get("config") else {}
     named = {item.name: item.text() for layer in above.values() for item in layer} | named
     for i, (key, inner) in enumerate(table.bundles.items()):
-        name = named.get(key, "" if below else known[key].default)
+        name = named.get(key, "" if below else default_of(known[key]))
         layer = bundle(_named(key, name, root() / table.folder / inner)) if name else {}
         above = above | layer if i else layer | above
     return below | above
@@ -226,7 +226,7 @@ def to_flags(items, known):
         words = item.words
         if item.value is not None:
             found = [other for other in found if other.name != item.name]
-            words = _as_words(item, known[item.name].default)
+            words = _as_words(item, default_of(known[item.name]))
         found.append(Item(item.name, words))
     return [word for item in found for word in item.words]
 

@@ -11,7 +11,7 @@ from collections import deque
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 
-from data_utils.config import DataError
+from data_utils.config import DataError, at_end
 
 
 def in_order(function, tasks, processes):
@@ -25,6 +25,7 @@ def in_order(function, tasks, processes):
     context = multiprocessing.get_context("spawn")  # a fork would keep locks, and break after torch or tokenizers
     others = set(multiprocessing.active_children())
     pool = ProcessPoolExecutor(processes, context, begin)
+    at_end(lambda failed: pool.shutdown(cancel_futures=True))  # an error elsewhere leaves this generator as it is
 
     def submit(*call):
         with _bare():

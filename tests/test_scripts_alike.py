@@ -16,6 +16,7 @@ def test_shape_of_script(path):
     text = path.read_text()
     assert re.findall(r"^    # --- (.+?) -+$", text, flags=re.M) == SECTIONS
     assert text.index("from_cli(") < text.index("import torch")
+    assert "import plot_losses" not in text, "a figure that fails must not end a run: metrics.draw_losses"
 
 
 def test_shared_fields_agree():
