@@ -250,7 +250,7 @@ def main(cfg):
     weights = dict(model_state=raw_model.state_dict(), optimizer_state=optimizer.state_dict())
     size = checkpoint.rehearse(out, "checkpoint", about | vars(at) | weights)
     if rank == 0:
-        final.unlink(missing_ok=True)  # with it the folder counts as finished
+        checkpoint.set_aside([final])  # with it the folder counts as finished
         start_rows(metrics, at.step, at.evaluated, asdict(cfg), device)
         sizes = " + ".join(f"{n / 1e6:.2f} M {part}" for part, n in count.items())
         tell(f"{out}: {sizes} parameters to train, {len(alphabet.tokens)} tokens, {len(alphabet.variables)} variables, "
