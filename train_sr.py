@@ -72,7 +72,7 @@ class SRConfig(ModelConfig, PoolConfig, DataConfig):
     verbose: bool = field(default=True, metadata=dict(short="-v"))  # a bar; else a line per validation
     resume_from: str = ""  # a checkpoint folder, an output folder, or auto: the newest there, if there is one
     resume_step: int = -1  # step of that checkpoint, if it does not say
-    fresh: bool = False  # start over; the old output folder is renamed to *.bak
+    fresh: bool = False  # start over; the old output folder is renamed to *.bak, *.bak2, ...
     seed: int = 0  # weights, data and dropout all follow from it
     # data
     skeleton_pool: str = ""  # saved pool to draw from; "" = drawn while training

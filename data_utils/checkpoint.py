@@ -108,6 +108,10 @@ def holds(path, mark):
         return False
 
 
+def is_marked(path):
+    return holds(path, MARK)
+
+
 def begins(path, *starts):
     """Return whether a file begins with one of the bytes `starts`."""
     try:
@@ -117,24 +121,30 @@ def begins(path, *starts):
         return False
 
 
-def check_replaceable(path, fresh, made_here=lambda path: False, *, flag="--out", inputs=()):
+def check_replaceable(path, fresh, made_here=lambda path: False, *, flag="--out", inputs=(), other=""):
     """Raise UsageError where writing `path` would replace a file that this command did not make.
 
     made_here(path): whether the content of the file proves that the command made it. With `fresh` a file without that
-    proof is set aside instead. inputs: files that the command reads; it replaces none of them, fresh or not.
+    proof is let through: `make_room` sets it aside. inputs: files that the command reads; it replaces none of them,
+    fresh or not. other: a value of the flag that is free.
     """
-    path = Path(path)
-    if not path.is_file():  # nothing there; or a folder, which the writer refuses
+    if not path or not os.path.isfile(path):  # nothing to write or to replace; or a folder, which the writer refuses
         return
-    advice = f"try: {flag} {shlex.quote(str(unused(path, '_new')))}"
+    path = Path(path)
+    advice = f"try: {flag} {shlex.quote(str(other or unused(path, '_new')))}"
     if any(os.path.exists(other) and os.path.samefile(path, other) for other in inputs if other):
         raise UsageError(f"{flag} {path} is a file that this command reads\n{advice}")
     if made_here(path):
         return
     if not fresh:
         raise UsageError(f"{path} exists, and nothing in it says that this command made it\n"
-                         f"{advice}, or --fresh, which renames it to {path.name}.bak")  # fmt: skip
-    set_aside([path])
+                         f"{advice}, or --fresh, which renames it to {backup_of(path).name}")  # fmt: skip
+
+
+def make_room(path, made_here=lambda path: False):
+    """Set a file aside that is about to be replaced, unless made_here(path) proves that the same command made it."""
+    if os.path.isfile(path) and not made_here(path):
+        set_aside([path])
 
 
 def unused(path, end):

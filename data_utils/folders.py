@@ -114,10 +114,11 @@ def step_of(path, state, given):
 
 
 def prune(out, interval):
-    """Remove the rolling checkpoint folders but the newest; those that this run or an earlier one was asked to keep stay.
+    """Remove all but the newest of the rolling checkpoint folders.
 
-    interval: steps between checkpoints that stay, 0: none. Each folder holds the flags of the run that wrote it, so its
-    own interval counts as well. A folder that does not say, or that holds other files, stays.
+    Those that this run or an earlier one was asked to keep stay. Each folder holds the flags of the run that wrote it,
+    so its own interval counts as well as `interval`, steps between checkpoints that stay (0: none). A folder that does
+    not say, or that holds other files, stays.
     """
     for path in numbered(out, FOLDER)[1:]:
         if not _asked_for(path, interval) and _saved_alone(path):

@@ -260,8 +260,8 @@ class Writer:
         for name in sizes:
             partial, final = self.folder / f"{name}.partial", self.folder / FINISHED[name]
             if partial.exists() and final.exists() and not name.endswith("idx"):  # an index is written, then removed
-                raise UsageError(f"{final} is in the way: not written by prepare_data.py, so not replaced\n"
-                                 f"try: mv {shlex.quote(str(final))} {shlex.quote(str(unused(final, '_mine')))}")  # fmt: skip
+                move = f"mv {shlex.quote(str(final))} {shlex.quote(str(unused(final, '_mine')))}"
+                raise UsageError(f"{final} is in the way: not written by prepare_data.py, so not replaced\ntry: {move}")
 
     def _open(self, name, size):
         path = self.folder / f"{name}.partial"
