@@ -79,6 +79,7 @@ class FormulaConfig:
     top: int = 10  # candidates listed
     out: str = ""  # csv or jsonl of all candidates, or of all runs of a suite
     plot: str = ""  # PNG of fit and residuals
+    fresh: bool = False  # rename files of these two names that are not from here to *.bak
     complexity: int = 0  # prompt: tokens of the formula; 0 = not told
     allowed_terms: tuple[str, ...] = ()  # prompt: terms that may occur
     include_terms: tuple[str, ...] = ()  # prompt: terms that do occur
@@ -97,6 +98,7 @@ class EventsConfig:
     mode: Literal["reconstruct", "encode", "decode", "score", "sample"] = "reconstruct"  # what to do with it
     data: str = ""  # .npz or .h5 of events, or decay_chain; for decode, what encode wrote; "" = the run's own events
     out: str = ""  # .npz, or .csv for score, to write; "" = named by the mode, beside the model
+    fresh: bool = False  # rename a file of that name that is not from here to *.bak
     events: int = 1000  # new events, of sample or of --data decay_chain
     limit: int = 0  # events that are read; 0 = all
     split: Literal["all", "train", "val", "test"] = "all"  # of --data, as training splits it
@@ -117,6 +119,7 @@ class PagesConfig:
     temperature: float = 0.0  # of what is written; 0 takes the likeliest symbol
     votes: int = 16  # ARC: ways to turn and recolour a task, whose answers are voted over
     png: str = ""  # picture of the page, its answer over the steps, and where each capsule looks
+    fresh: bool = False  # rename a picture of that name that is not from here to *.bak
     seed: int = 0  # of the draws
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
 

@@ -22,6 +22,7 @@ from data_utils.config import DataError, UsageError, from_cli, launch
 class Config:
     runs: tuple[str, ...] = ()  # metrics files, run folders, or folders of sweeps; the flag's name may be left out
     out: str = ""  # PNG to write; "" = beside the first file, or in the first run's figures
+    fresh: bool = False  # rename a picture of that name that is not from here to *.bak
 
 
 if __name__ == "__main__":
@@ -36,7 +37,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
-from data_utils.checkpoint import write_atomic
+from data_utils.checkpoint import MARK, begins, check_replaceable, is_marked, make_room, write_atomic
 from data_utils.facts import read_events, read_histories
 from data_utils.metrics import read_rows
 from data_utils.overrides import SWEEP
@@ -119,11 +120,21 @@ def _scores(row):
     return [name for name in first.values() if "/" in name] or [name for name in SHARES if name in row]
 
 
+MARKED = {".png": "Software", ".pdf": "Creator", ".svg": "Creator", ".ps": "Creator", ".eps": "Creator"}
+
+
 def _write(figure, out):
-    """Write a figure whole or not at all; without an ending in its name it is a PNG."""
+    """Write a figure whole or not at all, with a mark that it may be drawn again; another picture is set aside.
+
+    A name without an ending is of a PNG.
+    """
+    suffix = Path(out).suffix.lower()
+    key = MARKED.get(suffix or ".png")
     content = io.BytesIO()
     try:
-        figure.savefig(content, dpi=130, format=Path(out).suffix[1:] or "png")
+        make_room(out, is_marked)
+        metadata = {key: MARK.decode()} if key else None
+        figure.savefig(content, dpi=130, format=suffix[1:] or "png", metadata=metadata)
         write_atomic(out, lambda file: file.write(content.getvalue()))
     except (OSError, ValueError) as e:
         raise DataError(f"{out} was not written: {(str(e).splitlines() or [type(e).__name__])[0]}") from e
@@ -562,6 +573,7 @@ def plot_sweep(folder):
     writer.writeheader()
     writer.writerows({k: f"{v:.8g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows)
     written = [Path(folder, "summary.csv")]
+    make_room(written[0], lambda path: begins(path, b"job,overrides,run_dir,status,seconds"))
     write_atomic(written[0], lambda file: file.write(text.getvalue().encode()))
     known = sorted((row["best_val_loss"], i) for i, row in enumerate(rows) if "best_val_loss" in row)
     best = sorted(i for _, i in known[:MOST_DRAWN])
@@ -630,6 +642,7 @@ def main(cfg):
     if missing:
         raise DataError(f"{missing[0]}: no such file or folder\ntry: python plot.py outputs/runs/run_*")
     files = [str(Path(run, ROWS)) if Path(run, ROWS).is_file() else run for run in cfg.runs]
+    check_replaceable(cfg.out, cfg.fresh, is_marked, inputs=files)
     sweeps = [run for run in files if Path(run, SWEEP).is_file()]
     folders = [run for run in files if Path(run).is_dir() and run not in sweeps]
     kinds = "sweeps" * bool(sweeps), "runs" * bool(folders), "files" * (len(sweeps) + len(folders) < len(files))

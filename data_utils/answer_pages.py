@@ -14,7 +14,15 @@ import numpy as np
 import torch
 
 from data_utils import arc, puzzles
-from data_utils.checkpoint import CheckpointError, first_good, load_checkpoint, named, warn
+from data_utils.checkpoint import (
+    CheckpointError,
+    check_replaceable,
+    first_good,
+    is_marked,
+    load_checkpoint,
+    named,
+    warn,
+)
 from data_utils.config import UsageError, at_least
 from data_utils.hardware import Hardware
 from data_utils.judge import STEPS
@@ -42,6 +50,7 @@ def answer_pages(cfg, choose):
     """Answer one call of the command: cfg has the fields of generate.PagesConfig, choose is generate.choose."""
     at_least(cfg, 0, "paths", "noise", "steps", "temperature", "seed")
     at_least(cfg, 1, "votes")
+    check_replaceable(cfg.png, cfg.fresh, is_marked, flag="--png", inputs=[cfg.input])
     hardware = Hardware(cfg.device, "fp32")
     model, config = load_model(cfg.checkpoint)
     task = choose_task(cfg.task, model.tasks)

@@ -1,7 +1,9 @@
 """Real text in five domains out of installed Python packages, read as files without importing them, and a toy copy."""
 
 import ast
+import hashlib
 import importlib.util
+import json
 import os
 import random
 import re
@@ -104,6 +106,67 @@ def clean(documents):
         if len(text) >= MIN_CHARACTERS and text not in seen:
             seen.add(text)
             yield name, text
+
+
+def lines(texts, source):
+    """Return the bytes of a file of (id, text)."""
+    rows = [dict(text=text, source=source, id=name) for name, text in texts]
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode("utf-8")
+
+
+def same(path, source, documents):
+    """Return whether a file holds just what would be written there."""
+    try:
+        return path.read_bytes() == lines(clean(documents()), source)
+    except FileNotFoundError:  # an absent package: nothing would be written
+        return True
+
+
+class Record:
+    """SOURCES.md: a row for each file with its licence, and the hash that shows that it is still as it was written."""
+
+    HEADER = ("| domain | source | package | documents | MB | licence |", "| --- | --- | --- | --- | --- | --- |")
+    TITLE, HASHES = "# Where the text comes from", "The files as they were written, for `sha256sum -c SOURCES.md`:"
+
+    def __init__(self, path):
+        self.path, self.hashes, self.rows = path, {}, {}  # by domain/source.jsonl
+        for line in self._lines(path):
+            if hashed := re.fullmatch(r"([0-9a-f]{64})  (\S+)", line):
+                self.hashes[hashed[2]] = hashed[1]
+            elif line.startswith("| ") and line not in self.HEADER:
+                domain, source = line.split(" | ")[:2]
+                self.rows[f"{domain[2:]}/{source}.jsonl"] = line
+        there = {name for name in self.rows if (path.parent / name).is_file()}
+        self.rows = {name: row for name, row in self.rows.items() if name in there}
+        self.hashes = {name: digest for name, digest in self.hashes.items() if name in there}
+
+    @staticmethod
+    def _lines(path):
+        try:
+            return path.read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError):
+            return []
+
+    def made_here(self, path):
+        """Return whether SOURCES.md holds nothing but what is written here; without hashes in older ones."""
+        allowed = rf"|{self.TITLE}|{re.escape(self.HASHES)}|\| .* \||[0-9a-f]{{64}}  \S+"
+        return self.TITLE in self._lines(path)[:1] and all(re.fullmatch(allowed, line) for line in self._lines(path))
+
+    def lists(self, path):
+        """Return whether the file is as it was written."""
+        return self._hash(path) == self.hashes.get(path.relative_to(self.path.parent).as_posix())
+
+    def add(self, path, row):
+        name = path.relative_to(self.path.parent).as_posix()
+        self.rows[name], self.hashes[name] = row, self._hash(path)
+
+    def text(self):
+        hashes = [f"{digest}  {name}" for name, digest in sorted(self.hashes.items())]
+        return "\n".join([self.TITLE, "", *self.HEADER, *self.rows.values(), "", self.HASHES, "", *hashes, ""])
+
+    @staticmethod
+    def _hash(path):
+        return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 TOY = {  # domain: patterns, and the words that fill their slots in turn

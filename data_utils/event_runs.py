@@ -14,7 +14,14 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from data_utils.checkpoint import first_good, load_checkpoint, write_atomic
+from data_utils.checkpoint import (
+    begins,
+    check_replaceable,
+    first_good,
+    load_checkpoint,
+    make_room,
+    write_atomic,
+)
 from data_utils.config import DataError, UsageError, at_least
 from data_utils.decay_chain import decay_chain
 from data_utils.events import (
@@ -51,9 +58,10 @@ def generate_events(cfg):
         raise UsageError("--mode decode: no latents named\ntry: --data FILE.npz, which --mode encode writes")
     hardware = Hardware(cfg.device, "fp32")
     run = load_run(cfg.model, hardware.device)
+    out = cfg.out or str(run.path.parent / f"{cfg.mode}{ending}")
+    check_replaceable(out, cfg.fresh, made_here, inputs=[cfg.data, run.config.get("data", "")])
     run.steps = cfg.ddim_steps or run.config.get("ddim_steps", 0)
     made, said = MODES[cfg.mode](cfg, run)
-    out = cfg.out or str(run.path.parent / f"{cfg.mode}{ending}")
     if cfg.mode == "score":
         _write_table(out, made)
     else:
@@ -62,6 +70,7 @@ def generate_events(cfg):
         about |= dict(features=run.meta["features"], units="GeV, radians") | said
         content = io.BytesIO()
         np.savez_compressed(content, meta=json.dumps(about), **made)
+        make_room(out, made_here)
         write_atomic(out, lambda file: file.write(content.getvalue()))
     if "X" in made:
         means = {name: values.mean() for name, values in kinematics(made["X"]).items() if name in ("HT", "MET")}
@@ -69,6 +78,18 @@ def generate_events(cfg):
         print(f"{len(made['X'])} events; means: {count:.2f} objects, HT {means['HT']:.1f}, MET {means['MET']:.1f} GeV")
     print(out)
     return {}
+
+
+def made_here(path):
+    """Return whether a file says that this command made it: a table by its first line, events by their meta."""
+    if begins(path, b"event,label,objects,"):
+        return True
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            about = json.loads(str(file["meta"]))
+            return {"mode", "model", "run_id"} <= about.keys()
+    except Exception:  # of another program, or damaged
+        return False
 
 
 def load_run(run, device):
@@ -263,4 +284,5 @@ def _write_table(path, columns):
     writer.writerow(columns)
     cells = [[f"{v:.8g}" if isinstance(v, float) else v for v in column.tolist()] for column in columns.values()]
     writer.writerows(zip(*cells, strict=True))
+    make_room(path, made_here)
     write_atomic(path, lambda file: file.write(text.getvalue().encode()))

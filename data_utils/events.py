@@ -7,11 +7,12 @@ slot of id 0 is never looked at. N events, T slots, F features.
 
 import hashlib
 import io
+import zipfile
 from pathlib import Path
 
 import numpy as np
 
-from data_utils.checkpoint import write_atomic
+from data_utils.checkpoint import MARK, is_marked, make_room, write_atomic
 from data_utils.config import DataError, UsageError
 from data_utils.decay_chain import decay_chain
 
@@ -236,10 +237,14 @@ def write_events(path, rows, labels, *, seed):
     h5py = opener(path, "--out data/events.npz")
     if not h5py:
         np.savez_compressed(content, **arrays)
+        with zipfile.ZipFile(content, "a") as archive:
+            archive.comment = MARK  # which says that the file may be made again
     else:
         with h5py.File(content, "w") as file:
+            file.attrs["source"] = np.bytes_(MARK)
             for name, array in arrays.items():
                 file.create_dataset(name, data=array, compression="gzip", shuffle=True)
+    make_room(path, is_marked)
     write_atomic(path, lambda file: file.write(content.getvalue()))
 
 

@@ -8,20 +8,23 @@ from pathlib import Path
 
 import torch
 
+from data_utils import checkpoint
 from data_utils.checkpoint import (
     CheckpointError,
     first_good,
     load_checkpoint,
     numbered,
     read,
+    set_aside,
     to_plain,
     write_atomic,
     writes,
 )
-from data_utils.config import DataError, UsageError, save_config
+from data_utils.config import REFERENCES, DataError, UsageError, save_config
 
 FOLDER = r"checkpoint_(\d+)"
 STATE = "training_state.pt"
+BUNDLE = {"train.yaml", *(f"{file}.yaml" for files in REFERENCES.values() for file in files.values())}
 
 
 def save_folder(path, content):
@@ -42,7 +45,7 @@ def save_folder(path, content):
         _save(temporary / STATE, state | dict(files=files))
         save_config(config, temporary)
         if path.exists():  # of this very step, before a resume
-            shutil.rmtree(path)
+            shutil.rmtree(path) if _saved_alone(path) else set_aside([path])
         temporary.rename(path)
     except OSError as e:
         raise CheckpointError(f"{path} was not written: {e.strerror or e}") from e
@@ -111,13 +114,40 @@ def step_of(path, state, given):
 
 
 def prune(out, interval):
-    """Remove all but the newest checkpoint folder, except those at multiples of `interval` (0: none)."""
+    """Remove all but the newest of the rolling checkpoint folders.
+
+    Those that this run or an earlier one was asked to keep stay. Each folder holds the flags of the run that wrote it,
+    so its own interval counts as well as `interval`, steps between checkpoints that stay (0: none). A folder that does
+    not say, or that holds other files, stays.
+    """
     for path in numbered(out, FOLDER)[1:]:
-        if not interval or int(path.name.rpartition("_")[2]) % interval:
+        if not _asked_for(path, interval) and _saved_alone(path):
             shutil.rmtree(path)
 
 
+def _asked_for(path, interval):
+    """Return whether the step of a checkpoint folder is at the interval of this run, or of the one that wrote it."""
+    step = int(re.fullmatch(FOLDER, path.name)[1])
+    try:
+        earlier = read(path / STATE)["config"]["checkpoint_interval"]
+    except (CheckpointError, KeyError, TypeError):
+        return True
+    return any(every and step % every == 0 for every in (interval, earlier))
+
+
+def _saved_alone(path):
+    """Return whether a checkpoint folder holds nothing but what save_folder wrote."""
+    try:
+        files = {STATE, *BUNDLE, *read(path / STATE)["files"]}
+    except (CheckpointError, KeyError, TypeError):
+        return False
+    return all(entry.name in files for entry in path.iterdir())
+
+
 def sweep(out):
-    """Remove what a killed process left half written."""
-    for torn in Path(out).glob("*.tmp-*"):
-        shutil.rmtree(torn, ignore_errors=True) if torn.is_dir() else torn.unlink()
+    """Remove what a killed process left half written: checkpoint folders, and the files of a run beside them."""
+    for torn in Path(out).glob("checkpoint_*.tmp-*"):
+        if torn.is_dir() and re.fullmatch(FOLDER + checkpoint.TORN, torn.name):
+            shutil.rmtree(torn, ignore_errors=True)
+    names = "|".join(map(re.escape, ("metrics.jsonl", "state_dict.pt", "checkpoint", *sorted(BUNDLE))))
+    checkpoint.sweep(out, f"({names})")

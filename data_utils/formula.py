@@ -1,16 +1,16 @@
 """`generate.py formula`: a formula for a user's table, or how often those of a test set are found."""
 
 import csv
+import io
 import json
 import statistics
 import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import torch
 
-from data_utils.checkpoint import write_atomic
+from data_utils.checkpoint import begins, check_replaceable, is_marked, make_room, write_atomic
 from data_utils.config import UsageError, at_least
 from data_utils.expressions import to_text
 from data_utils.hardware import Hardware
@@ -19,6 +19,9 @@ from data_utils.search import Network, Prior, find_formula, predict
 from data_utils.skeletons import PoolConfig, check_pool
 from data_utils.suites import problems, read_table, score, terms
 from models.formula_model import FlashANSRModel
+
+# of the files that write_rows makes: candidates of a table, runs of a suite
+STARTS = b"rank,formula,prefix,constants,", b"suite,name,seed,noise,", b'{"rank": 1, "formula": ', b'{"suite": '
 
 
 def find(cfg):
@@ -31,6 +34,9 @@ def find(cfg):
         raise UsageError("give --data FILE.csv, or --suite nguyen")
     if cfg.method != "prior" and not cfg.model:
         raise UsageError("--model FOLDER is missing\ntry: --model models/ansr-models/sr-cpu, or --method prior")
+    inputs = [cfg.data, *cfg.suite]
+    check_replaceable(cfg.out, cfg.fresh, made_here, inputs=inputs)
+    check_replaceable(cfg.plot, cfg.fresh, is_marked, flag="--plot", inputs=inputs)
     hardware = Hardware(cfg.device, "fp32")
     model = FlashANSRModel.load(cfg.model).to(hardware.device) if cfg.model else None
     if model and cfg.max_len > model.max_seq_len:
@@ -137,18 +143,21 @@ def measure(cfg, model, alphabet, pool):
     return dict(rows=rows)
 
 
+def made_here(path):
+    return begins(path, *STARTS)
+
+
 def write_rows(path, rows):
     """Write dicts as csv or, by the name, jsonl; nothing for an empty name."""
     if not path:
         return
+    text = io.StringIO()
     if path.endswith(".jsonl"):
         finite = [{k: None if isinstance(v, float) and not np.isfinite(v) else v for k, v in r.items()} for r in rows]
-        text = "".join(json.dumps(row) + "\n" for row in finite)
-        write_atomic(path, lambda file: file.write(text.encode("utf-8")))
-        return
-    names = list(dict.fromkeys(name for row in rows for name in row))
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, names)
+        text.writelines(json.dumps(row) + "\n" for row in finite)
+    else:
+        writer = csv.DictWriter(text, list(dict.fromkeys(name for row in rows for name in row)))
         writer.writeheader()
         writer.writerows(rows)
+    make_room(path, made_here)
+    write_atomic(path, lambda file: file.write(text.getvalue().encode("utf-8")))

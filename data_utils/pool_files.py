@@ -15,6 +15,7 @@ from data_utils.skeletons import Pool
 
 EVERY = Alphabet(OPERATORS, [f"x{i + 1}" for i in range(64)])  # any skeleton fits it
 Formula = namedtuple("Formula", "name prefix values variables row")
+ARRAYS = ("tokens", "lengths", "counts")
 COLUMNS = ("name", "formula", "variables", "ranges")
 
 
@@ -62,16 +63,42 @@ def save_pool(folder, found, alphabet, pool, **about):
     """Write skeletons.npz (tokens, lengths, counts) and skeleton_pool.yaml: whole files or none."""
     import yaml
 
-    from data_utils.checkpoint import write_atomic
+    from data_utils.checkpoint import make_room, write_atomic
 
     tokens = found.tokens[:, : max(1, int((found.tokens > 0).sum(1).max(initial=0)))]
     lengths = (tokens > 0).sum(1).astype(np.uint8)
     arrays = dict(tokens=tokens, lengths=lengths, counts=found.counts.astype(np.int64))
+    for name, made_here in MADE_HERE.items():
+        make_room(Path(folder, name), made_here)
     write_atomic(Path(folder, "skeletons.npz"), lambda file: np.savez_compressed(file, **arrays))
     settings = {name: list(v) if isinstance(v, tuple) else v for name, v in dataclasses.asdict(pool).items()}
     settings |= dict(variables=alphabet.variables, operators=alphabet.operators, size=len(tokens), **about)
     text = yaml.safe_dump(settings, sort_keys=False, width=110)
     write_atomic(Path(folder, "skeleton_pool.yaml"), lambda file: file.write(text.encode("utf-8")))
+
+
+def _is_pool(path):
+    """Return whether skeletons.npz has the arrays of a pool, and no others."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return sorted(archive.namelist()) == sorted(f"{name}.npy" for name in ARRAYS)
+    except (OSError, zipfile.BadZipFile):
+        return False
+
+
+def _is_of_pool(path):
+    """Return whether skeleton_pool.yaml is that of the pool beside it: it says how many skeletons that holds."""
+    import yaml
+
+    try:
+        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+        with np.load(path.with_name("skeletons.npz"), allow_pickle=False) as file:
+            return settings["size"] == len(file["lengths"])
+    except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile, zlib.error, yaml.YAMLError):
+        return False
+
+
+MADE_HERE = {"skeleton_pool.yaml": _is_of_pool, "skeletons.npz": _is_pool}  # the first needs the second
 
 
 def load_pool(folder):

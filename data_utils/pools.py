@@ -7,10 +7,11 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from data_utils.checkpoint import check_replaceable, unused
 from data_utils.config import UsageError, build, load_config
 from data_utils.expressions import OPERATORS, Alphabet
 from data_utils.holdout import fitting, folded, hold_out
-from data_utils.pool_files import COLUMNS, EVERY, read_formulas, save_pool
+from data_utils.pool_files import COLUMNS, EVERY, MADE_HERE, read_formulas, save_pool
 from data_utils.skeletons import Pool, PoolConfig, check_pool, distinct, draw_pool
 
 
@@ -64,3 +65,8 @@ def _check_output(cfg):
         raise UsageError(f"{' '.join(missing)}: not given")
     if Path(cfg.output_dir, "skeletons.npz").exists() and not cfg.fresh:
         raise UsageError(f"{cfg.output_dir} holds a skeleton pool\ntry: --fresh, which overwrites it")
+    other = unused(cfg.output_dir, "_new")
+    inputs = [getattr(cfg, name, "") for name in ("config", "input", "base_skeleton_pool")]
+    for name, made_here in MADE_HERE.items():
+        path = Path(cfg.output_dir, name)
+        check_replaceable(path, cfg.fresh, made_here, flag="--output_dir", inputs=inputs, other=other)

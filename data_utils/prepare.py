@@ -68,6 +68,7 @@ def language(cfg):
     if cfg.val_ratio >= 1 or cfg.prefix_ratio >= 1:
         raise UsageError(f"--val_ratio {cfg.val_ratio} --prefix_ratio {cfg.prefix_ratio}: below 1")
     files = sources.find_files(cfg.source, cfg.max_files)
+    prepared.check_apart(cfg.dest, "--dest", [cfg.source, *files])
     given = Path(cfg.tokenizer).read_bytes() if cfg.tokenizer and Path(cfg.tokenizer).is_file() else b""
     if cfg.tokenizer:
         print(f"--tokenizer {cfg.tokenizer}: {'--vocab_size is ignored' if given else 'no such file, training one'}")
@@ -170,9 +171,13 @@ def merge(cfg):
     chunks = begun["plan"] if begun else None  # those already deleted are only known from there
     if not chunks:
         root = Path(cfg.batches)
-        folders = sorted(p for p in root.iterdir() if p.is_dir() and p != output) if root.is_dir() else []
+        if not root.is_dir():
+            raise DataError(f"no chunk in {cfg.batches}: no such folder")
+        result = os.path.realpath(output)
+        folders = sorted(p for p in root.iterdir() if p.is_dir() and os.path.realpath(p) != result)
         if not folders:
             raise DataError(f"no chunk in {cfg.batches}: expected one folder each, with meta.json")
+        prepared.check_apart(output, "--output_dir", folders)
         chunks = [_chunk(folder) for folder in folders]
         _check_alike({c["folder"]: c["meta"] for c in chunks})
     first = chunks[0]["meta"]
@@ -188,7 +193,7 @@ def merge(cfg):
         def added(task):
             if task in last and not cfg.keep_chunks:
                 writer.record()
-                _remove(last[task]["folder"])
+                _remove(last[task], (output / "tokenizer.json").read_bytes())
 
         for task in (t for t in last if t < writer.task):  # a kill came between record and removal
             added(task)
@@ -253,14 +258,20 @@ def _copy(folder, name, start, meta):
         return part | {name: file.read(BLOCK_BYTES)}
 
 
-def _remove(folder):
-    """Delete the known files of a chunk, and the folder unless it holds others."""
-    folder = Path(folder)
+def _remove(chunk, tokenizer):
+    """Delete the files of a chunk whose content was merged, and the folder unless it holds others."""
+    folder, meta = Path(chunk["folder"]), chunk["meta"]
     if not folder.is_dir():
         return
-    for place in (folder / ".cache", folder):
-        for name in KNOWN:
-            (place / name).unlink(missing_ok=True)
+    names = [FINISHED[name] for name in FILES[meta["format"]]]
+    names += ["meta.json", "progress.json", ".prepare.lock"]
+    copy = folder / meta["tokenizer_file"]
+    if copy.is_file() and copy.read_bytes() == tokenizer:
+        names.append(copy.name)
+    for name in KNOWN:
+        (folder / ".cache" / name).unlink(missing_ok=True)
+    for name in names:
+        (folder / name).unlink(missing_ok=True)
     for place in (folder / ".cache", folder):
         if place.is_dir() and any(place.iterdir()):
             warn(f"{place} stays: it holds other files")
@@ -279,6 +290,7 @@ def _joined(metas):
 def _mix(cfg, started):
     from data_utils.pairs import open_splits
 
+    prepared.check_apart(cfg.output_dir, "--output_dir", cfg.sources)
     opened = {folder: open_splits(folder) for folder in cfg.sources}
     if len(opened) < len(cfg.sources) or len(cfg.weights) != len(opened) or not all(w > 0 for w in cfg.weights):
         raise UsageError("--sources and --weights: different folders, and a weight above 0 for each")
@@ -329,6 +341,7 @@ def convert(cfg):
     started = time.monotonic()
     if not cfg.dataset or not cfg.output_dir:
         raise UsageError("--dataset FOLDER --output-dir FOLDER: both are needed")
+    prepared.check_apart(cfg.output_dir, "--output_dir", [cfg.dataset])
     meta, splits = open_splits(cfg.dataset)
     tasks = [(split, start) for split in SPLITS for start in range(0, len(splits[split][1]), BLOCK_ROWS)]
     specification = dict(command="convert", source=meta.get("data_sha256", ""), format=cfg.format)
@@ -392,12 +405,14 @@ def sudoku(cfg):
     options = {name: getattr(cfg, name) for name in ("size", "givens", "train", "val", "seed")}
     with lock_run(out, "prepare"):
         prepared.refuse_complete(out, cfg.fresh)
-        (out / "meta.json").unlink(missing_ok=True)
+        prepared.clear(out, cfg.fresh, "--out")
+        prepared.write_json(out / "progress.json", dict(specification=dict(command="sudoku", **options)))
         made = puzzles.make(**options, processes=min(cfg.num_threads or cores(), cores()))
         for split, grids in made.items():
             write_atomic(out / f"{split}.npy", lambda file, grids=grids: np.save(file, np.stack(grids, 1)))
         sizes = dict(train_samples=cfg.train, val_samples=cfg.val, max_seq_len=cfg.size**2, vocab_size=cfg.size + 1)
-        digest = hashlib.sha256((out / "train.npy").read_bytes() + (out / "val.npy").read_bytes()).hexdigest()
+        digest = prepared.hash_of(out / name for name in prepared.SUDOKU)
         meta = dict(kind="sudoku", size=cfg.size, givens=cfg.givens, seed=cfg.seed, counts={}, data_sha256=digest)
         prepared.write_json(out / "meta.json", meta | sizes)
+        (out / "progress.json").unlink()
     return summary(out, started)

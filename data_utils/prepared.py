@@ -11,12 +11,14 @@ import contextlib
 import hashlib
 import json
 import os
+import re
+import shlex
 import time
 from pathlib import Path
 
 import numpy as np
 
-from data_utils.checkpoint import changed, lock_run, write_atomic
+from data_utils.checkpoint import changed, lock_run, set_aside, sweep, unused, write_atomic
 from data_utils.config import DataError, UsageError
 from data_utils.encode import SPLITS
 
@@ -26,11 +28,17 @@ FILES["both"] = FILES["jsonl"] + FILES["bin"]
 FINISHED = {name: f"{name}.npy" if name.endswith("idx") else name for name in FILES["both"]}
 KNOWN = {*FINISHED.values(), "train.npy", "val.npy", "meta.json", "tokenizer.json", "progress.json", ".prepare.lock"}
 KNOWN |= {f"{name}.partial" for name in FILES["both"]}
+SUDOKU = ("train.npy", "val.npy")  # all the data of that command
+FLAGS = dict(language="--dest", merge="--output_dir", mix="--output_dir", convert="--output_dir")  # else --out
 
 
 def write_json(path, state):
-    content = json.dumps(state, indent=1, ensure_ascii=False, sort_keys=True).encode("utf-8") + b"\n"
+    content = _json_bytes(state)
     write_atomic(path, lambda file: file.write(content))
+
+
+def _json_bytes(state):
+    return json.dumps(state, indent=1, ensure_ascii=False, sort_keys=True).encode("utf-8") + b"\n"
 
 
 def write_beside(path, config, meta, tokenizer=None):
@@ -39,12 +47,22 @@ def write_beside(path, config, meta, tokenizer=None):
 
     path = Path(path)
     write_atomic(path.with_suffix(".yaml"), lambda file: file.write(yaml.safe_dump(config, sort_keys=False).encode()))
-    write_json(path.parent / "meta.json", meta)
+    contents = {"meta.json": _json_bytes(meta)}
     if tokenizer:
-        write_atomic(path.parent / "tokenizer.json", lambda file: file.write(tokenizer.to_json().encode()))
+        contents["tokenizer.json"] = tokenizer.to_json().encode()
+    for name, content in contents.items():
+        _write_unless_equal(path.parent / name, content)
     for orphan in path.parent.glob("step_*.yaml"):
-        if not orphan.with_suffix(".pt").exists():
+        if re.fullmatch(r"step_\d+\.yaml", orphan.name) and not orphan.with_suffix(".pt").exists():
             orphan.unlink()
+
+
+def _write_unless_equal(path, content):
+    """Write a file that a checkpoint stands beside; one of other content, which is not of this run, is set aside."""
+    if path.exists() and path.read_bytes() != content:
+        set_aside([path])
+    if not path.exists():
+        write_atomic(path, lambda file: file.write(content))
 
 
 def read_meta(folder):
@@ -72,7 +90,18 @@ def read_meta(folder):
         reason = f"no meta.json in {folder}; there are: {', '.join(there) or 'no files'}"
     except (ValueError, KeyError, TypeError, RecursionError) as e:
         reason = f"{folder}: {type(e).__name__}: {e}; there are: {', '.join(there)}"
-    raise DataError(f"{reason}\ntry: python prepare_data.py language --source FILES --dest {folder}")
+    raise DataError(f"{reason}\ntry: {_advice(folder)}")
+
+
+def _advice(folder):
+    """Return the command that makes a prepared folder: from the rows in `folder`, if these are not prepared yet."""
+    endings = (".jsonl", ".json", ".txt", ".parquet", ".arrow", ".gz")
+    readable = folder.is_dir() and any(path.suffix in endings for path in folder.rglob("*"))
+    source = folder if readable and not (folder / "meta.json").exists() else "FILES"
+    dest = folder
+    if folder.exists() and any(folder.iterdir()):
+        dest = unused(folder, "_prepared")  # never among the user's own files
+    return f"python prepare_data.py language --source {shlex.quote(str(source))} --dest {shlex.quote(str(dest))}"
 
 
 def read_index(folder, split, meta):
@@ -101,8 +130,93 @@ def read_row(ids, index, i):
 def refuse_complete(folder, fresh):
     """Raise UsageError when the folder is finished, unless it is to be made again."""
     if not fresh and Path(folder, "meta.json").exists():
-        Path(folder, "progress.json").unlink(missing_ok=True)  # a kill came between the two
+        if "specification" in _read_json(Path(folder, "progress.json")):  # a kill came between the two
+            Path(folder, "progress.json").unlink()
         raise UsageError(f"{folder} is complete\ntry: --fresh to make it again")
+
+
+def check_apart(dest, flag, sources):
+    """Raise UsageError when `dest` is one of `sources`, lies in one, or holds one; links are followed."""
+    target = Path(os.path.realpath(dest))
+    for source in sources:
+        place = Path(os.path.realpath(source))
+        if target == place or target in place.parents or place in target.parents:
+            outer = source if place in target.parents else dest
+            raise UsageError(f"{flag} {dest} and the source {source} overlap: nothing is written among what is read\n"
+                             f"try: {flag} {shlex.quote(str(unused(outer, '_prepared')))}")  # fmt: skip
+
+
+def clear(folder, fresh, flag):
+    """Remove what an earlier command of this project wrote into `folder`, to begin there.
+
+    Raises UsageError for files of the same names that it did not write; with `fresh` these are set aside.
+    """
+    folder = Path(folder)
+    there = {name for name in KNOWN - {".prepare.lock"} if os.path.lexists(folder / name)}
+    proven = written_here(folder) if there else set()
+    foreign = sorted(there - proven)
+    if foreign and not fresh:
+        shown = ", ".join(foreign[:4]) + ", ..." * (len(foreign) > 4)
+        raise UsageError(f"{folder} holds {shown}: not written by prepare_data.py, so not replaced\n"
+                         f"try: {flag} {shlex.quote(str(unused(folder, '_prepared')))}, or --fresh, which renames "
+                         "them to *.bak")  # fmt: skip
+    set_aside(folder / name for name in foreign)
+    for name in sorted(there & proven, reverse=True):  # meta.json, which proves the data, goes after these
+        (folder / name).unlink(missing_ok=True)
+
+
+def written_here(folder):
+    """Return the names of the files in `folder` that its meta.json or its progress.json proves to be written here.
+
+    meta.json proves it by the hashes of the data and of the tokenizer; without these it proves nothing.
+    """
+    folder, names = Path(folder), set()
+    progress, meta = (_read_json(folder / name) for name in ("progress.json", "meta.json"))
+    if "specification" in progress:
+        sizes = progress.get("sizes", {})
+        renamed = [name for name in sizes if not (folder / f"{name}.partial").exists()]  # by a finish that was killed
+        names |= {"progress.json", *(f"{name}.partial" for name in sizes)}
+        names |= {"tokenizer.json", *(FINISHED[name] for name in renamed)} if sizes else set(SUDOKU)
+    data = SUDOKU if meta.get("kind") == "sudoku" else FILES.get(meta.get("format"), ())
+    data = [FINISHED.get(name, name) for name in data]
+    if data and all((folder / name).is_file() for name in data):
+        if hash_of(folder / name for name in sorted(data)) == meta.get("data_sha256"):
+            names |= {"meta.json", *data}
+    if "tokenizer_sha256" in meta and _tokenizer_hash(folder / "tokenizer.json") == meta["tokenizer_sha256"]:
+        names.add("tokenizer.json")
+    return names
+
+
+def _tokenizer_hash(path):
+    """Return the hash that meta.json has of a tokenizer; '' for a file that is none."""
+    state = _read_json(path)
+    if state.get("kind") != "characters":  # what `arithmetic` writes has a hash of its content
+        return hash_of([path]) if path.is_file() else ""
+    from data_utils.pairs import SimpleTokenizer
+
+    try:
+        return SimpleTokenizer.from_dict(state).hash
+    except (ValueError, KeyError, TypeError):
+        return ""
+
+
+def hash_of(paths):
+    """Return the SHA-256 of the files' contents, one after the other."""
+    digest = hashlib.sha256()
+    for path in paths:
+        with open(path, "rb") as file:
+            while block := file.read(2**22):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+def _read_json(path):
+    """Return the object in a file; an empty one when there is none, or something else."""
+    try:
+        state = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return state if isinstance(state, dict) else {}
 
 
 class Writer:
@@ -110,7 +224,7 @@ class Writer:
 
     `specification`: what makes the bytes, {name: value}; `seconds` between two records. `task` is the number of the
     next task, `plan` what the command wants to find again. Raises UsageError when the folder is complete, in use, or
-    was begun by another specification, unless `fresh`.
+    was begun by another specification, unless `fresh`, and as `clear` does.
     """
 
     def __init__(self, folder, form, specification, *, fresh=False, plan=None, seconds=5):
@@ -123,19 +237,31 @@ class Writer:
             if begun and begun["specification"] != specification:
                 differs = changed(begun["specification"], specification) or "other flags"
                 raise UsageError(f"{folder} was begun otherwise: {differs}\ntry: the same command, or --fresh")
-            if not begun:
+            if not begun and self.folder.name == ".cache":  # a copy of rows that lie elsewhere
                 for name in sorted(KNOWN - {".prepare.lock"}):
                     (self.folder / name).unlink(missing_ok=True)
-            for torn in self.folder.glob("*.tmp-*"):
-                torn.unlink()
+            elif begun:
+                self._refuse_others(begun["sizes"])
+            else:
+                clear(self.folder, fresh, FLAGS.get(specification.get("command"), "--out"))
+            sweep(self.folder, "|".join(map(re.escape, KNOWN)).join("()"))
             begin = dict(task=0, sizes=dict.fromkeys(FILES[form], 0), ends=dict.fromkeys(SPLITS, 0), counts={})
             self.state = begun or begin | dict(specification=specification, plan=plan)
+            write_json(self.folder / "progress.json", self.state)  # before the files that it accounts for
             for name, size in self.state["sizes"].items():
                 self._open(name, size)
             self.record()
         except BaseException:
             self.close()
             raise
+
+    def _refuse_others(self, sizes):
+        """Raise UsageError for a finished file beside the partial one that is to take its place."""
+        for name in sizes:
+            partial, final = self.folder / f"{name}.partial", self.folder / FINISHED[name]
+            if partial.exists() and final.exists() and not name.endswith("idx"):  # an index is written, then removed
+                move = f"mv {shlex.quote(str(final))} {shlex.quote(str(unused(final, '_mine')))}"
+                raise UsageError(f"{final} is in the way: not written by prepare_data.py, so not replaced\ntry: {move}")
 
     def _open(self, name, size):
         path = self.folder / f"{name}.partial"
@@ -215,24 +341,21 @@ class Writer:
                 path.unlink()
             else:
                 os.replace(path, final)
-        found = hashlib.sha256()
-        for name in sorted(self.state["sizes"]):
-            with open(self.folder / FINISHED[name], "rb") as file:
-                while block := file.read(2**22):
-                    found.update(block)
+        digest = hash_of(self.folder / FINISHED[name] for name in sorted(self.state["sizes"]))
         sizes = {f"{split}_{what}": self.counts.pop(f"{split}_{what}", 0)
                  for split in SPLITS for what in ("samples", "tokens")}  # fmt: skip
         self.counts.pop("lowest", None)
-        meta = meta | sizes | dict(counts=self.counts, data_sha256=found.hexdigest())
+        meta = meta | sizes | dict(counts=self.counts, data_sha256=digest)
         write_json(self.folder / "meta.json", meta)
         (self.folder / "progress.json").unlink(missing_ok=True)
         return meta
 
 
 def read_progress(folder):
-    """Return what progress.json records, None when there is none."""
+    """Return what progress.json records, None when there is none, or one of another program."""
     try:
-        return json.loads(Path(folder, "progress.json").read_text(encoding="utf-8"))
+        state = json.loads(Path(folder, "progress.json").read_text(encoding="utf-8"))
+        return state if isinstance(state, dict) and "specification" in state else None
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as e:

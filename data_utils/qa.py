@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 
 from data_utils import sources
-from data_utils.checkpoint import lock_run, write_atomic
+from data_utils.checkpoint import check_replaceable, lock_run, make_room, write_atomic
 from data_utils.config import DataError, UsageError, at_least
 from data_utils.stop import Stop
 from data_utils.workers import cores, in_order
@@ -120,6 +120,7 @@ def normalize(cfg):
     paths = {name: parse_path(path, f"{name}_field") for name, path in fields.items() if path}
     templates = [parse_template(getattr(cfg, name), name) for name in ("prompt_template", "response_template")]
     files = sources.find_files(cfg.input)
+    check_replaceable(output, True, lambda path: True, flag="--output", inputs=files)
     share = max(1, sum(path.stat().st_size for path in files) // PROCESS_BYTES)
     processes = min(cfg.num_threads or cores(), cores(), share)
     function = partial(normalize_task, paths=paths, templates=templates, skip_missing=cfg.skip_missing)
@@ -156,6 +157,7 @@ def normalize(cfg):
             names = ", ".join(map(str, first)) or "none" if isinstance(first, dict) else first
             found = f"no question or no answer in {cfg.input}: fields of the first row: {names}"
             raise DataError(f"{found}\ntry: other --question-field, --answer-field")
+        make_room(output)  # nothing in such a file says who made it; last, so that a failure changes nothing
 
     with lock_run(output.parent, output.name):
         if output.exists() and not cfg.fresh:

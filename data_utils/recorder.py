@@ -57,7 +57,10 @@ class Recorder:
         self.failed = False  # to write a row of facts
         if run_dir:
             if new:
-                set_aside(Path(run_dir, name) for name in ("last.pt", "best_val.pt", "facts"))
+                names = ["last.pt", "best_val.pt", "facts", ".hydra"]
+                if not Path(run_dir, "model.pt").is_symlink():  # a link of a run leads to its best_val.pt
+                    names.append("model.pt")
+                set_aside(Path(run_dir, name) for name in names)
             rewind(run_dir, at.epoch)
             about = dict(run_id=at.run_id, argv=sys.argv, python=platform.python_version(), git_commit=commit(),
                          torch=str(sys.modules["torch"].__version__), sweep_job=cfg.sweep_job)  # fmt: skip

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from data_utils import shard_files
-from data_utils.checkpoint import CheckpointError, lock_run, read, warn, write_atomic
+from data_utils.checkpoint import CheckpointError, lock_run, read, set_aside, unused, warn, write_atomic
 from data_utils.config import DataError, UsageError
 from data_utils.progress import LINE_SECONDS, say
 from data_utils.stop import Stop
@@ -130,13 +130,18 @@ class _Folder:
             if not anew:
                 raise
             manifest = None
+        names = sorted(path.name for path in self.path.iterdir() if re.fullmatch(DATA, path.name))
+        others = [name for name in names if manifest is None and not re.search(r"\.tmp-\d+$", name)]
+        if others and not anew:  # the manifest is written before all else
+            raise UsageError(f"{self.path} holds {', '.join(others[:4])}, not made here, so not replaced\n"
+                             f"try: another folder, as {unused(self.path, '_pages')}")  # fmt: skip
         listed = {"manifest.json"} if manifest else set()
         listed |= {entry["file"] for entry in [*manifest["shards"], manifest["test"]] if entry} if manifest else set()
         first = len(manifest["shards"]) * shard_files.SHARD if manifest else math.inf
         for path in self.path.iterdir():
             batch = re.fullmatch(r"batch_(\d{5,})\.pt", path.name)
             if int(batch[1]) < first if batch else re.fullmatch(DATA, path.name) and path.name not in listed:
-                path.unlink()
+                path.unlink() if manifest or _is_of_pages(path) else set_aside([path])
         return manifest
 
     def fill(self, call, workers):
@@ -250,6 +255,17 @@ class _Folder:
         return self.halt()
 
 
+def _is_of_pages(path):
+    """Return whether a file was made here, though no manifest lists it: a torn one by its name, others by content."""
+    if re.search(r"\.tmp-\d+$", path.name):
+        return True
+    try:
+        state = read(path)
+    except CheckpointError:
+        return False
+    return isinstance(state, dict) and state.keys() == {"format", "tasks"}
+
+
 def _packed(tasks):
     """Return the bytes of a file that holds {task: {field: array}}."""
     import torch
@@ -306,10 +322,25 @@ def _remove(folder):
     """Delete the files that were made here, and the folder unless it holds others."""
     if not folder.is_dir():
         return
+    accounted = _accounted(folder)
     for path in folder.iterdir():
-        if re.fullmatch(rf"{DATA}|build\.log|\.build\.lock", path.name):
+        if path.name in accounted or re.fullmatch(DATA, path.name) and _is_of_pages(path):
             path.unlink()
     if any(folder.iterdir()):
         warn(f"{folder} stays: it holds other files")
     else:
         folder.rmdir()
+
+
+def _accounted(folder):
+    """Return the names of the files that the manifest of a folder accounts for, itself among them."""
+    try:
+        manifest = shard_files.read_manifest(folder)
+    except DataError:
+        manifest = None
+    if manifest:
+        names = {entry["file"] for entry in [*manifest["shards"], manifest["test"]] if entry}
+        names |= {path.name for path in folder.glob("batch_*.pt") if re.fullmatch(DATA, path.name)}  # torn ones too
+    else:  # a damaged one
+        names = {path.name for path in folder.glob("*.pt") if re.fullmatch(DATA, path.name) and _is_of_pages(path)}
+    return names | {".build.lock"} | ({"manifest.json", "build.log"} if manifest or names else set())

@@ -573,29 +573,36 @@ def test_lock_run_refuses_a_second_process_until_the_first_is_gone(tmp_path):
 
 def test_lock_run_sweeps_the_torn_files_of_this_run_only(tmp_path):
     mine = ["run.pt.tmp-7", "run_epoch3.pt.tmp-12", "run_metrics.jsonl.tmp-1", "run.tmp-rehearsal-5"]
-    others = ["other.pt.tmp-7", "run.pt", "notes.tmp", "running.pt.tmp-3", "run2_epoch1.pt.tmp-4"]
+    others = ["other.pt.tmp-7", "run.pt", "notes.tmp", "running.pt.tmp-3", "run2_epoch1.pt.tmp-4", "run.tmp-mine"]
     for name in mine + others:
         (tmp_path / name).write_text("")
     checkpoint.lock_run(tmp_path, "run").close()
     assert sorted(p.name for p in tmp_path.iterdir() if not p.name.startswith(".")) == sorted(others)
 
 
-def test_lock_run_sweeps_all_torn_files_of_its_own_folders(tmp_path):
+def test_lock_run_sweeps_all_torn_files_of_its_own_folders_but_not_those_of_others(tmp_path):
     (tmp_path / "own").mkdir()
     (tmp_path / "own" / "folder.tmp-3").mkdir()
-    for name in ("own/latest.pt.tmp-7", "own/latest.pt", "latest.pt.tmp-7"):
+    for name in ("own/latest.pt.tmp-7", "own/latest.pt", "latest.pt.tmp-7", "own/notes.tmp-1", "own/plan.pt.tmp-1"):
         (tmp_path / name).write_text("")
     checkpoint.lock_run(tmp_path, "run", tmp_path / "own", tmp_path / "absent").close()
-    assert sorted(p.name for p in (tmp_path / "own").iterdir()) == ["folder.tmp-3", "latest.pt"]
+    assert sorted(p.name for p in (tmp_path / "own").iterdir()) == [
+        "folder.tmp-3", "latest.pt", "notes.tmp-1", "plan.pt.tmp-1"
+    ]  # fmt: skip
     assert (tmp_path / "latest.pt.tmp-7").exists()
 
 
-def test_set_aside_keeps_one_generation_aloud(tmp_path, capsys):
-    for generation in "12":
+def test_set_aside_numbers_the_backups_and_replaces_none(tmp_path, capsys):
+    for generation in "123":
         (tmp_path / "a.pt").write_text(generation)
-        checkpoint.set_aside([tmp_path / "a.pt", tmp_path / "absent.pt"])
-        assert "a.pt -> a.pt.bak" in capsys.readouterr().err
-    assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [("a.pt.bak", "2")]
+        (tmp_path / "run").mkdir()
+        (tmp_path / "run" / "x").write_text(generation)
+        checkpoint.set_aside([tmp_path / "a.pt", tmp_path / "run", tmp_path / "absent.pt"])
+        assert f"a.pt -> a.pt.bak{generation.strip('1')}" in capsys.readouterr().err
+    assert {p.name: p.read_text() for p in tmp_path.glob("a.pt*")} == {
+        "a.pt.bak": "1", "a.pt.bak2": "2", "a.pt.bak3": "3"
+    }  # fmt: skip
+    assert [(tmp_path / name / "x").read_text() for name in ("run.bak", "run.bak2", "run.bak3")] == ["1", "2", "3"]
 
 
 # ---- metrics ---------------------------------------------------------------------------------------------------------
