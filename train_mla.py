@@ -278,7 +278,7 @@ def main(cfg):
             report |= dict(tokens=y >= 0, bytes=token_bytes[y.clamp_min(0)] * (y >= 0))
             for name, numbers in report.items():
                 sums.setdefault(name, torch.zeros(len(data.domains), dtype=torch.float64))
-                sums[name].index_add_(0, data.domain("val", index), numbers.double().sum(1).cpu())
+                sums[name].index_add_(0, data.domain("val", index), numbers.cpu().double().sum(1))
         raw_model.train()
         shards = hardware.gather((bool(stop), sums))
         if any(stopped for stopped, _ in shards):

@@ -341,9 +341,9 @@ def run(cfg, begun, stop):
                 batch = slots[name].take(device)
                 (stop_now,) = hardware.largest(0 if batch else int(stop.signal))
             if not due() and not over and not stop_now:
-                draws = torch.from_numpy(draw.random((B, 4))[own]).to(device)  # of each sample, on whatever rank
+                draws = torch.from_numpy(draw.random((B, 4))[own])  # of each sample, on whatever rank; float64
                 anyone = (draws[:, 1] * len(raw_model.starts)).long()
-                batch["explore"] = anyone.where(draws[:, 0] < cfg.latent_explore, -1)
+                batch["explore"] = anyone.where(draws[:, 0] < cfg.latent_explore, -1).to(device)
                 torch.manual_seed(hash((cfg.seed, at.step)))  # of codes that begin again, of the agent's transitions
                 for group in optimizer.param_groups:
                     group["lr"] = lr_at(at.step)

@@ -304,7 +304,7 @@ def main(cfg):
                     break
                 with hardware.autocast:
                     nats, report = whole.loss(place(batch))
-                ranks = report["rank"][report["counted"]].double()
+                ranks = report["rank"][report["counted"]].cpu().double()
                 new = dict(loss=nats.item(), mrr=(1 / ranks).sum().item(), top1=(ranks == 1).sum().item())
                 sums = {name: sums[name] + number for name, number in (new | dict(tokens=len(ranks))).items()}
             if not stop:

@@ -67,9 +67,9 @@ class Network:
         points[:, :D], points[:, -1] = self.X[rows][:, order], self.y[rows]
         used = torch.zeros(1, len(alphabet.variables), dtype=torch.bool, device=device)
         used[:, :D] = True
-        data = torch.from_numpy(points)[None].to(device)
+        data = torch.from_numpy(points)[None]  # float64, which mps lacks: the model scales it before it moves it
         with torch.no_grad():
-            encoded = self.model.encode(data, torch.ones(1, len(rows), dtype=torch.bool, device=device), used)
+            encoded = self.model.encode(data, torch.ones(1, len(rows), dtype=torch.bool), used)
             generator = torch.Generator(device).manual_seed(int(rng.integers(2**62)))
             settings = self.sampling | (dict(temperature=temperature) if temperature else {})
             if self.width:

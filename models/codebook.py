@@ -73,6 +73,7 @@ def lloyd(vectors, codes, generator):
 
 def usage_and_perplexity(counts):
     """counts (K) of how often each code came, over a whole split -> (share that came at all, exp of the entropy)."""
+    counts = counts.cpu()
     p = counts.double() / counts.sum().clamp_min(1)
     return (counts > 0).double().mean().item(), torch.special.entr(p).sum().exp().item()
 

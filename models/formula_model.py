@@ -137,6 +137,7 @@ class FlashANSRModel(nn.Module):
 
         variables: (B, D) bool, those that formulas may have; if absent, those whose column isn't 0 throughout. Columns
         out of float32's range are brought into it (`bring_into_range`): formulas then are about the scaled columns.
+        data and mask may lie on the CPU beside a model elsewhere, with `variables` given where the model is.
         """
         missing = self.encoder.n_columns - data.shape[-1]
         if missing < 0:

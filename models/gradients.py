@@ -79,7 +79,7 @@ class Monitor:
         now = [p.detach() for p in self.parameters.values()]
         updates = torch.stack(torch._foreach_norm(torch._foreach_sub(now, self._before)))
         weights = torch.stack(torch._foreach_norm(self._before))
-        columns = torch.stack([self._norms, updates, weights]).double().square().tolist()
+        columns = torch.stack([self._norms, updates, weights]).cpu().double().square().tolist()
         groups = {}
         for name, *row in zip(self.parameters, *columns, self._dead.tolist(), self._sizes, strict=True):
             if row[0]:

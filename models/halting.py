@@ -123,7 +123,8 @@ class HaltingAgent:
         halt = right
         if step >= self.warmstart:
             halt = self.net(features).argmax(1) == HALT
-            halt = torch.where(draws[:, 0] < self.epsilon_at(step), draws[:, 1] < 0.5, halt)
+            random = (draws[:, 0] < self.epsilon_at(step)).to(halt.device)
+            halt = torch.where(random, (draws[:, 1] < 0.5).to(halt.device), halt)
         return torch.where(halt | last, HALT, CONTINUE)
 
     @torch.no_grad()

@@ -26,7 +26,7 @@ TINY = 1e-30  # no probability is less, so that its logarithm is finite
 
 def static_mixture(nats, tolerance=1e-6):
     """EM for the weights of a fixed mixture: nats (N, E) of each expert -> weights (E), none below FLOOR."""
-    p = (nats.min(1, keepdim=True).values - nats).double().exp()  # the likeliest expert has 1
+    p = (nats.min(1, keepdim=True).values - nats).cpu().double().exp()  # the likeliest expert has 1
     weights, last = torch.full_like(p[0], 1 / p.shape[1]), math.inf
     while True:
         joint = weights * p

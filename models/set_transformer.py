@@ -176,8 +176,12 @@ class SetTransformer(nn.Module):
         self.out = nn.Linear(dim, output_dim, bias=False)
 
     def features(self, data, mask):
-        """data (B, M, N), mask (B, M) -> (B, M, F); padded and non-finite entries have no features at all."""
+        """data (B, M, N), mask (B, M) -> (B, M, F); padded and non-finite entries have no features at all.
+
+        The points may stay on the CPU, in float64 that not every device has: they are scaled where they are.
+        """
         values, present, _ = bring_into_range(data, mask)
+        values, present = values.to(self.seeds.device), present.to(self.seeds.device)
         if self.ieee:
             found = bits(values)  # (B, M, N, 32)
             if self.training and self.noise_scale:
@@ -189,8 +193,9 @@ class SetTransformer(nn.Module):
         return (found * present[..., None]).flatten(2)
 
     def forward(self, data, mask):
-        real = mask.float()
-        x = self.embedding(self.features(data, mask)) * real[..., None]
+        x = self.embedding(self.features(data, mask))
+        real = mask.to(x.device).float()
+        x = x * real[..., None]
         for inducing, gather, spread in zip(self.inducing, self.gather, self.spread, strict=True):
             found = self._run(gather, inducing.expand(len(x), -1, -1), x, None, real)
             x = self._run(spread, x, found, real, None)
