@@ -2,8 +2,10 @@
 
 B batch, T time, C width, E inner width, N state size, V vocabulary; in the recurrence A, B, C, D are its parameters.
 Mamba (arXiv 2312.00752). Inside, everything is time-major (T, B, ...): steps and shifts are then contiguous slabs.
+On CUDA the scan is that of the optional package mamba_ssm where it is installed (pip install mamba-ssm).
 """
 
+import functools
 import math
 
 import torch
@@ -14,6 +16,9 @@ from models.cross_entropy import linear_cross_entropy
 from models.transformer import RMSNorm, head_gain, initialize
 
 CHUNK = 32  # steps whose states exist at a time: few enough to stay in the processor's cache
+PARALLEL = 2**22  # numbers of states that exist at a time on a GPU: far more work than starting a kernel is
+FEWEST = 16  # steps at a time on a GPU, however large they are
+FUSED_STATES = 256  # the largest N that mamba_ssm takes
 
 
 def _replay(u, dt, rate, B, h, decay, states):
@@ -80,24 +85,141 @@ class _SelectiveScan(torch.autograd.Function):
         return d_u, d_dt, d_A, d_B, d_C, carry, None
 
 
+def _scan(decay, states, reverse=False):
+    """states_t += decay_t states_{t-1} in place, in reverse decay_t states_{t+1}: about 3 log2(T) kernels.
+
+    Blocks of 1, 2, 4, ... steps are joined, then each block's end goes on to the middle of the next one (Brent and Kung
+    1982). All factors are products of decays, at most 1: nothing overflows. `decay` is overwritten.
+    """
+    T = len(states)
+
+    def blocks(first, size):
+        """Every second block of `size` steps from number `first` on: views of its last step and of the one before."""
+        ends = range(first * size - 1, T, 2 * size)
+        last, before = ends.start, ends.start - size
+        if reverse and ends:
+            last = T - 1 - ends[-1]
+            before = last + size
+        return [[x[start :: 2 * size][: len(ends)] for start in (last, before)] for x in (decay, states)]
+
+    sizes = [2**i for i in range(T.bit_length() - 1)]  # 2 size <= T
+    for size in sizes:
+        (factor, factor_before), (state, state_before) = blocks(2, size)
+        state.addcmul_(factor, state_before)
+        factor.mul_(factor_before)
+    for size in reversed(sizes):
+        (factor, _), (state, state_before) = blocks(3, size)
+        state.addcmul_(factor, state_before)
+
+
+class _ParallelScan(torch.autograd.Function):
+    """What _SelectiveScan does, in few kernels that work on many steps each; for devices where a start is dear.
+
+    Products are summed without matrix products, which a GPU may round to TF32.
+    """
+
+    @staticmethod
+    def forward(ctx, u, dt, A, B, C, h0, chunk):
+        T, rate = len(u), A / math.log(2)
+        y, h = torch.empty_like(u), h0
+        entering = h0.new_empty(-(-T // chunk), *h0.shape)
+        for i, start in enumerate(range(0, T, chunk)):
+            part = slice(start, start + chunk)
+            entering[i] = h
+            decay, states = _ParallelScan.replay(u[part], dt[part], rate, B[part], h)
+            _scan(decay, states)
+            h = states[-1].clone()
+            y[part] = states.mul_(C[part][..., None]).sum(2)
+        ctx.save_for_backward(u, dt, A, B, C, entering)
+        ctx.chunk = chunk
+        return y, h
+
+    @staticmethod
+    def replay(u, dt, rate, B, h):
+        """The decays of a chunk and what each step adds to the state, the first one with the state h before it."""
+        decay = (dt[:, :, None] * rate).exp2_()
+        states = (dt * u)[:, :, None] * B[..., None]
+        states[0].addcmul_(decay[0], h)
+        return decay, states
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, d_y, carry):
+        u, dt, A, B, C, entering = ctx.saved_tensors
+        rate = A / math.log(2)
+        d_u, d_dt, d_A, d_B, d_C = (torch.empty_like(t) for t in (u, dt, A, B, C))
+        d_A.zero_()
+        for i, start in reversed(list(enumerate(range(0, len(u), ctx.chunk)))):
+            part = slice(start, start + ctx.chunk)
+            u_, dt_, B_, C_, d_y_ = (t[part] for t in (u, dt, B, C, d_y))
+            decay, states = _ParallelScan.replay(u_, dt_, rate, B_, entering[i])
+            _scan(decay.clone(), states)
+            d_C[part] = (states * d_y_[:, :, None]).sum(-1)
+            grads = d_y_[:, :, None] * C_[..., None]
+            grads[-1] += carry
+            _scan(decay.roll(-1, 0), grads, reverse=True)  # the last decay is of no step
+            carry = decay[0] * grads[0]
+            d_B[part] = (grads * (dt_ * u_)[:, :, None]).sum(-1)
+            d_product = (grads * B_[..., None]).sum(2)  # of dt u
+            d_exponent = decay.mul_(grads)  # of dt A, once it has the states before each step
+            d_exponent[1:].mul_(states[:-1])
+            d_exponent[0].mul_(entering[i])
+            d_u[part] = d_product * dt_
+            d_dt[part] = torch.mul(d_exponent, A, out=grads).sum(2).addcmul_(d_product, u_)
+            d_A += d_exponent.mul_(dt_[:, :, None]).sum((0, 1))
+        return d_u, d_dt, d_A, d_B, d_C, carry, None
+
+
+@functools.cache
+def _mamba_ssm():
+    """The fused scan of the optional package mamba_ssm, None where it, or its CUDA part, is not installed."""
+    try:
+        from mamba_ssm.ops import selective_scan_interface as interface
+    except ImportError:
+        return None
+    built = getattr(interface, "selective_scan_cuda", None)  # newer versions install without it
+    return interface.selective_scan_fn if built else None
+
+
+def choose_method(device, dtype, N, fresh):
+    """How to scan: `loop` on a CPU, on CUDA `fused` where mamba_ssm can, else `parallel`.
+
+    fresh: the state begins as zeros and is not asked for at the end; mamba_ssm knows no other case.
+    """
+    if device.type == "cpu":
+        return "loop"
+    fits = device.type == "cuda" and fresh and dtype == torch.float32 and N <= FUSED_STATES
+    return "fused" if fits and _mamba_ssm() else "parallel"
+
+
 @torch.compiler.disable  # a compiler would unroll every step
-def selective_scan(u, dt, A, B, C, D, h0, chunk):
+def selective_scan(u, dt, A, B, C, D, h0, chunk=None, method=None):
     """h_t = exp(dt_t A) h_{t-1} + dt_t B_t u_t, y_t = C_t h_t + D u_t (Mamba, eq. 2a and algorithm 2).
 
-    u, dt: (T, B, E) with T >= 1, A: (E, N), B, C: (T, B, N), D: (E), h0: (B, E, N), chunk: steps replayed at a time
+    u, dt: (T, B, E) with T >= 1, A: (E, N), B, C: (T, B, N), D: (E), h0: (B, E, N), or None: zeros and h_last is None.
+    method: `loop`, `parallel` or `fused`, if absent as `choose_method` says.
+    chunk: steps at a time, if absent CHUNK in a loop, in parallel as many as PARALLEL allows.
     -> y (T, B, E), h_last (B, E, N), at least fp32 also under autocast. All seven tensors get gradients, once.
     Memory beyond inputs and outputs: T / chunk + a few times chunk states.
     """
     with torch.autocast(u.device.type, enabled=False):
         dtype = torch.promote_types(dt.dtype, torch.float32)
-        u, dt, A, B, C, D, h = (t.to(dtype) for t in (u, dt, A, B, C, D, h0))
+        u, dt, A, B, C, D = (t.to(dtype) for t in (u, dt, A, B, C, D))
+        fresh, N = h0 is None, A.shape[1]
+        h = u.new_zeros(*u.shape[1:], N) if fresh else h0.to(dtype)
+        method = method or choose_method(u.device, dtype, N, fresh)
         if len(u) == 1:  # generation: the bookkeeping of a chunk would take longer than its one step
             h = (dt[0, :, :, None] * A).exp() * h + (dt * u)[0, :, :, None] * B[0, :, None]
             y = (h @ C[0, :, :, None])[None, :, :, 0]
+        elif method == "fused":
+            y = _mamba_ssm()(*(t.permute(1, 2, 0).contiguous() for t in (u, dt)), A.contiguous(),
+                             *(t.permute(1, 2, 0).contiguous() for t in (B, C))).permute(2, 0, 1)  # fmt: skip
         else:
-            y, h = _SelectiveScan.apply(*(t.contiguous() for t in (u, dt, A.T, B, C, h.mT)), chunk)
+            scan = _SelectiveScan if method == "loop" else _ParallelScan
+            chunk = chunk or (CHUNK if method == "loop" else max(FEWEST, PARALLEL // h.numel()))
+            y, h = scan.apply(*(t.contiguous() for t in (u, dt, A.T, B, C, h.mT)), chunk)
             h = h.mT
-        return torch.addcmul(y, u, D), h
+        return torch.addcmul(y, u, D), None if fresh else h
 
 
 class Mamba(nn.Module):
@@ -125,7 +247,10 @@ class Mamba(nn.Module):
         self.dt_proj.bias.copy_(dt + (-torch.expm1(-dt)).log())  # inverse of softplus
 
     def forward(self, x, tail, h):
-        """x: (T, B, C) after the inputs tail (B, E, d_conv - 1) and the state h (B, E, N) -> (T, B, C), tail, h."""
+        """x: (T, B, C) after the inputs tail (B, E, d_conv - 1) and the state h (B, E, N) -> (T, B, C), tail, h.
+
+        h None is zeros at the start; there is then none at the end.
+        """
         T = len(x)
         u, z = self.in_proj(x).chunk(2, -1)  # (T, B, E) each
         padded = torch.cat([tail.permute(2, 0, 1), u])  # (d_conv - 1 + T, B, E)
@@ -135,7 +260,7 @@ class Mamba(nn.Module):
         u = F.silu(u)
         dt, B, C = self.x_proj(u).split(self.sizes, -1)
         dt = F.softplus(F.linear(dt, self.dt_proj.weight).float() + self.dt_proj.bias)  # bf16 would round the bias
-        y, h = selective_scan(u, dt, -self.A_log.exp(), B, C, self.D, h, CHUNK)
+        y, h = selective_scan(u, dt, -self.A_log.exp(), B, C, self.D, h)
         return self.out_proj(y * F.silu(z)), padded[T:].permute(1, 2, 0), h
 
 
@@ -178,7 +303,8 @@ class StateSpace(nn.Module):
         """x: (B, T) ids -> residual stream after `layer` blocks, 0 = the embedding: (B, T, C), not normalised."""
         if x.shape[1] > self.max_seq_len:
             raise ValueError(f"sequence of {x.shape[1]} tokens, the model was built for max_seq_len {self.max_seq_len}")
-        return self._run(x, self.init_state(len(x))[:layer])[0].transpose(0, 1)
+        state = [(tail, None) for tail, _ in self.init_state(len(x))[:layer]]
+        return self._run(x, state)[0].transpose(0, 1)
 
     @property
     def output(self):
