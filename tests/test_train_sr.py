@@ -190,6 +190,15 @@ def test_going_on_from_an_older_checkpoint_leaves_the_later_branch(tmp_path):
     assert (tmp_path / "run" / "checkpoint_5").exists() and (tmp_path / "run" / "checkpoint_6.bak").exists()
 
 
+def test_a_resume_without_an_interval_keeps_what_an_earlier_run_was_asked_to_keep(tmp_path):
+    flags = ["-vi", "9", "--val_problems=0", "-o", "run"]
+    finish(train(tmp_path, *flags, "--steps=5", "-ci", "2"))
+    finish(train(tmp_path, *flags, "--steps=6", "--resume-from", "auto"))
+    folders = {path.name for path in (tmp_path / "run").glob("checkpoint_*")}
+    assert folders == {"checkpoint_2", "checkpoint_4", "checkpoint_6"}  # 5 was the end, but not asked for
+    assert (tmp_path / "run" / "state_dict.pt.bak").exists()  # the model of the run that was finished before
+
+
 def test_no_room_for_a_checkpoint_is_found_before_the_first_step(tmp_path, monkeypatch, capsys):
     def full(*_):
         raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 64 vs 0")
