@@ -7,8 +7,10 @@ python plot.py checkpoints/multimodal-hesc                           # of train_
 python plot.py outputs/multiruns/exp_*                                            # sweeps -> summary.csv and PNGs there
 """
 
+import contextlib
 import csv
 import io
+import os
 import sys
 from dataclasses import dataclass
 from itertools import cycle
@@ -120,13 +122,17 @@ def _scores(row):
 
 def _write(figure, out):
     """Write a figure whole or not at all; without an ending in its name it is a PNG."""
-    content = io.BytesIO()
+    out = Path(out) if Path(out).suffix else Path(f"{out}.png")
+    temporary = out.with_name(f"{out.stem}.tmp-{os.getpid()}{out.suffix}")
     try:
-        figure.savefig(content, dpi=130, format=Path(out).suffix[1:] or "png")
-        write_atomic(out, lambda file: file.write(content.getvalue()))
+        out.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(temporary, dpi=130)
+        os.replace(temporary, out)
     except (OSError, ValueError) as e:
         raise DataError(f"{out} was not written: {(str(e).splitlines() or [type(e).__name__])[0]}") from e
     finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
         plt.close(figure)
 
 
