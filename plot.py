@@ -10,6 +10,7 @@ python plot.py outputs/multiruns/exp_*                                          
 import contextlib
 import csv
 import io
+import math
 import os
 import sys
 from dataclasses import dataclass
@@ -59,7 +60,7 @@ def plot_losses(paths, out):
     left, right = panels[:2]
     for colour, dashes, path in zip(COLOURS, cycle(("-", "--", ":", "-.")), paths):
         name = _name(path)
-        rows = read_rows(path)
+        rows = _numbered(path)
         train, val = ([row for row in rows if row.get("split") == split] for split in ("train", "val"))
         if not train and not val:
             raise DataError(f"{path}: no row of metrics")
@@ -104,6 +105,20 @@ def plot_losses(paths, out):
         if axes.get_legend_handles_labels()[0]:
             axes.legend(frameon=False, **place)
     _write(figure, out)
+
+
+def _numbered(path):
+    """Rows of metrics whose step is a number; a loss that is none is None."""
+    rows = [row for row in read_rows(path) if _is_number(row.get("step"))]
+    return [row | dict(loss=row.get("loss") if _is_number(row.get("loss")) else None) for row in rows]
+
+
+def _loss(row):
+    return math.inf if row["loss"] is None else row["loss"]
+
+
+def _is_number(value):
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def _name(path):
@@ -616,15 +631,15 @@ def table(paths):
     """
     lines = []
     for path in paths:
-        rows = [row for row in read_rows(path) if row.get("split") == "val"]
+        rows = [row for row in _numbered(path) if row.get("split") == "val"]
         if rows:
             tasks = [name for name in _scores(rows[-1]) if "/" in name]
-            best = max(rows, key=lambda row: sum(row.get(n) or 0 for n in tasks) if tasks else -row["loss"])
+            best = max(rows, key=lambda row: sum(row.get(n) or 0 for n in tasks) if tasks else -_loss(row))
             numbers = {name: best[name] for name in ("bpb", *_scores(best)) if best.get(name) is not None}
             numbers |= {domain: row["bpb"] for domain, row in best.get("domains", {}).items()}
             words = "  ".join(f"{name} {number:.3f}" for name, number in numbers.items())
             name = str(path).removesuffix(ROWS).rstrip("_/")
-            lines.append(f"{name:44} step {best['step']:>6}  loss {best['loss']:.4f}  {words}")
+            lines.append(f"{name:44} step {best['step']:>6}  loss {_loss(best):.4f}  {words}")
     return "\n".join(lines)
 
 

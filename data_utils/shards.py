@@ -301,8 +301,9 @@ def start_builder(out, cfg, *, rebuild_dataset=False):
         try:
             process = subprocess.Popen(command, env=env | dict(OMP_NUM_THREADS="1"), start_new_session=True, **pipes)
         except OSError as e:
+            tasks = " ".join(cfg.tasks)
             raise DataError(f"{folder}: its builder can't start: {e.strerror}\n"
-                            f"try: python prepare_data.py multimodal --out {out} --tasks {' '.join(cfg.tasks)}") from e  # fmt: skip
+                            f"try: python prepare_data.py multimodal --out {out} --tasks {tasks}") from e  # fmt: skip
     return Builder(folder, process)
 
 
