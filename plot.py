@@ -7,8 +7,11 @@ python plot.py checkpoints/multimodal-hesc                           # of train_
 python plot.py outputs/multiruns/exp_*                                            # sweeps -> summary.csv and PNGs there
 """
 
+import contextlib
 import csv
 import io
+import math
+import os
 import sys
 from dataclasses import dataclass
 from itertools import cycle
@@ -59,7 +62,7 @@ def plot_losses(paths, out):
     left, right = panels[:2]
     for colour, dashes, path in zip(COLOURS, cycle(("-", "--", ":", "-.")), paths):
         name = _name(path)
-        rows = read_rows(path)
+        rows = _numbered(path)
         train, val = ([row for row in rows if row.get("split") == split] for split in ("train", "val"))
         if not train and not val:
             raise DataError(f"{path}: no row of metrics")
@@ -106,6 +109,20 @@ def plot_losses(paths, out):
     _write(figure, out)
 
 
+def _numbered(path):
+    """Rows of metrics whose step is a number; a loss that is none is None."""
+    rows = [row for row in read_rows(path) if _is_number(row.get("step"))]
+    return [row | dict(loss=row.get("loss") if _is_number(row.get("loss")) else None) for row in rows]
+
+
+def _loss(row):
+    return math.inf if row["loss"] is None else row["loss"]
+
+
+def _is_number(value):
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
 def _name(path):
     """What a file of metrics is called: by its folder when it has no name of its own."""
     path = Path(path)
@@ -128,17 +145,19 @@ def _write(figure, out):
 
     A name without an ending is of a PNG.
     """
-    suffix = Path(out).suffix.lower()
-    key = MARKED.get(suffix or ".png")
+    out = Path(out) if Path(out).suffix else Path(f"{out}.png")
+    key = MARKED.get(out.suffix.lower())
     content = io.BytesIO()
     try:
         make_room(out, is_marked)
         metadata = {key: MARK.decode()} if key else None
-        figure.savefig(content, dpi=130, format=suffix[1:] or "png", metadata=metadata)
+        figure.savefig(content, dpi=130, format=out.suffix[1:], metadata=metadata)
         write_atomic(out, lambda file: file.write(content.getvalue()))
     except (OSError, ValueError) as e:
         raise DataError(f"{out} was not written: {(str(e).splitlines() or [type(e).__name__])[0]}") from e
     finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
         plt.close(figure)
 
 
@@ -623,15 +642,15 @@ def table(paths):
     """
     lines = []
     for path in paths:
-        rows = [row for row in read_rows(path) if row.get("split") == "val"]
+        rows = [row for row in _numbered(path) if row.get("split") == "val"]
         if rows:
             tasks = [name for name in _scores(rows[-1]) if "/" in name]
-            best = max(rows, key=lambda row: sum(row.get(n) or 0 for n in tasks) if tasks else -row["loss"])
+            best = max(rows, key=lambda row: sum(row.get(n) or 0 for n in tasks) if tasks else -_loss(row))
             numbers = {name: best[name] for name in ("bpb", *_scores(best)) if best.get(name) is not None}
             numbers |= {domain: row["bpb"] for domain, row in best.get("domains", {}).items()}
             words = "  ".join(f"{name} {number:.3f}" for name, number in numbers.items())
             name = str(path).removesuffix(ROWS).rstrip("_/")
-            lines.append(f"{name:44} step {best['step']:>6}  loss {best['loss']:.4f}  {words}")
+            lines.append(f"{name:44} step {best['step']:>6}  loss {_loss(best):.4f}  {words}")
     return "\n".join(lines)
 
 

@@ -27,7 +27,7 @@ from data_utils.config import UsageError, at_least
 from data_utils.hardware import Hardware
 from data_utils.judge import STEPS
 from data_utils.mazes import GOAL, OPEN, START, WALL, WAY, search, ways
-from data_utils.render import END, HOLE, NEWLINE, PADDING, TAB, TO_TEXT, layout, to_symbols, to_text
+from data_utils.render import END, HOLE, NEWLINE, PADDING, TAB, TO_TEXT, layout, lost, to_symbols, to_text
 from data_utils.slots import batch_of
 from data_utils.tasks import DIGIT, Task
 from models.multimodal import Multimodal
@@ -118,9 +118,12 @@ def read_input(path):
         raise UsageError("no question\ntry: --input FILE, or --input - for standard input")
     try:
         content = sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()
-        return content.decode("utf-8").replace("\r\n", "\n").removesuffix("\n")
-    except (OSError, UnicodeDecodeError) as e:
-        raise UsageError(f"--input {path}: {e}") from e
+        text = content.decode("utf-8-sig")  # a byte order mark is no character
+    except OSError as e:
+        raise UsageError(f"--input {path}: {e.strerror}\ntry: an existing file, or - for standard input") from e
+    except UnicodeDecodeError as e:
+        raise UsageError(f"--input {path}: not UTF-8: {e.reason} at byte {e.start}\ntry: save it as UTF-8") from e
+    return text.replace("\r\n", "\n").replace("\r", "\n").removesuffix("\n")
 
 
 # --- pages ------------------------------------------------------------------------------------------------------------
@@ -145,7 +148,9 @@ def as_rows(lines, task):
     wrong = [number for number, row in enumerate(rows) if len(row) != task.cols]
     if len(rows) != task.rows or wrong:
         where = f"row {wrong[0] + 1} has {len(rows[wrong[0]])} signs" if len(rows) == task.rows else f"{len(rows)} rows"
-        raise UsageError(f"{where}: {task.name} is {task.rows} rows of {task.cols} signs")
+        signs = "#, space, S and G" if task.name == "maze" else f"digits up to {task.cols}, and . for blanks"
+        raise UsageError(f"{where}: {task.name} is {task.rows} rows of {task.cols} signs\n"
+                         f"try: one puzzle a file, {task.rows} lines of {task.cols} signs: {signs}")  # fmt: skip
     return rows
 
 
@@ -177,8 +182,14 @@ def text_page(text, task):
     text, cells = text.replace("\t", TAB), task.rows * task.cols
     if not text:
         raise UsageError("an empty page\ntry: some text")
+    count = lost(text)
+    if 2 * count > len(text):
+        raise UsageError(f"{count} of {len(text)} characters have no sign on a page, which shows printable ASCII\n"
+                         "try: the text in ASCII letters")  # fmt: skip
     if len(text) > cells:
         raise UsageError(f"a page of {len(text)} characters: this model reads {cells}\ntry: the part that matters")
+    if count:
+        warn(f"{count} of {len(text)} characters have no sign on a page and become ?")
     symbols = to_symbols(text)
     if task.name == "fill":
         holes = list(BLANK.finditer(text))
@@ -198,7 +209,8 @@ def arc_questions(text, task, config, votes):
                  for i, pair in enumerate(content["train"])]  # fmt: skip
         asked = [grid_of(pair["input"], f"test {i + 1}", task.rows) for i, pair in enumerate(content["test"])]
     except (ValueError, TypeError, KeyError, RecursionError) as e:
-        raise UsageError(f'no ARC task: {e}\nexpected: {{"train": [{{"input": [[0, 1]], "output": [[1, 0]]}}], '
+        reason = f"no {e}" if isinstance(e, KeyError) else str(e)
+        raise UsageError(f'no ARC task: {reason}\nexpected: {{"train": [{{"input": [[0, 1]], "output": [[1, 0]]}}], '
                          '"test": [{"input": [[1, 1]]}]}') from e  # fmt: skip
     if not asked:
         raise UsageError('an ARC task without a test: nothing to answer\nexpected: "test": [{"input": [[1, 1]]}]')

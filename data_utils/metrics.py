@@ -16,15 +16,15 @@ from data_utils.config import at_end
 
 
 def read_rows(path):
-    """Return the rows of `path` as dicts, without a torn last line; [] for no file."""
+    """Return the rows of `path` as dicts, without lines that are torn or no rows; [] for no file."""
     rows = []
     if os.path.exists(path):
         with open(path, encoding="utf-8", errors="replace") as file:
             for line in file:
                 try:
                     rows.append(dict(json.loads(line)))
-                except (ValueError, TypeError):  # a process was killed while it wrote
-                    break
+                except (ValueError, TypeError, RecursionError):  # a process was killed while it wrote
+                    continue
     return rows
 
 

@@ -9,6 +9,7 @@ BEGIN, PADDING and the spare one are blank like the space, all the others look d
 torch is imported where something is drawn: processes that only make pages start without it, which is seconds sooner.
 """
 
+import re
 from functools import cache
 
 import numpy as np
@@ -60,6 +61,11 @@ TO_TEXT[NEWLINE], TO_TEXT[HOLE] = "\n", "_"
 def to_symbols(text):
     """Return text as symbols (n,) uint8: a tab is four spaces, whatever is not printable ASCII is "?"."""
     return FROM_BYTE[np.frombuffer(text.replace("\t", TAB).encode("ascii", "replace"), np.uint8)]
+
+
+def lost(text):
+    """Return how many characters of a text have no symbol and become "?"."""
+    return len(re.findall(r"[^ -~\n\t]", text))
 
 
 def to_text(symbols):

@@ -293,11 +293,17 @@ def start_builder(out, cfg, *, rebuild_dataset=False):
     env = {k: v for k, v in os.environ.items() if not k.startswith(("TORCHELASTIC", "WORLD_SIZE", "RANK", "LOCAL_"))}
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with open(folder / "build.log", "ab") as log:
-            pipes = dict(stdin=subprocess.DEVNULL, stdout=log, stderr=log)
-            process = subprocess.Popen(command, env=env | dict(OMP_NUM_THREADS="1"), start_new_session=True, **pipes)
+        log = open(folder / "build.log", "ab")
     except OSError as e:
         raise DataError(f"{folder} can't be written: {e.strerror}") from e
+    pipes = dict(stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+    with log:
+        try:
+            process = subprocess.Popen(command, env=env | dict(OMP_NUM_THREADS="1"), start_new_session=True, **pipes)
+        except OSError as e:
+            tasks = " ".join(cfg.tasks)
+            raise DataError(f"{folder}: its builder can't start: {e.strerror}\n"
+                            f"try: python prepare_data.py multimodal --out {out} --tasks {tasks}") from e  # fmt: skip
     return Builder(folder, process)
 
 

@@ -195,15 +195,12 @@ class FlashANSRDataset:
             return
         self.shutdown()
         context = multiprocessing.get_context("spawn")  # a fork would keep locks, and break after torch
-        workers = []
-        for i in range(self.num_workers):
-            ready = context.Queue(READY)
-            arguments = (self.settings, ready, i, self.num_workers, start, steps)
-            workers.append((context.Process(target=_work, args=arguments, daemon=True), ready))
-            workers[-1][0].start()
-        self.workers = workers
+        workers, self.workers = [], []
         atexit.register(self.shutdown)
         try:
+            for i in range(self.num_workers):
+                workers.append(_begin(context, self.settings, i, self.num_workers, start, steps))
+                self.workers = workers
             for index in self.indices(start, steps):
                 arrays, skipped = _take(*workers[index // CHUNK % self.num_workers])
                 self.skipped += skipped
@@ -242,11 +239,27 @@ def _check(alphabet, pool, data):
         parse(getattr(data, name))
 
 
-def _work(settings, ready, i, workers, start, steps):
+def _begin(context, settings, i, workers, start, steps):
+    """Start worker i -> (process, queue of its batches). Raises DataError when it can't be started."""
+    given, ready = context.Queue(), context.Queue(READY)
+    process = context.Process(target=_work, args=(given, ready, i, workers, start, steps), daemon=True)
+    try:
+        process.start()
+    except OSError as e:
+        raise DataError(f"data worker {process.name} can't start: {e.strerror}\ntry: --num_workers 0") from e
+    # not among the arguments: `start` waits for ever when a process dies before it has read more than a pipe holds
+    given.put(settings)
+    given.cancel_join_thread()
+    process.given = given  # lives as long: the worker opens it by its name
+    ready._writer.close()  # the worker alone holds this end: when it dies, even in the middle of a batch, reading ends
+    return process, ready
+
+
+def _work(given, ready, i, workers, start, steps):
     """In a worker: put its batches, or what went wrong, into the queue."""
     begin()
     try:
-        dataset = FlashANSRDataset(**settings)
+        dataset = FlashANSRDataset(**given.get())
         for index in dataset.indices(start, steps):
             if index // CHUNK % workers == i:
                 arrays = dataset.arrays(index)
@@ -257,17 +270,21 @@ def _work(settings, ready, i, workers, start, steps):
 
 
 def _take(process, ready):
+    """Return the next batch of a worker. Raises what it raised, and DataError when it died."""
     while True:
         try:
             arrays, skipped = ready.get(timeout=LONGEST_WAIT)
+            break
         except queue.Empty:
             if process.is_alive():
                 continue
-            raise DataError(f"data worker {process.name} died with status {process.exitcode}, perhaps of too little "
-                            "memory\ntry: fewer --num_workers") from None  # fmt: skip
-        if isinstance(arrays, Exception):
-            raise arrays
-        return arrays, skipped
+        except (EOFError, OSError):
+            process.join(LONGEST_WAIT)
+        raise DataError(f"data worker {process.name} died with status {process.exitcode}, perhaps of too little "
+                        "memory\ntry: fewer --num_workers") from None  # fmt: skip
+    if isinstance(arrays, Exception):
+        raise arrays
+    return arrays, skipped
 
 
 # one batch

@@ -18,9 +18,10 @@ from pathlib import Path
 
 import numpy as np
 
+from data_utils.checkpoint import warn
 from data_utils.config import DataError
 from data_utils.documents import MALFORMED, read_documents
-from data_utils.render import HOLE, TAB, layout, to_symbols, to_text
+from data_utils.render import HOLE, TAB, layout, lost, to_symbols, to_text
 
 WORDS = dict(
     thing="kite drum lamp ring coin boat book cup key hat box bell doll rope stick stone shell flag harp flute mirror "
@@ -301,10 +302,22 @@ def code_files(folder=""):
     for path in sorted(_python_files(root, () if folder else WITHOUT)):
         name = path.relative_to(root).as_posix()
         if folder or not name.startswith(("config-", "_sysconfigdata")):
-            found[name] = _plain(_decoded(path, path.read_bytes().replace(b"\r\n", b"\n"), bool(folder)))
+            found[name] = _decoded(path, path.read_bytes().replace(b"\r\n", b"\n"), bool(folder))
     if not any(found.values()):
         raise DataError(f"--code_dir {root}: no .py file with text in it\ntry: another folder")
-    return found
+    if folder:
+        _check_signs(f"--code_dir {root}", found.values())
+    return {name: _plain(text) for name, text in found.items()}
+
+
+def _check_signs(where, texts):
+    """Warn of characters that a page does not show. Raises DataError when they are most of all."""
+    count, total = sum(map(lost, texts)), sum(map(len, texts))
+    if 2 * count > total:
+        raise DataError(f"{where}: {count} of {total} characters ({count / total:.0%}) have no sign on a page, which "
+                        "shows printable ASCII\ntry: a text in ASCII letters")  # fmt: skip
+    if count:
+        warn(f"{where}: {count} of {total} characters ({count / total:.2%}) have no sign on a page and become ?")
 
 
 def _python_files(root, without):
@@ -334,10 +347,11 @@ def story_rows(path):
             raise DataError(f"--stories {path}: expected a .txt or .jsonl file")
     except OSError as e:
         raise DataError(f"--stories {path}: {e.strerror}\ntry: an existing .txt or .jsonl file") from e
-    found = {number: text for number, row in enumerate(texts) if (text := _plain(row.strip()))}
+    found = {number: text for number, row in enumerate(texts) if (text := row.strip())}
     if not found:
         raise DataError(f"--stories {path}: no text in it")
-    return found
+    _check_signs(f"--stories {path}", found.values())
+    return {number: _plain(text) for number, text in found.items()}
 
 
 def _decoded(path, content, strict):

@@ -17,7 +17,7 @@ from data_utils.config import DataError, at_end
 def in_order(function, tasks, processes):
     """Yield function(task) of each task in order; `processes` below 2: here. At most 2 a process are under way.
 
-    Raises what `function`, of an importable module, raises, and DataError when a process died.
+    Raises what `function`, of an importable module, raises, and DataError when a process can't start or died.
     """
     if processes < 2:
         yield from map(function, tasks)
@@ -29,7 +29,10 @@ def in_order(function, tasks, processes):
 
     def submit(*call):
         with _bare():
-            return pool.submit(*call)
+            try:
+                return pool.submit(*call)
+            except OSError as e:
+                raise DataError(f"a worker process can't start: {e.strerror}\ntry: one process") from e
 
     try:
         for _ in range(processes):  # each starts a process, which imports what it needs while tasks are looked for

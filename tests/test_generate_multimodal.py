@@ -327,3 +327,69 @@ def test_usage(run, more, words, tmp_path, monkeypatch):
     with pytest.raises(UsageError) as e:
         generate.main(generate.PagesConfig(**flags))
     assert all(word in str(e.value) for word in words) and len(str(e.value).splitlines()) <= 3, e.value
+
+
+# ---- files of users --------------------------------------------------------------------------------------------------
+
+BOM = "\ufeff"
+ANSWERED = [  # (task, what a file holds, what is said beside the answer)
+    ("sudoku4", BOM + SUDOKU, "; steps 3"),
+    ("sudoku4", SUDOKU.replace("\n", "\r"), "; steps 3"),
+    ("maze", BOM + MAZE, "; steps 3"),
+    ("maze", MAZE.replace("\n", "\r"), "; steps 3"),
+    ("continue", BOM + "Hello", "score"),
+    ("continue", "Stra\u00dfe \u00fcber Caf\u00e9", "warning: 3 of 16 characters have no sign on a page and become ?"),
+    ("read", "\u0434\u0430, ok", "warning: 2 of 6 characters"),
+    ("fill", "a = ____ # caf\u00e9", "warning: 1 of 15 characters have no sign"),
+]
+NOT_ANSWERED = [
+    ("sudoku4", "1.3.\n..1.\n", "2 rows: sudoku4 is 4 rows of 4 signs\ntry: one puzzle a file, 4 lines of 4 signs"),
+    ("maze", "###\n#S#\n###", "3 rows: maze is 11 rows of 11 signs\ntry: one puzzle a file"),
+    ("continue", "\u65e5\u672c\u8a9e", "3 of 3 characters have no sign on a page"),
+    ("fill", "\u0434\u0430\u0434\u0430 = ____, \u0434\u0430\u0434\u0430\u0434\u0430", "10 of 19 characters"),
+]
+
+
+@pytest.mark.parametrize("task, text, words", ANSWERED, ids=range(len(ANSWERED)))
+def test_what_a_file_holds_beside_ascii_is_no_reason_to_fail(run, task, text, words, tmp_path, capsys):
+    assert words in answer(tmp_path, text, run, capsys, task=task).err
+
+
+@pytest.mark.parametrize("task, text, words", NOT_ANSWERED, ids=range(len(NOT_ANSWERED)))
+def test_a_page_of_signs_that_are_not_there_is_refused(run, task, text, words, tmp_path, capsys):
+    with pytest.raises(UsageError, match=words):
+        answer(tmp_path, text, run, capsys, task=task)
+
+
+def test_a_file_that_is_not_utf_8_is_refused(run, tmp_path):
+    file = tmp_path / "latin1"
+    file.write_bytes(b"caf\xe9")
+    cfg = generate.PagesConfig(checkpoint=str(run), input=str(file), device="cpu", task="read")
+    with pytest.raises(UsageError, match="not UTF-8: .* at byte 3\ntry: save it as UTF-8"):
+        generate.main(cfg)
+
+
+def test_an_arc_task_with_a_byte_order_mark_is_read(arc_file, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(arc, "load", lambda _: arc_file[1])
+    task = dict(train=[dict(input=[[1]], output=[[2]])], test=[dict(input=[[1]])])
+    assert "score" in answer(tmp_path, BOM + json.dumps(task), arc_file[0], capsys).err
+
+
+CASES = ROOT.parent / "shared" / "cases" / "pictures"
+
+
+@pytest.mark.skipif(not CASES.is_dir(), reason="no files of users here")
+@pytest.mark.parametrize("kind, task", dict(sudoku="sudoku4", maze="maze", pages="continue", arc="arc").items())
+def test_files_of_users_are_answered_or_refused(kind, task, run, arc_file, capsys, monkeypatch):
+    monkeypatch.setattr(arc, "load", lambda _: arc_file[1])
+    checkpoint = arc_file[0] if task == "arc" else run
+    model = load_model(str(checkpoint))
+    monkeypatch.setattr(answer_pages, "load_model", lambda _: model)
+    for file in sorted((CASES / kind).iterdir()):
+        cfg = generate.PagesConfig(checkpoint=str(checkpoint), input=str(file), device="cpu", task=task, votes=1)
+        try:
+            generate.main(cfg)
+        except UsageError as e:
+            assert len(str(e).splitlines()) <= 3, file
+        else:
+            assert "score" in capsys.readouterr().err, file

@@ -1,6 +1,7 @@
 """Figures of train_multimodal.py: curves of a folder, and pages with answers and what capsules look at."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -58,6 +59,39 @@ def test_a_folder_is_drawn_by_task(tmp_path, monkeypatch, capsys):
     said, path = capsys.readouterr().out.splitlines()
     assert said.split() == [folder, *"step 60 loss 0.3333 sudoku4/exact 0.900 read/characters 0.800".split()]
     assert path == out
+
+
+def test_rows_without_numbers_are_left_out_and_torn_ones_hide_none(tmp_path, monkeypatch, capsys):
+    folder, found = run(tmp_path / "a"), figures(monkeypatch)
+    rows = (tmp_path / "a" / "metrics.jsonl").read_text().splitlines()
+    wrong = ['{"config": {"a": 1', '{"step": "7", "split": "train", "loss": 1.0}', '{"step": 8, "split": "train"}']
+    wrong += ['{"step": 9, "split": "train", "loss": "abc"}', '{"step": null, "split": "val"}', "[1, 2]", "\0\0"]
+    (tmp_path / "a" / "metrics.jsonl").write_text("\n".join([*wrong, *rows, ""]))
+    plot.main(plot.Config(runs=(folder,)))
+    left, right = found[0][0].axes
+    assert lines(left)["read"] == ([20, 40, 60, 80], [1.5, 0.75, 0.5, 0.375]) and len(right.lines) == 2
+    assert "step     60  loss 0.3333" in capsys.readouterr().out
+
+
+def test_evaluations_without_a_loss_have_their_scores(tmp_path, monkeypatch, capsys):
+    folder, found = run(tmp_path / "a"), figures(monkeypatch)
+    path = tmp_path / "a" / "metrics.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    path.write_text("".join(json.dumps(row | dict(loss=None)) + "\n" for row in rows))
+    plot.main(plot.Config(runs=(folder,)))
+    assert len(found[0][0].axes[1].lines) == 2 and "loss inf  sudoku4/exact 0.900" in capsys.readouterr().out
+
+
+CASES = Path(__file__).parents[2] / "shared" / "cases" / "pictures" / "plot"
+
+
+@pytest.mark.skipif(not CASES.is_dir(), reason="no files of users here")
+def test_files_of_users_are_drawn_or_refused(tmp_path):
+    for file in sorted(CASES.iterdir()):
+        try:
+            plot.main(plot.Config(runs=(str(file),), out=str(tmp_path / "loss.png")))
+        except DataError as e:
+            assert "no row of metrics" in str(e)
 
 
 def test_folders_are_overlaid_with_lines_of_their_own(tmp_path, monkeypatch):

@@ -500,3 +500,10 @@ def test_usage(tmp_path, capsys, flags, words):
     err = capsys.readouterr().err
     assert e.value.code == 2 and err.startswith("error: ") and err.count("\n") <= 3
     assert all(word in err for word in words) and not (tmp_path / "out").exists()
+
+
+def test_a_builder_that_can_not_start_is_said(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "no_python"))
+    cfg = SimpleNamespace(**FLAGS)
+    with pytest.raises(DataError, match="its builder can't start: No such file"):
+        shards.start_builder(tmp_path / "data", cfg)

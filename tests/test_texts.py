@@ -146,6 +146,27 @@ def test_stories_of_your_own(tmp_path, suffix):
     assert source.spec["sources"][0]["rows"] == 90
 
 
+@pytest.mark.parametrize("suffix", [".txt", ".jsonl"])
+def test_signs_that_no_page_shows_are_counted(tmp_path, suffix, capfd):
+    path, letters = tmp_path / f"mine{suffix}", "\u0436" * 20
+
+    def told(text):
+        lines = [f'{{"text": "{text}"}}' if suffix == ".jsonl" else text] * 2
+        path.write_text("\ufeff" + "\n".join(lines), encoding="utf-8")
+        return list(texts.story_rows(path).values())
+
+    assert told("a" * 60) == ["a" * 60] * 2 and not capfd.readouterr().err
+    assert told("a" * 60 + letters) == ["a" * 60 + "?" * 20] * 2
+    assert "40 of 160 characters (25.00%) have no sign on a page and become ?" in capfd.readouterr().err
+    assert told("a" * 20 + letters)
+    with pytest.raises(DataError, match=r"40 of 78 characters \(51%\) have no sign on a page"):
+        told("a" * 19 + letters)
+    for number, text in enumerate(("x = 1\n", f"# {letters}\n")):
+        (tmp_path / f"m{number}.py").write_text(text, encoding="utf-8")
+    with pytest.raises(DataError, match="--code_dir .*20 of 29 characters"):
+        texts.code_files(tmp_path)
+
+
 def test_errors_of_files(tmp_path):
     def refused(match, error=DataError, names=("read",), **more):
         with pytest.raises(error, match=match) as caught:

@@ -1,5 +1,6 @@
 """Tasks done by other processes: when one of them dies, the others end too, whatever they were at."""
 
+import errno
 import multiprocessing
 import os
 import signal
@@ -7,8 +8,12 @@ import time
 
 import pytest
 
+from data_utils import sr_data
 from data_utils.config import DataError
 from data_utils.workers import in_order
+
+# in new processes of multiprocessing alone: they die before they have read what they are to do
+DEAD = "import os, sys\nif '--multiprocessing-fork' in sys.orig_argv: os._exit(3)\n"
 
 
 def die_or_answer_at_length(task):
@@ -23,3 +28,42 @@ def test_a_process_that_dies_ends_those_that_write():
     with pytest.raises(DataError, match="a worker process died"):
         list(in_order(die_or_answer_at_length, range(4), 2))
     assert set(multiprocessing.active_children()) <= set(others)
+
+
+@pytest.fixture
+def stillborn(tmp_path, monkeypatch):
+    (tmp_path / "sitecustomize.py").write_text(DEAD)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+
+
+def test_processes_that_die_at_their_start_are_said(stillborn):
+    with pytest.raises(DataError, match="a worker process died"):
+        list(in_order(abs, range(4), 2))
+    context, settings = multiprocessing.get_context("spawn"), dict(large=bytes(2**22))  # more than a pipe holds
+    worker = sr_data._begin(context, settings, 0, 1, 0, 1)
+    with pytest.raises(DataError, match="data worker .* died with status 3"):
+        sr_data._take(*worker)
+
+
+def test_processes_that_can_not_be_started_are_said(monkeypatch):
+    def start(process):
+        raise OSError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+
+    monkeypatch.setattr(multiprocessing.context.SpawnProcess, "start", start)
+    with pytest.raises(DataError, match="a worker process can't start: .*\ntry: "):
+        list(in_order(abs, range(4), 2))
+    with pytest.raises(DataError, match="data worker .* can't start: .*\ntry: --num_workers 0"):
+        sr_data._begin(multiprocessing.get_context("spawn"), {}, 0, 1, 0, 1)
+
+
+def put_half(given, ready, *_):
+    """Write a message whose end never comes."""
+    os.write(ready._writer.fileno(), (2**20).to_bytes(4, "big") + bytes(1000))
+    os._exit(9)
+
+
+def test_a_process_that_dies_while_it_writes_is_said(monkeypatch):
+    monkeypatch.setattr(sr_data, "_work", put_half)
+    worker = sr_data._begin(multiprocessing.get_context("spawn"), {}, 0, 1, 0, 1)
+    with pytest.raises(DataError, match="data worker .* died with status 9"):
+        sr_data._take(*worker)
