@@ -7,11 +7,9 @@ python plot.py checkpoints/multimodal-hesc                           # of train_
 python plot.py outputs/multiruns/exp_*                                            # sweeps -> summary.csv and PNGs there
 """
 
-import contextlib
 import csv
 import io
 import math
-import os
 import sys
 from dataclasses import dataclass
 from itertools import cycle
@@ -156,8 +154,6 @@ def _write(figure, out):
     except (OSError, ValueError) as e:
         raise DataError(f"{out} was not written: {(str(e).splitlines() or [type(e).__name__])[0]}") from e
     finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
         plt.close(figure)
 
 
