@@ -110,6 +110,13 @@ def normalize_task(task, *, paths, templates, skip_missing):
     return lines, counts
 
 
+def _is_normalized(path):
+    """Return whether each line of a file looks as if it was written here."""
+    with open(path, "rb") as file:
+        return all(line.startswith(b'{"prompt": "') and b'", "response": "' in line and line.endswith(b'"}\n')
+                   for line in file)  # fmt: skip
+
+
 def normalize(cfg):
     """A file of questions -> JSONL; cfg: NormalizeConfig of prepare_data.py."""
     started, output = time.monotonic(), Path(cfg.output)
@@ -157,7 +164,7 @@ def normalize(cfg):
             names = ", ".join(map(str, first)) or "none" if isinstance(first, dict) else first
             found = f"no question or no answer in {cfg.input}: fields of the first row: {names}"
             raise DataError(f"{found}\ntry: other --question-field, --answer-field")
-        make_room(output)  # nothing in such a file says who made it; last, so that a failure changes nothing
+        make_room(output, _is_normalized)  # last, so that a failure changes nothing
 
     with lock_run(output.parent, output.name):
         if output.exists() and not cfg.fresh:
