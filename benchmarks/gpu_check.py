@@ -50,7 +50,7 @@ from data_utils.config import DataError, UsageError, from_cli, launch
 @dataclass
 class Config:
     device: str = "cuda"  # or cuda:1, or cpu with --tiny
-    tiny: bool = False  # toy sizes and few steps, bf16 alone, nothing compiled: only to see that it runs
+    tiny: bool = False  # toy sizes and few steps, on a CPU in bf16 alone: only to see that it runs
     minutes: float = 8.0  # what all rows may take together
     only: str = ""  # rows whose name holds this, and the data that all need; "" = all
     out: str = ""  # report, its table beside it as .md; "" = gpu_check.json in benchmarks, --tiny: benchmarks/work
@@ -201,7 +201,7 @@ SYSTEMS = dict(
     multimodal=System(
         "train_multimodal.py",
         f"{PAGES}/pages --tasks read continue fill --train_samples=600 --test_samples=8",
-        f"{PAGES}/pages --arch=smoke --tasks read {TINY_PAGES}",
+        f"{PAGES}/pages --arch=smoke --tasks read continue {TINY_PAGES}",
         "--checkpoint_path={folder}",
         "metrics.jsonl",
         DTYPE,
@@ -323,7 +323,7 @@ def needs(cfg, system):
 def compared(cfg, name):
     """The same few steps here and on the CPU; a run from here goes on there; generate.py with it."""
     system = SYSTEMS[name]
-    precisions = ["fp32"] if cfg.tiny else ["fp32", "bf16", "fp16"]
+    precisions = ["fp32"] if on_cpu(cfg) else ["fp32", "bf16", "fp16"]
     small = system.small + f" {system.width}" * (not cfg.tiny)
     runs = {precision: f"{name}_small_{precision}" for precision in (*precisions, "cpu")}
 
@@ -397,8 +397,12 @@ def data_rows(cfg):
 BEST = "bf16"  # the precision of the first rows, whose experts are those of train_mla.py
 
 
+def on_cpu(cfg):
+    return torch.device(cfg.device).type == "cpu"
+
+
 def chosen(cfg):
-    return [BEST] if cfg.tiny else [BEST, "fp32", "fp16"]
+    return [BEST] if on_cpu(cfg) else [BEST, "fp32", "fp16"]  # a CPU has no fp16
 
 
 def all_rows(cfg):
@@ -409,7 +413,7 @@ def all_rows(cfg):
     rows += [compared(cfg, name) for name in MAIN]
     rows += [peer(cfg, name) for name in ("nanoGPT", "TRM")]
     rows += [speed(cfg, name, precision) for precision in precisions[1:] for name in MAIN]
-    for precision in () if cfg.tiny else precisions:
+    for precision in () if on_cpu(cfg) else precisions:
         rows += [speed(cfg, name, precision, compiled=True) for name in MAIN]
         rows += [speed(cfg, "sudoku9", precision, compiled=True)] * (precision == BEST)
     return [row for row in rows if cfg.only in row.name or row.name.startswith("data:")]
@@ -798,10 +802,13 @@ def table(facts, rows, summary):
 
 def described(facts):
     """One line of what was checked."""
-    gpu = f", capability {facts['capability']}, {facts['memory_gb']:g} GB, driver {facts['driver'] or 'unknown'}, CUDA "
-    gpu = gpu + facts["cuda"] if facts["capability"] else ""
-    return (f"{facts['device']}: {facts['name']}{gpu}; torch {facts['torch']}; {facts['cores']} cores of "
-            f"{facts['processor']}; {facts['date']}")  # fmt: skip
+    parts = [f"{facts['device']}: {facts['name']}"]
+    if facts["capability"]:
+        parts.append(f"capability {facts['capability']}, {facts['memory_gb']:g} GB")
+        parts.append(f"driver {facts['driver'] or 'unknown'}, CUDA {facts['cuda']}")
+    parts.append(f"torch {facts['torch']}")
+    parts.append(f"{facts['cores']} cores of {facts['processor']}")
+    return "; ".join([*parts, facts["date"]])
 
 
 def summary_of(rows):
@@ -841,7 +848,7 @@ def main(cfg):
     deadline = begun + 60 * cfg.minutes
     if cfg.minutes <= 0:
         raise UsageError(f"--minutes {cfg.minutes:g}: expected more than 0")
-    if torch.device(cfg.device).type == "cpu" and not cfg.tiny:
+    if on_cpu(cfg) and not cfg.tiny:
         raise UsageError("--device cpu: full sizes are for a GPU\ntry: bash scripts/gpu_check.sh --device cpu --tiny")
     out = Path(cfg.out) if cfg.out else HERE / ("work" if cfg.tiny else "") / "gpu_check.json"
     with ExitStack() as stack:
