@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -87,4 +88,5 @@ def test_each_code_cell_of_the_quickstart_follows_a_line_of_explanation():
 
 
 if __name__ == "__main__":
+    shutil.rmtree(QUICKSTART.parent / "work", ignore_errors=True)
     nbformat.write(scrubbed(run()), QUICKSTART)
