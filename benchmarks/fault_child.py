@@ -237,6 +237,9 @@ def _forked(faults, script, words, folder, logs, env):
     os.setsid()
     os.chdir(folder)
     os.environ.update(env)
+    import torch
+
+    torch.set_num_threads(int(env["OMP_NUM_THREADS"]))  # which OpenMP has read before the fork
     for number, path in enumerate([os.devnull, *logs]):
         os.dup2(os.open(path, os.O_RDWR), number)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job starts with it ignored

@@ -176,8 +176,9 @@ def unchanged(before, folder):
 class Lab:
     """A place with data of all scripts, whole runs to compare with, and half of each to begin with."""
 
-    def __init__(self, place, seed=0):
+    def __init__(self, place, seed=0, threads=1):
         self.place, self.seed, self.numbers = Path(place), seed, itertools.count()
+        self.threads = threads  # of each run
         self.locks, self.lock, self.made = {}, threading.Lock(), {}
 
     def draw(self, *key):
@@ -226,9 +227,10 @@ class Lab:
         """Run a script of the repo to its end in a folder of its own -> stdout, stderr."""
         return self.end(self.child(file, words, self.folder(), **how), status, seconds)
 
-    def child(self, file, words, folder, **how):
+    def child(self, file, words, folder, env=None, **how):
+        env = dict(OMP_NUM_THREADS=str(self.threads)) | (env or {})
         logs = [self.place / f"log-{next(self.numbers)}.{end}" for end in ("out", "err")]
-        return Child(file, words, folder, logs, **how)
+        return Child(file, words, folder, logs, env=env, **how)
 
     def start(self, name, folder, *flags, faults="", go_on=True, **how):
         """Start a script on its tiny run in `folder`."""

@@ -51,6 +51,7 @@ class Config:
     start: bool = False  # seconds to --help and to the first loss instead
     seed: int = 0  # of the moments
     jobs: int = 2  # rows at a time
+    threads: int = 1  # of each run
     out: str = "benchmarks/faults.json"  # results
 
 
@@ -156,12 +157,12 @@ def jobs(cfg, lab):
             yield "table", dict(row=number, fault=fault, script=name), partial(function, lab, name)
 
 
-def keep(path, section, row):
+def keep(path, section, row, threads):
     """Write one row into the results, in the place of its last one."""
     results = json.loads(path.read_text()) if path.exists() else {}
     rows = {tuple(row.values())[:3]: row for row in [*results.get(section, {}).get("rows", []), row]}
     cpu = [torch.backends.cpu.get_cpu_capability()]
-    about = dict(threads=1, torch=str(torch.__version__), date=time.strftime("%Y-%m-%d"), cpu=cpu)
+    about = dict(threads=threads, torch=str(torch.__version__), date=time.strftime("%Y-%m-%d"), cpu=cpu)
     results[section] = about | dict(rows=[rows[key] for key in sorted(rows)])
     write_atomic(path, lambda file: file.write((json.dumps(results, indent=1) + "\n").encode()))
 
@@ -170,11 +171,11 @@ def main(cfg):
     place, begin = tempfile.mkdtemp(dir="/dev/shm" if os.access("/dev/shm", os.W_OK) else None), time.monotonic()
     os.chmod(place, 0o755)  # for the rows of another user
     try:
-        work = list(jobs(cfg, Lab(place, cfg.seed)))
+        work = list(jobs(cfg, Lab(place, cfg.seed, cfg.threads)))
         with ThreadPoolExecutor(1 if cfg.start else cfg.jobs) as pool:
             under_way = {pool.submit(tried, *job[1:]): job[0] for job in work}
             for done in as_completed(under_way):
-                keep(Path(cfg.out), under_way[done], done.result())
+                keep(Path(cfg.out), under_way[done], done.result(), cfg.threads)
     finally:
         pool.shutdown(wait=False, cancel_futures=True)  # else a stop would wait for all that is left
         shutil.rmtree(place, ignore_errors=True)

@@ -169,7 +169,8 @@ class Diffuser(nn.Module):
         octaves = 2.0 ** torch.arange(-1, 15, device=z.device)
         angle = torch.linspace(0, 1, len(self.noise), device=z.device)[:, None] * octaves
         level = self.level(torch.cat([angle.sin(), angle.cos()], -1))  # (K + 1, C)
-        h = self.inward(torch.cat([believed, scaled], -1)) + level[k]
+        # F.embedding, not level[k]: on a CPU the backward of an index adds in whatever order threads come
+        h = self.inward(torch.cat([believed, scaled], -1)) + F.embedding(k, level)
         if first:
             h = torch.cat([self.start[mode].expand(len(h), 1, -1), h], 1)
         return h * self.std + self.mean  # the scale that copied blocks are used to

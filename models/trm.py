@@ -182,7 +182,9 @@ class Core(nn.Module):
         """bias of the keys (B, 1, 1, S) or None -> for each stack and layer what its attention adds."""
         if not self.related:
             return [[bias] * len(blocks) for blocks in self.stacks]
-        relation = RELATION_SCALE * self.relation[..., self.relation_class]  # (stacks, layers, heads, S, S)
+        # gather, not relation[..., classes]: on a CPU the backward of an index adds in whatever order threads come
+        classes = self.relation_class.expand(*self.relation.shape[:-1], -1, -1)  # (stacks, layers, heads, S, S)
+        relation = RELATION_SCALE * self.relation.gather(-1, classes.flatten(-2)).view_as(classes)
         return relation if bias is None else relation[:, :, None] + bias
 
     def forward(self, x, z_H, z_L, rotary, bias, first=0, last=None):

@@ -22,11 +22,12 @@ MLA = ["--n_layers=2", "--kv_latent_dim=16", "--rope_dim=8", "--grad_accum_steps
 SIZES = dict(transformer=["--ffn_mult=2"], state_space=["--d_inner=32", "--d_state=4", "--dt_rank=4"], diffuser=[])
 
 
+THREADS = os.environ.get("PETRI_TEST_THREADS", "1")  # of each script under test
 PARENTS = []  # of warm processes; sets are in another order in each, so that no result may depend on it
 
 
 def environment(**more):
-    return os.environ | dict(OMP_NUM_THREADS="1", PYTHONPATH=str(ROOT), PYTHONFAULTHANDLER="1") | more
+    return os.environ | dict(OMP_NUM_THREADS=THREADS, PYTHONPATH=str(ROOT), PYTHONFAULTHANDLER="1") | more
 
 
 def start(script, *flags, cwd=".", **env):

@@ -40,11 +40,13 @@ def test_some_rows_run_and_those_that_were_there_stay(tmp_path):
     out = tmp_path / "faults.json"
     old = dict(row=1, fault="crash", script="ae", seconds=9.0, outcome="pass", note="")
     out.write_text(json.dumps(dict(table=dict(rows=[old]))))
-    words = ["--rows", "2,9,30", "--scripts", "expert", "--out", out]
+    words = ["--rows", "2,9,30", "--scripts", "expert", "--threads", "2", "--out", out]
     done = subprocess.run([sys.executable, ROOT / "benchmarks/faults.py", *words], cwd=tmp_path, env=environment(),
                           capture_output=True, text=True)  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
-    rows = json.loads(out.read_text())["table"]["rows"]
+    table = json.loads(out.read_text())["table"]
+    assert table["threads"] == 2
+    rows = table["rows"]
     assert [(row["row"], row["script"], row["outcome"]) for row in rows] == [
         (1, "ae", "pass"), (2, "expert", "pass"), (9, "expert", "pass"), (30, "expert", "pass")
     ]  # fmt: skip

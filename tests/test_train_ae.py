@@ -16,7 +16,7 @@ from typing import get_args
 import pytest
 import torch
 import yaml
-from conftest import ROOT, finish, start, start_cold, start_two
+from conftest import ROOT, THREADS, finish, start, start_cold, start_two
 from test_resume import assert_same
 
 import train_ae
@@ -45,7 +45,7 @@ def folder(tmp_path, monkeypatch):
     """Each test has a working folder of its own, and threads as the processes that it starts."""
     monkeypatch.chdir(tmp_path)
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+    torch.set_num_threads(int(THREADS))
     yield
     torch.set_num_threads(threads)
 

@@ -15,7 +15,7 @@ from typing import get_args
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, finish, launch, start, start_two
+from conftest import ROOT, THREADS, finish, launch, start, start_two
 from test_resume import assert_same
 
 import train_multimodal
@@ -94,7 +94,7 @@ def folder(tmp_path, monkeypatch):
     monkeypatch.setattr(halting, "LEARN_FROM", LEARN_FROM)
     monkeypatch.setattr(shards, "POLL", 0.02)
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+    torch.set_num_threads(int(THREADS))
     yield
     torch.set_num_threads(threads)
 

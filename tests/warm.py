@@ -81,6 +81,7 @@ if __name__ == "__main__":
         with contextlib.suppress(ImportError):
             importlib.import_module(name)
     import numpy
+    import torch
 
     gc.freeze()  # else each fork copies most of it
     command = serve()
@@ -90,6 +91,7 @@ if __name__ == "__main__":
     os.environ.update(command["env"])
     for number, path in enumerate([os.devnull, *command["files"]]):
         os.dup2(os.open(path, os.O_RDWR), number)
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))  # which OpenMP has read in the parent
     random.seed()
     numpy.random.seed()
     sys.argv = command["words"]
