@@ -40,7 +40,7 @@ class MultimodalConfig:
     resume: str = "auto"  # auto: go on if there is anything; or a file
     fresh: bool = False  # start over; old files are renamed to *.bak
     allow_partial: bool = False  # load the weights that fit
-    seed: int = 0  # of weights, data and order
+    seed: int = 0  # of weights and order, and of data that are not there yet
     eval_only: bool = False  # score what is there, train nothing
     checkpoint_every_eval: bool = True  # save after each evaluation
     save_minutes: float = 10.0  # minutes between rolling saves: what a crash can cost; 0 = none

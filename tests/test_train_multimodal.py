@@ -418,6 +418,16 @@ def test_a_run_goes_on_with_other_sizes(flags, anew, finished, pages, capfd):
             assert len(slot["draws"]) == 4 and slot["draws"].min() * 4 >= before[task]["draws"].sum()
 
 
+def test_another_seed_takes_the_pages_that_are_there(finished, pages, capfd):
+    before = {p: p.read_bytes() for p in pages.iterdir()}
+    run(*TOY, f"data_paths={pages} checkpoint_path=a seed=5 max_steps=1")
+    assert "was made with seed 0; --seed 5 is of weights and order" in capfd.readouterr().out
+    ours, theirs = (load_checkpoint(f"{home}/latest.pt", "multimodal") for home in ("a", finished))
+    assert ours["data_hash"] == theirs["data_hash"] and before == {p: p.read_bytes() for p in pages.iterdir()}
+    main(read(*TOY, "tasks=[sudoku4] data_paths=new seed=5 dataset_only=true log_file=''"))
+    assert json.loads(Path("new", "manifest.json").read_text())["spec"]["seed"] == 5
+
+
 def test_averaged_weights_stand_alone(finished, pages):
     for name in ("ema_model.pt", "best_model.pt"):
         state = load_checkpoint(finished / name, "multimodal")
@@ -497,7 +507,6 @@ REFUSED = [  # (words, exit status, what the message must name); {a} is a finish
     ("halt_policy=dqn enable_dqn=false", 2, "--halt_policy dqn needs --enable_dqn"),
     ("device=cuda:7", 2, "--device cpu"),
     ("data_paths=[{pages},none]", 1, "--dataset-only"),
-    ("seed=5", 1, "seed 0 -> 5"),
     ("page_cols=25", 1, "--rebuild-dataset"),
     ("stories=none.txt", 1, "none.txt"),
     ("stories=bad.jsonl", 1, "bad.jsonl:2"),
