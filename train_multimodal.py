@@ -40,7 +40,7 @@ class MultimodalConfig:
     resume: str = "auto"  # auto: go on if there is anything; or a file
     fresh: bool = False  # start over; old files are renamed to *.bak, *.bak2, ...
     allow_partial: bool = False  # load the weights that fit
-    seed: int = 0  # of weights, data and order
+    seed: int = 0  # of weights and order, and of data that are not there yet
     eval_only: bool = False  # score what is there, train nothing
     checkpoint_every_eval: bool = True  # save after each evaluation
     save_minutes: float = 10.0  # minutes between rolling saves: what a crash can cost; 0 = none
@@ -183,7 +183,7 @@ from data_utils.progress import Log, Progress, peak_mb
 from data_utils.shards import Stopped, build_pages, open_pages
 from data_utils.slots import Slots, load_slots, start_codes
 from data_utils.stop import Stop
-from models.adam_atan2 import AdamAtan2, SignRows
+from models.adam_atan2 import AdamAtan2, SignRows, moved
 from models.average import Average
 from models.gradients import Monitor, warnings
 from models.halting import HaltingAgent
@@ -341,9 +341,9 @@ def run(cfg, begun, stop):
                 batch = slots[name].take(device)
                 (stop_now,) = hardware.largest(0 if batch else int(stop.signal))
             if not due() and not over and not stop_now:
-                draws = torch.from_numpy(draw.random((B, 4))[own])  # of each sample, on whatever rank; float64
+                draws = torch.from_numpy(draw.random((B, 4))[own])  # of each sample, on whatever rank
                 anyone = (draws[:, 1] * len(raw_model.starts)).long()
-                batch["explore"] = anyone.where(draws[:, 0] < cfg.latent_explore, -1).to(device)
+                batch["explore"] = moved(anyone.where(draws[:, 0] < cfg.latent_explore, -1), device)
                 torch.manual_seed(hash((cfg.seed, at.step)))  # of codes that begin again, of the agent's transitions
                 for group in optimizer.param_groups:
                     group["lr"] = lr_at(at.step)
@@ -356,17 +356,22 @@ def run(cfg, begun, stop):
                 optimizer.average_gradients(world, rules.gradients())  # what overflows on one rank then does on all
                 scaler.unscale_(optimizer)
                 look = cfg.grad_monitor_every and at.step % cfg.grad_monitor_every == 0
-                monitor.begin() if look else monitor.note()
+                if look:
+                    monitor.begin()
+                elif cfg.grad_monitor_every:
+                    monitor.note()
                 norm = optimizer.clip_(cfg.gradient_clip or math.inf)
                 now, taken[name] = time.monotonic(), taken[name] + 1
                 late = cfg.save_minutes and now - saved > 60 * cfg.save_minutes
                 over = at.step + 1 >= last or 0 < cfg.max_seconds < now - start
-                numbers = hardware.total(*(value.item() / world for value in (loss, *losses.values())),
-                                         aux["accuracy"].sum().item() / B, aux["right"].sum().item() / B)  # fmt: skip
+                sums = aux["accuracy"].sum(), aux["right"].sum()
+                norm, *numbers = torch.stack([x.float() for x in (norm, loss, *losses.values(), *sums)]).tolist()
+                shares_of_all = [world] * (1 + len(losses)) + [B, B]  # means, and sums over samples
+                numbers = hardware.total(*(x / n for x, n in zip(numbers, shares_of_all, strict=True)))
                 bad = not math.isfinite(norm + sum(numbers))
                 bad, stop_now, late, over = hardware.largest(bad, int(stop.signal), late, over)
                 if not bad:
-                    scaler.step(optimizer)
+                    optimizer.step()  # scaler.step would wait once more for the device, to learn what `bad` says
                     rules.step()
                     average.update(at.step)
                 scaler.update()  # lowers its scale after an overflow

@@ -40,7 +40,19 @@ def opener(cfg):
 
 def sizes(cfg):
     """Return the flags that `shard_files.describe` and `build` take."""
-    return {name: getattr(cfg, name) for name in SIZE_FLAGS}
+    return {name: getattr(cfg, name) for name in SIZE_FLAGS} | dict(seed=page_seed(cfg))
+
+
+def page_seed(cfg):
+    """Return the seed of the pages: --seed, but for a trainer that of the pages that are there.
+
+    All tasks draw their samples with it, and hold out the same for every seed. So a run with another --seed, for its
+    weights and its order, needs no pages of its own.
+    """
+    if not hasattr(cfg, "data_paths") or cfg.rebuild_dataset:
+        return cfg.seed
+    manifest = shard_files.read_manifest(cfg.data_paths[0])
+    return manifest["spec"]["seed"] if manifest else cfg.seed
 
 
 @functools.cache

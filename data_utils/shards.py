@@ -15,7 +15,17 @@ from data_utils import shard_files
 from data_utils.checkpoint import lock_run
 from data_utils.config import DataError, root
 from data_utils.progress import LINE_SECONDS, say
-from data_utils.shard_builder import POLL, SIZE_FLAGS, SOURCE_FLAGS, beside, build, finish_swap, opener, sizes
+from data_utils.shard_builder import (
+    POLL,
+    SIZE_FLAGS,
+    SOURCE_FLAGS,
+    beside,
+    build,
+    finish_swap,
+    opener,
+    page_seed,
+    sizes,
+)
 
 STALE = 60  # seconds without a sign of the builder before it is given up
 GRACE = 20  # seconds that a builder has to finish its batch before it is killed
@@ -286,8 +296,8 @@ def start_builder(out, cfg, *, rebuild_dataset=False):
     folder = beside(Path(os.path.realpath(out)), "new") if rebuild_dataset else Path(out)
     command = [sys.executable, str(root() / "prepare_data.py"), "multimodal", f"--out={out}", f"--parent={os.getpid()}"]
     command += ["--rebuild_dataset"] * rebuild_dataset
-    for name in ("workers", *SIZE_FLAGS, *SOURCE_FLAGS):
-        command.append(f"--{name}={getattr(cfg, name)}")
+    flags = {name: getattr(cfg, name) for name in ("workers", *SIZE_FLAGS, *SOURCE_FLAGS)} | dict(seed=page_seed(cfg))
+    command += [f"--{name}={value}" for name, value in flags.items()]
     command += ["--tasks", *cfg.tasks]
     # a rank's variables would make it one: see config.launch
     env = {k: v for k, v in os.environ.items() if not k.startswith(("TORCHELASTIC", "WORLD_SIZE", "RANK", "LOCAL_"))}
@@ -348,4 +358,6 @@ def open_pages(cfg, begun, stop, tell):
         begun.builder.wait(stop, tell)
     how = dict(wait_timeout=cfg.wait_timeout, incremental=cfg.incremental, alive=begun.builder.check)
     how |= dict(seed=cfg.seed, spec=begun.spec, stop=stop, tell=tell)
+    if begun.spec["seed"] != cfg.seed:
+        tell(f"{cfg.data_paths[0]} was made with seed {begun.spec['seed']}; --seed {cfg.seed} is of weights and order")
     return begun.sources, Shards(cfg.data_paths, begun.sources, **how)

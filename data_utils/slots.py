@@ -12,6 +12,7 @@ import torch
 
 from data_utils.render import augmented_patches
 from data_utils.shards import Stopped
+from models.adam_atan2 import gather_rows, moved
 from models.halting import CONTINUE, HALT
 
 START_PAGES = 256  # at most, whose capsules a codebook begins with
@@ -51,18 +52,24 @@ class Slots:
         self.exploration, self.own = cfg.halt_exploration, np.arange(self.size)[own]
         slots = len(self.own)
         self.draws, self.carry, self.batch, self.before = np.zeros(slots, np.int64), None, None, None
+        self.fetched = None, None  # the last carry["halted"] that the host has waited for, and what it is there
+
+    def _halted(self):
+        """carry["halted"] on the host, (n) bool."""
+        tensor, there = self.fetched
+        return there if tensor is self.carry["halted"] else self.carry["halted"].cpu().numpy()
 
     def take(self, device):
         """Give the slots that halted their next samples -> the batch, on `device`; None if stopped while they came."""
-        done = np.ones(len(self.own), bool) if self.carry is None else self.carry["halted"].cpu().numpy()
+        done = np.ones(len(self.own), bool) if self.carry is None else self._halted()
         rows, draws = np.arange(len(self.own)) if self.batch is None else done.nonzero()[0], self.draws + done
         if len(rows):
             try:
                 new = self._drawn(rows, draws)
             except Stopped:
                 return None
-            new = {key: part if key == "task" else part.to(device) for key, part in new.items()}
-            rows = torch.as_tensor(rows, device=device)
+            new = {key: part if key == "task" else moved(part, device) for key, part in new.items()}
+            rows = moved(torch.as_tensor(rows), device)
             for key, part in new.items() if self.batch else ():
                 if key != "task":
                     self.batch[key][rows] = part
@@ -100,10 +107,19 @@ class Slots:
                 agent.store(self.before, here)
             self.before = None if bad else here
             agent.follow()
-        if hasattr(model, "memory") and not bad:
-            keep = halted & (aux["accuracy"] >= min_accuracy)
-            model.memory.write(aux["x_mean"], aux["z_mean"], self.batch["index"], keep)
         self.carry = carry | dict(halted=halted | bool(bad))
+        if bad:
+            self.fetched = self.carry["halted"], np.ones(len(self.own), bool)
+            return
+        parts = [halted]
+        if hasattr(model, "memory"):
+            keep = halted & (aux["accuracy"] >= min_accuracy)
+            parts.append(gather_rows(keep.to(torch.uint8)).bool())  # of all ranks
+        there = torch.cat(parts).cpu().numpy()  # the one wait of the host in here
+        self.fetched = self.carry["halted"], there[: len(self.own)]
+        if hasattr(model, "memory"):
+            rows = torch.from_numpy(np.flatnonzero(there[len(self.own) :]))
+            model.memory.write(aux["x_mean"], aux["z_mean"], self.batch["index"], keep, rows)
 
     def state_dict(self):
         """What load_state_dict needs; `before` is what a halting agent knew a step ago, if there is one."""

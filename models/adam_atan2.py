@@ -28,6 +28,11 @@ def gather_rows(x):
     return torch.cat(parts)
 
 
+def moved(x, device):
+    """A tensor of the host on `device`; CUDA takes it without the host waiting for what it is at."""
+    return x.to(device, non_blocking=torch.device(device).type == "cuda")
+
+
 def advance(value, gradient, m, v, beta1, beta2, correction, keep, rate):
     """One step in place: value <- keep value - rate atan2(m, correction sqrt(v)). All buffers (n).
 
@@ -126,11 +131,16 @@ class AdamAtan2(Plain):
             gradients /= world
 
     def clip_(self, max_norm):
-        """Return the norm of all gradients, a float; where it is above max_norm they are scaled down to it."""
+        """Return the norm of all gradients, a scalar on their device; where it is above max_norm they are scaled down.
+
+        Nothing waits for the device.
+        """
         pieces = [piece for gradients in self.flat_gradients for piece in gradients.split(PIECE["cpu"])]
-        norm = torch.stack(torch._foreach_norm(pieces)).norm().item()  # of millions at once it is 0.1 % off on a CPU
-        for gradients in self.flat_gradients if norm > max_norm else ():
-            gradients *= max_norm / norm
+        norm = torch.stack(torch._foreach_norm(pieces)).norm()  # of millions at once it is 0.1 % off on a CPU
+        if math.isfinite(max_norm):
+            factor = (max_norm / norm).clamp(max=1)
+            for gradients in self.flat_gradients:
+                gradients *= factor
         return norm
 
     @torch.no_grad()
@@ -191,7 +201,8 @@ class SignRows(Plain):
         for group in self.param_groups:
             for p in (p for p in group["params"] if p.grad is not None):
                 index, gradient = gather_rows(p.grad._indices()[0]), gather_rows(p.grad._values())
-                rows = index.unique()
-                total = (rows[:, None] == index).to(gradient.dtype) @ gradient  # in one order, unlike index_add_
-                shrunk = p[rows] * (1 - group["lr"] * group["weight_decay"])
-                p[rows] = shrunk - group["lr"] * total.sign()
+                # the sum of each row in one order, unlike index_add_; a row that was used twice is written twice alike,
+                # which needs no count of different rows, for which the host would have to wait
+                total = (index[:, None] == index).to(gradient.dtype) @ gradient
+                shrunk = p[index] * (1 - group["lr"] * group["weight_decay"])
+                p[index] = shrunk - group["lr"] * total.sign()

@@ -19,6 +19,12 @@ def gradient_of(parameter):
     return gradient.coalesce().values() if gradient.is_sparse else gradient
 
 
+def _numbers_of(parameter):
+    """The same, but of a sparse gradient not yet summed by rows: for that the host would have to wait."""
+    gradient = parameter.grad
+    return gradient._values() if gradient is not None and gradient.is_sparse else gradient_of(parameter)
+
+
 def warnings(report):
     """What `Monitor.end` returned -> a line for each group whose gradient looks wrong."""
     lines = []
@@ -42,24 +48,28 @@ class Monitor:
     def __init__(self, model, late=(), tables=()):
         self.late, self.tables = tuple(late), tuple(tables)
         self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        self.untrained = dict(self.parameters)
+        self.untrained, self._largest = dict(self.parameters), None  # and the largest norms since these were listed
 
     def never_trained(self):
         """Names of the parameters whose gradient was 0 or absent at every step so far, but for the `late` ones."""
-        return [name for name in self.untrained if not name.startswith(self.late)]
-
-    def note(self):
-        """Cross off the parameters that have a gradient now: costs nothing once all had one."""
-        if self.untrained:
-            norms = torch.stack(torch._foreach_norm([gradient_of(p) for p in self.untrained.values()])).tolist()
+        if self._largest is not None:
+            norms, self._largest = self._largest.tolist(), None
             self.untrained = {
                 name: p for (name, p), norm in zip(self.untrained.items(), norms, strict=True) if not norm
             }
+        return [name for name in self.untrained if not name.startswith(self.late)]
+
+    def note(self):
+        """Note which parameters have a gradient now, on their device: nothing waits for it."""
+        if self.untrained:
+            norms = torch.stack(torch._foreach_norm([_numbers_of(p) for p in self.untrained.values()]))
+            self._largest = norms if self._largest is None else torch.maximum(self._largest, norms)
 
     @torch.no_grad()
     def begin(self):
         """Take in gradients, before they are clipped, and weights, before they are stepped."""
         self.note()
+        self.never_trained()  # crosses off those that had one
         gradients = [gradient_of(p) for p in self.parameters.values()]
         self._norms = torch.stack(torch._foreach_norm(gradients))
         used = [

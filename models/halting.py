@@ -11,7 +11,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from models.adam_atan2 import gather_rows
+from models.adam_atan2 import gather_rows, moved
 
 HALT, CONTINUE = 0, 1  # columns of what QNet returns, and the actions
 RIGHT, WRONG = 1.0, -0.5  # reward of halting with everything right, and otherwise
@@ -67,7 +67,7 @@ class Ring:
     def sample(self, count, generator):
         """`count` rows, each drawn anew from all: (count, width) in float32."""
         index = torch.randint(len(self), (count,), generator=generator, device=generator.device)
-        return self.rows[index.to(self.rows.device)].float()
+        return self.rows[moved(index, self.rows.device)].float()
 
     def state_dict(self):
         return dict(rows=self.rows[: len(self)], added=self.added)
@@ -115,7 +115,7 @@ class HaltingAgent:
 
     @torch.no_grad()
     def act(self, features, right, last, step, draws):
-        """features (B, F), right and last (B) bool, draws (B, 2) uniform in [0, 1) -> actions (B) int64.
+        """features (B, F), right and last (B) bool, draws (B, 2) uniform in [0, 1), on the host -> actions (B) int64.
 
         For the first `warmstart` steps: halt when all is right; then the better action, or at times a random one. The
         last step always halts.
@@ -123,8 +123,8 @@ class HaltingAgent:
         halt = right
         if step >= self.warmstart:
             halt = self.net(features).argmax(1) == HALT
-            random = (draws[:, 0] < self.epsilon_at(step)).to(halt.device)
-            halt = torch.where(random, (draws[:, 1] < 0.5).to(halt.device), halt)
+            at_random, coin = draws[:, 0] < self.epsilon_at(step), draws[:, 1] < 0.5
+            halt = torch.where(moved(at_random, halt.device), moved(coin, halt.device), halt)
         return torch.where(halt | last, HALT, CONTINUE)
 
     @torch.no_grad()

@@ -11,7 +11,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from models.adam_atan2 import gather_rows
+from models.adam_atan2 import gather_rows, moved
 
 TEMPERATURE = 0.1  # of the cosines, at the start
 GATE = -2.0  # added to the logit of the gate, which is nearly closed at the start
@@ -34,6 +34,17 @@ class Memory(nn.Module):
         self.register_buffer("samples", torch.full((slots,), -1))
         self.register_buffer("fill", torch.zeros((), dtype=torch.long))  # slots in use: the first so many
         self.register_buffer("cursor", torch.zeros((), dtype=torch.long))  # the slot that is written next
+        self.filled = 0  # `fill` on the host; None: not known
+
+    def _load_from_state_dict(self, *args):
+        super()._load_from_state_dict(*args)
+        self.filled = None
+
+    def entries(self):
+        """Number of slots in use, for which the host waits only after a load."""
+        if self.filled is None:
+            self.filled = int(self.fill)
+        return self.filled
 
     def key(self, mean):
         """mean: (B, D) over the positions of x -> (B, E) of length 1; queries and keys alike."""
@@ -45,7 +56,7 @@ class Memory(nn.Module):
 
         Of the top_k entries with the largest cosines. x itself, bit for bit, where there is no entry to read.
         """
-        fill = int(self.fill)
+        fill = self.entries()
         if not fill:
             return x
         with torch.autocast(x.device.type, enabled=False):  # the nearest in bfloat16 are others
@@ -60,27 +71,33 @@ class Memory(nn.Module):
         return x + (gate * read)[:, None].to(x.dtype)
 
     @torch.no_grad()
-    def write(self, mean, values, samples, keep):
+    def write(self, mean, values, samples, keep, rows=None):
         """mean: (B, D) of x, values: (B, D), samples: (B) int64, keep: (B) bool, what enters. In training mode only.
 
-        All ranks write what all ranks have, in their order.
+        All ranks write what all ranks have, in their order. rows: numbers of the samples of all ranks that enter, on
+        the host, where these are known there; else it waits for `keep`.
         """
         if not self.training:
             return
-        keep = gather_rows(keep.to(torch.uint8)).bool()
-        keys, values, samples = (gather_rows(part)[keep] for part in (self.key(mean), values.float(), samples))
-        slots, new = len(self.keys), len(keys)
+        if rows is None:
+            rows = gather_rows(keep.to(torch.uint8)).cpu().nonzero()[:, 0]
+        if not len(rows):
+            return
+        filled, slots, new = self.entries(), len(self.keys), len(rows)
+        rows = moved(rows, mean.device)
+        keys, values, samples = (gather_rows(part)[rows] for part in (self.key(mean), values.float(), samples))
         place = (self.cursor + torch.arange(new, device=keys.device)) % slots
         last = slice(max(0, new - slots), None)  # of one place written twice torch keeps no promised one
         for ours, given in ((self.keys, keys), (self.values, values), (self.samples, samples)):
             ours[place[last]] = given[last]
         self.cursor.add_(new).remainder_(slots)
         self.fill.add_(new).clamp_(max=slots)
+        self.filled = min(filled + new, slots)
 
     @contextmanager
     def shuffled(self, generator):
         """Within it the entries have each other's values: what is left of the gain is not owed to what they hold."""
-        kept, fill = self.values.clone(), int(self.fill)
+        kept, fill = self.values.clone(), self.entries()
         order = torch.randperm(fill, generator=generator, device=generator.device)
         self.values[:fill] = kept[order.to(kept.device)]
         try:

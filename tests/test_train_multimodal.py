@@ -418,6 +418,16 @@ def test_a_run_goes_on_with_other_sizes(flags, anew, finished, pages, capfd):
             assert len(slot["draws"]) == 4 and slot["draws"].min() * 4 >= before[task]["draws"].sum()
 
 
+def test_another_seed_takes_the_pages_that_are_there(finished, pages, capfd):
+    before = {p: p.read_bytes() for p in pages.iterdir()}
+    run(*TOY, f"data_paths={pages} checkpoint_path=a seed=5 max_steps=1")
+    assert "was made with seed 0; --seed 5 is of weights and order" in capfd.readouterr().out
+    ours, theirs = (load_checkpoint(f"{home}/latest.pt", "multimodal") for home in ("a", finished))
+    assert ours["data_hash"] == theirs["data_hash"] and before == {p: p.read_bytes() for p in pages.iterdir()}
+    main(read(*TOY, "tasks=[sudoku4] data_paths=new seed=5 dataset_only=true log_file=''"))
+    assert json.loads(Path("new", "manifest.json").read_text())["spec"]["seed"] == 5
+
+
 def test_averaged_weights_stand_alone(finished, pages):
     for name in ("ema_model.pt", "best_model.pt"):
         state = load_checkpoint(finished / name, "multimodal")
@@ -497,7 +507,6 @@ REFUSED = [  # (words, exit status, what the message must name); {a} is a finish
     ("halt_policy=dqn enable_dqn=false", 2, "--halt_policy dqn needs --enable_dqn"),
     ("device=cuda:7", 2, "--device cpu"),
     ("data_paths=[{pages},none]", 1, "--dataset-only"),
-    ("seed=5", 1, "seed 0 -> 5"),
     ("page_cols=25", 1, "--rebuild-dataset"),
     ("stories=none.txt", 1, "none.txt"),
     ("stories=bad.jsonl", 1, "bad.jsonl:2"),
@@ -625,3 +634,38 @@ def test_steps_and_time_left_are_those_of_max_steps(pages, monkeypatch, capfd):
     assert "eta 0:00:00" in lines[-1]
     run(*TOY, f"data_paths={pages} checkpoint_path=a max_steps=2 epochs=1000")
     assert "step 4 of 4" in capfd.readouterr().out
+
+
+WAITS = "item tolist cpu nonzero unique __bool__ __int__ __float__ __index__".split()  # methods of a tensor
+
+
+def test_a_step_waits_for_the_device_at_most_twice(pages, monkeypatch):
+    """On a CPU nothing waits: what would is counted, in steps that are neither logged nor looked at."""
+    waits, steps, here = [], [], []
+
+    def counted(name, method):
+        def call(tensor, *args, **more):
+            if not here:  # else one is called by another
+                waits.append(name)
+            here.append(name)
+            try:
+                return method(tensor, *args, **more)
+            finally:
+                here.pop()
+
+        return call
+
+    def mark(optimizer, *args, **more):
+        steps.append(len(waits))
+        return zero_grad(optimizer, *args, **more)
+
+    zero_grad = train_multimodal.AdamAtan2.zero_grad
+    monkeypatch.setattr(train_multimodal.AdamAtan2, "zero_grad", mark)
+    for name in WAITS:
+        monkeypatch.setattr(torch.Tensor, name, counted(name, getattr(torch.Tensor, name)))
+    sizes = "log_interval=1000 grad_monitor_every=1000 eval_interval=1000 halt_policy=dqn dqn_warmstart_steps=2"
+    run(*TOY, f"data_paths={pages} checkpoint_path=a max_steps=15 halt_exploration=0.5 latent_explore=0.3", sizes)
+    each = [after - before for before, after in zip(steps[3:], steps[4:], strict=False)][:-1]
+    assert len(each) == 10 and max(each) <= 2, (each, waits[steps[3] : steps[5]])
+    state = load_checkpoint("a/latest.pt", "multimodal")["model_state_dict"]
+    assert int(state["memory.fill"]) > 0  # the memory was read and written
