@@ -79,7 +79,7 @@ def test_the_quickstart_as_it_is_kept_is_small_has_pictures_and_tells_of_no_mach
     notebook = nbformat.reads(text, as_version=4)
     assert len(text) < 300_000 and len(pictures(notebook)) == 6
     assert scrubbed(nbformat.reads(text, as_version=4)) == notebook
-    assert not re.search(r"/(home|root|tmp|work|Users|content)/", json.dumps(notebook))
+    assert not re.search(r"(?<!notebooks)/(home|root|tmp|work|Users|content)/", json.dumps(notebook))
 
 
 def test_each_code_cell_of_the_quickstart_follows_a_line_of_explanation():
