@@ -2,7 +2,7 @@
 
     bash scripts/gpu_check.sh                              # at most 8 minutes on one card
     bash scripts/gpu_check.sh --minutes 20                 # all rows on a slow card
-    bash scripts/gpu_check.sh --only transformer           # the rows whose name holds this
+    bash scripts/gpu_check.sh --only transformer,sr        # the rows whose name holds one of these
     bash scripts/gpu_check.sh --device cpu --tiny          # seconds, without a GPU: only to see that it runs
 
 Three kinds of row, the most useful first:
@@ -13,7 +13,11 @@ Three kinds of row, the most useful first:
 - nanoGPT, TRM: training steps of ours and of the official code in turn, where its code lies in benchmarks/peers.
 
 "waits for host" is the share of the time in which the GPU had nothing to do: the profiler records ten steps, and the
-share is what no kernel, copy or fill covers. On a CPU it is what no operation of torch covers.
+share is what no kernel, copy or fill covers. On a CPU it is what no operation of torch covers. "host waits for GPU" is
+the share that the host spends in CUDA calls named Synchronize.
+
+Losses of train_ae.py are those of epochs of three steps; train_multimodal.py has half its width there. Data come from
+Python's own library, puzzles and formulas, without a network. Runs need some 25 GB below TMPDIR for a while.
 
 Each row has a process and a time limit of its own. A row that fails is a row of the report, the others go on. The
 report is written after each row. Rows that the minutes did not allow are listed as not run. The status is 1 then, and
@@ -41,7 +45,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
 
-ROOT = Path(__file__).resolve().parents[1]
+FILE = str(Path(__file__).resolve())
+ROOT = Path(FILE).parents[1]
 sys.path.insert(0, str(ROOT))
 
 from data_utils.config import DataError, UsageError, from_cli, launch
@@ -51,8 +56,9 @@ from data_utils.config import DataError, UsageError, from_cli, launch
 class Config:
     device: str = "cuda"  # or cuda:1, or cpu with --tiny
     tiny: bool = False  # toy sizes and few steps, on a CPU in bf16 alone: only to see that it runs
+    precisions: tuple[str, ...] = ("bf16", "fp32", "fp16")  # the first is that of the first rows
     minutes: float = 8.0  # what all rows may take together
-    only: str = ""  # rows whose name holds this, and the data that all need; "" = all
+    only: str = ""  # rows whose name holds one of these, comma separated, and the data that all need
     out: str = ""  # report, its table beside it as .md; "" = gpu_check.json in benchmarks, --tiny: benchmarks/work
     work: str = ""  # folder of data and runs, which stays; "" = a temporary one
     warm: bool = True  # fork the rows from one process that has imported torch; off, each imports it
@@ -279,7 +285,7 @@ def speed(cfg, name, precision, compiled=False):
     system = SYSTEMS[name]
     steps, every = (6, 1) if cfg.tiny else (system.steps, 5)
     title = " ".join([name, precision, *["compiled"] * compiled])
-    run = name if name in EXPERTS and title == f"{name} {BEST}" else title.replace(" ", "_")
+    run = name if name in EXPERTS and title == f"{name} {cfg.precisions[0]}" else title.replace(" ", "_")
     folder = folder_of(system, cfg, run)
     words = words_of(system, cfg, run, precision, steps, every, *[system.compiled] * compiled)
     if compiled is False and system.compiled.endswith("=default"):
@@ -287,12 +293,14 @@ def speed(cfg, name, precision, compiled=False):
     last, trace = steps, Path(cfg.work, f"{run}_trace.json")
     if system.traced:
         last = steps - 1 - (1 if cfg.tiny else TRACED)
-        words = [__file__, "traced", str(trace), str(last), str(steps - 1), cfg.device, *words]
+        words = [FILE, "traced", str(trace), str(last), str(steps - 1), cfg.device, *words]
 
     leaves = [] if folder.name == "experts" else [folder]
 
     def read(logs):
         rows = [row for row in rows_of(system, folder) if steps // 2 <= row["step"] <= last]
+        ran = precision_of(logs[0])
+        notes = [f"ran in {ran}"] * (ran != precision)
         figures = dict(unit=system.unit, loss=mean(row["loss"] for row in rows), peak_mb=rows[-1]["peak_mb"])
         if "seconds" in rows[0]:
             figures["it_s"] = (rows[-1]["step"] - rows[0]["step"]) / (rows[-1]["seconds"] - rows[0]["seconds"])
@@ -303,17 +311,24 @@ def speed(cfg, name, precision, compiled=False):
             key = system.unit.replace("/", "_per_")
             figures["speed"] = statistics.median(row[key] for row in rows[1:])
         if "data_share" in rows[-1]:
-            figures["note"] = f"{mean(row['data_share'] for row in rows[1:]):.0%} of the time draws formulas"
+            figures["data_share"] = mean(row["data_share"] for row in rows[1:])
+            notes.append(f"{figures['data_share']:.0%} of the time draws formulas")
         if skipped := rows[-1].get("skipped"):
-            figures["note"] = f"{skipped} steps skipped"
+            notes.append(f"{skipped} steps skipped")
         if system.traced:
             recorded = json.loads(trace.read_text())
             figures |= {key: recorded[key] for key in ("waits_for_host", "waits_for_gpu") if key in recorded}
             if "error" in recorded:
-                figures["note"] = f"no profile: {recorded['error']}"
-        return figures
+                notes.append(f"no profile: {recorded['error']}")
+        return figures | dict(note=", ".join(notes))
 
     return Row(title, [words], read, True, COMPILE_LIMIT if compiled else LIMIT, needs(cfg, system), leaves)
+
+
+def precision_of(log):
+    """The precision that a run took, as the first line of its log says."""
+    line = re.search(r"^\S+, (bf16|fp16|fp32) \(", log.read_text(errors="replace"), re.M)
+    return line[1] if line else "an unknown precision"
 
 
 def needs(cfg, system):
@@ -323,7 +338,7 @@ def needs(cfg, system):
 def compared(cfg, name):
     """The same few steps here and on the CPU; a run from here goes on there; generate.py with it."""
     system = SYSTEMS[name]
-    precisions = ["fp32"] if on_cpu(cfg) else ["fp32", "bf16", "fp16"]
+    precisions = ["fp32", *(key for key in cfg.precisions if key != "fp32" and not on_cpu(cfg))]
     small = system.small + f" {system.width}" * (not cfg.tiny)
     runs = {precision: f"{name}_small_{precision}" for precision in (*precisions, "cpu")}
 
@@ -367,7 +382,7 @@ def compared(cfg, name):
 def peer(cfg, name):
     """Training steps of ours and of a public peer in turn."""
     path = Path(cfg.work, f"{name}.json")
-    words = [__file__, name.lower(), str(path), cfg.device, "tiny" if cfg.tiny else "full"]
+    words = [FILE, name.lower(), str(path), cfg.device, "tiny" if cfg.tiny else "full"]
     return Row(f"{name} beside ours", [words], lambda logs: json.loads(path.read_text()))
 
 
@@ -383,18 +398,15 @@ def data_rows(cfg):
         return row(folder, words)
 
     work = Path(cfg.work)
-    rows = [row("text", [__file__, "text", work / "text", 0.01 if cfg.tiny else 10])]
+    rows = [row("text", [FILE, "text", work / "text", 0.01 if cfg.tiny else 10])]
     if not cfg.tiny:
         sizes = [f"--vocab_size={TEXT_VOCABULARY}", f"--out={work}/bpe.json"]
         learn = [ROOT / "prepare_data.py", "tokenizer", f"--data_dir={work}/corpus", *sizes]
-        rows.append(row("tokenizer", [__file__, "text", work / "corpus", 10], learn))
+        rows.append(row("tokenizer", [FILE, "text", work / "corpus", 10], learn))
         source = [f"--source={work}/rows_text", f"--dest={work}/rows", "--vocab_size=8192", "--format=bin"]
         write = [ROOT / "prepare_data.py", "language", *source, "--max_chars=4000000"]
-        rows.append(row("rows", [__file__, "text", work / "rows_text", 3], write))
+        rows.append(row("rows", [FILE, "text", work / "rows_text", 3], write))
     return [*rows, pages("multimodal", "pages"), pages("sudoku9", "sudoku")]
-
-
-BEST = "bf16"  # the precision of the first rows, whose experts are those of train_mla.py
 
 
 def on_cpu(cfg):
@@ -402,21 +414,23 @@ def on_cpu(cfg):
 
 
 def chosen(cfg):
-    return [BEST] if on_cpu(cfg) else [BEST, "fp32", "fp16"]  # a CPU has no fp16
+    return cfg.precisions[:1] if on_cpu(cfg) else cfg.precisions  # a CPU has no fp16, and compiles for minutes
 
 
 def all_rows(cfg):
     """Every row, the most useful first."""
     precisions = chosen(cfg)
+    first = precisions[0]  # its experts are those of train_mla.py
     rows = data_rows(cfg)
-    rows += [speed(cfg, name, BEST) for name in SYSTEMS]
+    rows += [speed(cfg, name, first) for name in SYSTEMS]
     rows += [compared(cfg, name) for name in MAIN]
     rows += [peer(cfg, name) for name in ("nanoGPT", "TRM")]
     rows += [speed(cfg, name, precision) for precision in precisions[1:] for name in MAIN]
     for precision in () if on_cpu(cfg) else precisions:
         rows += [speed(cfg, name, precision, compiled=True) for name in MAIN]
-        rows += [speed(cfg, "sudoku9", precision, compiled=True)] * (precision == BEST)
-    return [row for row in rows if cfg.only in row.name or row.name.startswith("data:")]
+        rows += [speed(cfg, "sudoku9", precision, compiled=True)] * (precision == first)
+    parts = cfg.only.split(",")
+    return [row for row in rows if row.name.startswith("data:") or any(part in row.name for part in parts)]
 
 
 def mean(numbers):
@@ -733,7 +747,8 @@ def work_through(rows, cfg, deadline, done):
                     break
                 left = deadline - time.monotonic()
                 if lacking or left < LEAST:
-                    row.error = f"needs {lacking[0].name}, which is not there" if lacking else "the minutes were over"
+                    over = "the minutes were over"
+                    row.error = over if left < LEAST else f"needs {lacking[0].name}, which is not there"
                     done(row)
                     continue
                 running.append(Job(row, cfg, cores if row.alone else max(1, cores // at_once)))
@@ -832,7 +847,7 @@ def look_at(cfg):
     path, log = Path(cfg.work, "machine.json"), Path(cfg.work, "machine.log")
     for warm in [True, False] if cfg.warm and hasattr(os, "fork") else [False]:
         cfg.warm = warm
-        process = start([__file__, "machine", str(path), cfg.device], log, cfg, threads_of(cfg))
+        process = start([FILE, "machine", str(path), cfg.device], log, cfg, threads_of(cfg))
         end = time.monotonic() + LIMIT
         while process.poll() is None and time.monotonic() < end:
             time.sleep(0.02)
@@ -848,6 +863,8 @@ def main(cfg):
     deadline = begun + 60 * cfg.minutes
     if cfg.minutes <= 0:
         raise UsageError(f"--minutes {cfg.minutes:g}: expected more than 0")
+    if not cfg.precisions or set(cfg.precisions) - {*NEAR}:
+        raise UsageError(f"--precisions {' '.join(cfg.precisions)}: some of {' '.join(NEAR)}")
     if on_cpu(cfg) and not cfg.tiny:
         raise UsageError("--device cpu: full sizes are for a GPU\ntry: bash scripts/gpu_check.sh --device cpu --tiny")
     out = Path(cfg.out) if cfg.out else HERE / ("work" if cfg.tiny else "") / "gpu_check.json"
@@ -860,6 +877,9 @@ def main(cfg):
             import_ahead()
         facts = look_at(cfg)
         print(described(facts), flush=True)
+        if facts["capability"] and float(facts["capability"]) < 8 and "bf16" in cfg.precisions:
+            cfg.precisions = tuple(dict.fromkeys(key.replace("bf16", "fp16") for key in cfg.precisions))
+            print(f"no rows in bf16: capability {facts['capability']} takes fp16 for it", flush=True)
         rows = all_rows(cfg)
         finished = []
 

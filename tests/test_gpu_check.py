@@ -52,9 +52,9 @@ def test_the_command_of_every_row_parses(tmp_path):
     )
     count = 0
     for path, *flags in (words for row in rows for words in row.commands):
-        if path == gpu_check.__file__ and flags[0] == "traced":
+        if path == gpu_check.FILE and flags[0] == "traced":
             path, *flags = flags[5:]
-        module = importlib.import_module(Path(path).stem) if path != gpu_check.__file__ else gpu_check
+        module = importlib.import_module(Path(path).stem) if path != gpu_check.FILE else gpu_check
         if module is gpu_check:
             assert flags[0] in gpu_check.INSIDE
         elif module.__name__ == "prepare_data":
@@ -136,9 +136,10 @@ def test_no_row_ran_is_status_1_with_a_report(tmp_path, monkeypatch):
     with pytest.raises(DataError, match="0 of 20 rows ran; 20 not run"):
         gpu_check.main(Config(device="cpu", tiny=True, minutes=1e-6, out=str(out)))
     assert {row.get("outcome", "not run") for row in json.loads(out.read_text()).values()} == {"not run"}
-    for flags, message in ((dict(device="cpu"), "--tiny"), (dict(device="cpu", tiny=True, minutes=0), "--minutes 0")):
+    bad = dict(minutes=0), dict(precisions=("int8",)), dict(tiny=False)
+    for flags, message in zip(bad, ("--minutes 0", "--precisions int8", "--device cpu --tiny"), strict=True):
         with pytest.raises(UsageError, match=message):
-            gpu_check.main(Config(**flags))
+            gpu_check.main(Config(**dict(device="cpu", tiny=True) | flags))
 
 
 def test_where_forks_cannot_use_the_device_each_row_gets_an_interpreter(tmp_path, monkeypatch):
@@ -199,3 +200,21 @@ def test_the_first_line_says_what_was_checked():
     line = "cuda: A; capability 9.0, 150 GB; driver 570.1, CUDA 12.8; torch 2; 1 cores of p; d"
     assert gpu_check.described(facts) == line
     assert "driver unknown" in gpu_check.described(facts | dict(driver=""))
+
+
+def test_a_card_without_bf16_gets_no_rows_in_it(tmp_path, monkeypatch, capsys):
+    facts = ONE | dict(capability="7.5", memory_gb=16.0, driver="1", cuda="12")
+    monkeypatch.setattr(gpu_check, "look_at", lambda cfg: facts)
+    out = tmp_path / "report.json"
+    with pytest.raises(DataError, match="0 of 39 rows ran"):
+        gpu_check.main(Config(tiny=True, minutes=1e-6, warm=False, out=str(out)))
+    names = [*json.loads(out.read_text())]
+    assert names[4] == "transformer fp16" and "transformer fp32" in names and "bf16" not in " ".join(names)
+    assert "no rows in bf16: capability 7.5 takes fp16" in capsys.readouterr().out
+
+
+def test_the_precision_that_a_run_took_is_read_from_its_log(tmp_path):
+    log = tmp_path / "log"
+    for line, precision in (("cuda:0, fp16 (CUDA capability 7.5)", "fp16"), ("cpu, fp32 (cpu without units)", "fp32")):
+        log.write_text(f"before\n{line}\nafter\n")
+        assert gpu_check.precision_of(log) == precision
