@@ -148,8 +148,8 @@ if __name__ == "__main__":  # before torch is imported, so that --help and typos
 
 import torch
 
-from data_utils.answers import load_reasoner
-from data_utils.experts import load_expert
+from data_utils.reasoning.answers import load_reasoner
+from data_utils.text.experts import load_expert
 from data_utils.hardware import Hardware
 from data_utils.tokenizer import load_tokenizer
 
@@ -255,15 +255,15 @@ def read_lines(path):
 
 def main(cfg):
     if isinstance(cfg, FormulaConfig):
-        from data_utils.formula import find  # the others need none of it
+        from data_utils.formulas.generate import find  # the others need none of it
 
         return find(cfg)
     if isinstance(cfg, EventsConfig):
-        from data_utils.event_runs import generate_events
+        from data_utils.events.generate import generate_events
 
         return generate_events(cfg)
     if isinstance(cfg, PagesConfig):
-        from data_utils.answer_pages import answer_pages
+        from data_utils.pages.generate import answer_pages
 
         return answer_pages(cfg, choose)
     if isinstance(cfg, AnswerConfig):

@@ -39,7 +39,7 @@ import numpy as np
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
 from data_utils.checkpoint import MARK, begins, check_replaceable, is_marked, make_room, write_atomic
-from data_utils.facts import read_events, read_histories
+from data_utils.events.facts import read_events, read_histories
 from data_utils.metrics import read_rows
 from data_utils.overrides import SWEEP
 
@@ -303,7 +303,7 @@ def _recon(payload, full):
     if not full or payload.get("rows") is None:
         names = "rec_tokens", "eps_loss", "rec_types", "rec_globals"
         return _of_epochs(payload, [([name], dict(ylabel=LABELS[name], title="validation")) for name in names])
-    from data_utils.kinematics import kinematics
+    from data_utils.events.kinematics import kinematics
 
     before, after = map(kinematics, payload["rows"])
     figure, axes = _panels(len(before))
@@ -365,12 +365,12 @@ ELSEWHERE = {"train_loss", "val_loss", "epoch_time_s", "throughput", "max_memory
 def plot_page(out, *, page, answers, steps, target=None, q=None, attention=None, title=""):
     """Write to `out` a page, its answer after some supervision steps, and where on the page each capsule looked.
 
-    page (R, C), target (L,) and answers (S, L) hold symbols of data_utils/render.py; what follows END is blank. Cells
+    page (R, C), target (L,) and answers (S, L) hold symbols of data_utils/pages/render.py; what follows END is blank. Cells
     that are wrong are red; without a target, those that changed since the answer before are amber. steps (S,) counts
     supervision steps, q (S,) is the chance of being right in the model's eyes. attention: weights (K, r, c) >= 0 of K
     capsules, any r and c that share the page out evenly: patches or cells.
     """
-    from data_utils.render import PADDING
+    from data_utils.pages.render import PADDING
 
     page, answers, wide = np.asarray(page), [_ended(np.asarray(answer)) for answer in answers], len(page[0])
     given, made, looked = [("page", _cells(page.reshape(-1), wide), None)], [], []
@@ -422,7 +422,7 @@ def _page_figure(out, title, groups):
 
 def _ended(answer):
     """The symbols (L,) of an answer, those after its first END blank."""
-    from data_utils.render import END, PADDING
+    from data_utils.pages.render import END, PADDING
 
     over = np.maximum.accumulate(np.asarray(answer) == END)
     return np.where(np.concatenate([[False], over[:-1]]), PADDING, answer)
@@ -432,7 +432,7 @@ def _cells(symbols, columns, marked=None, colour=None):
     """Symbols (L,) -> a picture (high, wide, 3) from 0 to 1 in rows of at most `columns` cells, those marked tinted."""
     import torch
 
-    from data_utils.render import CELL_HEIGHT, CELL_WIDTH, PADDING, to_images
+    from data_utils.pages.render import CELL_HEIGHT, CELL_WIDTH, PADDING, to_images
 
     columns = min(columns, len(symbols))
     more = -len(symbols) % columns

@@ -182,7 +182,7 @@ def expert(cfg):
     """
     from pathlib import Path
 
-    from data_utils import corpus
+    from data_utils.text import corpus
     from data_utils.checkpoint import check_replaceable, make_room, unused, write_atomic
 
     if cfg.toy:
@@ -238,7 +238,7 @@ def tokenizer(cfg):
         return path.read_bytes() == content
 
     if cfg.source:
-        from data_utils import prepare, sources
+        from data_utils.reasoning import prepare, sources
 
         reading = {f.name: f.default for f in fields(ReadingConfig)[:4]}
         options = dict(max_chars=cfg.max_chars, doc_cap=cfg.doc_cap, reading=reading)
@@ -282,7 +282,7 @@ def language(cfg):
 
     Run the same command again after a stop: it goes on.
     """
-    from data_utils import prepare
+    from data_utils.reasoning import prepare
 
     return prepare.language(cfg)
 
@@ -292,35 +292,35 @@ def merge(cfg):
 
     Run the same command again after a stop: it goes on.
     """
-    from data_utils import prepare
+    from data_utils.reasoning import prepare
 
     return prepare.merge(cfg)
 
 
 def convert(cfg):
     """Rewrite a prepared folder as JSONL or in binary form, with equal ids."""
-    from data_utils import prepare
+    from data_utils.reasoning import prepare
 
     return prepare.convert(cfg)
 
 
 def normalize_qa(cfg):
     """Questions and answers in any fields of a file -> {"prompt": .., "response": ..} lines for `language`."""
-    from data_utils import qa
+    from data_utils.reasoning import normalize_qa as qa
 
     return qa.normalize(cfg)
 
 
 def arithmetic(cfg):
     """Write "What is 12 + 7?" -> "19" as a prepared folder."""
-    from data_utils import prepare
+    from data_utils.reasoning import prepare
 
     return prepare.arithmetic(cfg)
 
 
 def sudoku(cfg):
     """Write Sudokus with one solution each as a prepared folder."""
-    from data_utils import prepare
+    from data_utils.reasoning import prepare
 
     return prepare.sudoku(cfg)
 
@@ -330,7 +330,7 @@ def multimodal(cfg):
 
     Run the same command again after a stop: it goes on.
     """
-    from data_utils import shard_builder as builder
+    from data_utils.pages import shard_builder as builder
     from data_utils.config import at_least
 
     at_least(cfg, 1, "train_samples", "build_batch", "workers", "page_rows", "page_cols", "arc_side")
@@ -346,8 +346,8 @@ def events(cfg):
 
     from data_utils.checkpoint import check_replaceable, is_marked
     from data_utils.config import at_least
-    from data_utils.decay_chain import LABELS, decay_chain
-    from data_utils.events import opener, write_events
+    from data_utils.events.decay_chain import LABELS, decay_chain
+    from data_utils.events.dataset import opener, write_events
 
     at_least(cfg, 10, "events")
     at_least(cfg, 0, "seed")
@@ -359,7 +359,7 @@ def events(cfg):
         import numpy as np
         from tqdm import tqdm
 
-        from data_utils.pythia import pythia_events
+        from data_utils.events.pythia import pythia_events
 
         made = tqdm(pythia_events(cfg.events, cfg.seed), total=cfg.events, unit="event", disable=None)
         rows, labels = map(np.array, zip(*made, strict=True))
@@ -373,14 +373,14 @@ def events(cfg):
 
 def generate_skeleton_pool(cfg):
     """Draw skeletons of formulas, none of a test set, and save them as a pool for train_sr.py."""
-    from data_utils import pools
+    from data_utils.formulas import prepare as pools
 
     return pools.generate(cfg)
 
 
 def import_data(cfg):
     """Save the formulas of a csv file as a pool of skeletons, to be held out or evaluated."""
-    from data_utils import pools
+    from data_utils.formulas import prepare as pools
 
     return pools.import_data(cfg)
 

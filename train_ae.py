@@ -145,7 +145,7 @@ Config = AeConfig
 if __name__ == "__main__":  # before torch is imported, so that --help and typos answer at once
     cfg = from_cli(CONFIGS, __doc__, by="loop", overrides=GUIDE)
     if cfg and cfg.multirun:  # each job is a process of its own; this one needs no torch
-        from data_utils.sweep import sweep
+        from data_utils.events.sweep import sweep
 
         launch(sweep, cfg)
 
@@ -153,12 +153,12 @@ if __name__ == "__main__":  # before torch is imported, so that --help and typos
 import torch
 
 from data_utils import checkpoint
-from data_utils.events import epoch_order, load_events, take, test_table, turned
+from data_utils.events.dataset import epoch_order, load_events, take, test_table, turned
 from data_utils.hardware import Hardware
 from data_utils.metrics import add, means
 from data_utils.progress import Progress, say
-from data_utils.reconstruct import keep_rates, latent_statistics, reconstructed, start_codes
-from data_utils.recorder import Recorder, run_folder, take_up
+from data_utils.events.reconstruct import keep_rates, latent_statistics, reconstructed, start_codes
+from data_utils.events.run_folder import Recorder, run_folder, take_up
 from data_utils.stop import Stop
 from models.autoencoder import AutoEncoder, Regressor, denominators, loss_sums, regression_sums
 from models.codebook import decay_for, revive_for, usage_and_perplexity

@@ -35,7 +35,7 @@ from data_utils.config import (
     from_cli,
     launch,
 )
-from data_utils.nested import flatten
+from data_utils.reasoning.nested_config import flatten
 
 
 @dataclass
@@ -158,16 +158,16 @@ import numpy as np
 import torch
 
 from data_utils import checkpoint
-from data_utils.answers import summarize
+from data_utils.reasoning.answers import summarize
 from data_utils.hardware import Hardware
 from data_utils.metrics import append_row, draw_losses, start_rows
 from data_utils.progress import Progress, peak_mb, say
-from data_utils.questions import open_questions, random_batch
+from data_utils.reasoning.questions import open_questions, random_batch
 from data_utils.stop import Stop
-from models.adamw8bit import AdamW8bit
-from models.average import Average
+from models.optim.adamw8bit import AdamW8bit
+from models.optim.ema import Average
 from models.hrm import HRM
-from models.muon import Muon
+from models.optim.muon import Muon
 
 BAD_STEPS = 10  # non-finite steps in a row that end a run
 # what a resumed run may change and still do bit for bit the same

@@ -102,12 +102,12 @@ import numpy as np
 import torch
 
 from data_utils import checkpoint
-from data_utils.experts import load_expert, load_store, save_store
+from data_utils.text.experts import load_expert, load_store, save_store
 from data_utils.hardware import Hardware
 from data_utils.metrics import append_row, averages, draw_losses, start_rows
 from data_utils.progress import Progress, peak_mb, say
 from data_utils.stop import Stop
-from data_utils.text import DomainText
+from data_utils.text.windows import DomainText
 from data_utils.tokenizer import load_tokenizer
 from models.router import FAMILIES, NanoThink
 from models.vector_store import VectorStore

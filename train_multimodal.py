@@ -145,7 +145,7 @@ MAY_BE_0 = "seed warmup_steps grad_monitor_every dqn_warmstart_steps".split()  #
 def begin(cfg):
     """Refuse flags that can't be, lock the run's folder, start the builder: all that needs no torch."""
     from data_utils.progress import check_log
-    from data_utils.shards import begin_pages
+    from data_utils.pages.shards import begin_pages
 
     for f in (f for f in fields(cfg) if type(f.default) in (int, float)):
         at_least(cfg, int(type(f.default) is int and f.default > 0 and f.name not in MAY_BE_0), f.name)
@@ -177,15 +177,15 @@ import torch
 
 from data_utils import checkpoint
 from data_utils.hardware import Hardware
-from data_utils.judge import report
+from data_utils.pages.evaluate import report
 from data_utils.metrics import append_row, draw_losses, start_rows, to_wandb
 from data_utils.progress import Log, Progress, peak_mb
-from data_utils.shards import Stopped, build_pages, open_pages
-from data_utils.slots import Slots, load_slots, start_codes
+from data_utils.pages.shards import Stopped, build_pages, open_pages
+from data_utils.pages.rolling_batch import Slots, load_slots, start_codes
 from data_utils.stop import Stop
-from models.adam_atan2 import AdamAtan2, SignRows, moved
-from models.average import Average
-from models.gradients import Monitor, warnings
+from models.optim.adam_atan2 import AdamAtan2, SignRows, moved
+from models.optim.ema import Average
+from models.optim.gradient_monitor import Monitor, warnings
 from models.halting import HaltingAgent
 from models.multimodal import LATE, TABLES, Multimodal, adapted
 

@@ -23,7 +23,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Literal
 
-from data_utils.bundles import load_flags
+from data_utils.formulas.bundles import load_flags
 from data_utils.config import (
     DataError,
     UsageError,
@@ -35,8 +35,8 @@ from data_utils.config import (
     launch,
     save_config,
 )
-from data_utils.skeletons import PoolConfig
-from data_utils.sr_data import DataConfig
+from data_utils.formulas.skeletons import PoolConfig
+from data_utils.formulas.dataset import DataConfig
 
 Norm = Literal["rms", "rms_set", "layer", "none"]
 
@@ -133,16 +133,16 @@ if __name__ == "__main__":  # before torch is imported, so that --help and typos
 import torch
 
 from data_utils import checkpoint
-from data_utils.bundles import open_formulas
-from data_utils.folders import find_folder, prune, save_folder, step_of, sweep
+from data_utils.formulas.bundles import open_formulas
+from data_utils.formulas.checkpoint_folders import find_folder, prune, save_folder, step_of, sweep
 from data_utils.hardware import Hardware
 from data_utils.metrics import append_row, draw_losses, start_rows, to_wandb
 from data_utils.progress import Progress, peak_mb, say
-from data_utils.search import solve_problems
+from data_utils.formulas.search import solve_problems
 from data_utils.stop import Stop
-from models.adamw8bit import AdamW8bit
+from models.optim.adamw8bit import AdamW8bit
 from models.formula_model import ARGUMENTS, FlashANSRModel
-from models.muon import Muon
+from models.optim.muon import Muon
 
 BAD_STEPS = 10  # non-finite steps in a row that end a run
 SAVED = "state_dict optimizer lr_scheduler scaler".split()

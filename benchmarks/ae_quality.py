@@ -28,10 +28,10 @@ import train_ae
 from benchmarks.ae_peers import PACKAGES, STEPS, Quantizer
 from benchmarks.report import command_line, measure
 from data_utils.checkpoint import load_checkpoint
-from data_utils.event_runs import load_run
-from data_utils.events import load_events, take, to_rows
-from data_utils.kinematics import kinematics, w_share
-from data_utils.reconstruct import decoded
+from data_utils.events.generate import load_run
+from data_utils.events.dataset import load_events, take, to_rows
+from data_utils.events.kinematics import kinematics, w_share
+from data_utils.events.reconstruct import decoded
 from models.autoencoder import build_encoder
 from models.codebook import Codebook, lloyd, nearest, usage_and_perplexity
 from models.diffusion import denoised

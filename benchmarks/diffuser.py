@@ -28,7 +28,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from benchmarks.report import write_readme
-from data_utils.text import DomainText
+from data_utils.text.windows import DomainText
 from data_utils.tokenizer import load_tokenizer
 from models.diffuser import Diffuser
 from models.transformer import Transformer

@@ -23,7 +23,7 @@ from benchmarks.fault_lab import (
 )
 from data_utils.config import DataError
 from data_utils.documents import MALFORMED
-from data_utils.pool_files import COLUMNS, read_formulas
+from data_utils.formulas.pools import COLUMNS, read_formulas
 
 
 # --- disk -------------------------------------------------------------------------------------

@@ -51,7 +51,7 @@ from benchmarks.fault_lab import (
     words_of,
 )
 from data_utils.checkpoint import CheckpointError, load_checkpoint, named, read
-from data_utils.folders import load_folder
+from data_utils.formulas.checkpoint_folders import load_folder
 
 CODES = (  # pickles in which a call of a function is written out; {} is the file that it would make
     b"cos\nsystem\n(S'touch {}'\ntR.",
@@ -123,9 +123,9 @@ def doubled(lab, name):
 
 
 SLOW = dict(  # where SIGTERM comes: in an evaluation, in tokenizing, while it waits for data
-    expert=["data_utils.text.DomainText.batch:val", "data_utils.tokenizer.ByteTokenizer.encode_batch"],
-    hrm=["data_utils.pairs.Pairs.batch:val"],
-    multimodal=["models.multimodal.Multimodal.trace", "data_utils.shards.Shards.ready"],
+    expert=["data_utils.text.windows.DomainText.batch:val", "data_utils.tokenizer.ByteTokenizer.encode_batch"],
+    hrm=["data_utils.reasoning.dataset.Pairs.batch:val"],
+    multimodal=["models.multimodal.Multimodal.trace", "data_utils.pages.shards.Shards.ready"],
 )
 
 

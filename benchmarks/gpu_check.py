@@ -73,7 +73,7 @@ import torch
 
 from benchmarks.report import HERE
 from data_utils.checkpoint import write_atomic
-from data_utils.facts import read_scalars
+from data_utils.events.facts import read_scalars
 from data_utils.metrics import read_rows
 
 FEW, MORE = 3, 5  # steps of the runs that are compared, and of those that go on

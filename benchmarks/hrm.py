@@ -31,12 +31,12 @@ import torch.nn.functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.report import command_line, figure, measure, seconds, timed
-from data_utils.answers import load_reasoner, pick_threshold, stops
+from data_utils.reasoning.answers import load_reasoner, pick_threshold, stops
 from data_utils.config import DataError, from_cli
-from data_utils.pairs import open_pairs
-from data_utils.puzzles import make, peers
-from data_utils.questions import BUILT_IN
-from models.adamw8bit import AdamW8bit
+from data_utils.reasoning.dataset import open_pairs
+from data_utils.reasoning.sudoku import make, peers
+from data_utils.reasoning.questions import BUILT_IN
+from models.optim.adamw8bit import AdamW8bit
 from models.hrm import HRM
 from train_hrm import variant
 

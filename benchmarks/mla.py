@@ -20,8 +20,8 @@ import numpy as np
 import torch
 
 from benchmarks.report import load, save, write_readme
-from data_utils.experts import load_expert
-from data_utils.text import DomainText
+from data_utils.text.experts import load_expert
+from data_utils.text.windows import DomainText
 from data_utils.tokenizer import load_tokenizer
 from models.router import FAMILIES, NanoThink
 from models.vector_store import VectorStore

@@ -6,7 +6,7 @@
 
 The plain way (`--plain`): a whitespace BPE, one process, `json.dump` of a row with the same ids on all sides, reading
 by json.loads of every line. Memory is the high-water mark of a command's largest process, polled. Text comes out of
-installed packages (data_utils/corpus.py), again and again until there are --mb of it. Needs pyarrow.
+installed packages (data_utils/text/corpus.py), again and again until there are --mb of it. Needs pyarrow.
 """
 
 import itertools
@@ -67,9 +67,9 @@ if __name__ == "__main__" and "--plain" in sys.argv:  # a child process that is 
     sys.exit()
 
 from benchmarks.report import command_line, figure, measure
-from data_utils import corpus
-from data_utils.pairs import open_pairs, open_splits
-from data_utils.prepared import read_row
+from data_utils.text import corpus
+from data_utils.reasoning.dataset import open_pairs, open_splits
+from data_utils.reasoning.folder import read_row
 from data_utils.tokenizer import load_tokenizer
 
 HERE = Path(__file__).resolve().parent

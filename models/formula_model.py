@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from data_utils.checkpoint import read, write_atomic
 from data_utils.config import DataError, UsageError
-from data_utils.expressions import Alphabet
+from data_utils.formulas.expressions import Alphabet
 from models.set_transformer import BITS, FFN, Attention, Norm, SetTransformer, bits
 from models.transformer import Attention as SelfAttention
 from models.transformer import Rotary

@@ -11,7 +11,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from models.adam_atan2 import gather_rows, moved
+from models.optim.adam_atan2 import gather_rows, moved
 
 HALT, CONTINUE = 0, 1  # columns of what QNet returns, and the actions
 RIGHT, WRONG = 1.0, -0.5  # reward of halting with everything right, and otherwise

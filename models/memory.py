@@ -11,7 +11,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from models.adam_atan2 import gather_rows, moved
+from models.optim.adam_atan2 import gather_rows, moved
 
 TEMPERATURE = 0.1  # of the cosines, at the start
 GATE = -2.0  # added to the logit of the gate, which is nearly closed at the start

@@ -38,7 +38,7 @@ def render(it):
     """Text as a page, its picture, and the text again."""
     import torch
 
-    from data_utils.render import layout, to_images, to_patches, to_text
+    from data_utils.pages.render import layout, to_images, to_patches, to_text
 
     text = "def add(a, b):\n    return a + b"
     page = layout(text, 2, 24)
@@ -53,7 +53,7 @@ def samples(it):
     """Two samples of each task of the smallest configuration."""
     from data_utils.config import from_cli
     from data_utils.overrides import PICTURES
-    from data_utils.shard_builder import opener
+    from data_utils.pages.shard_builder import opener
     from train_multimodal import MultimodalConfig
 
     flags = ["--arch=smoke", "--text_source=stories"]
@@ -68,8 +68,8 @@ def steps(it):
     import numpy as np
     import torch
 
-    from data_utils.slots import batch_of
-    from models.adam_atan2 import AdamAtan2
+    from data_utils.pages.rolling_batch import batch_of
+    from models.optim.adam_atan2 import AdamAtan2
     from models.multimodal import Multimodal
 
     torch.manual_seed(0)
@@ -111,7 +111,7 @@ def load(it):
     """The same weights in a new model, as generate.py makes it."""
     import torch
 
-    from data_utils.answer_pages import load_model
+    from data_utils.pages.generate import load_model
 
     model, _ = load_model(it.folder)
     for name, value in model.state_dict().items():

@@ -11,13 +11,13 @@ from conftest import ROOT, finish, launch
 
 from data_utils.checkpoint import load_parts, to_plain
 from data_utils.config import UsageError
-from models.adam_atan2 import AdamAtan2, SignRows, advance, advance_compiled
+from models.optim.adam_atan2 import AdamAtan2, SignRows, advance, advance_compiled
 
 SETTINGS = dict(lr=1e-2, betas=(0.9, 0.95))
 RANKS = """
 import os, sys
 import torch, torch.distributed as dist, torch.nn as nn
-from models.adam_atan2 import AdamAtan2, SignRows
+from models.optim.adam_atan2 import AdamAtan2, SignRows
 rank, folder = int(sys.argv[1]), sys.argv[2]
 dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
 torch.manual_seed(0)
@@ -72,7 +72,7 @@ def reference(params, gradients, decays, lr, betas):
 
 
 def test_equals_the_formula_in_pieces(monkeypatch):
-    monkeypatch.setattr("models.adam_atan2.PIECE", dict(cpu=100))
+    monkeypatch.setattr("models.optim.adam_atan2.PIECE", dict(cpu=100))
     torch.manual_seed(0)
     params = [nn.Parameter(0.1 * torch.randn(shape)) for shape in ((7, 9), (130,), (), (4, 4))]
     gradients = [[torch.randn(p.shape) * 10.0 ** (2 - t) for p in params] for t in range(5)]
@@ -245,7 +245,7 @@ def test_two_ranks_equal_one(tmp_path):
 def test_nothing_that_only_compiling_needs_is_imported():
     code = """
 import sys, torch
-from models.adam_atan2 import AdamAtan2, SignRows
+from models.optim.adam_atan2 import AdamAtan2, SignRows
 p, table = torch.nn.Linear(2, 2).weight, torch.nn.Embedding(2, 2, sparse=True).weight
 for optimizer in (AdamAtan2([p], lr=1e-2, betas=(0.9, 0.95)), SignRows([table], lr=1e-2)):
     p.square().sum().backward()

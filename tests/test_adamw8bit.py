@@ -5,7 +5,7 @@ import io
 import pytest
 import torch
 
-from models.adamw8bit import BLOCK, SMALLEST, AdamW8bit, dequantize, quantize
+from models.optim.adamw8bit import BLOCK, SMALLEST, AdamW8bit, dequantize, quantize
 
 SETTINGS = dict(lr=1e-2, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
 

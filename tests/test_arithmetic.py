@@ -2,7 +2,7 @@
 
 import pytest
 
-from data_utils.arithmetic import build_synthetic_dataset
+from data_utils.reasoning.arithmetic import build_synthetic_dataset
 from data_utils.config import UsageError
 
 

@@ -21,7 +21,7 @@ def test_all_is_there(capsys):
 
 
 def test_what_fails_is_named(capsys, monkeypatch):
-    monkeypatch.setattr("data_utils.render.to_text", lambda page: "else")
+    monkeypatch.setattr("data_utils.pages.render.to_text", lambda page: "else")
     assert script().main() == 1
     out, err = capsys.readouterr()
     assert [line[:5] for line in out.splitlines()] == ["ok   ", "ok   ", "FAIL "] and "came back as 'else'" in out

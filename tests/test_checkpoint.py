@@ -22,7 +22,7 @@ from data_utils import checkpoint, metrics, progress
 from data_utils.checkpoint import CheckpointError
 from data_utils.config import DataError, UsageError
 from data_utils.stop import Stop
-from models.average import Average
+from models.optim.ema import Average
 
 ROOT = Path(__file__).parents[1]
 Pair = namedtuple("Pair", "a b")

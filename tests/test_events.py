@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 import prepare_data
-from data_utils import decay_chain as toy
-from data_utils import events
+from data_utils.events import decay_chain as toy
+from data_utils.events import dataset as events
 from data_utils.config import DataError, UsageError
 
 SAMPLE = Path(__file__).parents[2] / "shared/data/events/pythia_events.npz"

@@ -9,7 +9,7 @@ import torch
 from conftest import ROOT, SIZES, TINY, finish, start, start_cold
 
 from data_utils.checkpoint import load_checkpoint
-from data_utils.text import DomainText
+from data_utils.text.windows import DomainText
 from data_utils.tokenizer import load_tokenizer
 from train_expert import CONFIGS, decays
 
@@ -74,7 +74,7 @@ def test_accumulation_equals_the_large_batch_and_a_leftover_group_steps(toy, tmp
 
 
 def test_decay_is_for_matrices_only(experts):
-    from data_utils.experts import load_expert
+    from data_utils.text.experts import load_expert
 
     for expert in SIZES:
         model, _ = load_expert(experts / f"{expert}_expert.pt", expert)

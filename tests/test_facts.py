@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from data_utils import facts
+from data_utils.events import facts
 from data_utils.config import DataError
 
 CFG = SimpleNamespace(seed=42, loop="ae", sweep_job=3)

@@ -9,7 +9,7 @@ import torch
 import yaml
 
 from data_utils.config import DataError, UsageError
-from data_utils.expressions import OPERATORS, SPECIAL, Alphabet, structure
+from data_utils.formulas.expressions import OPERATORS, SPECIAL, Alphabet, structure
 from models.formula_model import FlashANSRModel
 from models.set_transformer import NORMS
 

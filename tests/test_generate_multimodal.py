@@ -14,14 +14,14 @@ from conftest import ROOT
 import generate
 import plot
 import train_multimodal
-from data_utils import answer_pages, arc
-from data_utils.answer_pages import Question, load_model, read_page, think, to_batch, verdict, where_capsules_look
+from data_utils.pages import generate as answer_pages, arc
+from data_utils.pages.generate import Question, load_model, read_page, think, to_batch, verdict, where_capsules_look
 from data_utils.checkpoint import load_checkpoint, named, save_checkpoint
 from data_utils.config import UsageError, from_cli
 from data_utils.overrides import PICTURES
-from data_utils.puzzles import sudoku
-from data_utils.render import END, HOLE, PADDING, to_symbols, to_text
-from data_utils.tasks import DIGIT, Task
+from data_utils.reasoning.sudoku import sudoku
+from data_utils.pages.render import END, HOLE, PADDING, to_symbols, to_text
+from data_utils.pages.tasks import DIGIT, Task
 from models.multimodal import Multimodal
 
 SUDOKU = "1.3.\n..1.\n.1..\n..21\n"

@@ -4,8 +4,8 @@ import pytest
 import torch
 import torch.nn as nn
 
-from models.adam_atan2 import AdamAtan2
-from models.gradients import Monitor, warnings
+from models.optim.adam_atan2 import AdamAtan2
+from models.optim.gradient_monitor import Monitor, warnings
 
 
 class Toy(nn.Module):

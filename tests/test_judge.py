@@ -9,11 +9,11 @@ import pytest
 import torch
 from test_multimodal import KNOWN, PLAIN, batch, build, one_thread  # noqa: F401
 
-from data_utils import judge as module
-from data_utils.judge import auc, examine, judge, report, traces
-from data_utils.render import PADDING
-from data_utils.scores import score
-from models.average import Average
+from data_utils.pages import evaluate as module
+from data_utils.pages.evaluate import auc, examine, judge, report, traces
+from data_utils.pages.render import PADDING
+from data_utils.pages.scores import score
+from models.optim.ema import Average
 from models.planning import select
 
 HARDWARE = SimpleNamespace(rank=0, world=1, device=torch.device("cpu"), autocast=nullcontext(), gather=lambda x: [x])

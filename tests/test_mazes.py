@@ -4,9 +4,9 @@ import random
 
 import numpy as np
 
-from data_utils import mazes
-from data_utils.mazes import GOAL, OPEN, START, WALL, WAY
-from data_utils.render import layout, to_symbols, to_text
+from data_utils.pages import mazes
+from data_utils.pages.mazes import GOAL, OPEN, START, WALL, WAY
+from data_utils.pages.render import layout, to_symbols, to_text
 
 TIES = """
 #######

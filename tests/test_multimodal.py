@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 import torch
 
-from data_utils.render import COLOUR, HOLE, PADDING, SYMBOLS
-from data_utils.slots import batch_of
-from data_utils.tasks import Task, open_tasks
+from data_utils.pages.render import COLOUR, HOLE, PADDING, SYMBOLS
+from data_utils.pages.rolling_batch import batch_of
+from data_utils.pages.tasks import Task, open_tasks
 from models import halting
-from models.adam_atan2 import AdamAtan2
+from models.optim.adam_atan2 import AdamAtan2
 from models.halting import CONTINUE, HaltingAgent
 from models.multimodal import LATE, Multimodal, Places, Quantizer, log_stablemax
 from models.planning import all_paths, pick

@@ -4,7 +4,7 @@ import copy
 
 import torch
 
-from models.muon import Muon, orthogonalize
+from models.optim.muon import Muon, orthogonalize
 
 
 def stepped(optimizer, params, steps, seed=0):

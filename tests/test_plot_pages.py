@@ -9,7 +9,7 @@ from matplotlib.colors import to_rgb
 
 import plot
 from data_utils.config import DataError
-from data_utils.render import END, HOLE, OUTSIDE, PADDING, layout, to_symbols
+from data_utils.pages.render import END, HOLE, OUTSIDE, PADDING, layout, to_symbols
 
 pytestmark = pytest.mark.filterwarnings("error")
 SCORES = {"sudoku4/exact": 0.9, "sudoku4/cells": 0.97, "read/characters": 0.8, "read/page": 0.1}

@@ -15,10 +15,10 @@ import pytest
 from conftest import finish, start
 
 import prepare_data
-from data_utils import prepare, qa, sources
+from data_utils.reasoning import prepare, normalize_qa as qa, sources
 from data_utils.config import DataError, UsageError
-from data_utils.pairs import open_pairs, open_splits
-from data_utils.prepared import read_row
+from data_utils.reasoning.dataset import open_pairs, open_splits
+from data_utils.reasoning.folder import read_row
 from data_utils.tokenizer import load_tokenizer
 
 GSM8K = Path(__file__).parents[2] / "shared" / "data" / "gsm8k" / "train.jsonl"

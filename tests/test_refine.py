@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from data_utils.config import UsageError
-from data_utils.expressions import OPERATORS, Alphabet, evaluate, from_text
-from data_utils.refine import fit, refine, tidy, wrap
+from data_utils.formulas.expressions import OPERATORS, Alphabet, evaluate, from_text
+from data_utils.formulas.fit import fit, refine, tidy, wrap
 
 ALPHABET = Alphabet(OPERATORS, ["x1", "x2"])
 FORMULAS = {  # starts near these constants find them

@@ -8,8 +8,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from data_utils import render
-from data_utils.render import CELL_HEIGHT, CELL_WIDTH, COLOUR, END, HOLE, NEWLINE, OUTSIDE, PADDING, SYMBOLS
+from data_utils.pages import render
+from data_utils.pages.render import CELL_HEIGHT, CELL_WIDTH, COLOUR, END, HOLE, NEWLINE, OUTSIDE, PADDING, SYMBOLS
 
 ASCII = "".join(map(chr, range(32, 127))) + "\n"
 BLANK = {0, render.BEGIN, 110, PADDING}

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from conftest import MLA, finish, start, start_cold, train_flags
 
-from data_utils.experts import load_expert, load_store, save_store
-from data_utils.text import DomainText
+from data_utils.text.experts import load_expert, load_store, save_store
+from data_utils.text.windows import DomainText
 from data_utils.tokenizer import load_tokenizer
 from models.router import FAMILIES, NanoThink, static_mixture
 from models.vector_store import VectorStore

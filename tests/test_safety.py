@@ -20,7 +20,7 @@ import torch
 
 from data_utils.checkpoint import CheckpointError, find, first_good, load_checkpoint
 from data_utils.config import DataError, UsageError, from_cli
-from data_utils.experts import load_expert
+from data_utils.text.experts import load_expert
 from data_utils.tokenizer import load_tokenizer
 from train_expert import CONFIGS
 

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-from data_utils import scores, tasks, texts
-from data_utils.mazes import GOAL, OPEN, START, WALL, WAY
-from data_utils.render import END, HOLE, PADDING, layout, to_symbols
+from data_utils.pages import scores, tasks, passages as texts
+from data_utils.pages.mazes import GOAL, OPEN, START, WALL, WAY
+from data_utils.pages.render import END, HOLE, PADDING, layout, to_symbols
 
 SMALL = dict(page_rows=2, page_cols=24, text_source="stories", stories="", code_dir="", arc_set="agi1", arc_side=10)
 

@@ -5,9 +5,9 @@ import itertools
 import numpy as np
 import pytest
 
-from data_utils.expressions import to_text
-from data_utils.pool_files import save_pool
-from data_utils.search import (
+from data_utils.formulas.expressions import to_text
+from data_utils.formulas.pools import save_pool
+from data_utils.formulas.search import (
     Candidate,
     Prior,
     bits,
@@ -19,9 +19,9 @@ from data_utils.search import (
     put_back,
     subtree_end,
 )
-from data_utils.skeletons import PoolConfig, check_pool, draw_pool
-from data_utils.suites import attainable, problems
-from data_utils.sums import Library, choose, plain_pairs
+from data_utils.formulas.skeletons import PoolConfig, check_pool, draw_pool
+from data_utils.formulas.problems import attainable, problems
+from data_utils.formulas.sums import Library, choose, plain_pairs
 
 POOL = PoolConfig(variables=("x1", "x2"), max_operators=4)
 ALPHABET = check_pool(POOL)

@@ -18,7 +18,7 @@ import pytest
 from conftest import ROOT
 
 import prepare_data
-from data_utils import shard_builder, shard_files, shards
+from data_utils.pages import shard_builder, shard_files, shards
 from data_utils.checkpoint import lock_run
 from data_utils.config import DataError, UsageError, from_cli
 
@@ -148,7 +148,7 @@ KILLS = """
 import os, random, signal, sys, time
 from pathlib import Path
 import torch
-from data_utils import shard_builder, shard_files
+from data_utils.pages import shard_builder, shard_files
 import test_shards as t
 
 shard_files.SHARD = 2
@@ -429,7 +429,7 @@ def test_waiting_ends(tmp_path, data, monkeypatch):
 PARENT = """
 import sys, time
 from types import SimpleNamespace
-from data_utils.shards import start_builder
+from data_utils.pages.shards import start_builder
 start_builder(sys.argv[1], SimpleNamespace(**flags))
 assert "torch" not in sys.modules
 print("started", flush=True)

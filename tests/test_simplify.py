@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from data_utils.expressions import OPERATORS, Alphabet, evaluate, from_text
-from data_utils.simplify import NotReal, simplify
+from data_utils.formulas.expressions import OPERATORS, Alphabet, evaluate, from_text
+from data_utils.formulas.simplify import NotReal, simplify
 
 ALPHABET = Alphabet(OPERATORS, ["x1", "x2", "x3"])
 LEAVES = ["x1", "x2", "x3", "<constant>", "<constant>", "0", "1", "(-1)", "np.pi", "np.e"]
@@ -266,7 +266,7 @@ def test_only_the_operators_that_may_be_written(trees):
 
 
 def test_bounded_memory():
-    from data_utils import simplify as module
+    from data_utils.formulas import simplify as module
 
     rng = np.random.default_rng(4)
     for _ in range(3):
@@ -277,7 +277,7 @@ def test_bounded_memory():
 
 def test_what_came_before_changes_nothing():
     """Nodes are shared between formulas: one that is equal as a key but of another type must not take a place."""
-    from data_utils import simplify as module
+    from data_utils.formulas import simplify as module
 
     later = [["*", "x1", "pow1_2", "x1"], ["pow", "x1", "*", "x1", "pow1_2", "x1"], ["pow3", "pow1_2", "x1"]]
 

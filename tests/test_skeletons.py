@@ -14,12 +14,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from data_utils import holdout, pool_files, pools, skeletons
+from data_utils.formulas import holdout, pools as pool_files, prepare as pools, skeletons
 from data_utils.config import DataError, UsageError, build, load_config, save_config
-from data_utils.distributions import parse
-from data_utils.expressions import OPERATORS, Alphabet
-from data_utils.simplify import simplify
-from data_utils.skeletons import PoolConfig, check_pool, make_chunk, sample_arities, sample_trees
+from data_utils.formulas.distributions import parse
+from data_utils.formulas.expressions import OPERATORS, Alphabet
+from data_utils.formulas.simplify import simplify
+from data_utils.formulas.skeletons import PoolConfig, check_pool, make_chunk, sample_arities, sample_trees
 
 ROOT = Path(skeletons.__file__).parent.parent
 NEAR_MISSES = """cos x1|+ x1 pow4 x1|+ pow2 x1 pow4 x1|+ x1 exp x1|+ sin x1 cos x1|* sin x1 cos pow2 x1|tan + x1 x2

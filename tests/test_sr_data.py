@@ -14,11 +14,11 @@ import numpy as np
 import pytest
 import torch
 
-from data_utils import holdout, skeletons, sr_data
+from data_utils.formulas import holdout, skeletons, dataset as sr_data
 from data_utils.config import DataError, UsageError
-from data_utils.expressions import OPERATORS, SPECIAL, Alphabet
-from data_utils.skeletons import PoolConfig, check_pool
-from data_utils.sr_data import DataConfig, FlashANSRDataset
+from data_utils.formulas.expressions import OPERATORS, SPECIAL, Alphabet
+from data_utils.formulas.skeletons import PoolConfig, check_pool
+from data_utils.formulas.dataset import DataConfig, FlashANSRDataset
 
 ROOT = Path(sr_data.__file__).parent.parent
 NEVER = dict(operators=("log",), operator_weights="", constant_probability=0.0, max_operators=1,
@@ -129,7 +129,7 @@ def test_workers_make_the_same_stream():
 
 def test_a_new_process_makes_the_same_batch():
     code = (
-        "import hashlib; from data_utils.sr_data import *; from data_utils.skeletons import *;"
+        "import hashlib; from data_utils.formulas.dataset import *; from data_utils.formulas.skeletons import *;"
         "p = PoolConfig(max_operators=5, holdout_pools=(), n_support_prior='log_int(8,40)');"
         "b = FlashANSRDataset(check_pool(p), p, DataConfig(), seed=0, split='train', batch_size=4).arrays(7);"
         "print(hashlib.sha256(b''.join(b[k].tobytes() for k in sorted(b))).hexdigest())"
@@ -141,8 +141,8 @@ def test_a_new_process_makes_the_same_batch():
 
 SCRIPT = """
 import sys, time
-from data_utils.skeletons import PoolConfig, check_pool
-from data_utils.sr_data import DataConfig, FlashANSRDataset
+from data_utils.formulas.skeletons import PoolConfig, check_pool
+from data_utils.formulas.dataset import DataConfig, FlashANSRDataset
 if __name__ == "__main__":
     p = PoolConfig(max_operators=3, holdout_pools=())
     d = FlashANSRDataset(check_pool(p), p, DataConfig(), seed=0, split="train", batch_size=2, num_workers=2)

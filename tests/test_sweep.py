@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 from data_utils.config import from_cli, launch
-from data_utils.facts import append_jsonl_event, build_event_payload
+from data_utils.events.facts import append_jsonl_event, build_event_payload
 from data_utils.overrides import Overrides
 from data_utils.stop import Stop
 
@@ -39,7 +39,7 @@ class Config:
 table = Overrides(prefixes=("phase1.",), aliases={}, ignored=(), folder=".", bundles=dict(env="env"), snapshot="none")
 cfg = from_cli(dict(toy=Config), "", by="loop", overrides=table)
 if cfg.multirun:
-    from data_utils.sweep import sweep
+    from data_utils.events.sweep import sweep
     atexit.register(lambda: print("torch:", "torch" in sys.modules))
     launch(sweep, cfg)
 

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 from conftest import ROOT
 
-from data_utils import puzzles, tasks
+from data_utils.reasoning import sudoku as puzzles
+from data_utils.pages import tasks
 from data_utils.config import DataError, UsageError
-from data_utils.render import HOLE, to_text
+from data_utils.pages.render import HOLE, to_text
 
 SMALL = dict(page_rows=2, page_cols=24, text_source="both", stories="", code_dir="", arc_set="agi1", arc_side=10)
 
@@ -128,7 +129,7 @@ def test_processes_that_make_samples_start_without_torch():
     code = """
 import sys
 from functools import partial
-from data_utils import shard_builder, tasks
+from data_utils.pages import shard_builder, tasks
 call = tasks.open_tasks, (("read", "continue", "fill", "sudoku4", "maze"),), tuple(FLAGS.items())
 for task in call[1][0]:
     shard_builder._make(call, 0, ("train", task, 0, 2))

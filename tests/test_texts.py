@@ -9,9 +9,9 @@ import sys
 import numpy as np
 import pytest
 
-from data_utils import tasks, texts
+from data_utils.pages import tasks, passages as texts
 from data_utils.config import DataError, UsageError
-from data_utils.render import END, HOLE, PADDING, to_symbols, to_text
+from data_utils.pages.render import END, HOLE, PADDING, to_symbols, to_text
 
 SMALL = dict(page_rows=2, page_cols=24, text_source="stories", stories="", code_dir="", arc_set="agi1", arc_side=10)
 CODE = '''"""Counts words; "count" is in a string."""

@@ -13,10 +13,13 @@ from test_prepare import config, content, language, put, texts
 
 import plot
 import prepare_data
-from data_utils import checkpoint, corpus, folders, formula, pools, prepare, prepared, qa
-from data_utils import shard_builder as builder
+from data_utils import checkpoint
+from data_utils.text import corpus
+from data_utils.formulas import checkpoint_folders as folders, generate as formula, prepare as pools
+from data_utils.reasoning import prepare, folder as prepared, normalize_qa as qa
+from data_utils.pages import shard_builder as builder
 from data_utils.config import DataError, UsageError
-from data_utils.events import read_events
+from data_utils.events.dataset import read_events
 
 
 def refused(call, *words):

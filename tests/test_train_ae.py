@@ -22,8 +22,8 @@ from test_resume import assert_same
 import train_ae
 from data_utils.checkpoint import load_checkpoint
 from data_utils.config import DataError, UsageError, from_cli, launch
-from data_utils.decay_chain import decay_chain
-from data_utils.events import write_events
+from data_utils.events.decay_chain import decay_chain
+from data_utils.events.dataset import write_events
 from data_utils.overrides import GUIDE, Jobs
 from train_ae import AeConfig, DiffusionAeConfig, TestMlpConfig, main
 

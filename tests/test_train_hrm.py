@@ -13,7 +13,7 @@ from test_resume import assert_same
 
 from data_utils.checkpoint import load_checkpoint
 from data_utils.config import from_cli, launch
-from data_utils.nested import flatten
+from data_utils.reasoning.nested_config import flatten
 from train_hrm import HrmConfig, SudokuConfig, SyntheticConfig, main, variant
 
 VOLATILE = {"seconds", "tokens_per_s", "peak_mb"}  # of a row of metrics

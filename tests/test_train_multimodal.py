@@ -19,7 +19,8 @@ from conftest import ROOT, THREADS, finish, launch, start, start_two
 from test_resume import assert_same
 
 import train_multimodal
-from data_utils import arc, checkpoint, config, shards, slots
+from data_utils.pages import arc, shards, rolling_batch as slots
+from data_utils import checkpoint, config
 from data_utils.checkpoint import load_checkpoint, named
 from data_utils.config import from_cli
 from data_utils.overrides import PICTURES
@@ -54,8 +55,8 @@ OVERFLOW = """
 import json
 import torch
 from data_utils import hardware
-from models.adam_atan2 import AdamAtan2
-from models.average import Average
+from models.optim.adam_atan2 import AdamAtan2
+from models.optim.ema import Average
 
 begin, average_gradients, update = hardware.Hardware.__init__, AdamAtan2.average_gradients, Average.update
 calls, averaged, optimizers, scalers = [], [], [], []

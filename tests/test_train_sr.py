@@ -16,7 +16,7 @@ import torch
 from conftest import ROOT, finish, start, start_two
 from test_resume import assert_same
 
-from data_utils.bundles import load_flags
+from data_utils.formulas.bundles import load_flags
 from data_utils.checkpoint import read
 from data_utils.config import from_cli, launch
 from train_sr import SRConfig, main

@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from data_utils import sr_data
+from data_utils.formulas import dataset as sr_data
 from data_utils.config import DataError
 from data_utils.workers import in_order
 

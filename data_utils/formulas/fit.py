@@ -1,0 +1,246 @@
+"""Constants of many formulas fitted at once, in float64: all rows go through the same few array calls.
+
+N formulas, R rows (formulas x restarts), M points, D variables, C constants. FVU = MSE / Var(y), 0 is perfect.
+Levenberg (1944), Marquardt (1963); a + b g by variable projection (Golub and Pereyra 1973, Kaufman 1975).
+"""
+
+import math
+
+import numpy as np
+
+from data_utils.config import UsageError
+from data_utils.formulas.expressions import Program
+from data_utils.formulas.simplify import NotReal, simplify
+
+SOLVED = 1e-28  # FVU at which only rounding is left
+STALLED = 1e-4  # share of the FVU below which a gain counts as none: two of those end a row
+PROMISE = 1e-9  # the same of a gain that the linear model expects: one of those ends a row
+STUCK = 1e7  # damping at which a step no longer moves anything
+REDRAWN = 2  # times that a start without finite values is drawn again
+EXACT = 1e-14  # FVU up to which a tidied formula is right; below it digits decide, not formulas
+
+
+def fit(alphabet, tokens, X, y, restarts, rng, *, steps=50, method="lm", affine=False, start=None, free=None):
+    """Fit the constants of tokens (N, L) to X (M, D), y (M,) -> constants (N, C), fvu (N,), best of the restarts.
+
+    restarts: starts per formula: ones (or `start` (N, C or more)), then numbers of any size from the Generator `rng`.
+    affine: fit a + b g instead of g; the constants are then (N, 2 + C), a and b first, as `wrap` writes the formula.
+    free (N, C) bool: the constants that may move. fvu is inf where no start gave finite values everywhere.
+    Raises UsageError for an unknown method: "lm" or "bfgs".
+    """
+    if method not in METHODS:
+        raise UsageError(f"refiner {method!r}: expected {' or '.join(METHODS)}")
+    tokens, X, y = np.asarray(tokens), np.asarray(X, np.float64), np.asarray(y, np.float64)
+    counts = (tokens == alphabet.constant).sum(1)
+    used = np.arange(counts.max(initial=0)) < counts[:, None]
+    C, scale = used.shape[1], np.std(y) or 1.0
+    start = np.ones(used.shape) if start is None else np.asarray(start, np.float64)[:, :C]
+    free = used if free is None else used & free[:, :C]
+    owner = np.repeat(np.arange(len(tokens)), np.where(free.any(1), restarts, 1))
+    first = np.diff(owner, prepend=-1) > 0
+    fixed = first[:, None] | ~free[owner]
+    problem = _Problem(alphabet, tokens[owner], free[owner], X, y / scale, scale, affine)
+    constants = np.where(fixed, start[owner], _starts(rng, fixed.shape)) * used[owner]
+    for _ in range(REDRAWN):
+        lost = np.flatnonzero(~first & ~np.isfinite(problem.values(constants)).all(1))
+        constants[lost] = np.where(fixed[lost], constants[lost], _starts(rng, (len(lost), C)) * used[owner][lost])
+    constants, fvu = METHODS[method](problem, constants, steps)
+    order = np.lexsort((fvu, owner))
+    best = order[first]  # rows of a formula stand together, in the old order and in the new
+    constants, fvu = constants[best], fvu[best]
+    if affine:
+        g = _Problem(alphabet, tokens, free, X, y / scale, scale, affine).values(constants)
+        a, b, _, _ = _projected(g, y / scale)
+        constants = np.column_stack([a * scale, b * scale, constants])
+    return constants, fvu
+
+
+def refine(alphabet, tokens, X, y, rng, *, method="lm", affine=False, points=64, restarts=4, more=16, most=2048):
+    """`fit` in two rounds: all formulas for 10 steps on `points` points, then the best quarter with more of everything.
+
+    The second round starts from what the first found, has `more` restarts, and up to `most` points.
+    """
+    few, many = (rng.permutation(len(y))[:n] if len(y) > n else slice(None) for n in (points, most))
+    constants, fvu = fit(alphabet, tokens, X[few], y[few], restarts, rng, steps=10, method=method, affine=affine)
+    best = np.argsort(fvu, kind="stable")[: -(-len(fvu) // 4)]
+    width = 2 * affine + (tokens[best] == alphabet.constant).sum(1).max(initial=0)
+    start = constants[best, 2 * affine : width]
+    again = fit(alphabet, tokens[best], X[many], y[many], more, rng, method=method, affine=affine, start=start)
+    constants[best, :width], fvu[best] = again
+    return constants, fvu
+
+
+def wrap(prefix):
+    """Prefix tokens of g -> those of a + b g, whose constants come first."""
+    return ["+", "<constant>", "*", "<constant>", *prefix]
+
+
+def _starts(rng, shape):
+    """Half N(0, 5), half of random sign and magnitude 10^U(-0.5, 3)."""
+    wide = 10 ** rng.uniform(-0.5, 3, shape) * rng.choice([-1.0, 1.0], shape)
+    return np.where(rng.random(shape) < 0.5, rng.normal(0, 5, shape), wide)
+
+
+def _projected(g, y):
+    """The best a + b g for y (M,) in each row of g (R, M) -> a (R,), b (R,), g without its mean, sum of its squares."""
+    with np.errstate(all="ignore"):  # rows that are not finite stay so
+        centred = g - g.mean(1, keepdims=True)
+        power = (centred * centred).sum(1)
+        flat = ~(power > 1e-24 * (g * g).sum(1))
+        power = np.where(flat, 1.0, power)
+        b = np.where(flat, 0.0, centred @ y / power)
+        return y.mean() - b * g.mean(1), b, centred, power
+
+
+class _Problem:
+    """Residuals of rows, in units of the standard deviation of y, and their derivatives."""
+
+    def __init__(self, alphabet, tokens, free, X, y, scale, affine):
+        self.alphabet, self.tokens, self.free, self.X, self.y = alphabet, tokens, free, X, y
+        self.scale, self.affine = scale, affine
+        self.program = Program(alphabet, tokens, X)
+
+    def keep(self, rows):
+        return _Problem(self.alphabet, self.tokens[rows], self.free[rows], self.X, self.y, self.scale, self.affine)
+
+    def values(self, constants):
+        g = self.program(constants)
+        return g if self.affine else g / self.scale
+
+    def residuals(self, constants):
+        """constants (R, C) -> residuals (R, M), derivatives (R, C, M), FVU (R,), inf where anything isn't finite."""
+        with np.errstate(all="ignore"):
+            g, J = self.program.gradient(constants)
+            J = np.where(np.isfinite(J) & self.free[:, :, None], J, 0.0)
+            if self.affine:
+                a, b, centred, power = _projected(g, self.y)
+                whole = J
+                J = J - J.mean(2, keepdims=True)
+                J = J - (J @ centred[:, :, None]) / power[:, None, None] * centred[:, None, :]
+                noise = (J * J).sum(2) < 1e-20 * (whole * whole).sum(2)  # a and b do what this constant does
+                J = np.where(noise[:, :, None], 0.0, b[:, None, None] * J)
+                g = a[:, None] + b[:, None] * g
+            else:
+                g, J = g / self.scale, J / self.scale
+            r = g - self.y
+            fvu = (r * r).mean(1)
+        return r, J, np.where(np.isfinite(fvu), fvu, np.inf)
+
+
+def _levenberg(problem, constants, steps):
+    """(J'J + mu diag J'J) d = -J'r; mu / 3 after a success, 4 mu after a failure -> constants, fvu. First mu = 0."""
+    found, best = constants.copy(), np.full(len(constants), np.inf)
+    rows, c, eye = np.arange(len(constants)), constants, np.eye(constants.shape[1])
+    r, J, fvu = problem.residuals(c)
+    mu, slow = np.zeros(len(c)), np.zeros(len(c), int)
+    for _ in range(steps + 1):
+        done = ~(fvu > SOLVED) | (slow > 1) | (mu > STUCK) | ~np.isfinite(fvu) | ~problem.free.any(1)
+        found[rows], best[rows] = c, fvu
+        if done.all():
+            break
+        if 4 * done.sum() > len(done):
+            left = ~done
+            rows, c, r, J, fvu, mu, slow = (x[left] for x in (rows, c, r, J, fvu, mu, slow))
+            problem = problem.keep(left)
+        with np.errstate(all="ignore"):
+            size = np.sqrt((J * J).sum(2))
+            size = np.where(size > 0, size, 1.0)  # where it is inf the constant rests
+            unit = J / size[:, :, None]
+            square = unit @ unit.transpose(0, 2, 1) + (mu[:, None, None] + 1e-14) * eye
+            empty = ~(np.einsum("rkk->rk", square) > 0.5)
+            square += empty[:, :, None] * eye
+            slope = (unit @ r[:, :, None])[:, :, 0]
+            step = np.nan_to_num(np.linalg.solve(square, slope[:, :, None])[:, :, 0], posinf=0.0, neginf=0.0)
+            trial = c - step / size
+            slow = np.where((step * slope).sum(1) > PROMISE * fvu * r.shape[1], slow, 2)
+        r2, J2, fvu2 = problem.residuals(trial)
+        good = fvu2 < fvu
+        slow = np.where(good & (fvu2 < (1 - STALLED) * fvu), np.where(slow > 1, slow, 0), slow + good)
+        mu = np.where(good, mu / 3, np.maximum(4 * mu, 1e-2))
+        c, fvu = np.where(good[:, None], trial, c), np.where(good, fvu2, fvu)
+        r, J = np.where(good[:, None], r2, r), np.where(good[:, None, None], J2, J)
+    return found, best
+
+
+def _slope(J, r):
+    """Derivative of the FVU by the constants: (R, C)."""
+    with np.errstate(all="ignore"):
+        return 2 * (J @ r[:, :, None])[:, :, 0] / r.shape[1]
+
+
+def _bfgs(problem, constants, steps):
+    """Dense inverse Hessians of the FVU, steps halved until they gain what Armijo asks for -> constants, fvu."""
+    found, best = constants.copy(), np.full(len(constants), np.inf)
+    rows, c, eye = np.arange(len(constants)), constants, np.eye(constants.shape[1])
+    r, J, fvu = problem.residuals(c)
+    slope = _slope(J, r)
+    H, length, slow = np.tile(eye, (len(c), 1, 1)), np.ones(len(c)), np.zeros(len(c), int)
+    for _ in range(steps + 1):
+        done = ~(fvu > SOLVED) | (slow > 1) | (length < 1 / STUCK) | ~np.isfinite(fvu) | ~problem.free.any(1)
+        found[rows], best[rows] = c, fvu
+        if done.all():
+            break
+        if 4 * done.sum() > len(done):
+            left = ~done
+            rows, c, slope, H, length, fvu, slow = (x[left] for x in (rows, c, slope, H, length, fvu, slow))
+            problem = problem.keep(left)
+        with np.errstate(all="ignore"):
+            way = -(H @ slope[:, :, None])[:, :, 0]
+            trial = c + length[:, None] * way
+            r2, J2, fvu2 = problem.residuals(trial)
+            slope2 = _slope(J2, r2)
+            good = fvu2 <= fvu + 1e-4 * length * (way * slope).sum(1)
+            s, t = trial - c, slope2 - slope
+            curved = (s * t).sum(1)
+            update = good & (curved > 1e-12 * np.sqrt((s * s).sum(1) * (t * t).sum(1)))
+            V = eye - s[:, :, None] * t[:, None, :] / curved[:, None, None]
+            H2 = V @ H @ V.transpose(0, 2, 1) + s[:, :, None] * s[:, None, :] / curved[:, None, None]
+        H = np.where((update & np.isfinite(H2).all((1, 2)))[:, None, None], H2, H)
+        slow = np.where(good & (fvu2 < (1 - STALLED) * fvu), 0, slow + good)
+        length = np.where(good, 1.0, length / 4)
+        c, fvu = np.where(good[:, None], trial, c), np.where(good, fvu2, fvu)
+        slope = np.where(good[:, None], slope2, slope)
+    return found, best
+
+
+METHODS = {"lm": _levenberg, "bfgs": _bfgs}
+
+
+def _tidy_values(v):
+    """Numbers that people write near v, the plainest first: 0, 1, -1, integers, fractions, multiples of pi and e."""
+    v = float(v)
+    near = [round(v * k) / k for k in (1, 2, 3, 4)]
+    near += [round(v * k / math.pi) * math.pi / k for k in (1, 2, 3, 4) if abs(v) * k < 5 * math.pi]
+    near += [round(v / math.e) * math.e] if abs(v) < 5 * math.e else []
+    return list(dict.fromkeys([0.0, 1.0, -1.0, *map(float, near)]))
+
+
+def tidy(alphabet, prefix, values, X, y):
+    """Round the constants of one formula where the fit allows -> prefix tokens, values, fvu; simplified.
+
+    One constant at a time becomes 0, 1, -1, an integer, a half, third or quarter, or a small multiple of pi or e; the
+    others are fitted again. It stays when the FVU is at most 1e-14, or what it was before times 1 + 4 / M.
+    """
+    rng = np.random.default_rng(0)
+    row = np.array([alphabet.encode(prefix)], np.uint8)
+    values = np.array([values], np.float64)
+    free = np.ones(values.shape, bool)
+    values, fvu = fit(alphabet, row, X, y, 1, rng, start=values, free=free)
+    limit = max(EXACT, fvu[0] * (1 + 4 / len(y)))
+    while free.any():
+        tried = [(rank, i, v) for i in np.flatnonzero(free[0]) for rank, v in enumerate(_tidy_values(values[0, i]))]
+        start, rest = np.repeat(values, len(tried), 0), np.repeat(free, len(tried), 0)
+        for k, (_, i, v) in enumerate(tried):
+            start[k, i], rest[k, i] = v, False
+        fitted, fvus = fit(alphabet, np.repeat(row, len(tried), 0), X, y, 1, rng, steps=20, start=start, free=rest)
+        good = [k for k in range(len(tried)) if fvus[k] <= limit]
+        if not good:
+            break
+        k = min(good, key=lambda k: (tried[k][0], fvus[k]))
+        values, free, fvu = fitted[k : k + 1], rest[k : k + 1], fvus[k : k + 1]
+        limit = max(EXACT, fvu[0] * (1 + 4 / len(y)))
+    try:
+        prefix, numbers = simplify(prefix, values[0].tolist(), alphabet.operators)
+    except NotReal:
+        numbers = values[0].tolist()
+    return prefix, numbers, float(fvu[0])

@@ -1,0 +1,72 @@
+"""Pools of skeletons: the work of prepare_data.py's generate-skeleton-pool and import-data."""
+
+import itertools
+import sys
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from data_utils.checkpoint import check_replaceable, unused
+from data_utils.config import UsageError, build, load_config
+from data_utils.formulas.expressions import OPERATORS, Alphabet
+from data_utils.formulas.holdout import fitting, folded, hold_out
+from data_utils.formulas.pools import COLUMNS, EVERY, MADE_HERE, read_formulas, save_pool
+from data_utils.formulas.skeletons import Pool, PoolConfig, check_pool, distinct, draw_pool
+
+
+def generate(cfg):
+    """Write a pool of exactly cfg.size skeletons, as cfg.config describes it, to cfg.output_dir."""
+    _check_output(cfg)
+    if cfg.size < 1:
+        raise UsageError(f"--size {cfg.size}: expected 1 or more")
+    pool = build(PoolConfig, load_config(cfg.config), cfg.config)
+    alphabet = check_pool(pool)
+    fits = fitting(pool, alphabet) if cfg.strict else None
+    held = hold_out(pool)
+    with tqdm(total=cfg.size, disable=not cfg.verbose, unit="skeletons") as bar:
+        found = draw_pool(cfg.size, alphabet, pool, held, seed=cfg.seed, split=1, fits=fits,
+                          report=lambda n: bar.update(n - bar.n))  # fmt: skip
+    save_pool(cfg.output_dir, found, alphabet, pool)
+    mean = (found.tokens > 0).sum(1).mean()
+    print(f"{cfg.output_dir}: {cfg.size} skeletons of {mean:.1f} tokens on average")
+    return {}
+
+
+def import_data(cfg):
+    """Write the skeletons of a csv of formulas, cfg.input, as a pool to cfg.output_dir."""
+    _check_output(cfg)
+    pool = build(PoolConfig, load_config(cfg.base_skeleton_pool), cfg.base_skeleton_pool)
+    bad = []
+    columns = (*COLUMNS, "difficulty", "sampling") if cfg.parser == "fastsrb" else COLUMNS
+    formulas = read_formulas(cfg.input, cfg.skip_bad_lines, bad.append, columns)
+    for message in bad:
+        print(f"skipped: {message}", file=sys.stderr)
+    prefixes = [folded(formula) for formula in formulas]
+    present = set(itertools.chain(*prefixes))
+    operators = [*pool.operators, *(name for name in OPERATORS if name in present and name not in pool.operators)]
+    D = max(len(pool.variables), *(len(formula.variables) for formula in formulas))
+    alphabet = Alphabet(operators, EVERY.variables[:D])
+    tokens = np.zeros((len(prefixes), max(map(len, prefixes))), np.uint8)
+    for row, prefix in zip(tokens, prefixes, strict=True):
+        row[: len(prefix)] = alphabet.encode(prefix)
+    found = Pool(*distinct(tokens))
+    more = [*operators[len(pool.operators) :], *alphabet.variables[len(pool.variables) :]]
+    save_pool(cfg.output_dir, found, alphabet, pool)
+    beyond = f"; {' '.join(more)} are beyond the base pool" if more and cfg.verbose else ""
+    print(f"{cfg.output_dir}: {len(found.tokens)} skeletons of {len(formulas)} formulas{beyond}")
+    return {}
+
+
+def _check_output(cfg):
+    flags = ("config", "output_dir", "input", "base_skeleton_pool")
+    missing = [f"--{name}" for name in flags if getattr(cfg, name, "given") == ""]
+    if missing:
+        raise UsageError(f"{' '.join(missing)}: not given")
+    if Path(cfg.output_dir, "skeletons.npz").exists() and not cfg.fresh:
+        raise UsageError(f"{cfg.output_dir} holds a skeleton pool\ntry: --fresh, which overwrites it")
+    other = unused(cfg.output_dir, "_new")
+    inputs = [getattr(cfg, name, "") for name in ("config", "input", "base_skeleton_pool")]
+    for name, made_here in MADE_HERE.items():
+        path = Path(cfg.output_dir, name)
+        check_replaceable(path, cfg.fresh, made_here, flag="--output_dir", inputs=inputs, other=other)

@@ -1,0 +1,138 @@
+"""Sums of known parts that explain y: y = h(a + b1 g1 + ... + bk gk), the parts g out of a library.
+
+Orthogonal least squares (Chen, Billings and Luo 1989) with a beam, on what undoes h: the log of y finds products of
+powers, its square a root, its inverse a fraction. K parts, M points, W sets in the beam.
+"""
+
+import numpy as np
+
+from data_utils.formulas.expressions import Program
+from data_utils.formulas.fit import EXACT
+from data_utils.formulas.dataset import subtrees
+
+LONGEST, MOST, LARGEST = 7, 3000, 1e12  # tokens of a part, parts of a library, what a part may be
+DRAWN, PAIRS, TERMS, WIDTH = 64, 32, 6, 16  # parts of a search and products of them, parts of a sum, sets in the beam
+RELATED = 1e-10  # share of a part's power beyond what was chosen already: less is rounding
+
+# h -> what undoes it; values of y that h can't have become nan or inf
+LINKS = {
+    "": lambda y: y,
+    "exp": np.log,
+    "pow1_2": lambda y: np.where(y < 0, np.nan, y * y),
+    "inv": lambda y: 1 / y,
+    "log": np.exp,
+}
+
+
+def choose(parts, y, *, width=WIDTH, most=TERMS):
+    """Which rows of `parts` (K, M) sum up to y (M,) -> list of (share of its variance left, tuple of rows).
+
+    Each step adds to the `width` best sets the parts that explain most of what they leave.
+    """
+    parts, y = parts - parts.mean(1, keepdims=True), y - y.mean()
+    power, whole = (parts * parts).sum(1), y @ y
+    left, rest, sets, found = y[None], parts[None], [()], []  # of y, of the parts: orthogonal to each set
+    for _ in range(most):
+        own = (rest * rest).sum(2)
+        usable = own > RELATED * power
+        gain = np.where(usable, (rest @ left[:, :, None])[:, :, 0] ** 2 / np.where(usable, own, 1.0), -1.0)
+        error = (left * left).sum(1)[:, None] - gain
+        kept = {}  # a set is reached in several orders
+        for place in np.argsort(error, axis=None, kind="stable")[: 4 * width].tolist():
+            i, k = divmod(place, len(parts))
+            if usable[i, k]:
+                kept.setdefault(tuple(sorted((*sets[i], k))), (i, k))
+        if not kept:
+            break
+        sets = list(kept)[:width]
+        i, k = np.array([kept[chosen] for chosen in sets]).T
+        unit = rest[i, k] / np.sqrt(own[i, k])[:, None]
+        left = left[i] - (left[i] * unit).sum(1)[:, None] * unit
+        rest = rest[i] - (rest[i] @ unit[:, :, None]) * unit[:, None]
+        found += zip(((left * left).sum(1) / whole).tolist(), sets, strict=True)
+    return found
+
+
+def plain_pairs(parts, y, most=WIDTH):
+    """Sums and differences of two rows of `parts` (K, M) that y (M,) is linear in -> list of (share left, i, sign, k).
+
+    A constant less than `choose` asks for: under noise that is what tells the law from what fits as well.
+    """
+    parts, y = parts - parts.mean(1, keepdims=True), y - y.mean()
+    gram, along, whole = parts @ parts.T, parts @ y, y @ y
+    i, k = np.triu_indices(len(parts), 1)
+    found = []
+    for sign in (1, -1):
+        power = gram[i, i] + gram[k, k] + 2 * sign * gram[i, k]
+        usable = power > RELATED * (gram[i, i] + gram[k, k])
+        gain = np.where(usable, (along[i] + sign * along[k]) ** 2 / np.where(usable, power, 1.0), 0.0)
+        best = np.argsort(-gain, kind="stable")[:most]
+        found += [(max(0.0, 1 - gain[b] / whole), int(i[b]), sign, int(k[b])) for b in best.tolist()]
+    return found
+
+
+class Library:
+    """Parts without constants that proposals had, their values at X (M, all variables), y (M,), how often they came."""
+
+    def __init__(self, alphabet, X, y):
+        self.alphabet, self.X, self.y = alphabet, X, y
+        self.counts, self.values = {}, {}
+        self.add([(alphabet.first_variable + v,) for v in np.flatnonzero(np.ptp(X, 0)).tolist()])
+
+    def add(self, rows):
+        """Count the short parts of id lists."""
+        new = {}
+        for row in map(tuple, rows):
+            for part in subtrees(row, self.alphabet):
+                if part in self.counts:
+                    self.counts[part] += 1
+                elif len(part) <= LONGEST and self.alphabet.constant not in part:
+                    new[part] = new.get(part, 0) + 1
+        new = {part: n for part, n in new.items() if max(part) >= self.alphabet.first_variable}
+        if not new or len(self.counts) > MOST:
+            return
+        tokens = np.array([[*part, *[0] * (LONGEST - len(part))] for part in new], np.uint8)
+        with np.errstate(all="ignore"):
+            values = Program(self.alphabet, tokens, self.X)(np.zeros((len(new), 1)))
+            good = np.isfinite(values).all(1) & (np.abs(values).max(1) < LARGEST) & (np.ptp(values, 1) > 0)
+        for part, value, fine in zip(new, values, good.tolist(), strict=True):
+            if fine:
+                self.counts[part], self.values[part] = new[part], value
+
+    def __call__(self, rng, parsimony):
+        """Sums of some parts, under a link or none -> (score, id list) of those found, constants still to be fitted."""
+        ids, names, values = self.alphabet.ids, list(self.counts), list(self.values.values())
+        link = str(rng.choice(list(LINKS)[1:])) if rng.random() < 0.5 else ""
+        if not names or not {"+", "*", link or "+"} <= ids.keys():
+            return []
+        weights = np.array([n / len(part) for part, n in self.counts.items()])
+        chosen = rng.choice(len(names), min(DRAWN, len(names)), replace=False, p=weights / weights.sum())
+        parts = {names[i]: values[i] for i in chosen}
+        with np.errstate(all="ignore"):
+            y = LINKS[link](self.y)
+            if link != "exp":
+                pairs = rng.choice(chosen, (PAIRS, 2))
+                parts |= {(ids["*"], *names[i], *names[k]): values[i] * values[k] for i, k in pairs}
+            elif "log" in ids:  # sums of logs are products
+                parts |= {(ids["log"], *g): np.log(v) for g, v in parts.items() if (v > 0).all()}
+        largest = np.abs(y).max()
+        if not np.isfinite(y).all() or np.ptp(y) <= RELATED * largest:
+            return []
+        names, values = list(parts), np.array(list(parts.values()))
+        found = choose(values, y / largest)
+        rows = [self._row(link, [names[i] for i in chosen]) for _, chosen in found]
+        signs = {1: ids["+"], -1: ids.get("-")}
+        for share, i, sign, k in plain_pairs(values, y / largest) if signs[-1] else ():
+            found.append((share, (i, k)))
+            rows.append(self._row(link, [(signs[sign], *names[i], *names[k])]))
+        return [(np.log10(max(share, EXACT)) + parsimony * len(row), row)
+                for (share, _), row in zip(found, rows, strict=True)]  # fmt: skip
+
+    def _row(self, link, parts):
+        plus, times = self.alphabet.ids["+"], self.alphabet.ids["*"]
+        row = list(parts[0])
+        for part in parts[1:]:
+            row = [plus, *row, times, self.alphabet.constant, *part]
+        if not link:
+            return row
+        return [self.alphabet.ids[link], times if link == "exp" else plus, self.alphabet.constant, *row]

@@ -1,0 +1,110 @@
+"""Mazes of `side` x `side` cells, walls around: passages carved depth first, a few more openings, one way to find.
+
+A cell with an odd row and an odd column is a room, one with two even numbers a pillar, always wall; so no 2 x 2 cells
+are all open, and the marks of a way can be read in one order only.
+"""
+
+from collections import deque
+
+import numpy as np
+
+from data_utils.pages.render import to_symbols
+
+WALL, OPEN, START, GOAL, WAY = to_symbols("# SGo").tolist()
+OPENED = 0.1  # of the walls between two rooms that carving left
+
+
+class Mazes:
+    """Mazes for a task of pages (side, side); the walls must not leak. The way is at least `side` steps long."""
+
+    def __init__(self, side):
+        self.side, self.about = side, f"{side} x {side} mazes"
+        self.spec = dict(name="maze", version=1, opened=OPENED)
+        self.rooms = [r * side + c for r in range(1, side, 2) for c in range(1, side, 2)]
+
+    def subject(self, draw):
+        """Return a maze without start and goal, as bytes and as symbols (side^2)."""
+        cells = carve(self.side, self.rooms, draw)
+        return bytes(cells), cells
+
+    def sample(self, draw, subject):
+        """Return page (side, side) and target (side^2,), the page with the way marked; None if no way is that long."""
+        start = draw.choice(self.rooms)
+        steps, before = search(subject, self.side, start)
+        far = [room for room in self.rooms if steps[room] >= self.side]
+        if not far:
+            return None
+        goal = draw.choice(far)
+        page = np.frombuffer(subject, np.uint8).reshape(self.side, self.side).copy()
+        page.flat[start], page.flat[goal] = START, GOAL
+        target, cell = page.reshape(-1).copy(), before[goal]
+        while cell != start:
+            target[cell], cell = WAY, before[cell]
+        return page, target
+
+
+def carve(side, rooms, draw):
+    """Return the cells of a maze, a bytearray: all rooms joined by a depth-first walk, then some walls opened."""
+    cells, to_do = bytearray([WALL]) * (side * side), set(rooms)
+    stack = [draw.choice(rooms)]
+    cells[stack[0]] = OPEN
+    to_do.remove(stack[0])
+    while stack:
+        room = stack[-1]
+        near = [step for step in (-side, -1, 1, side) if room + 2 * step in to_do]
+        if not near:
+            stack.pop()
+            continue
+        step = draw.choice(near)
+        room += 2 * step
+        cells[room - step] = cells[room] = OPEN
+        to_do.remove(room)
+        stack.append(room)
+    for room in rooms:
+        for step, last in ((1, room % side == side - 2), (side, room // side == side - 2)):
+            if not last and cells[room + step] == WALL and draw.random() < OPENED:
+                cells[room + step] = OPEN
+    return cells
+
+
+def search(cells, side, start):
+    """Return, for each cell, its steps from `start` and the cell before it, breadth first; -1 where none leads.
+
+    Neighbours are taken in one order (above, left, right, below), which chooses between ways of one length.
+    """
+    steps, before, queue = [-1] * len(cells), [-1] * len(cells), deque([start])
+    steps[start] = 0
+    while queue:
+        cell = queue.popleft()
+        for step in (-side, -1, 1, side):
+            near = cell + step
+            if cells[near] != WALL and steps[near] < 0:
+                steps[near], before[near] = steps[cell] + 1, cell
+                queue.append(near)
+    return steps, before
+
+
+def ways(pages, answers):
+    """Return (n,) bool: the answer is the page with one unbroken way from start to goal marked, without branches.
+
+    pages, answers: (n, R, C) symbols. The way may be longer than needed.
+    """
+    marked = answers == WAY
+    ends = (pages == START) | (pages == GOAL)
+    on = np.pad(marked | ends, ((0, 0), (1, 1), (1, 1)))
+    good = (np.where(marked, pages == OPEN, answers == pages)).all((1, 2))
+    middle = on[:, 1:-1, 1:-1]
+    good &= (~middle | (_near(on) == np.where(ends, 1, 2))).all((1, 2))
+    reached = np.zeros_like(on)
+    reached[:, 1:-1, 1:-1] = pages == START
+    while True:  # what hangs together with the start; closed rings elsewhere have two neighbours everywhere, too
+        wider = middle & ((_near(reached) > 0) | reached[:, 1:-1, 1:-1])
+        if (wider == reached[:, 1:-1, 1:-1]).all():
+            return good & (wider == middle).all((1, 2))
+        reached[:, 1:-1, 1:-1] = wider
+
+
+def _near(on):
+    """(n, R + 2, C + 2) bool -> how many of the four neighbours are set, (n, R, C)."""
+    return sum(on[:, 1 + r : on.shape[1] - 1 + r, 1 + c : on.shape[2] - 1 + c].astype(int)
+               for r, c in ((-1, 0), (0, -1), (0, 1), (1, 0)))  # fmt: skip

@@ -1,0 +1,370 @@
+"""Prepared folders: rows of ids as JSONL or binary files, meta.json last; written so that a kill costs seconds.
+
+train.jsonl    {"encoder_ids": [..], "decoder_input_ids": [..], "labels": [..]} a line
+train.bin      of each row the ids of the encoder, then the labels; uint16, above 65,536 ids uint32
+train.idx.npy  int64 (rows, 2): start of the labels, end; a third column, the end of decoder inputs of their own,
+               where a row has some
+tokenizer.json, meta.json, and val.* like train.*
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+import shlex
+import time
+from pathlib import Path
+
+import numpy as np
+
+from data_utils.checkpoint import changed, lock_run, set_aside, sweep, unused, write_atomic
+from data_utils.config import DataError, UsageError
+from data_utils.reasoning.rows import SPLITS
+
+FILES = {form: [f"{split}.{kind}" for split in SPLITS for kind in kinds]
+         for form, kinds in dict(jsonl=["jsonl"], bin=["bin", "idx"]).items()}  # fmt: skip
+FILES["both"] = FILES["jsonl"] + FILES["bin"]
+FINISHED = {name: f"{name}.npy" if name.endswith("idx") else name for name in FILES["both"]}
+KNOWN = {*FINISHED.values(), "train.npy", "val.npy", "meta.json", "tokenizer.json", "progress.json", ".prepare.lock"}
+KNOWN |= {f"{name}.partial" for name in FILES["both"]}
+SUDOKU = ("train.npy", "val.npy")  # all the data of that command
+FLAGS = dict(language="--dest", merge="--output_dir", mix="--output_dir", convert="--output_dir")  # else --out
+
+
+def write_json(path, state):
+    content = _json_bytes(state)
+    write_atomic(path, lambda file: file.write(content))
+
+
+def _json_bytes(state):
+    return json.dumps(state, indent=1, ensure_ascii=False, sort_keys=True).encode("utf-8") + b"\n"
+
+
+def write_beside(path, config, meta, tokenizer=None):
+    """Write what belongs to the checkpoint `path`: <name>.yaml with every flag, meta.json, tokenizer.json."""
+    import yaml
+
+    path = Path(path)
+    write_atomic(path.with_suffix(".yaml"), lambda file: file.write(yaml.safe_dump(config, sort_keys=False).encode()))
+    contents = {"meta.json": _json_bytes(meta)}
+    if tokenizer:
+        contents["tokenizer.json"] = tokenizer.to_json().encode()
+    for name, content in contents.items():
+        _write_unless_equal(path.parent / name, content)
+    for orphan in path.parent.glob("step_*.yaml"):
+        if re.fullmatch(r"step_\d+\.yaml", orphan.name) and not orphan.with_suffix(".pt").exists():
+            orphan.unlink()
+
+
+def _write_unless_equal(path, content):
+    """Write a file that a checkpoint stands beside; one of other content, which is not of this run, is set aside."""
+    if path.exists() and path.read_bytes() != content:
+        set_aside([path])
+    if not path.exists():
+        write_atomic(path, lambda file: file.write(content))
+
+
+def read_meta(folder):
+    """Return meta.json of a finished folder, defaults filled in. Raises DataError that says what is there instead."""
+    folder = Path(folder)
+    there = sorted(p.name for p in folder.iterdir())[:8] if folder.is_dir() else []
+    if "progress.json" in there and "meta.json" not in there:
+        raise DataError(f"{folder} is unfinished: run the same command again")
+    try:
+        meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+        meta = dict(kind="pairs", max_seq_len=0, tokenizer_file="tokenizer.json", counts={}, source_files=[]) | meta
+        if meta["kind"] == "sudoku":
+            return meta
+        present = [form for form in ("bin", "jsonl") if (folder / f"train.{form}").is_file()]
+        meta.setdefault("format", (present or [""])[0])
+        if not present or meta["format"] not in FILES:
+            raise ValueError("no train.jsonl or train.bin")
+        sizes = [meta["vocab_size"], meta["pad_id"], meta["bos_id"], meta["eos_id"]]
+        if not all(type(n) is int and 0 <= n < 2**32 for n in sizes) or max(sizes[1:]) >= sizes[0]:
+            raise ValueError(f"vocab_size, pad_id, bos_id, eos_id are {sizes}")
+        if Path(str(meta["tokenizer_file"])).name != meta["tokenizer_file"]:
+            raise ValueError(f"tokenizer_file {meta['tokenizer_file']} is not a name in this folder")
+        return meta
+    except OSError:
+        reason = f"no meta.json in {folder}; there are: {', '.join(there) or 'no files'}"
+    except (ValueError, KeyError, TypeError, RecursionError) as e:
+        reason = f"{folder}: {type(e).__name__}: {e}; there are: {', '.join(there)}"
+    raise DataError(f"{reason}\ntry: {_advice(folder)}")
+
+
+def _advice(folder):
+    """Return the command that makes a prepared folder: from the rows in `folder`, if these are not prepared yet."""
+    endings = (".jsonl", ".json", ".txt", ".parquet", ".arrow", ".gz")
+    readable = folder.is_dir() and any(path.suffix in endings for path in folder.rglob("*"))
+    source = folder if readable and not (folder / "meta.json").exists() else "FILES"
+    dest = folder
+    if folder.exists() and any(folder.iterdir()):
+        dest = unused(folder, "_prepared")  # never among the user's own files
+    return f"python prepare_data.py language --source {shlex.quote(str(source))} --dest {shlex.quote(str(dest))}"
+
+
+def read_index(folder, split, meta):
+    """Return (ids (N,), index (rows, 2 or 3)) of a binary folder as memory maps; DataError when they do not fit."""
+    ids, index = np.zeros(0, np.uint16), np.zeros((0, 2), np.int64)
+    dtype = np.uint16 if meta["vocab_size"] <= 65536 else np.uint32
+    path = Path(folder, f"{split}.idx.npy")
+    try:
+        if Path(folder, f"{split}.bin").stat().st_size:  # an empty file can't be mapped
+            index = np.asarray(np.load(path, mmap_mode="r", allow_pickle=False))  # plain arrays index faster
+            ids = np.asarray(np.memmap(Path(folder, f"{split}.bin"), dtype, "r"))
+    except (OSError, ValueError, EOFError) as e:
+        raise DataError(f"{path}: {str(e).splitlines()[0]}") from e
+    good = index.dtype == np.int64 and index.ndim == 2 and index.shape[1] in (2, 3)
+    if not good or (index[-1, -1] if len(index) else 0) != len(ids):
+        raise DataError(f"{path} does not fit {split}.bin\ntry: prepare {folder} again with --fresh")
+    return ids, index
+
+
+def read_row(ids, index, i):
+    """Return the encoder ids, labels and decoder inputs (empty: BOS and the shifted labels) of row i."""
+    begin = index[i - 1, -1] if i else 0
+    return ids[begin : index[i, 0]], ids[index[i, 0] : index[i, 1]], ids[index[i, 1] : index[i, -1]]
+
+
+def refuse_complete(folder, fresh):
+    """Raise UsageError when the folder is finished, unless it is to be made again."""
+    if not fresh and Path(folder, "meta.json").exists():
+        if "specification" in _read_json(Path(folder, "progress.json")):  # a kill came between the two
+            Path(folder, "progress.json").unlink()
+        raise UsageError(f"{folder} is complete\ntry: --fresh to make it again")
+
+
+def check_apart(dest, flag, sources):
+    """Raise UsageError when `dest` is one of `sources`, lies in one, or holds one; links are followed."""
+    target = Path(os.path.realpath(dest))
+    for source in sources:
+        place = Path(os.path.realpath(source))
+        if target == place or target in place.parents or place in target.parents:
+            outer = source if place in target.parents else dest
+            raise UsageError(f"{flag} {dest} and the source {source} overlap: nothing is written among what is read\n"
+                             f"try: {flag} {shlex.quote(str(unused(outer, '_prepared')))}")  # fmt: skip
+
+
+def clear(folder, fresh, flag):
+    """Remove what an earlier command of this project wrote into `folder`, to begin there.
+
+    Raises UsageError for files of the same names that it did not write; with `fresh` these are set aside.
+    """
+    folder = Path(folder)
+    there = {name for name in KNOWN - {".prepare.lock"} if os.path.lexists(folder / name)}
+    proven = written_here(folder) if there else set()
+    foreign = sorted(there - proven)
+    if foreign and not fresh:
+        shown = ", ".join(foreign[:4]) + ", ..." * (len(foreign) > 4)
+        raise UsageError(f"{folder} holds {shown}: not written by prepare_data.py, so not replaced\n"
+                         f"try: {flag} {shlex.quote(str(unused(folder, '_prepared')))}, or --fresh, which renames "
+                         "them to *.bak")  # fmt: skip
+    set_aside(folder / name for name in foreign)
+    for name in sorted(there & proven, reverse=True):  # meta.json, which proves the data, goes after these
+        (folder / name).unlink(missing_ok=True)
+
+
+def written_here(folder):
+    """Return the names of the files in `folder` that its meta.json or its progress.json proves to be written here.
+
+    meta.json proves it by the hashes of the data and of the tokenizer; without these it proves nothing.
+    """
+    folder, names = Path(folder), set()
+    progress, meta = (_read_json(folder / name) for name in ("progress.json", "meta.json"))
+    if "specification" in progress:
+        sizes = progress.get("sizes", {})
+        renamed = [name for name in sizes if not (folder / f"{name}.partial").exists()]  # by a finish that was killed
+        names |= {"progress.json", *(f"{name}.partial" for name in sizes)}
+        names |= {"tokenizer.json", *(FINISHED[name] for name in renamed)} if sizes else set(SUDOKU)
+    data = SUDOKU if meta.get("kind") == "sudoku" else FILES.get(meta.get("format"), ())
+    data = [FINISHED.get(name, name) for name in data]
+    if data and all((folder / name).is_file() for name in data):
+        if hash_of(folder / name for name in sorted(data)) == meta.get("data_sha256"):
+            names |= {"meta.json", *data}
+    if "tokenizer_sha256" in meta and _tokenizer_hash(folder / "tokenizer.json") == meta["tokenizer_sha256"]:
+        names.add("tokenizer.json")
+    return names
+
+
+def _tokenizer_hash(path):
+    """Return the hash that meta.json has of a tokenizer; '' for a file that is none."""
+    state = _read_json(path)
+    if state.get("kind") != "characters":  # what `arithmetic` writes has a hash of its content
+        return hash_of([path]) if path.is_file() else ""
+    from data_utils.reasoning.dataset import SimpleTokenizer
+
+    try:
+        return SimpleTokenizer.from_dict(state).hash
+    except (ValueError, KeyError, TypeError):
+        return ""
+
+
+def hash_of(paths):
+    """Return the SHA-256 of the files' contents, one after the other."""
+    digest = hashlib.sha256()
+    for path in paths:
+        with open(path, "rb") as file:
+            while block := file.read(2**22):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+def _read_json(path):
+    """Return the object in a file; an empty one when there is none, or something else."""
+    try:
+        state = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return state if isinstance(state, dict) else {}
+
+
+class Writer:
+    """The files of a prepared folder, appended to part by part; run again, it goes on where the last record stands.
+
+    `specification`: what makes the bytes, {name: value}; `seconds` between two records. `task` is the number of the
+    next task, `plan` what the command wants to find again. Raises UsageError when the folder is complete, in use, or
+    was begun by another specification, unless `fresh`, and as `clear` does.
+    """
+
+    def __init__(self, folder, form, specification, *, fresh=False, plan=None, seconds=5):
+        self.folder, self.seconds, self.files = Path(folder), seconds, {}
+        self.lock = lock_run(self.folder, "prepare")
+        try:
+            begun = None if fresh else read_progress(self.folder)
+            refuse_complete(folder, fresh)
+            specification = json.loads(json.dumps(specification))
+            if begun and begun["specification"] != specification:
+                differs = changed(begun["specification"], specification) or "other flags"
+                raise UsageError(f"{folder} was begun otherwise: {differs}\ntry: the same command, or --fresh")
+            if not begun and self.folder.name == ".cache":  # a copy of rows that lie elsewhere
+                for name in sorted(KNOWN - {".prepare.lock"}):
+                    (self.folder / name).unlink(missing_ok=True)
+            elif begun:
+                self._refuse_others(begun["sizes"])
+            else:
+                clear(self.folder, fresh, FLAGS.get(specification.get("command"), "--out"))
+            sweep(self.folder, "|".join(map(re.escape, KNOWN)).join("()"))
+            begin = dict(task=0, sizes=dict.fromkeys(FILES[form], 0), ends=dict.fromkeys(SPLITS, 0), counts={})
+            self.state = begun or begin | dict(specification=specification, plan=plan)
+            write_json(self.folder / "progress.json", self.state)  # before the files that it accounts for
+            for name, size in self.state["sizes"].items():
+                self._open(name, size)
+            self.record()
+        except BaseException:
+            self.close()
+            raise
+
+    def _refuse_others(self, sizes):
+        """Raise UsageError for a finished file beside the partial one that is to take its place."""
+        for name in sizes:
+            partial, final = self.folder / f"{name}.partial", self.folder / FINISHED[name]
+            if partial.exists() and final.exists() and not name.endswith("idx"):  # an index is written, then removed
+                move = f"mv {shlex.quote(str(final))} {shlex.quote(str(unused(final, '_mine')))}"
+                raise UsageError(f"{final} is in the way: not written by prepare_data.py, so not replaced\ntry: {move}")
+
+    def _open(self, name, size):
+        path = self.folder / f"{name}.partial"
+        if not path.exists() and (self.folder / FINISHED[name]).exists():
+            return  # the kill came between two renames
+        file = self.files[name] = open(path, "ab")
+        if file.tell() < size:
+            raise DataError(f"{path} is shorter than progress.json says\ntry: --fresh")
+        file.truncate(size)
+        file.seek(size)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.close()
+
+    def close(self):
+        for file in (*self.files.values(), self.lock):
+            file.close()
+
+    @property
+    def task(self):
+        return self.state["task"]
+
+    @property
+    def plan(self):
+        return self.state["plan"]
+
+    @property
+    def counts(self):
+        return self.state["counts"]
+
+    def add(self, part):
+        """Append the part of the next task; now and then make it durable. Returns whether it was."""
+        for name, file in self.files.items():
+            content = part.get(name, b"")
+            if name.endswith(".idx") and len(content):  # lengths become positions
+                split = name[:-4]
+                places = self.state["ends"][split] + np.cumsum(content).reshape(content.shape)
+                self.state["ends"][split], content = int(places[-1, -1]), places.tobytes()
+            with self._disk():
+                file.write(content)
+        for name, n in part["counts"].items():
+            self.counts[name] = min(n, self.counts.get(name, n)) if name == "lowest" else self.counts.get(name, 0) + n
+        self.state["task"] += 1
+        due = time.monotonic() - self.recorded >= self.seconds
+        if due:
+            self.record()
+        return due
+
+    def record(self):
+        """Make all that was added durable, then say so in progress.json."""
+        for name, file in self.files.items():
+            with self._disk():
+                file.flush()
+                os.fsync(file.fileno())
+            self.state["sizes"][name] = file.tell()
+        write_json(self.folder / "progress.json", self.state)
+        self.recorded = time.monotonic()
+
+    @contextlib.contextmanager
+    def _disk(self):
+        try:
+            yield
+        except OSError as e:
+            advice = "make room; the same command goes on from the last record"
+            raise DataError(f"{self.folder}: {e.strerror}\ntry: {advice}") from e
+
+    def finish(self, meta, columns=2):
+        """Give the files their names, then write meta.json: `meta`, the counts and the hash of the data."""
+        self.record()
+        for name in self.files:
+            path, final = self.folder / f"{name}.partial", self.folder / FINISHED[name]
+            if name.endswith(".idx"):
+                _write_index(path, final, columns)
+                path.unlink()
+            else:
+                os.replace(path, final)
+        digest = hash_of(self.folder / FINISHED[name] for name in sorted(self.state["sizes"]))
+        sizes = {f"{split}_{what}": self.counts.pop(f"{split}_{what}", 0)
+                 for split in SPLITS for what in ("samples", "tokens")}  # fmt: skip
+        self.counts.pop("lowest", None)
+        meta = meta | sizes | dict(counts=self.counts, data_sha256=digest)
+        write_json(self.folder / "meta.json", meta)
+        (self.folder / "progress.json").unlink(missing_ok=True)
+        return meta
+
+
+def read_progress(folder):
+    """Return what progress.json records, None when there is none, or one of another program."""
+    try:
+        state = json.loads(Path(folder, "progress.json").read_text(encoding="utf-8"))
+        return state if isinstance(state, dict) and "specification" in state else None
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as e:
+        raise DataError(f"{folder}/progress.json: {e}\ntry: --fresh") from e
+
+
+def _write_index(path, final, columns):
+    index = np.fromfile(path, np.int64) if not path.stat().st_size else np.memmap(path, np.int64, "r")
+    index = index.reshape(-1, columns)
+    if columns == 3 and (index[:, 1] == index[:, 2]).all():
+        index = index[:, :2]
+    write_atomic(final, lambda file: np.save(file, index))

@@ -1,0 +1,185 @@
+"""Questions and answers of any shape -> {"prompt": .., "response": ..} a line: paths, templates, shuffling."""
+
+import json
+import re
+import tempfile
+import time
+from array import array
+from collections import Counter
+from functools import partial
+from pathlib import Path
+
+from data_utils.reasoning import sources
+from data_utils.checkpoint import check_replaceable, lock_run, make_room, write_atomic
+from data_utils.config import DataError, UsageError, at_least
+from data_utils.stop import Stop
+from data_utils.workers import cores, in_order
+
+PROCESS_BYTES = 16 * 2**20  # of input for each process: starting one takes as long as reading that much
+EACH = "[]"  # the step of a path that gives a record per element
+ESCAPES = {r"\n": "\n", r"\t": "\t", r"\\": "\\", "{{": "{", "}}": "}"}
+
+
+def parse_path(text, flag):
+    """Return the steps of "data[].answers.text[0]": names, numbers, EACH. Raises UsageError."""
+    if not re.fullmatch(r"[^.\[\]]+(\[\d*\])*(\.[^.\[\]]+(\[\d*\])*)*", text):
+        raise UsageError(f"--{flag} {text}: expected names and [i] like data.answers.text[0], or [] for each element")
+    found = re.findall(r"\[(\d*)\]|([^.\[\]]+)", text)
+    return tuple(name or (int(number) if number else EACH) for number, name in found)
+
+
+def parse_template(text, flag):
+    """Return [literal or (name,), ...] of a template. By a pattern: str.format would read attributes."""
+    parts = []
+    for word in re.findall(r"\{\{|\}\}|\{[^{}]*\}|\\[nt\\]|[{}]|[^{}\\]+|\\", text):
+        name = word[1:-1] if word[0] == "{" and word[-1] == "}" else None
+        if word in "{}" or (name is not None and name not in ("question", "answer", "context")):
+            raise UsageError(
+                f"--{flag}: {word}: choose {{question}}, {{answer}}, {{context}}; {{{{ and }}}} for braces"
+            )
+        parts.append((name,) if name else ESCAPES.get(word, word))
+    return parts
+
+
+def records(row, paths):
+    """Yield one {name: text} for each element that the EACH steps of paths["question"] reach.
+
+    The other paths start from the same elements as far as they agree. A list means its first element, numbers become
+    text, what is missing "".
+    """
+    main = paths["question"]
+    edges = [i + 1 for i, step in enumerate(main) if step == EACH]
+    if not edges:
+        yield {name: _text(_follow(row, steps)) for name, steps in paths.items()}
+        return
+
+    def walk(bound):
+        if len(bound) == len(edges) + 1:
+            yield {name: _text(_resolve(bound, steps)) for name, steps in paths.items()}
+            return
+        start = list(bound)[-1]
+        elements = _follow(bound[start], main[len(start) : edges[len(bound) - 1] - 1])
+        for element in elements if isinstance(elements, list) else []:
+            yield from walk(bound | {main[: edges[len(bound) - 1]]: element})
+
+    yield from walk({(): row})
+
+
+def _resolve(bound, steps):
+    start = max((prefix for prefix in bound if steps[: len(prefix)] == prefix), key=len)
+    return _follow(bound[start], steps[len(start) :])
+
+
+def _follow(value, steps):
+    for step in steps:
+        if isinstance(value, list):
+            number = step if isinstance(step, int) else 0
+            value = value[number] if number < len(value) else None
+            if not isinstance(step, str) or step == EACH:
+                continue
+        value = value.get(step) if isinstance(value, dict) and isinstance(step, str) else None
+    return value
+
+
+def _text(value):
+    while isinstance(value, list):
+        value = value[0] if value else None
+    if isinstance(value, bool) or not isinstance(value, (str, int, float)):
+        return ""
+    return str(value)
+
+
+def normalize_task(task, *, paths, templates, skip_missing):
+    """Return (lines, counts) of one task."""
+    lines, counts, quoted = [], Counter(), json.JSONEncoder(ensure_ascii=False).encode
+    columns = {steps[0] for steps in paths.values()}
+    for place, row in sources.rows(task, columns):
+        if isinstance(row, ValueError):
+            raise DataError(f"{sources.where(task, place)}: {row}\ntry: mend it")
+        for record in records(row, paths):
+            present = [name for name in ("question", "answer") if record[name]]
+            counts.update(present)
+            if len(present) < 2 and skip_missing:
+                counts["skipped"] += 1
+                continue
+            prompt, response = ("".join(record.get(p[0], "") if isinstance(p, tuple) else p for p in template)
+                                for template in templates)  # fmt: skip
+            line = f'{{"prompt": {quoted(prompt)}, "response": {quoted(response)}}}\n'
+            lines.append(line.encode("utf-8", errors="replace"))
+            counts["records"] += 1
+    return lines, counts
+
+
+def _is_normalized(path):
+    """Return whether each line of a file looks as if it was written here."""
+    with open(path, "rb") as file:
+        return all(line.startswith(b'{"prompt": "') and b'", "response": "' in line and line.endswith(b'"}\n')
+                   for line in file)  # fmt: skip
+
+
+def normalize(cfg):
+    """A file of questions -> JSONL; cfg: NormalizeConfig of prepare_data.py."""
+    started, output = time.monotonic(), Path(cfg.output)
+    if not (cfg.input and cfg.output and cfg.question_field and cfg.answer_field):
+        raise UsageError("--input FILE --output FILE --question-field NAME --answer-field NAME: all are needed")
+    at_least(cfg, 0, "num_threads", "max_records")
+    fields = dict(question=cfg.question_field, answer=cfg.answer_field, context=cfg.context_field)
+    paths = {name: parse_path(path, f"{name}_field") for name, path in fields.items() if path}
+    templates = [parse_template(getattr(cfg, name), name) for name in ("prompt_template", "response_template")]
+    files = sources.find_files(cfg.input)
+    check_replaceable(output, True, lambda path: True, flag="--output", inputs=files)
+    share = max(1, sum(path.stat().st_size for path in files) // PROCESS_BYTES)
+    processes = min(cfg.num_threads or cores(), cores(), share)
+    function = partial(normalize_task, paths=paths, templates=templates, skip_missing=cfg.skip_missing)
+    counts, stop = Counter(), Stop()
+
+    def write(file):
+        offsets = array("q", [0])
+        for lines, found in in_order(function, sources.split(files), processes):
+            room = cfg.max_records - counts["records"] if cfg.max_records else len(lines)
+            counts.update(found)
+            file.write(b"".join(lines[:room]))
+            for line in lines[:room] if cfg.shuffle else ():
+                offsets.append(offsets[-1] + len(line))
+            if cfg.max_records and counts["records"] >= cfg.max_records:
+                counts["records"] = cfg.max_records
+                break
+            if stop:
+                raise _Stopped
+        return offsets
+
+    def write_shuffled(file):
+        import numpy as np
+
+        with tempfile.TemporaryFile(dir=output.parent) as ordered:
+            edges = np.array(write(ordered))
+            for i in np.random.default_rng(cfg.seed).permutation(len(edges) - 1):
+                ordered.seek(edges[i])
+                file.write(ordered.read(edges[i + 1] - edges[i]))
+
+    def checked(file):
+        write_shuffled(file) if cfg.shuffle else write(file)
+        if not (counts["records"] and counts["question"] and counts["answer"]):
+            first = next((row for task in sources.split(files) for _, row in sources.rows(task)), {})
+            names = ", ".join(map(str, first)) or "none" if isinstance(first, dict) else first
+            found = f"no question or no answer in {cfg.input}: fields of the first row: {names}"
+            raise DataError(f"{found}\ntry: other --question-field, --answer-field")
+        make_room(output, _is_normalized)  # last, so that a failure changes nothing
+
+    with lock_run(output.parent, output.name):
+        if output.exists() and not cfg.fresh:
+            raise UsageError(f"{output} is complete\ntry: --fresh to make it again")
+        try:
+            with stop:
+                write_atomic(output, checked)
+        except _Stopped:
+            print("stopped: nothing was written")
+            return dict(stopped=stop.signal)
+    size, spent = output.stat().st_size / 1e6, time.monotonic() - started
+    about = f"{counts['question']} with a question, {counts['answer']} with an answer, {counts['skipped']} skipped"
+    print(f"{output}: {counts['records']} records, {about}; {size:.1f} MB, {spent:.1f} s")
+    return {}
+
+
+class _Stopped(Exception):
+    pass
