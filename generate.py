@@ -20,7 +20,9 @@ import time
 from dataclasses import dataclass
 from typing import Literal
 
-from data_utils.config import UsageError, at_least, from_cli, launch
+from data_utils.config import at_least, from_cli
+from data_utils.errors import UsageError
+from data_utils.launch import launch
 
 
 @dataclass
@@ -148,9 +150,9 @@ if __name__ == "__main__":  # before torch is imported, so that --help and typos
 
 import torch
 
+from data_utils.hardware import Hardware
 from data_utils.reasoning.answers import load_reasoner
 from data_utils.text.experts import load_expert
-from data_utils.hardware import Hardware
 from data_utils.tokenizer import load_tokenizer
 
 

@@ -16,7 +16,9 @@ from itertools import cycle
 from pathlib import Path
 from textwrap import shorten
 
-from data_utils.config import DataError, UsageError, from_cli, launch
+from data_utils.config import from_cli
+from data_utils.errors import DataError, UsageError
+from data_utils.launch import launch
 
 
 @dataclass
@@ -38,8 +40,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
-from data_utils.checkpoint import MARK, begins, check_replaceable, is_marked, make_room, write_atomic
 from data_utils.events.facts import read_events, read_histories
+from data_utils.files import MARK, begins, check_replaceable, is_marked, make_room, write_atomic
 from data_utils.metrics import read_rows
 from data_utils.overrides import SWEEP
 
@@ -365,9 +367,9 @@ ELSEWHERE = {"train_loss", "val_loss", "epoch_time_s", "throughput", "max_memory
 def plot_page(out, *, page, answers, steps, target=None, q=None, attention=None, title=""):
     """Write to `out` a page, its answer after some supervision steps, and where on the page each capsule looked.
 
-    page (R, C), target (L,) and answers (S, L) hold symbols of data_utils/pages/render.py; what follows END is blank. Cells
-    that are wrong are red; without a target, those that changed since the answer before are amber. steps (S,) counts
-    supervision steps, q (S,) is the chance of being right in the model's eyes. attention: weights (K, r, c) >= 0 of K
+    page (R, C), target (L,) and answers (S, L) hold symbols of data_utils/pages/render.py; what follows END is blank.
+    Cells that are wrong are red; without a target, those that changed since the answer before are amber. steps (S,)
+    counts supervision steps, q (S,) is the chance of being right in the model's eyes. attention: weights (K, r, c) >= 0 of K
     capsules, any r and c that share the page out evenly: patches or cells.
     """
     from data_utils.pages.render import PADDING

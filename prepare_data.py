@@ -7,7 +7,9 @@ import sys
 from dataclasses import dataclass, field, fields
 from typing import Literal
 
-from data_utils.config import DataError, UsageError, from_cli, launch
+from data_utils.config import from_cli
+from data_utils.errors import DataError, UsageError
+from data_utils.launch import launch
 
 TestSet = Literal["nguyen", "feynman", "fastsrb"]
 
@@ -182,8 +184,8 @@ def expert(cfg):
     """
     from pathlib import Path
 
+    from data_utils.files import check_replaceable, make_room, unused, write_atomic
     from data_utils.text import corpus
-    from data_utils.checkpoint import check_replaceable, make_room, unused, write_atomic
 
     if cfg.toy:
         sources = {(d, "toy"): (lambda d=d: corpus.toy(d), "made up", "public domain (CC0-1.0)") for d in corpus.TOY}
@@ -224,8 +226,8 @@ def tokenizer(cfg):
     """Train a byte-level BPE tokenizer on every document of the domain folders."""
     from pathlib import Path
 
-    from data_utils.checkpoint import check_replaceable, holds, make_room, write_atomic
     from data_utils.documents import find_domains, read_documents
+    from data_utils.files import check_replaceable, holds, make_room, write_atomic
     from data_utils.tokenizer import train_bpe
 
     if not 257 <= cfg.vocab_size <= 65536:
@@ -330,8 +332,8 @@ def multimodal(cfg):
 
     Run the same command again after a stop: it goes on.
     """
-    from data_utils.pages import shard_builder as builder
     from data_utils.config import at_least
+    from data_utils.pages import shard_builder as builder
 
     at_least(cfg, 1, "train_samples", "build_batch", "workers", "page_rows", "page_cols", "arc_side")
     at_least(cfg, 2, "test_samples")
@@ -344,10 +346,10 @@ def events(cfg):
     """Write particle events of six processes in three splits, for train_ae.py."""
     from pathlib import Path
 
-    from data_utils.checkpoint import check_replaceable, is_marked
     from data_utils.config import at_least
-    from data_utils.events.decay_chain import LABELS, decay_chain
     from data_utils.events.dataset import opener, write_events
+    from data_utils.events.decay_chain import LABELS, decay_chain
+    from data_utils.files import check_replaceable, is_marked
 
     at_least(cfg, 10, "events")
     at_least(cfg, 0, "seed")

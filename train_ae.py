@@ -20,7 +20,9 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Literal
 
-from data_utils.config import DataError, at_least, complete, ends_cleanly, from_cli, launch
+from data_utils.config import at_least, complete, from_cli
+from data_utils.errors import DataError
+from data_utils.launch import ends_cleanly, launch
 from data_utils.overrides import GUIDE
 
 Part = Literal["mlp", "gnn", "gan", "diffusion"]
@@ -152,13 +154,13 @@ if __name__ == "__main__":  # before torch is imported, so that --help and typos
 
 import torch
 
-from data_utils import checkpoint
+from data_utils import checkpoint, files
 from data_utils.events.dataset import epoch_order, load_events, take, test_table, turned
+from data_utils.events.reconstruct import keep_rates, latent_statistics, reconstructed, start_codes
+from data_utils.events.run_folder import Recorder, run_folder, take_up
 from data_utils.hardware import Hardware
 from data_utils.metrics import add, means
 from data_utils.progress import Progress, say
-from data_utils.events.reconstruct import keep_rates, latent_statistics, reconstructed, start_codes
-from data_utils.events.run_folder import Recorder, run_folder, take_up
 from data_utils.stop import Stop
 from models.autoencoder import AutoEncoder, Regressor, denominators, loss_sums, regression_sums
 from models.codebook import decay_for, revive_for, usage_and_perplexity
@@ -228,16 +230,16 @@ def main(cfg):
     kind, keep = f"ae:{cfg.loop}", cfg.save_artifacts
     out = Path(hardware.gather(run_folder(cfg))[0])  # one clock for all ranks
     last, best, resume = out / "last.pt", out / "best_val.pt", cfg.resume if Path(cfg.resume).is_file() else "auto"
-    lock = checkpoint.lock_run(out, "ae", out) if rank == 0 and keep else None  # noqa: F841  held until main ends
+    lock = files.lock_run(out, "ae", out) if rank == 0 and keep else None  # noqa: F841  held until main ends
     about = dict(kind=kind, format=1, tokenizer="events", tokenizer_hash="", data_hash=meta["data_hash"], meta=meta,
                  world_size=world, steps=steps, torch=str(torch.__version__), config=asdict(cfg),
                  model_args=model_args)  # fmt: skip
-    path, state = checkpoint.find(resume, cfg.fresh, [last, best, out / "model.pt"], kind)
+    path, state = checkpoint.find_checkpoint(resume, cfg.fresh, [last, best, out / "model.pt"], kind)
     if state:
         keep_rates(raw_model, model_args, state["model_args"], cfg)
         checkpoint.load_parts(parts, state, path, about, same_data="data, labels, limit and seed")
         take_up(at, state, batches)
-        tell(checkpoint.notice(path, state, about, COSMETIC))
+        tell(checkpoint.resume_notice(path, state, about, COSMETIC))
     elif raw_model.latent_space == "vq":
         start_codes(raw_model, data["train"], cfg)
 
@@ -254,7 +256,7 @@ def main(cfg):
     def save(path, must=True, state=None):
         if rank == 0 and keep:
             saver(path, state or about | vars(at) | {name: part.state_dict() for name, part in parts.items()}, must)
-            checkpoint.point(out / "model.pt", best.name) if path == best else None
+            files.symlink_to(out / "model.pt", best.name) if path == best else None
 
     record = Recorder(out if rank == 0 and keep else None, cfg, LOOPS[cfg.loop][1], at, device, new=not path)
 
@@ -386,7 +388,7 @@ def main(cfg):
                 break
         if at.epoch >= cfg.epochs and not stop_now:
             record("on_train_end", epoch=at.epoch - 1, histories=at.histories)
-            found = keep and checkpoint.find("auto", False, [best, last], kind)[1] or {}
+            found = keep and checkpoint.find_checkpoint("auto", False, [best, last], kind)[1] or {}
             raw_model.load_state_dict(best_state or found.get("model_state", raw_model.state_dict()))
             metrics, codes, stop_now = evaluate("test")
             if not stop_now:

@@ -22,7 +22,9 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Literal
 
-from data_utils.config import DataError, UsageError, at_least, complete, ends_cleanly, from_cli, launch
+from data_utils.config import at_least, complete, from_cli
+from data_utils.errors import DataError, UsageError
+from data_utils.launch import ends_cleanly, launch
 
 
 @dataclass
@@ -134,12 +136,12 @@ if __name__ == "__main__":  # before torch is imported, so that --help and typos
 import numpy as np
 import torch
 
-from data_utils import checkpoint
-from data_utils.text.experts import EXPERTS, load_expert
+from data_utils import checkpoint, files
 from data_utils.hardware import Hardware
 from data_utils.metrics import append_row, averages, draw_losses, start_rows
 from data_utils.progress import Progress, peak_mb, say
 from data_utils.stop import Stop
+from data_utils.text.experts import EXPERTS, load_expert
 from data_utils.text.windows import DomainText
 from data_utils.tokenizer import load_tokenizer
 
@@ -224,9 +226,9 @@ def main(cfg):
                          patience_used=0, skipped=0, skipped_in_row=0)  # fmt: skip
     kind, snapshot = f"expert:{cfg.expert}", rf"{run}_epoch(\d+)\.pt"
     best_file, rolling, metrics = (folder / f"{run}{end}" for end in (".pt", "_interrupted.pt", "_metrics.jsonl"))
-    lock = checkpoint.lock_run(folder, run) if rank == 0 else None  # noqa: F841  held until main ends
-    snapshots = checkpoint.numbered(folder, snapshot)
-    path, state = checkpoint.find(cfg.resume, cfg.fresh, [rolling, *snapshots, best_file], kind)
+    lock = files.lock_run(folder, run) if rank == 0 else None  # noqa: F841  held until main ends
+    snapshots = checkpoint.numbered_files(folder, snapshot)
+    path, state = checkpoint.find_checkpoint(cfg.resume, cfg.fresh, [rolling, *snapshots, best_file], kind)
     about = dict(kind=kind, format=1, expert=cfg.expert, tokenizer=cfg.tokenizer, tokenizer_hash=tokenizer.hash,
                  data_hash=data.hash, world_size=world, steps=steps, torch=str(torch.__version__), config=asdict(cfg),
                  model_args=model_args)  # fmt: skip
@@ -234,12 +236,12 @@ def main(cfg):
         checkpoint.load_parts(parts, state, path, about, cfg.allow_partial)
         vars(at).update({name: state[name] for name in vars(at)})
         at.step_in_epoch = min(at.step_in_epoch, steps_per_epoch)
-        tell(checkpoint.notice(path, state, about, COSMETIC))
+        tell(checkpoint.resume_notice(path, state, about, COSMETIC))
         newer = [p for p in snapshots if int(p.stem.split("_epoch")[1]) > at.epoch]
         if newer and path == rolling:
-            checkpoint.warn(f"{rolling} is older than {newer[0]} but comes first")
+            files.warn(f"{rolling} is older than {newer[0]} but comes first")
         elif newer and rank == 0:  # a rewind: a later --resume must not jump back to the branch left here
-            checkpoint.set_aside([rolling, *newer])
+            files.set_aside([rolling, *newer])
         del state
     if at.evaluated == at.step and (at.step >= steps or 0 < cfg.patience <= at.patience_used):
         tell(f"{run}: finished at step {at.step}, best val_loss {at.best_val_loss:.4f}; a larger --max_epochs goes on")
@@ -257,7 +259,7 @@ def main(cfg):
     if rank == 0:
         count = sum(p.numel() for p in trained.values())
         if not path:
-            checkpoint.set_aside([rolling, *snapshots, best_file, metrics])
+            files.set_aside([rolling, *snapshots, best_file, metrics])
         start_rows(metrics, at.step, at.evaluated, asdict(cfg), device)
         tell(f"{run}: {count / 1e6:.1f} M parameters to train, checkpoints of {size / 1e6:.0f} MB in {folder}")
 
@@ -378,7 +380,7 @@ def main(cfg):
                 save(folder / f"{run}_epoch{at.epoch}.pt")
                 if rank == 0:
                     rolling.unlink(missing_ok=True)  # older than the file just written
-                    checkpoint.rotate(checkpoint.numbered(folder, snapshot), cfg.keep)
+                    checkpoint.rotate(checkpoint.numbered_files(folder, snapshot), cfg.keep)
             elif over:  # in the middle of an epoch: a larger budget goes on from here
                 save(rolling)
 

@@ -24,17 +24,9 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Literal
 
-from data_utils.config import (
-    DataError,
-    UsageError,
-    at_least,
-    below_one,
-    check_name,
-    complete,
-    ends_cleanly,
-    from_cli,
-    launch,
-)
+from data_utils.config import at_least, below_one, check_name, complete, from_cli
+from data_utils.errors import DataError, UsageError
+from data_utils.launch import ends_cleanly, launch
 from data_utils.reasoning.nested_config import flatten
 
 
@@ -157,16 +149,16 @@ if __name__ == "__main__":  # before torch is imported, so that --help and typos
 import numpy as np
 import torch
 
-from data_utils import checkpoint
-from data_utils.reasoning.answers import summarize
+from data_utils import checkpoint, files
 from data_utils.hardware import Hardware
 from data_utils.metrics import append_row, draw_losses, start_rows
 from data_utils.progress import Progress, peak_mb, say
+from data_utils.reasoning.answers import summarize
 from data_utils.reasoning.questions import open_questions, random_batch
 from data_utils.stop import Stop
+from models.hrm import HRM
 from models.optim.adamw8bit import AdamW8bit
 from models.optim.ema import Average
-from models.hrm import HRM
 from models.optim.muon import Muon
 
 BAD_STEPS = 10  # non-finite steps in a row that end a run
@@ -262,9 +254,9 @@ def main(cfg):
     at = SimpleNamespace(step=0, evaluated=0, best_val_loss=math.inf, best_step=0, skipped=0, skipped_in_row=0,
                          halt_threshold=0.0)  # fmt: skip
     kind, snapshot, final, metrics = "hrm", r"step_(\d+)\.pt", folder / "final.pt", home / "metrics.jsonl"
-    lock = checkpoint.lock_run(folder, "hrm", folder, best.parent) if rank == 0 else None  # noqa: F841  held until main ends
-    files = checkpoint.by_step(checkpoint.numbered(folder, snapshot), final, kind)
-    path, state = checkpoint.find(cfg.resume, cfg.fresh, files, kind)
+    lock = files.lock_run(folder, "hrm", folder, best.parent) if rank == 0 else None  # noqa: F841  held until main ends
+    candidates = checkpoint.by_step(checkpoint.numbered_files(folder, snapshot), final, kind)
+    path, state = checkpoint.find_checkpoint(cfg.resume, cfg.fresh, candidates, kind)
     about = dict(kind=kind, format=1, dataset=cfg.dataset, tokenizer=data.tokenizer.name,
                  tokenizer_hash=data.tokenizer.hash, data_hash=data.hash, world_size=world, steps=steps,
                  torch=str(torch.__version__), config=asdict(cfg), model_args=model_args, meta=data.meta)  # fmt: skip
@@ -274,8 +266,8 @@ def main(cfg):
         vars(at).update({name: state[name] for name in vars(at)})
         whole = [torch.cat(z) for z in zip(*state["carry"], strict=True)]  # of all ranks that there were
         carry = tuple(z[rank * cfg.batch_size :][: cfg.batch_size].to(device) for z in whole if len(z) == rows) or None
-        checkpoint.leave(files, at.step) if rank == 0 else None
-        tell(checkpoint.notice(path, state, about, COSMETIC))
+        checkpoint.set_aside_later(candidates, at.step) if rank == 0 else None
+        tell(checkpoint.resume_notice(path, state, about, COSMETIC))
     if at.step >= steps and (at.evaluated == at.step or not n_val):
         tell(f"{home}: finished at step {at.step}, best val_loss {at.best_val_loss:.4f}; a larger --steps goes on")
         hardware.close()
@@ -294,7 +286,7 @@ def main(cfg):
     size = checkpoint.rehearse(folder, "hrm", payload([]))
     if rank == 0:
         if not path:
-            checkpoint.set_aside([*files, best, metrics, *(file.with_suffix(".yaml") for file in (*files, best))])
+            files.set_aside([*candidates, best, metrics, *(p.with_suffix(".yaml") for p in (*candidates, best))])
         start_rows(metrics, at.step, at.evaluated, asdict(cfg), device)
         tell(f"{home}: {count / 1e6:.2f} M parameters to train, checkpoints of {size / 1e6:.0f} MB in {folder}")
 
@@ -396,7 +388,7 @@ def main(cfg):
                 save(folder / f"step_{at.step}.pt", must=not late)
                 saved = time.monotonic()
                 if rank == 0:
-                    checkpoint.rotate(checkpoint.numbered(folder, snapshot), cfg.checkpoint_limit)
+                    checkpoint.rotate(checkpoint.numbered_files(folder, snapshot), cfg.checkpoint_limit)
 
     # --- summary --------------------------------------------------------------------------
     if rank == 0 and over:

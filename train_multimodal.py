@@ -25,7 +25,9 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Literal
 
-from data_utils.config import DataError, UsageError, at_least, below_one, complete, ends_cleanly, from_cli, launch
+from data_utils.config import at_least, below_one, complete, from_cli
+from data_utils.errors import DataError, UsageError
+from data_utils.launch import ends_cleanly, launch
 from data_utils.overrides import PICTURES
 
 Names = tuple[str, ...]
@@ -144,8 +146,8 @@ MAY_BE_0 = "seed warmup_steps grad_monitor_every dqn_warmstart_steps".split()  #
 
 def begin(cfg):
     """Refuse flags that can't be, lock the run's folder, start the builder: all that needs no torch."""
-    from data_utils.progress import check_log
     from data_utils.pages.shards import begin_pages
+    from data_utils.progress import check_log
 
     for f in (f for f in fields(cfg) if type(f.default) in (int, float)):
         at_least(cfg, int(type(f.default) is int and f.default > 0 and f.name not in MAY_BE_0), f.name)
@@ -156,8 +158,8 @@ def begin(cfg):
         raise UsageError(f"--task_weights {weights}: expected 0 or more for each task, above 0 for one\n"
                          "try: the command without it, for equal shares")  # fmt: skip
     below_one(cfg, "beta1", "beta2")
-    files = [Path(cfg.checkpoint_path, name) for name in ("latest.pt", "latest.prev.pt")]
-    begins = cfg.fresh or cfg.resume in ("", "none") or cfg.resume == "auto" and not any(map(Path.exists, files))
+    latest = [Path(cfg.checkpoint_path, name) for name in ("latest.pt", "latest.prev.pt")]
+    begins = cfg.fresh or cfg.resume in ("", "none") or cfg.resume == "auto" and not any(map(Path.exists, latest))
     if cfg.eval_only and begins:
         raise UsageError(f"--eval_only: no trained model to score in {cfg.checkpoint_path}, or it is not to be read\n"
                          "try: the command without --eval_only, which trains one")  # fmt: skip
@@ -175,19 +177,19 @@ if __name__ == "__main__":  # before torch is imported: --help and typos answer 
 import numpy as np
 import torch
 
-from data_utils import checkpoint
+from data_utils import checkpoint, files
 from data_utils.hardware import Hardware
-from data_utils.pages.evaluate import report
 from data_utils.metrics import append_row, draw_losses, start_rows, to_wandb
-from data_utils.progress import Log, Progress, peak_mb
-from data_utils.pages.shards import Stopped, build_pages, open_pages
+from data_utils.pages.evaluate import report
 from data_utils.pages.rolling_batch import Slots, load_slots, start_codes
+from data_utils.pages.shards import Stopped, build_pages, open_pages
+from data_utils.progress import Log, Progress, peak_mb
 from data_utils.stop import Stop
+from models.halting import HaltingAgent
+from models.multimodal import LATE, TABLES, Multimodal, adapted
 from models.optim.adam_atan2 import AdamAtan2, SignRows, moved
 from models.optim.ema import Average
 from models.optim.gradient_monitor import Monitor, warnings
-from models.halting import HaltingAgent
-from models.multimodal import LATE, TABLES, Multimodal, adapted
 
 BAD_STEPS = 10  # non-finite steps in a row that end a run
 COSMETIC = """arch config checkpoint_path resume fresh allow_partial eval_only checkpoint_every_eval save_minutes
@@ -254,17 +256,17 @@ def run(cfg, begun, stop):
     kind, latest, before, metrics = "multimodal", home / "latest.pt", home / "latest.prev.pt", home / "metrics.jsonl"
     own = slice(rank * (B // world), (rank + 1) * (B // world))
     slots = {name: Slots(data, name, sources[name].task, own, cfg, raw_model.limit(name)) for name in names}
-    path, state = checkpoint.find(cfg.resume, cfg.fresh, [latest, before], kind)
+    path, state = checkpoint.find_checkpoint(cfg.resume, cfg.fresh, [latest, before], kind)
     about = dict(kind=kind, format=1, data_hash=data.hash, world_size=world, steps=steps, torch=str(torch.__version__),
                  config=asdict(cfg), model_args=model_args)  # fmt: skip
     if state:
-        state = checkpoint.named(state)
+        state = checkpoint.canonical_keys(state)
         fitting = adapted(state["model_state"], state["model_args"], model_args)
         checkpoint.load_parts(parts, state | fitting, path, about, cfg.allow_partial)
         vars(at).update({name: state[name] for name in vars(at)})
         same_data = state["data_hash"] == data.hash
         anew = load_slots(slots, state["slots"], raw_model, device, same_data)
-        tell(checkpoint.notice(path, state, about, COSMETIC))
+        tell(checkpoint.resume_notice(path, state, about, COSMETIC))
         if anew:
             kept = f"; the newest {len(agent.ring)} transitions stay" * bool(agent)
             tell(f"the samples at hand of {', '.join(anew)} begin anew{kept}")
@@ -292,7 +294,7 @@ def run(cfg, begun, stop):
     if rank == 0:
         size = checkpoint.rehearse(home, kind, payload([]))
         if not path:
-            checkpoint.set_aside([latest, before, home / "ema_model.pt", home / "best_model.pt", metrics])
+            files.set_aside([latest, before, home / "ema_model.pt", home / "best_model.pt", metrics])
         start_rows(metrics, at.step, at.evaluated, asdict(cfg), device)
         tell(f"{home}: {batches} steps an epoch, checkpoints of {size / 1e6:.0f} MB; M parameters: {raw_model.sizes()}")
     log = to_wandb(cfg.wandb if rank == 0 else "disabled", cfg.wandb_project, "", home.name, asdict(cfg))

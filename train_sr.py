@@ -23,20 +23,13 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Literal
 
+from data_utils.config import at_least, below_one, complete, from_cli
+from data_utils.errors import DataError, UsageError
+from data_utils.formulas.bundle_files import save_config
 from data_utils.formulas.bundles import load_flags
-from data_utils.config import (
-    DataError,
-    UsageError,
-    at_least,
-    below_one,
-    complete,
-    ends_cleanly,
-    from_cli,
-    launch,
-    save_config,
-)
-from data_utils.formulas.skeletons import PoolConfig
 from data_utils.formulas.dataset import DataConfig
+from data_utils.formulas.skeletons import PoolConfig
+from data_utils.launch import ends_cleanly, launch
 
 Norm = Literal["rms", "rms_set", "layer", "none"]
 
@@ -132,16 +125,16 @@ if __name__ == "__main__":  # before torch is imported, so that --help and typos
 
 import torch
 
-from data_utils import checkpoint
+from data_utils import checkpoint, files
 from data_utils.formulas.bundles import open_formulas
 from data_utils.formulas.checkpoint_folders import find_folder, prune, save_folder, step_of, sweep
+from data_utils.formulas.search import solve_problems
 from data_utils.hardware import Hardware
 from data_utils.metrics import append_row, draw_losses, start_rows, to_wandb
 from data_utils.progress import Progress, peak_mb, say
-from data_utils.formulas.search import solve_problems
 from data_utils.stop import Stop
-from models.optim.adamw8bit import AdamW8bit
 from models.formula_model import ARGUMENTS, FlashANSRModel
+from models.optim.adamw8bit import AdamW8bit
 from models.optim.muon import Muon
 
 BAD_STEPS = 10  # non-finite steps in a row that end a run
@@ -225,10 +218,10 @@ def main(cfg):
     at = SimpleNamespace(step=0, evaluated=0, best_val_loss=math.inf, best_step=0, skipped=0, skipped_in_row=0,
                          samples=0, total_pflops=0.0)  # fmt: skip
     kind, metrics, final = "sr", out / "metrics.jsonl", out / "state_dict.pt"
-    lock = checkpoint.lock_run(out.parent, out.name) if rank == 0 else None  # noqa: F841  held until main ends
+    lock = files.lock_run(out.parent, out.name) if rank == 0 else None  # noqa: F841  held until main ends
     sweep(out) if rank == 0 else None
     path, state, found = find_folder("" if cfg.fresh else cfg.resume_from, out, kind, SAVED)
-    there = checkpoint.numbered(out, r"checkpoint_(\d+)")
+    there = checkpoint.numbered_files(out, r"checkpoint_(\d+)")
     if not path and out.exists() and not cfg.fresh and there and not final.exists():
         raise UsageError(f"{out} holds an unfinished run, up to {there[0].name}\n"
                          "try: --resume-from auto, which goes on, or --fresh, which keeps it as *.bak")  # fmt: skip
@@ -241,7 +234,7 @@ def main(cfg):
             raise UsageError(f"{path} has no {', '.join(lacking)}: nothing to go on from")
         step = step_of(path, state, cfg.resume_step)
         if state and state["step"] != step:
-            checkpoint.warn(f"{path} is of step {state['step']}, --resume-step {step} is taken")
+            files.warn(f"{path} is of step {state['step']}, --resume-step {step} is taken")
         for name in [name for name in SAVED[2:] if name not in found]:
             tell(f"{path} has no {name}.pt: begun anew")
         state = about | vars(at) | state  # all but its step may be lost
@@ -251,20 +244,20 @@ def main(cfg):
         checkpoint.load_parts(parts, state | loaded, path, about)
         vars(at).update({name: state[name] for name in vars(at)})
         at.step = step
-        checkpoint.leave(there, at.step) if rank == 0 else None
-        tell(checkpoint.notice(path, state, about, COSMETIC))
+        checkpoint.set_aside_later(there, at.step) if rank == 0 else None
+        tell(checkpoint.resume_notice(path, state, about, COSMETIC))
     if at.step >= cfg.steps and at.evaluated == at.step and final.exists():
         tell(f"{out}: finished at step {at.step}, val_loss {at.best_val_loss:.4f}; a larger --steps goes on")
         hardware.close()
         return dict(step=at.step, best=at.best_val_loss, stopped=0)
     if rank == 0:
         if not path:
-            checkpoint.set_aside([out])
+            files.set_aside([out])
         out.mkdir(parents=True, exist_ok=True)
     weights = dict(model_state=raw_model.state_dict(), optimizer_state=optimizer.state_dict())
     size = checkpoint.rehearse(out, "checkpoint", about | vars(at) | weights)
     if rank == 0:
-        checkpoint.set_aside([final])  # with it the folder counts as finished
+        files.set_aside([final])  # with it the folder counts as finished
         start_rows(metrics, at.step, at.evaluated, asdict(cfg), device)
         sizes = " + ".join(f"{n / 1e6:.2f} M {part}" for part, n in count.items())
         tell(f"{out}: {sizes} parameters to train, {len(alphabet.tokens)} tokens, {len(alphabet.variables)} variables, "

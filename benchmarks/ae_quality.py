@@ -28,8 +28,8 @@ import train_ae
 from benchmarks.ae_peers import PACKAGES, STEPS, Quantizer
 from benchmarks.report import command_line, measure
 from data_utils.checkpoint import load_checkpoint
-from data_utils.events.generate import load_run
 from data_utils.events.dataset import load_events, take, to_rows
+from data_utils.events.generate import load_run
 from data_utils.events.kinematics import kinematics, w_share
 from data_utils.events.reconstruct import decoded
 from models.autoencoder import build_encoder

@@ -31,7 +31,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.report import command_line, figure, load, measure, save, seconds, timed
-from data_utils.config import DataError
+from data_utils.errors import DataError
 from data_utils.progress import peak_mb
 from data_utils.text.windows import DomainText, _tokenize
 from data_utils.tokenizer import load_tokenizer

@@ -21,8 +21,8 @@ from benchmarks.fault_lab import (
     rewritten,
     unchanged,
 )
-from data_utils.config import DataError
 from data_utils.documents import MALFORMED
+from data_utils.errors import DataError
 from data_utils.formulas.pools import COLUMNS, read_formulas
 
 

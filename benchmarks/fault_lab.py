@@ -13,8 +13,8 @@ from pathlib import Path
 import torch
 
 from benchmarks.fault_child import Child
-from data_utils import checkpoint
-from data_utils.checkpoint import by_step, numbered, read
+from data_utils import files
+from data_utils.checkpoint import by_step, numbered_files, read
 
 torch.set_num_threads(1)
 VOLATILE = set(
@@ -95,15 +95,15 @@ def candidates(script, folder):
     """Files that a run in `folder` would go on from, in their order; of a folder of files the one with the step."""
     home = folder / script.home
     if script.letter == "H":
-        files = by_step(numbered(home, r"step_(\d+)\.pt"), home / "final.pt", "hrm")
+        files = by_step(numbered_files(home, r"step_(\d+)\.pt"), home / "final.pt", "hrm")
     elif script.letter == "S":
-        files = [path / "training_state.pt" for path in numbered(home, r"checkpoint_(\d+)")]
+        files = [path / "training_state.pt" for path in numbered_files(home, r"checkpoint_(\d+)")]
     else:
         stem = Path(script.metrics).name.removesuffix("_metrics.jsonl")
         names = dict(V=["latest.pt", "latest.prev.pt"], A=["last.pt", "best_val.pt", "model.pt"])
         files = [home / name for name in names.get(script.letter, [])]
         if script.letter in "EM":
-            snapshots = numbered(home, rf"{stem}_epoch(\d+)\.pt")
+            snapshots = numbered_files(home, rf"{stem}_epoch(\d+)\.pt")
             files = [home / f"{stem}_interrupted.pt", *snapshots, home / f"{stem}.pt"]
     return [path for path in files if path.exists()]
 
@@ -117,7 +117,7 @@ def results(script, folder):
     """{name: what was saved} of all that a finished run leaves, and its rows of metrics."""
     home, rows = folder / script.home, []
     if script.letter == "S":
-        last = numbered(home, r"checkpoint_(\d+)")[0]
+        last = numbered_files(home, r"checkpoint_(\d+)")[0]
         files = [*last.glob("*.pt"), home / "state_dict.pt"]
     elif script.letter == "H":
         files = [home / "final.pt", home.parent / "best-model" / "best.pt"]
@@ -294,7 +294,7 @@ def rewritten(path, out, change):
     """Write what `path` holds, changed, as a checkpoint `out`."""
     state = read(path)
     change(state)
-    checkpoint.write_atomic(out, lambda file: torch.save(state, file))
+    files.write_atomic(out, lambda file: torch.save(state, file))
     return out
 
 

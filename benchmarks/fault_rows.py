@@ -50,7 +50,8 @@ from benchmarks.fault_lab import (
     unchanged,
     words_of,
 )
-from data_utils.checkpoint import CheckpointError, load_checkpoint, named, read
+from data_utils.checkpoint import canonical_keys, load_checkpoint, read
+from data_utils.errors import CheckpointError
 from data_utils.formulas.checkpoint_folders import load_folder
 
 CODES = (  # pickles in which a call of a function is written out; {} is the file that it would make
@@ -279,7 +280,7 @@ def non_finite(lab, name):
     step = 3  # neither it nor the one before ends in an evaluation, where a signal would stop the run at once
 
     def state(folder):
-        found = named(newest(script, folder))
+        found = canonical_keys(newest(script, folder))
         if script.letter == "S":
             found |= dict(optimizer_state=read(candidates(script, folder)[0].with_name("optimizer.pt")))
         return found
@@ -301,7 +302,10 @@ def non_finite(lab, name):
     _, err = lab.run(name, folder, faults=f"bad=nan:{step * calls + 1}:1000", status=1)
     has(error_lines(err), f"{limit} steps in a row", "not finite", "lr")
     for path in candidates(script, folder):
-        weights = read(path.with_name("state_dict.pt")) if script.letter == "S" else named(read(path))["model_state"]
+        if script.letter == "S":
+            weights = read(path.with_name("state_dict.pt"))
+        else:
+            weights = canonical_keys(read(path))["model_state"]
         check(all(w.isfinite().all() for w in weights.values()), f"{path.name} is not finite")
 
 
@@ -385,7 +389,7 @@ def overflow(lab, name):
     lab.run(name, whole, faults=fault)
     folder = lab.folder()
     lab.run(name, folder, faults=f"{fault} signal=SIGTERM:12:0", status=143)
-    state = named(newest(script, folder))
+    state = canonical_keys(newest(script, folder))
     check((state["skipped"], state["amp_scaler"]["scale"]) == (1, 32768.0), f"{state['skipped']} skipped, scale "
           f"{state['amp_scaler']['scale']}")  # fmt: skip
     lab.run(name, folder, faults="scaler=1")

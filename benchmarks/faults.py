@@ -38,7 +38,9 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from functools import partial
 
-from data_utils.config import UsageError, from_cli, launch
+from data_utils.config import from_cli
+from data_utils.errors import UsageError
+from data_utils.launch import launch
 
 
 @dataclass
@@ -64,7 +66,7 @@ if __name__ != "__mp_main__":  # which a fork imports this file as: it shall com
     from benchmarks.fault_child import ROOT
     from benchmarks.fault_lab import SCRIPTS, Lab, NotRun, check, words_of
     from benchmarks.fault_rows import ROWS, bit_rot, crash, preemption
-    from data_utils.checkpoint import write_atomic
+    from data_utils.files import write_atomic
 
 
 # script: what makes its data, its smoke command; of the router's the experts are there before

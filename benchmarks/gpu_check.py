@@ -49,7 +49,9 @@ FILE = str(Path(__file__).resolve())
 ROOT = Path(FILE).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from data_utils.config import DataError, UsageError, from_cli, launch
+from data_utils.config import from_cli
+from data_utils.errors import DataError, UsageError
+from data_utils.launch import launch
 
 
 @dataclass
@@ -72,8 +74,8 @@ if __name__ == "__main__" and sys.argv[1:2] not in [[name] for name in INSIDE]:
 import torch
 
 from benchmarks.report import HERE
-from data_utils.checkpoint import write_atomic
 from data_utils.events.facts import read_scalars
+from data_utils.files import write_atomic
 from data_utils.metrics import read_rows
 
 FEW, MORE = 3, 5  # steps of the runs that are compared, and of those that go on

@@ -31,13 +31,14 @@ import torch.nn.functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.report import command_line, figure, measure, seconds, timed
+from data_utils.config import from_cli
+from data_utils.errors import DataError
 from data_utils.reasoning.answers import load_reasoner, pick_threshold, stops
-from data_utils.config import DataError, from_cli
 from data_utils.reasoning.dataset import open_pairs
-from data_utils.reasoning.sudoku import make, peers
 from data_utils.reasoning.questions import BUILT_IN
-from models.optim.adamw8bit import AdamW8bit
+from data_utils.reasoning.sudoku import make, peers
 from models.hrm import HRM
+from models.optim.adamw8bit import AdamW8bit
 from train_hrm import variant
 
 HERE = Path(__file__).resolve().parent

@@ -40,8 +40,8 @@ from data_utils.pages.render import HOLE, SYMBOLS, augmented_patches, layout, to
 from data_utils.pages.shard_builder import opener
 from data_utils.pages.shard_files import read_manifest
 from data_utils.pages.tasks import DIGIT
-from models.optim.adam_atan2 import AdamAtan2
 from models.multimodal import Multimodal
+from models.optim.adam_atan2 import AdamAtan2
 from train_multimodal import MultimodalConfig
 
 HERE = Path(__file__).resolve().parent

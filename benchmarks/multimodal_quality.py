@@ -21,21 +21,21 @@ import torch
 
 import train_multimodal
 from benchmarks.hrm import singles
-from data_utils.reasoning import sudoku as puzzles
-from data_utils.pages.arc import CHANGES, vote
-from data_utils.checkpoint import load_checkpoint, named
+from data_utils.checkpoint import canonical_keys, load_checkpoint
 from data_utils.config import from_cli
 from data_utils.hardware import Hardware
-from data_utils.pages.evaluate import examine, traces
 from data_utils.metrics import read_rows
 from data_utils.overrides import PICTURES
+from data_utils.pages.arc import CHANGES, vote
+from data_utils.pages.evaluate import examine, traces
+from data_utils.pages.passages import floor
 from data_utils.pages.render import END, HOLE, PADDING, SYMBOLS
+from data_utils.pages.rolling_batch import batch_of
 from data_utils.pages.scores import score
 from data_utils.pages.shard_builder import opener
 from data_utils.pages.shards import Shards
-from data_utils.pages.rolling_batch import batch_of
 from data_utils.pages.tasks import DIGIT, Task
-from data_utils.pages.passages import floor
+from data_utils.reasoning import sudoku as puzzles
 from models.halting import policies
 from models.multimodal import Multimodal
 from models.planning import select
@@ -148,7 +148,7 @@ def quoted(values):
 
 def opened(run):
     """The averaged weights of a finished run, and its data."""
-    state = named(load_checkpoint(run.home / "ema_model.pt", "multimodal"))
+    state = canonical_keys(load_checkpoint(run.home / "ema_model.pt", "multimodal"))
     model = Multimodal(**state["model_args"])
     model.load_state_dict(state["model_state"])
     return model.eval(), Shards(run.cfg.data_paths, list(model.tasks), seed=run.cfg.seed)

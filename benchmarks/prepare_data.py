@@ -67,9 +67,9 @@ if __name__ == "__main__" and "--plain" in sys.argv:  # a child process that is 
     sys.exit()
 
 from benchmarks.report import command_line, figure, measure
-from data_utils.text import corpus
 from data_utils.reasoning.dataset import open_pairs, open_splits
 from data_utils.reasoning.folder import read_row
+from data_utils.text import corpus
 from data_utils.tokenizer import load_tokenizer
 
 HERE = Path(__file__).resolve().parent

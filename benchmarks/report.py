@@ -13,7 +13,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from data_utils.checkpoint import write_atomic
+from data_utils.files import write_atomic
 
 HERE = Path(__file__).resolve().parent
 

@@ -27,7 +27,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from data_utils.config import DataError, UsageError, from_cli, launch
+from data_utils.config import from_cli
+from data_utils.errors import DataError, UsageError
+from data_utils.launch import launch
 
 HERE = Path(__file__).resolve().parent
 QUICK = Path("benchmarks/work/quick")  # of the repo; emptied first, since what is finished is only read again
@@ -98,7 +100,7 @@ if __name__ == "__main__":
     cfg = from_cli(Config, __doc__)
 
 from benchmarks.report import load
-from data_utils.checkpoint import write_atomic
+from data_utils.files import write_atomic
 
 
 # --- figures ----------------------------------------------------------------------------------

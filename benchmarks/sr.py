@@ -24,13 +24,13 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.report import command_line, figure, measure
+from data_utils.formulas.dataset import CHUNK, DataConfig, FlashANSRDataset
 from data_utils.formulas.expressions import LITERALS, OPERATORS, evaluate
 from data_utils.formulas.fit import fit
+from data_utils.formulas.problems import problems, score
 from data_utils.formulas.search import SOLVED, Network, find_formula, fvu
 from data_utils.formulas.simplify import NotReal, simplify
 from data_utils.formulas.skeletons import PoolConfig, check_pool, sample_trees
-from data_utils.formulas.dataset import CHUNK, DataConfig, FlashANSRDataset
-from data_utils.formulas.problems import problems, score
 from models.formula_model import FlashANSRModel
 
 HERE = Path(__file__).resolve().parent

@@ -4,40 +4,22 @@ Imports torch where tensors are: prepare_data.py writes files too, and has none.
 """
 
 import math
-import mmap
 import os
-import platform
 import re
-import shlex
 import shutil
-import sys
 import zipfile
 from pathlib import Path
 
-from data_utils.config import DataError, UsageError, at_end
+from data_utils.errors import CheckpointError, DataError, UsageError
+from data_utils.files import set_aside, warn, write_atomic
 
 PLAIN = (int, float, str, bool, bytes, type(None))
 FAILED_SAVES = 3  # rolling saves in a row that fail before a run gives up
-MARK = b"made by petri"  # in files that a person may also make: pictures, events
-TORN = r"\.tmp-(rehearsal-)?\d+"  # how the name of a temporary file ends: the process that writes it
-OF_A_RUN = r"(step_\d+|final|best_model|best_val|last|latest(\.prev)?|ema_model|model)\.(pt|yaml)"  # files of a run
-OF_A_RUN = rf"({OF_A_RUN}|(meta|tokenizer)\.json|metrics\.jsonl)"
 FOLDER = 0x10  # attribute of a zip's entry, outside all checksums: torch reads whatever memory holds for a tensor's
 OTHER_NAMES = dict(  # old ones, read but never written; and those of train_multimodal.py's guide
     model_state=("model", "model_state_dict"), optimizer_state=("optimizer", "optimizer_state_dict"),
     amp_scaler=("scaler",), ema_state=("ema_state_dict",),
 )  # fmt: skip
-
-
-class CheckpointError(DataError):
-    """A checkpoint that can't be read or written; the message names the file and the reason."""
-
-
-def warn(message):
-    try:
-        print(f"warning: {message}", file=sys.stderr, flush=True)
-    except OSError:  # nobody reads it, or its disk is full
-        pass
 
 
 def writes():
@@ -47,7 +29,7 @@ def writes():
     return not dist.is_initialized() or dist.get_rank() == 0
 
 
-def gathered(tensor):
+def full_tensor(tensor):
     """Return a tensor whole: of one that processes share (FSDP2) all of them give their part."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
@@ -69,7 +51,7 @@ def to_plain(x, path="checkpoint", keep=True):
     import torch
 
     if isinstance(x, torch.Tensor):
-        whole = gathered(x.detach())
+        whole = full_tensor(x.detach())
         return whole.to("cpu", copy=True) if keep else None
     if type(x) is dict or type(x).__name__ == "OrderedDict":
         return {k: to_plain(v, f"{path}.{k}", keep) for k, v in x.items()}
@@ -80,86 +62,7 @@ def to_plain(x, path="checkpoint", keep=True):
     raise TypeError(f"{path} is a {type(x).__module__}.{type(x).__name__}; save tensors and plain Python only")
 
 
-def write_atomic(path, write):
-    """Call write(file) on a temporary neighbour of `path`, flush it, rename it: readers see the old file or the new."""
-    path = Path(path)
-    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as e:  # torch reports a full disk as a RuntimeError
-        raise CheckpointError(f"{path} was not written: {(str(e).splitlines() or [type(e).__name__])[0]}") from e
-    finally:
-        if temporary.parent.is_dir():
-            temporary.unlink(missing_ok=True)
-    if hasattr(os, "O_DIRECTORY"):  # the rename itself must survive a power cut
-        folder = os.open(path.parent, os.O_DIRECTORY)
-        os.fsync(folder)
-        os.close(folder)
-
-
-def holds(path, mark):
-    """Return whether the bytes of a file contain `mark`; False for what can't be read."""
-    try:
-        with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-            return content.find(mark) >= 0
-    except (OSError, ValueError):  # ValueError: an empty file
-        return False
-
-
-def is_marked(path):
-    return holds(path, MARK)
-
-
-def begins(path, *starts):
-    """Return whether a file begins with one of the bytes `starts`."""
-    try:
-        with open(path, "rb") as file:
-            return file.read(max(map(len, starts))).startswith(starts)
-    except OSError:
-        return False
-
-
-def check_replaceable(path, fresh, made_here=lambda path: False, *, flag="--out", inputs=(), other=""):
-    """Raise UsageError where writing `path` would replace a file that this command did not make.
-
-    made_here(path): whether the content of the file proves that the command made it. With `fresh` a file without that
-    proof is let through: `make_room` sets it aside. inputs: files that the command reads; it replaces none of them,
-    fresh or not. other: a value of the flag that is free.
-    """
-    if not path or not os.path.isfile(path):  # nothing to write or to replace; or a folder, which the writer refuses
-        return
-    path = Path(path)
-    advice = f"try: {flag} {shlex.quote(str(other or unused(path, '_new')))}"
-    if any(os.path.exists(other) and os.path.samefile(path, other) for other in inputs if other):
-        raise UsageError(f"{flag} {path} is a file that this command reads\n{advice}")
-    if made_here(path):
-        return
-    if not fresh:
-        raise UsageError(f"{path} exists, and nothing in it says that this command made it\n"
-                         f"{advice}, or --fresh, which renames it to {backup_of(path).name}")  # fmt: skip
-
-
-def make_room(path, made_here=lambda path: False):
-    """Set a file aside that is about to be replaced, unless made_here(path) proves that the same command made it."""
-    if os.path.isfile(path) and not made_here(path):
-        set_aside([path])
-
-
-def unused(path, end):
-    """Return the neighbour of `path` with `end` after its stem that does not exist yet."""
-    path = Path(path)
-    if path.name in ("", ".."):
-        path = Path(os.path.realpath(path))
-    names = (path.with_name(f"{path.stem}{end}{number or ''}{path.suffix}") for number in (0, *range(2, 10**6)))
-    return next(name for name in names if not os.path.lexists(name))
-
-
-def named(state):
+def canonical_keys(state):
     """Return what a file holds under the names that are used here."""
     found = {new: state[old] for new, others in OTHER_NAMES.items() for old in others if old in state}
     return found | state
@@ -175,7 +78,7 @@ def save_checkpoint(path, state):
     state = to_plain(state, keep=writes())
     if not writes():
         return
-    weights = named(state).get("model_state", {}).values()
+    weights = canonical_keys(state).get("model_state", {}).values()
     if not all(w.isfinite().all() for w in weights if w.is_floating_point()):
         raise CheckpointError(f"{path} was not written: weights are not finite")
     write_atomic(path, lambda file: torch.save(state, file))
@@ -208,7 +111,7 @@ def load_checkpoint(path, kinds):
     return state
 
 
-def numbered(folder, pattern):
+def numbered_files(folder, pattern):
     """Files of `folder` that match the regular expression whole, largest number first (not by name, not by mtime)."""
     found = [(int(m[1]), p) for p in Path(folder).glob("*") if (m := re.fullmatch(pattern, p.name))]
     return [p for _, p in sorted(found, reverse=True)]
@@ -246,7 +149,7 @@ def first_good(paths, load):
     return None, None
 
 
-def find(resume, fresh, files, kind):
+def find_checkpoint(resume, fresh, files, kind):
     """Return (path, state) as --resume and --fresh say; (None, None) to begin.
 
     resume: "" or none begins, latest must find one of `files` (best first), auto takes one if there is one, anything
@@ -291,7 +194,7 @@ def load_parts(parts, state, path, about, allow_partial=None, same_data=""):
         remedy = "the settings it was trained with, or another folder"
         remedy = remedy if allow_partial is None else "--allow_partial loads what fits"
         raise UsageError(f"{path} has another model: {differs}\ntry: {remedy}")
-    state, model = named(state), parts["model_state"]
+    state, model = canonical_keys(state), parts["model_state"]
     if "optimizer_state" in parts and "optimizer_state" not in state:
         raise UsageError(f"{path} holds weights to be used, not a run to go on with\ntry: latest.pt beside it")
     saved = {re.sub(r"^(_orig_mod\.|module\.)+", "", k): v for k, v in state["model_state"].items()}
@@ -357,7 +260,7 @@ def _listed(x):
     return list(x) if isinstance(x, tuple) else x
 
 
-def notice(path, state, about, cosmetic):
+def resume_notice(path, state, about, cosmetic):
     """Return the line that says what a run goes on from, and which changes end exact resuming.
 
     As many micro-batches a step, on more processes or on fewer, are the same step.
@@ -406,7 +309,7 @@ def rehearse(folder, name, state):
         if trial.parent.is_dir():
             trial.unlink(missing_ok=True)
     if not state["step"]:  # AdamW is empty before its first step; then it has two numbers of 4 bytes a parameter
-        size += 8 * sum(p.numel() for p in named(state)["model_state"].values())
+        size += 8 * sum(p.numel() for p in canonical_keys(state)["model_state"].values())
     free = shutil.disk_usage(folder).free
     if free < 2 * size:
         raise CheckpointError(f"{folder} has {free / 1e6:.0f} MB free, a run needs {2 * size / 1e6:.0f} MB")
@@ -426,64 +329,7 @@ def rotate(paths, keep):
         path.unlink(missing_ok=True)
 
 
-def lock_run(folder, name, *own):
-    """Keep other runs out of run `name` in `folder` until main (ends_cleanly) or this process ends; return the lock.
-
-    Raises UsageError if it is in use. Removes temporary files that a killed process left: those of files that begin
-    with the name, and those of a run's files (OF_A_RUN) in the folders `own`, which hold this run alone.
-    """
-    try:
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        lock = open(Path(folder) / f".{name}.lock", "a+", encoding="utf-8")
-    except OSError as e:
-        raise CheckpointError(f"{folder} can't be written: {e.strerror}") from e
-    at_end(lambda failed: lock.close())
-    try:
-        import fcntl
-
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        lock.seek(0)
-        raise UsageError(f"{folder}: run {name} is in use by process {lock.read().strip()}") from None
-    except (ImportError, OSError):  # Windows, or a network disk without locks
-        warn(f"{folder} can't be locked: start each run once")
-        return lock
-    lock.truncate(0)
-    lock.write(f"{os.getpid()} on {platform.node()}")
-    lock.flush()
-    sweep(folder, rf"{re.escape(name)}([._].*)?")  # not those of a run with a longer name
-    for place in own:
-        sweep(place, OF_A_RUN)
-    return lock
-
-
-def sweep(folder, names):
-    """Remove the temporary files that a killed process left of the files whose names match the regular expression."""
-    for torn in Path(folder).glob("*.tmp-*"):
-        if re.fullmatch(names + TORN, torn.name) and torn.is_file():
-            torn.unlink(missing_ok=True)
-
-
-def backup_of(path):
-    """Return the first of path.bak, path.bak2, path.bak3, ... that does not exist yet."""
-    path, number = Path(path), 2
-    backup = path.with_name(f"{path.name}.bak")
-    while os.path.lexists(backup):
-        backup = path.with_name(f"{path.name}.bak{number}")
-        number += 1
-    return backup
-
-
-def set_aside(paths):
-    """Rename files or folders to *.bak, *.bak2, ..., aloud: starting over loses nothing, and no older backup."""
-    for path in map(Path, paths):
-        if path.exists():
-            backup = backup_of(path)
-            path.rename(backup)
-            print(f"{path} -> {backup.name}", file=sys.stderr)
-
-
-def leave(paths, step):
+def set_aside_later(paths, step):
     """Set aside those of the step files or folders `paths` that are of a later step than a run goes on from.
 
     They are of a branch that is left, or damaged: the next start must not take them, nor `rotate` keep them as newest.
@@ -497,15 +343,3 @@ def leave(paths, step):
         except CheckpointError:  # it was named when it was passed over
             continue
     set_aside(later)
-
-
-def point(link, name):
-    """Make `link` a relative link to its neighbour `name`, by a rename; a copy where the system has no links."""
-    link = Path(link)
-    temporary = link.with_name(f"{link.name}.tmp-{os.getpid()}")
-    try:
-        os.symlink(name, temporary)
-        os.replace(temporary, link)
-    except (OSError, NotImplementedError):
-        temporary.unlink(missing_ok=True)
-        write_atomic(link, lambda file: file.write(link.with_name(name).read_bytes()))

@@ -5,7 +5,6 @@ Imports no torch, so that --help and typos answer at once.
 
 import argparse
 import contextlib
-import contextvars
 import dataclasses
 import difflib
 import functools
@@ -13,24 +12,16 @@ import inspect
 import io
 import os
 import re
-import signal
 import sys
 import textwrap
-import time
 import typing
 from pathlib import Path
 
+from data_utils.errors import UsageError
+from data_utils.launch import share_cores
+
 BARE = {"resume": "latest"}  # flags that may stand alone, and the value they then have
 COMPLETE = "_complete"  # attribute of a configuration whose bundles are read and whose types are checked
-_endings = contextvars.ContextVar("endings", default=None)  # the calls that the main under way makes when it ends
-
-
-class UsageError(Exception):
-    """What was typed can't be done: exit status 2. The message says what was found and what to type."""
-
-
-class DataError(Exception):
-    """What was read can't be used: exit status 1. The message says what was found and what to type."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -219,40 +210,6 @@ def _as(kind, value):
     return value
 
 
-WAITING = "OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"  # each says how OpenMP's threads wait
-
-
-def share_cores():
-    """Let torch's threads wait without spinning long where other processes want the cores. To be called before torch.
-
-    A thread that spins at a barrier keeps the core from the one it waits for. Nothing is changed where the user has
-    chosen, and numbers never change. benchmarks/busy.py measured the counts.
-    """
-    if "torch" in sys.modules or any(name in os.environ for name in WAITING):
-        return
-    cores = os.cpu_count() or 1
-    asked = re.match(r"\d+", os.environ.get("OMP_NUM_THREADS", ""))
-    threads = int(asked[0]) if asked else cores
-    if others_running() > cores - threads + 0.5:
-        os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
-        os.environ["GOMP_SPINCOUNT"] = "1000"
-    else:  # a neighbour may still come
-        os.environ["GOMP_SPINCOUNT"] = "10000"
-
-
-def others_running(samples=10, seconds=0.02):
-    """Return how many other threads of the machine run or wait for a core, on average over `seconds`."""
-    try:
-        counts = []
-        for _ in range(samples):
-            time.sleep(seconds / samples)
-            with open("/proc/loadavg", encoding="ascii") as file:  # 0.20 0.18 0.12 1/80 11206
-                counts.append(int(file.read().split()[3].split("/")[0]) - 1)  # this process itself runs
-        return sum(counts) / samples
-    except (OSError, ValueError, IndexError):  # no Linux
-        return os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
-
-
 def tuples(args):
     return argparse.Namespace(**{k: tuple(v) if isinstance(v, list) else v for k, v in vars(args).items()})
 
@@ -263,85 +220,6 @@ class _Several(argparse.Action):
     def __call__(self, parser, namespace, values, option_string=None):
         before = getattr(namespace, self.dest)
         setattr(namespace, self.dest, [*before, *values] if isinstance(before, list) else list(values))
-
-
-def ends_cleanly(main):
-    """Decorate main: what it holds (locks, its W&B run, processes) is let go when it ends, however it ends.
-
-    A notebook's kernel lives on, and keeps the traceback of an error with all that main's variables refer to.
-    """
-
-    @functools.wraps(main)
-    def run(*args, **kwargs):
-        with contextlib.ExitStack() as endings:
-            before = _endings.set(endings)
-            endings.callback(_endings.reset, before)
-            return main(*args, **kwargs)
-
-    return run
-
-
-def at_end(call):
-    """Have call(failed) made when the main under way ends, `failed` if by an exception; never where there is none."""
-    endings = _endings.get()
-    if endings is not None:
-        endings.push(lambda kind, error, trace: call(kind is not None) and None)
-
-
-def launch(main, cfg, leave=True):
-    """Run main(cfg) as a program: a short message and a status instead of a traceback for what a user can mend.
-
-    0 done, 1 data or run, 2 usage, 128 + signal when stopped. leave=False: what comes before the program; it leaves
-    only if that fails, else returns what it returned. Does nothing with the None that from_cli returns in a notebook:
-    call main(Config(...)) there.
-    """
-    if cfg is None:
-        return None
-    # under torchrun a stopped rank leaves with 0: it would take 143 for a failure and start the ranks again
-    torchrun = "TORCHELASTIC_RUN_ID" in os.environ
-    status = 0
-    try:
-        signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # while there is nothing to save
-        made = main(cfg)
-        if not leave:
-            return made
-        stopped = made.get("stopped", 0)
-        status = 0 if not stopped else 130 if stopped == signal.SIGINT else 143
-    except (UsageError, DataError) as e:
-        status = 2 if isinstance(e, UsageError) else 1
-        print(f"error: {e}", file=sys.stderr)
-    except KeyboardInterrupt:
-        status = 130
-    except (RuntimeError, MemoryError) as e:
-        text = f"{type(e).__name__} {e}"
-        reason = (str(e).splitlines() or ["no reason given"])[0][:300]
-        if re.search("out of memory|OutOfMemory|MemoryError|can't allocate memory", text):
-            print(f"error: out of memory: {reason}\ntry: {_remedy(cfg)}", file=sys.stderr)
-        elif re.search("InvalidCxxCompiler|No working C\\+\\+ compiler|Failed to find C compiler", text):
-            print("error: --compile needs a C++ compiler, and there is none\n"
-                  "try: the same command without --compile", file=sys.stderr)  # fmt: skip
-        else:
-            raise
-        status = 1
-    status = 0 if torchrun and status > 128 else status
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:  # see Hardware.close
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status)
-    sys.exit(status)
-
-
-def _remedy(cfg):
-    """What takes less memory than a run with this configuration."""
-    if hasattr(cfg, "enable_gradient_checkpointing"):  # configs/multimodal/low_memory.yaml, as far as it is not yet on
-        cures = dict(enable_memory=False, enable_latent_planning=False, enable_gradient_checkpointing=True)
-        left = ["global_batch_size=8"] * (cfg.global_batch_size > 8)
-        left += [f"{name}={value}".lower() for name, value in cures.items() if getattr(cfg, name) != value]
-        return " ".join(left) or "a smaller hidden_size="
-    if hasattr(cfg, "accumulate"):
-        return "a smaller batch_size=, accumulate=2, or a smaller hidden="
-    shared = ", or --fsdp" * (not getattr(cfg, "fsdp", True) and int(os.environ.get("WORLD_SIZE", 1)) > 1)
-    return "a smaller --batch_size with a larger --grad_accum_steps" + shared
 
 
 def at_least(cfg, low, *names):
@@ -480,118 +358,3 @@ def as_flags(path, parser, flatten, load):
 
 
 # bundles of several files: a train.yaml that names a model.yaml, and so on
-
-
-def root():
-    """Return the folder of the training scripts, which {{ROOT}} stands for in bundles."""
-    return Path(__file__).resolve().parent.parent
-
-
-def load_config(path, resolve_paths=True):
-    """Read a YAML file of flat keys -> dict; a value that ends in .yaml is the dict of that file.
-
-    {{ROOT}} is the folder of the training scripts; what begins with ./ or ../ is relative to the file it stands in.
-    With resolve_paths=False all strings stay as written. Raises UsageError, with file and key, for what is missing,
-    damaged or nested, and for files that refer to each other in a circle.
-    """
-    return _load(Path(path), resolve_paths, ())
-
-
-def _load(path, resolve, above):
-    import yaml
-
-    if path.resolve() in above:
-        raise UsageError(f"{path} refers to itself, by {' -> '.join(p.name for p in (*above, path))}")
-    try:
-        text = path.read_text(encoding="utf-8")
-        values = yaml.safe_load(text) or {}
-    except (OSError, ValueError, RecursionError, yaml.YAMLError) as e:
-        there = ", ".join(map(str, sorted(path.parent.glob("*.yaml")))) if isinstance(e, OSError) else ""
-        by = f"{above[-1]}: " if above else ""
-        raise UsageError(f"{by}{path}: {' '.join(str(e).split())}" + f"\nfiles there: {there}" * bool(there)) from e
-    if not isinstance(values, dict):
-        raise UsageError(f"{path}: expected 'key: value' lines, found {type(values).__name__}")
-    keys = re.findall(r"^([\w-]+)\s*:", text, re.M)
-    for key, value in values.items():
-        inner = key
-        while isinstance(value, dict) and value:
-            name, value = next(iter(value.items()))
-            inner = f"{inner}.{name}"
-        if inner != key:
-            raise UsageError(f"{path}: {inner}: keys are flat here: write {str(inner).rpartition('.')[2]}: {value}")
-        if keys.count(str(key)) > 1:
-            raise UsageError(f"{path}: {key} stands there {keys.count(str(key))} times")
-        if isinstance(value, list) and any(isinstance(v, (dict, list)) for v in value):
-            raise UsageError(f"{path}: {key}: expected a list of plain values")
-    if not resolve:
-        return values
-
-    def resolved(value):
-        if isinstance(value, list):
-            return [resolved(v) for v in value]
-        if not isinstance(value, str):
-            return value
-        value = value.replace("{{ROOT}}", str(root()))
-        if value.startswith(("./", "../")):
-            value = os.path.normpath(path.parent.resolve() / value)
-        return _load(path.parent / value, resolve, (*above, path.resolve())) if value.endswith(".yaml") else value
-
-    return {key: resolved(value) for key, value in values.items()}
-
-
-REFERENCES = {  # of a bundle's files: {key: the file it names}
-    "train": dict(model="model", train_dataset="dataset_train", val_dataset="dataset_val"),
-    "model": dict(tokenizer="tokenizer"),
-    "dataset_train": dict(skeleton_pool="skeleton_pool_train", tokenizer="tokenizer"),
-    "dataset_val": dict(skeleton_pool="skeleton_pool_val", tokenizer="tokenizer"),
-}
-
-
-def save_config(config, folder):
-    """Write what `load_config` returned of a train.yaml into `folder` as the bundle's files, with ./ references.
-
-    Paths below the folder of the scripts are written with {{ROOT}}, so that the bundle can be moved with it.
-    """
-    import yaml
-
-    from data_utils.checkpoint import write_atomic
-
-    def portable(value):
-        if isinstance(value, (list, tuple)):
-            return [portable(v) for v in value]
-        inside = isinstance(value, str) and value.startswith(f"{root()}{os.sep}")
-        return value.replace(str(root()), "{{ROOT}}", 1) if inside else value
-
-    def write(values, name):
-        references = REFERENCES.get(name, {})
-        for key, file in references.items():
-            if isinstance(values.get(key), dict):
-                write(values[key], file)
-        lines = {k: f"./{references[k]}.yaml" if isinstance(v, dict) else portable(v) for k, v in values.items()}
-        text = yaml.safe_dump(lines, sort_keys=False, width=110)
-        write_atomic(Path(folder, f"{name}.yaml"), lambda file: file.write(text.encode("utf-8")))
-
-    write(config, "train")
-
-
-def build(cls, values, path):
-    """Return cls(**values), lists as tuples. Raises UsageError, with `path` and the nearest key, for an unknown key."""
-    known, made = {f.name: f for f in dataclasses.fields(cls)}, {}
-    for key, value in values.items():
-        near = difflib.get_close_matches(str(key), known, 1)
-        if key not in known:
-            raise UsageError(f"{path}: unknown key {key}" + f" (did you mean {near[0]}?)" * bool(near))
-        default, choices = known[key].default, typing.get_args(known[key].type)
-        try:
-            if isinstance(default, tuple):
-                made[key] = tuple(value) if isinstance(value, list) else (str(value),)
-            elif isinstance(value, bool) != isinstance(default, bool) or isinstance(value, list):
-                raise ValueError
-            else:
-                made[key] = type(default)(value)  # YAML takes 1e-4 for a text
-            if isinstance(default, str) and choices and value not in choices:
-                raise ValueError
-        except (ValueError, TypeError):
-            what = " or ".join(choices) if isinstance(default, str) and choices else type(default).__name__
-            raise UsageError(f"{path}: {key}: {value!r}: expected {what}") from None
-    return cls(**made)

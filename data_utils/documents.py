@@ -4,7 +4,7 @@ import json
 import re
 from pathlib import Path
 
-from data_utils.config import DataError
+from data_utils.errors import DataError
 
 MAX_LINE_BYTES = 256 * 2**20
 MALFORMED = ("invalid UTF-8", "invalid JSON", "not an object", 'no string "text"', "truncated last line")

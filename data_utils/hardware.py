@@ -11,8 +11,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.nn import ModuleList, Parameter
 from torch.nn.parallel import DistributedDataParallel
 
-from data_utils.checkpoint import gathered, warn
-from data_utils.config import UsageError
+from data_utils.checkpoint import full_tensor
+from data_utils.errors import UsageError
+from data_utils.files import warn
 
 DTYPES = dict(bf16=torch.bfloat16, fp16=torch.float16, fp32=torch.float32)
 TORCHRUN = "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"  # set beside WORLD_SIZE
@@ -127,7 +128,7 @@ class Hardware:
         if self.twin is not None:
             now = dict(model.named_parameters()) | dict(model.named_buffers())
             for name, part in (*whole.named_parameters(), *whole.named_buffers()):
-                part.data.copy_(gathered(now[name].detach()))
+                part.data.copy_(full_tensor(now[name].detach()))
         whole.eval()
         try:
             yield whole
@@ -168,7 +169,7 @@ class Hardware:
     def close(self):
         """Leave the process group.
 
-        Gloo's stays until the process ends (`config.launch`): its thread may still hold tensors of the last reduction
+        Gloo's stays until the process ends (`launch.launch`): its thread may still hold tensors of the last reduction
         and wait for the interpreter, which would wait for that thread while it destroys the group.
         """
         if self.world > 1 and dist.get_backend() == "nccl":

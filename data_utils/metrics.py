@@ -11,8 +11,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from data_utils.checkpoint import warn, write_atomic
-from data_utils.config import at_end
+from data_utils.files import warn, write_atomic
+from data_utils.launch import at_end
 
 
 def read_rows(path):

@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
 
-from data_utils.config import Parser, as_flags, default_of, parser_of, read_flags, root, tuples
+from data_utils.config import Parser, as_flags, default_of, parser_of, read_flags, tuples
+from data_utils.files import root
 
 BOOLS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
 MOST_JOBS = 1000

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from tqdm.auto import tqdm
 
-from data_utils.checkpoint import warn
-from data_utils.config import UsageError
+from data_utils.errors import UsageError
+from data_utils.files import warn
 
 LINE_SECONDS = 10  # at most one plain line in so many seconds
 

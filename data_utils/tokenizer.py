@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data_utils.config import DataError, UsageError
+from data_utils.errors import DataError, UsageError
 
 GPT2_FILES = {  # sha256, so that ids mean the same on every machine
     "encoder.json": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",

@@ -11,7 +11,8 @@ from collections import deque
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 
-from data_utils.config import DataError, at_end
+from data_utils.errors import DataError
+from data_utils.launch import at_end
 
 
 def in_order(function, tasks, processes):

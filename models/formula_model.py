@@ -16,8 +16,9 @@ import torch.nn.functional as F
 import yaml
 from torch.utils.checkpoint import checkpoint
 
-from data_utils.checkpoint import read, write_atomic
-from data_utils.config import DataError, UsageError
+from data_utils.checkpoint import read
+from data_utils.errors import DataError, UsageError
+from data_utils.files import write_atomic
 from data_utils.formulas.expressions import Alphabet
 from models.set_transformer import BITS, FFN, Attention, Norm, SetTransformer, bits
 from models.transformer import Attention as SelfAttention

@@ -11,7 +11,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from data_utils.config import UsageError
+from data_utils.errors import UsageError
 from models.transformer import EPS, RMSNorm
 
 EXPONENT = 60  # columns whose largest magnitude lies within 2^-60 and 2^60 stay as they are

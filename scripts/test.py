@@ -69,8 +69,8 @@ def steps(it):
     import torch
 
     from data_utils.pages.rolling_batch import batch_of
-    from models.optim.adam_atan2 import AdamAtan2
     from models.multimodal import Multimodal
+    from models.optim.adam_atan2 import AdamAtan2
 
     torch.manual_seed(0)
     tasks = {name: asdict(source.task) for name, source in it.sources.items()}

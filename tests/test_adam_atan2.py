@@ -10,7 +10,7 @@ import torch.nn as nn
 from conftest import ROOT, finish, launch
 
 from data_utils.checkpoint import load_parts, to_plain
-from data_utils.config import UsageError
+from data_utils.errors import UsageError
 from models.optim.adam_atan2 import AdamAtan2, SignRows, advance, advance_compiled
 
 SETTINGS = dict(lr=1e-2, betas=(0.9, 0.95))

@@ -6,8 +6,8 @@ import sys
 import numpy as np
 import pytest
 
+from data_utils.errors import DataError, UsageError
 from data_utils.pages import arc, tasks
-from data_utils.config import DataError, UsageError
 from data_utils.pages.render import COLOUR, OUTSIDE
 
 SMALL = dict(page_rows=2, page_cols=24, text_source="both", stories="", code_dir="")

@@ -2,8 +2,8 @@
 
 import pytest
 
+from data_utils.errors import UsageError
 from data_utils.reasoning.arithmetic import build_synthetic_dataset
-from data_utils.config import UsageError
 
 
 def questions(rows, tokenizer):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from benchmarks import ae_quality, experts, hrm, multimodal, multimodal_quality, report, run
-from data_utils.config import DataError, UsageError
+from data_utils.errors import DataError, UsageError
 
 
 def test_every_row_of_the_expert_figures_runs_at_toy_size(tmp_path, capsys):

@@ -18,9 +18,8 @@ import numpy as np
 import pytest
 import torch
 
-from data_utils import checkpoint, metrics, progress
-from data_utils.checkpoint import CheckpointError
-from data_utils.config import DataError, UsageError
+from data_utils import checkpoint, files, metrics, progress
+from data_utils.errors import CheckpointError, DataError, UsageError
 from data_utils.stop import Stop
 from models.optim.ema import Average
 
@@ -125,7 +124,7 @@ def test_a_write_that_fails_midway_leaves_the_old_file_alone(error, file):
 
     before = file.read_bytes()
     with pytest.raises(KeyError if isinstance(error, KeyError) else CheckpointError):
-        checkpoint.write_atomic(file, write)
+        files.write_atomic(file, write)
     assert file.read_bytes() == before and list(file.parent.iterdir()) == [file]
 
 
@@ -150,17 +149,18 @@ def test_an_empty_error_is_still_a_message(file):
         raise OSError
 
     with pytest.raises(CheckpointError, match="run.pt was not written"):
-        checkpoint.write_atomic(file, write)
+        files.write_atomic(file, write)
 
 
 def test_writing_makes_the_folder(tmp_path):
-    checkpoint.write_atomic(tmp_path / "a" / "b" / "c", lambda handle: handle.write(b"x"))
+    files.write_atomic(tmp_path / "a" / "b" / "c", lambda handle: handle.write(b"x"))
     assert (tmp_path / "a" / "b" / "c").read_bytes() == b"x"
 
 
 FULL_DISK = """
 import resource, signal, sys, torch
-from data_utils.checkpoint import CheckpointError, Saver, save_checkpoint
+from data_utils.errors import CheckpointError
+from data_utils.checkpoint import Saver, save_checkpoint
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 state = dict(kind="it", step=1, model_state=dict(w=torch.ones(50_000)))
 save_checkpoint(sys.argv[1], state)
@@ -205,7 +205,7 @@ def test_rehearse(tmp_path, monkeypatch):
         checkpoint.rehearse(tmp_path, "run", state)
 
 
-@pytest.mark.parametrize("call", [checkpoint.rehearse, checkpoint.lock_run])
+@pytest.mark.parametrize("call", [checkpoint.rehearse, files.lock_run])
 def test_a_folder_that_cannot_be_written(call, tmp_path):
     (tmp_path / "file").write_text("")
     for folder in (tmp_path / "file", tmp_path / "file" / "below"):
@@ -279,14 +279,14 @@ def numbers(folder, *found):
     for n in found:
         checkpoint.save_checkpoint(folder / f"run_epoch{n}.pt", make_state(step=n))
         os.utime(folder / f"run_epoch{n}.pt", (1e9 - n, 1e9 - n))  # the largest looks oldest
-    return checkpoint.numbered(folder, r"run_epoch(\d+)\.pt")
+    return checkpoint.numbered_files(folder, r"run_epoch(\d+)\.pt")
 
 
 def test_numbered_goes_by_integer_not_by_name_or_time(tmp_path):
     for name in ("run_epoch7.pt.bak", "notes.txt", "run_epochx.pt", "other_epoch8.pt", "run_epoch99.pt.tmp-1"):
         (tmp_path / name).write_text("")
     assert [p.name for p in numbers(tmp_path, 9, 10, 100)] == [f"run_epoch{n}.pt" for n in (100, 10, 9)]
-    assert checkpoint.numbered(tmp_path / "none", r"(\d+)") == []
+    assert checkpoint.numbered_files(tmp_path / "none", r"(\d+)") == []
 
 
 def load(path):
@@ -320,28 +320,28 @@ def test_find(tmp_path):
         ("auto", True, None),
         (str(files[2]), False, 9),
     ]:
-        path, state = checkpoint.find(resume, fresh, files, "it")
+        path, state = checkpoint.find_checkpoint(resume, fresh, files, "it")
         assert (state and state["step"]) == step and bool(path) == bool(state), (resume, fresh)
     checkpoint.save_checkpoint(files[0], make_state(step=1))
-    assert checkpoint.find("latest", False, files, "it")[0] == files[0]
+    assert checkpoint.find_checkpoint("latest", False, files, "it")[0] == files[0]
     with pytest.raises(UsageError, match="--fresh .*--resume a.pt"):
-        checkpoint.find("a.pt", True, files, "it")
+        checkpoint.find_checkpoint("a.pt", True, files, "it")
     with pytest.raises(UsageError, match="none.pt: no such file\n.*run_epoch10.pt, .*run_epoch9.pt"):
-        checkpoint.find(str(tmp_path / "none.pt"), False, files, "it")
+        checkpoint.find_checkpoint(str(tmp_path / "none.pt"), False, files, "it")
     with pytest.raises(UsageError, match="of kind it, expected other"):
-        checkpoint.find(str(files[1]), False, files, "other")
+        checkpoint.find_checkpoint(str(files[1]), False, files, "other")
     files[1].write_bytes(b"")
     with pytest.raises(UsageError, match="run_epoch10.pt can't be read(.|\n)*no fallback for a named file"):
-        checkpoint.find(str(files[1]), False, files, "it")
+        checkpoint.find_checkpoint(str(files[1]), False, files, "it")
 
 
 def test_find_where_there_is_nothing(tmp_path):
     files = [tmp_path / "run_interrupted.pt", tmp_path / "run.pt"]
-    assert checkpoint.find("auto", False, files, "it") == (None, None)
+    assert checkpoint.find_checkpoint("auto", False, files, "it") == (None, None)
     with pytest.raises(DataError, match="run_interrupted.pt, run.pt\ntry: the command without --resume"):
-        checkpoint.find("latest", False, files, "it")
+        checkpoint.find_checkpoint("latest", False, files, "it")
     with pytest.raises(UsageError, match="checkpoints of this run: none"):
-        checkpoint.find(str(files[0]), False, files, "it")
+        checkpoint.find_checkpoint(str(files[0]), False, files, "it")
 
 
 # ---- into a run ------------------------------------------------------------------------------------------------------
@@ -510,9 +510,9 @@ def test_changed_and_notice():
     assert checkpoint.changed(old, new) == "lr 1 -> 2, path x -> y"
     assert checkpoint.changed(old, new, ["path"]) == "lr 1 -> 2" and checkpoint.changed(old, old) == ""
     state = make_about()
-    assert checkpoint.notice("a.pt", state, make_about(), ()) == "resumed a.pt at step 5"
+    assert checkpoint.resume_notice("a.pt", state, make_about(), ()) == "resumed a.pt at step 5"
     other = make_about(data_hash="e", world_size=2, config=dict(lr=0.2, device="cuda"))
-    assert checkpoint.notice("a.pt", state, other, ["device"]) == (
+    assert checkpoint.resume_notice("a.pt", state, other, ["device"]) == (
         "resumed a.pt at step 5, data_hash d -> e, world_size 1 -> 2, lr 0.1 -> 0.2: exact resume is lost"
     )
 
@@ -520,9 +520,9 @@ def test_changed_and_notice():
 @pytest.mark.parametrize("name", ["grad_accum_steps", "gradient_accumulation_steps"])
 def test_as_many_micro_batches_on_other_processes_are_no_change(name):
     one, two = (make_about(world_size=world, config={name: count}) for world, count in ((1, 4), (2, 2)))
-    assert checkpoint.notice("a.pt", one, two, ()) == "resumed a.pt at step 5"
+    assert checkpoint.resume_notice("a.pt", one, two, ()) == "resumed a.pt at step 5"
     two["config"][name] = 4
-    assert "world_size 1 -> 2: exact" in checkpoint.notice("a.pt", one, two, ())
+    assert "world_size 1 -> 2: exact" in checkpoint.resume_notice("a.pt", one, two, ())
 
 
 # ---- rotate, lock, set aside -----------------------------------------------------------------------------------------
@@ -549,7 +549,7 @@ def test_rotate_removes_nothing_while_the_newest_is_damaged(damage, tmp_path):
 
 HOLD = """
 import sys, time
-from data_utils.checkpoint import lock_run
+from data_utils.files import lock_run
 lock = lock_run(sys.argv[1], "run")
 print("held", flush=True)
 time.sleep(60)
@@ -561,12 +561,12 @@ def test_lock_run_refuses_a_second_process_until_the_first_is_gone(tmp_path):
     assert process.stdout.readline() == "held\n"
     (tmp_path / "run.pt.tmp-7").write_text("of the one that runs")
     with pytest.raises(UsageError, match=f"run run is in use by process {process.pid} on "):
-        checkpoint.lock_run(tmp_path, "run")
+        files.lock_run(tmp_path, "run")
     assert (tmp_path / "run.pt.tmp-7").exists()
-    other = checkpoint.lock_run(tmp_path, "other")
+    other = files.lock_run(tmp_path, "other")
     process.kill()
     process.wait()
-    lock = checkpoint.lock_run(tmp_path, "run")
+    lock = files.lock_run(tmp_path, "run")
     assert (tmp_path / ".run.lock").read_text().startswith(f"{os.getpid()} on ")
     lock.close(), other.close()
 
@@ -576,7 +576,7 @@ def test_lock_run_sweeps_the_torn_files_of_this_run_only(tmp_path):
     others = ["other.pt.tmp-7", "run.pt", "notes.tmp", "running.pt.tmp-3", "run2_epoch1.pt.tmp-4", "run.tmp-mine"]
     for name in mine + others:
         (tmp_path / name).write_text("")
-    checkpoint.lock_run(tmp_path, "run").close()
+    files.lock_run(tmp_path, "run").close()
     assert sorted(p.name for p in tmp_path.iterdir() if not p.name.startswith(".")) == sorted(others)
 
 
@@ -585,7 +585,7 @@ def test_lock_run_sweeps_all_torn_files_of_its_own_folders_but_not_those_of_othe
     (tmp_path / "own" / "folder.tmp-3").mkdir()
     for name in ("own/latest.pt.tmp-7", "own/latest.pt", "latest.pt.tmp-7", "own/notes.tmp-1", "own/plan.pt.tmp-1"):
         (tmp_path / name).write_text("")
-    checkpoint.lock_run(tmp_path, "run", tmp_path / "own", tmp_path / "absent").close()
+    files.lock_run(tmp_path, "run", tmp_path / "own", tmp_path / "absent").close()
     assert sorted(p.name for p in (tmp_path / "own").iterdir()) == [
         "folder.tmp-3", "latest.pt", "notes.tmp-1", "plan.pt.tmp-1"
     ]  # fmt: skip
@@ -597,7 +597,7 @@ def test_set_aside_numbers_the_backups_and_replaces_none(tmp_path, capsys):
         (tmp_path / "a.pt").write_text(generation)
         (tmp_path / "run").mkdir()
         (tmp_path / "run" / "x").write_text(generation)
-        checkpoint.set_aside([tmp_path / "a.pt", tmp_path / "run", tmp_path / "absent.pt"])
+        files.set_aside([tmp_path / "a.pt", tmp_path / "run", tmp_path / "absent.pt"])
         assert f"a.pt -> a.pt.bak{generation.strip('1')}" in capsys.readouterr().err
     assert {p.name: p.read_text() for p in tmp_path.glob("a.pt*")} == {
         "a.pt.bak": "1", "a.pt.bak2": "2", "a.pt.bak3": "3"
@@ -614,7 +614,7 @@ def test_a_branch_that_is_left_is_set_aside(tmp_path):
     (tmp_path / "step_70.pt").write_bytes(b"cut")
     (tmp_path / "checkpoint_11").mkdir()
     names = "step_100.pt step_70.pt final.pt step_10.pt step_9.pt checkpoint_11 absent.pt".split()
-    checkpoint.leave([tmp_path / name for name in names], 10)
+    checkpoint.set_aside_later([tmp_path / name for name in names], 10)
     assert {p.name for p in tmp_path.iterdir() if p.name.endswith(".bak")} == {
         "step_100.pt.bak", "step_70.pt.bak", "final.pt.bak", "checkpoint_11.bak"
     }  # fmt: skip
@@ -754,7 +754,7 @@ def test_lines_that_a_full_disk_does_not_take_are_left_out(monkeypatch):
     for name in ("stdout", "stderr"):
         monkeypatch.setattr(sys, name, open("/dev/full", "w", buffering=1))
     progress.say("a line")
-    checkpoint.warn("another")
+    files.warn("another")
     progress.Log("/dev/full", "run")("a third")
 
 

@@ -17,7 +17,9 @@ import train_expert
 import train_hrm
 import train_mla
 import train_multimodal
-from data_utils.config import DataError, UsageError, at_least, from_cli, launch
+from data_utils.config import at_least, from_cli
+from data_utils.errors import DataError, UsageError
+from data_utils.launch import launch
 
 ROOT = Path(__file__).parents[1]
 
@@ -342,7 +344,7 @@ import signal, sys
 sys.modules["fcntl"] = sys.modules["resource"] = None
 del signal.SIGUSR1, signal.SIGHUP
 import generate, plot, prepare_data, train_expert
-from data_utils.checkpoint import lock_run
+from data_utils.files import lock_run
 from data_utils.progress import peak_mb
 from data_utils.stop import Stop
 with Stop() as stop:

@@ -17,8 +17,9 @@ import generate
 import plot
 import prepare_data
 import train_expert
-from data_utils import checkpoint, tokenizer
-from data_utils.config import from_cli, launch
+from data_utils import files, tokenizer
+from data_utils.config import from_cli
+from data_utils.launch import launch
 from models.transformer import Transformer
 
 ROOT = Path(__file__).parents[1]
@@ -166,7 +167,7 @@ def other_kind(at):
 
 
 def in_use(at):
-    at.held = checkpoint.lock_run(at.run, "transformer_expert")
+    at.held = files.lock_run(at.run, "transformer_expert")
 
 
 def train_bpe(at):

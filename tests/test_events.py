@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 import prepare_data
-from data_utils.events import decay_chain as toy
+from data_utils.errors import DataError, UsageError
 from data_utils.events import dataset as events
-from data_utils.config import DataError, UsageError
+from data_utils.events import decay_chain as toy
 
 SAMPLE = Path(__file__).parents[2] / "shared/data/events/pythia_events.npz"
 ALL = dict(events=600, limit=0, labels=range(6), features=events.COLUMNS, phi="sincos", energy_unit="GeV", seed=42)

@@ -6,8 +6,8 @@ import time
 import numpy as np
 import pytest
 
+from data_utils.errors import DataError, UsageError
 from data_utils.formulas import expressions
-from data_utils.config import DataError, UsageError
 from data_utils.formulas.expressions import OPERATORS, Alphabet, Program, evaluate, evaluate_grad, from_text, to_text
 
 VARIABLES = ["x1", "x2", "x3"]

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
+from data_utils.errors import DataError
 from data_utils.events import facts
-from data_utils.config import DataError
 
 CFG = SimpleNamespace(seed=42, loop="ae", sweep_job=3)
 KEYS = """schema_version moment run_dir epoch step split train_loss val_loss metrics epoch_time_s total_time_s

@@ -10,7 +10,7 @@ from conftest import ROOT, environment
 from benchmarks import faults
 from benchmarks.fault_lab import SCRIPTS, digests
 from benchmarks.fault_rows import ROWS
-from data_utils.config import UsageError
+from data_utils.errors import UsageError
 
 
 def test_the_table_is_whole():

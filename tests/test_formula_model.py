@@ -8,7 +8,7 @@ import pytest
 import torch
 import yaml
 
-from data_utils.config import DataError, UsageError
+from data_utils.errors import DataError, UsageError
 from data_utils.formulas.expressions import OPERATORS, SPECIAL, Alphabet, structure
 from models.formula_model import FlashANSRModel
 from models.set_transformer import NORMS

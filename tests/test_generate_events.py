@@ -11,11 +11,11 @@ from conftest import finish, start
 
 import train_ae
 from data_utils.checkpoint import load_checkpoint, save_checkpoint
-from data_utils.config import DataError, UsageError
-from data_utils.events.decay_chain import decay_chain
-from data_utils.events.generate import generate_events
+from data_utils.errors import DataError, UsageError
 from data_utils.events.dataset import clean, load_events, objects, read_events
+from data_utils.events.decay_chain import decay_chain
 from data_utils.events.facts import read_events as facts
+from data_utils.events.generate import generate_events
 from data_utils.events.reconstruct import by_pt, draw_latents, event_errors, latent_statistics
 from generate import EventsConfig, flags
 from models.autoencoder import AutoEncoder, loss_sums

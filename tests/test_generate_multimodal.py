@@ -14,14 +14,16 @@ from conftest import ROOT
 import generate
 import plot
 import train_multimodal
-from data_utils.pages import generate as answer_pages, arc
-from data_utils.pages.generate import Question, load_model, read_page, think, to_batch, verdict, where_capsules_look
-from data_utils.checkpoint import load_checkpoint, named, save_checkpoint
-from data_utils.config import UsageError, from_cli
+from data_utils.checkpoint import canonical_keys, load_checkpoint, save_checkpoint
+from data_utils.config import from_cli
+from data_utils.errors import UsageError
 from data_utils.overrides import PICTURES
-from data_utils.reasoning.sudoku import sudoku
+from data_utils.pages import arc
+from data_utils.pages import generate as answer_pages
+from data_utils.pages.generate import Question, load_model, read_page, think, to_batch, verdict, where_capsules_look
 from data_utils.pages.render import END, HOLE, PADDING, to_symbols, to_text
 from data_utils.pages.tasks import DIGIT, Task
+from data_utils.reasoning.sudoku import sudoku
 from models.multimodal import Multimodal
 
 SUDOKU = "1.3.\n..1.\n.1..\n..21\n"
@@ -135,7 +137,7 @@ def test_answers_over_the_steps_are_those_of_fewer_steps(run):
 def test_the_averaged_weights_are_taken_wherever_they_lie(run, tmp_path):
     best = load_model(run / "ema_model.pt")[0].state_dict()
     assert all(torch.equal(best[name], value) for name, value in load_model(run / "latest.pt")[0].state_dict().items())
-    raw = named(load_checkpoint(run / "latest.pt", "multimodal"))["model_state"]
+    raw = canonical_keys(load_checkpoint(run / "latest.pt", "multimodal"))["model_state"]
     assert any(not torch.equal(best[name], raw[name]) for name in best)
 
 

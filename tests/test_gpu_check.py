@@ -12,7 +12,8 @@ from conftest import ROOT, environment, settings
 
 from benchmarks import gpu_check
 from benchmarks.gpu_check import Config, Row
-from data_utils.config import DataError, UsageError, from_cli
+from data_utils.config import from_cli
+from data_utils.errors import DataError, UsageError
 
 
 def test_the_form_for_a_cpu_runs_every_row_in_under_a_minute(tmp_path):

@@ -4,9 +4,10 @@ import sys
 
 import pytest
 
-from data_utils import config
-from data_utils.config import UsageError, share_cores
+from data_utils import launch
+from data_utils.errors import UsageError
 from data_utils.hardware import Hardware
+from data_utils.launch import share_cores
 
 TORCHRUN = dict(WORLD_SIZE="2", RANK="1", LOCAL_RANK="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="29500")
 
@@ -14,12 +15,12 @@ TORCHRUN = dict(WORLD_SIZE="2", RANK="1", LOCAL_RANK="1", MASTER_ADDR="127.0.0.1
 @pytest.fixture
 def no_policy(monkeypatch):
     """An environment in which nobody chose how threads wait; torch counts as not imported."""
-    for name in config.WAITING:
+    for name in launch.WAITING:
         monkeypatch.setenv(name, "")
         monkeypatch.delenv(name)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.delitem(sys.modules, "torch")
-    monkeypatch.setattr(config.os, "cpu_count", lambda: 4)
+    monkeypatch.setattr(launch.os, "cpu_count", lambda: 4)
     return monkeypatch
 
 
@@ -42,9 +43,9 @@ def test_one_gpu_for_all_ranks_is_refused(monkeypatch):
                                                     ("2,1", 3, "1000")])  # fmt: skip
 def test_threads_spin_less_where_others_want_the_cores(no_policy, threads, others, count):
     no_policy.setenv("OMP_NUM_THREADS", threads)
-    no_policy.setattr(config, "others_running", lambda: others)
+    no_policy.setattr(launch, "others_running", lambda: others)
     share_cores()
-    assert config.os.environ["GOMP_SPINCOUNT"] == count
+    assert launch.os.environ["GOMP_SPINCOUNT"] == count
 
 
 @pytest.mark.parametrize(
@@ -52,13 +53,13 @@ def test_threads_spin_less_where_others_want_the_cores(no_policy, threads, other
 )
 def test_what_the_user_chose_about_waiting_stands(no_policy, name, value):
     no_policy.setenv(name, value)
-    no_policy.setattr(config, "others_running", lambda: 9)
+    no_policy.setattr(launch, "others_running", lambda: 9)
     share_cores()
-    assert {n: config.os.environ[n] for n in config.WAITING if n in config.os.environ} == {name: value}
+    assert {n: launch.os.environ[n] for n in launch.WAITING if n in launch.os.environ} == {name: value}
 
 
 def test_what_else_runs_is_counted_or_at_worst_taken_for_nothing(monkeypatch):
-    assert config.others_running(samples=2, seconds=0) >= 0
+    assert launch.others_running(samples=2, seconds=0) >= 0
     monkeypatch.setattr("builtins.open", lambda *_, **__: (_ for _ in ()).throw(OSError()))
-    monkeypatch.setattr(config.os, "getloadavg", lambda: (1.5, 0, 0))
-    assert config.others_running(samples=1, seconds=0) == 1.5
+    monkeypatch.setattr(launch.os, "getloadavg", lambda: (1.5, 0, 0))
+    assert launch.others_running(samples=1, seconds=0) == 1.5

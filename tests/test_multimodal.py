@@ -11,9 +11,9 @@ from data_utils.pages.render import COLOUR, HOLE, PADDING, SYMBOLS
 from data_utils.pages.rolling_batch import batch_of
 from data_utils.pages.tasks import Task, open_tasks
 from models import halting
-from models.optim.adam_atan2 import AdamAtan2
 from models.halting import CONTINUE, HaltingAgent
 from models.multimodal import LATE, Multimodal, Places, Quantizer, log_stablemax
+from models.optim.adam_atan2 import AdamAtan2
 from models.planning import all_paths, pick
 
 KNOWN = dict(

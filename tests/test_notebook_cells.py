@@ -19,8 +19,10 @@ import train_hrm
 import train_mla
 import train_multimodal
 import train_sr
-from data_utils import checkpoint
-from data_utils.config import UsageError, at_end, complete, ends_cleanly, from_cli
+from data_utils import files
+from data_utils.config import complete, from_cli
+from data_utils.errors import UsageError
+from data_utils.launch import at_end, ends_cleanly
 from data_utils.metrics import to_wandb
 from data_utils.stop import Stop
 from data_utils.workers import in_order
@@ -67,7 +69,7 @@ def locks(folder):
 
 def held(path):
     try:
-        checkpoint.lock_run(path.parent, path.name[1:-5]).close()
+        files.lock_run(path.parent, path.name[1:-5]).close()
     except UsageError:
         return True
     return False
@@ -106,7 +108,7 @@ def test_a_run_in_another_process_is_refused_while_main_runs(tmp_path, toy):
 
     @ends_cleanly
     def main():
-        checkpoint.lock_run(tmp_path, "transformer_expert")
+        files.lock_run(tmp_path, "transformer_expert")
         return finish(start("train_expert.py", "--expert=transformer", *flags), 2)[1]
 
     assert "run transformer_expert is in use by process" in main()
@@ -114,11 +116,11 @@ def test_a_run_in_another_process_is_refused_while_main_runs(tmp_path, toy):
 
 
 def test_locks_are_those_of_the_call_that_took_them(tmp_path):
-    outside = checkpoint.lock_run(tmp_path, "outside")
+    outside = files.lock_run(tmp_path, "outside")
 
     @ends_cleanly
     def main(depth):
-        checkpoint.lock_run(tmp_path, f"run{depth}")
+        files.lock_run(tmp_path, f"run{depth}")
         if depth:
             main(depth - 1)
         return [held(tmp_path / f".{name}.lock") for name in ("outside", "run0", "run1")]

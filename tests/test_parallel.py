@@ -12,7 +12,8 @@ from test_train_hrm import SIZES, results
 from test_train_sr import TINY
 
 from data_utils.checkpoint import load_checkpoint, read, shared_like, to_plain
-from data_utils.config import UsageError, from_cli
+from data_utils.config import from_cli
+from data_utils.errors import UsageError
 from data_utils.hardware import Hardware
 from data_utils.overrides import GUIDE, PICTURES
 

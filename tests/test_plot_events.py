@@ -10,8 +10,8 @@ import yaml
 
 import plot
 import train_ae
+from data_utils.errors import DataError, UsageError
 from data_utils.events import facts
-from data_utils.config import DataError, UsageError
 from data_utils.events.decay_chain import decay_chain
 
 pytestmark = pytest.mark.filterwarnings("error")  # a limit below 0 on a logarithmic axis, a layout that collapses

@@ -8,7 +8,7 @@ import pytest
 from matplotlib.colors import to_rgb
 
 import plot
-from data_utils.config import DataError
+from data_utils.errors import DataError
 from data_utils.pages.render import END, HOLE, OUTSIDE, PADDING, layout, to_symbols
 
 pytestmark = pytest.mark.filterwarnings("error")

@@ -15,8 +15,9 @@ import pytest
 from conftest import finish, start
 
 import prepare_data
-from data_utils.reasoning import prepare, normalize_qa as qa, sources
-from data_utils.config import DataError, UsageError
+from data_utils.errors import DataError, UsageError
+from data_utils.reasoning import normalize_qa as qa
+from data_utils.reasoning import prepare, sources
 from data_utils.reasoning.dataset import open_pairs, open_splits
 from data_utils.reasoning.folder import read_row
 from data_utils.tokenizer import load_tokenizer

@@ -52,7 +52,7 @@ def test_help_imports_nothing_heavy():
 
 
 def test_commands_and_their_processes_start_without_torch_and_the_program(tmp_path):
-    code = "import sys, data_utils.reasoning.prepare, data_utils.reasoning.normalize_qa, data_utils.reasoning.rows; assert 'torch' not in sys.modules"
+    code = "import sys; from data_utils.reasoning import normalize_qa, prepare, rows; assert 'torch' not in sys.modules"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True).returncode == 0
     program = tmp_path / "program.py"
     program.write_text("from data_utils.workers import in_order\nprint('imported')\n"

@@ -5,8 +5,8 @@ import itertools
 import numpy as np
 import pytest
 
+from data_utils.errors import DataError, UsageError
 from data_utils.reasoning import sudoku as puzzles
-from data_utils.config import DataError, UsageError
 
 HIGH = {4: 2, 6: 2, 9: 3}
 

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from data_utils.config import UsageError
+from data_utils.errors import UsageError
 from data_utils.formulas.expressions import OPERATORS, Alphabet, evaluate, from_text
 from data_utils.formulas.fit import fit, refine, tidy, wrap
 

@@ -18,8 +18,9 @@ import numpy as np
 import pytest
 import torch
 
-from data_utils.checkpoint import CheckpointError, find, first_good, load_checkpoint
-from data_utils.config import DataError, UsageError, from_cli
+from data_utils.checkpoint import find_checkpoint, first_good, load_checkpoint
+from data_utils.config import from_cli
+from data_utils.errors import CheckpointError, DataError, UsageError
 from data_utils.text.experts import load_expert
 from data_utils.tokenizer import load_tokenizer
 from train_expert import CONFIGS
@@ -342,7 +343,7 @@ def test_a_hostile_checkpoint_is_refused_and_runs_nothing(make, forced, tmp_path
     ways = [
         lambda: load_checkpoint(path, "it"),
         lambda: first_good([path], lambda path: load_checkpoint(path, "it")),
-        lambda: find(str(path), False, [path], "it"),
+        lambda: find_checkpoint(str(path), False, [path], "it"),
         lambda: load_expert(path),
     ]
     for way in ways:

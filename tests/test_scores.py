@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from data_utils.pages import scores, tasks, passages as texts
+from data_utils.pages import passages as texts
+from data_utils.pages import scores, tasks
 from data_utils.pages.mazes import GOAL, OPEN, START, WALL, WAY
 from data_utils.pages.render import END, HOLE, PADDING, layout, to_symbols
 

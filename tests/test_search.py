@@ -7,6 +7,7 @@ import pytest
 
 from data_utils.formulas.expressions import to_text
 from data_utils.formulas.pools import save_pool
+from data_utils.formulas.problems import attainable, problems
 from data_utils.formulas.search import (
     Candidate,
     Prior,
@@ -20,7 +21,6 @@ from data_utils.formulas.search import (
     subtree_end,
 )
 from data_utils.formulas.skeletons import PoolConfig, check_pool, draw_pool
-from data_utils.formulas.problems import attainable, problems
 from data_utils.formulas.sums import Library, choose, plain_pairs
 
 POOL = PoolConfig(variables=("x1", "x2"), max_operators=4)

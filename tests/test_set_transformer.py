@@ -6,7 +6,7 @@ import struct
 import pytest
 import torch
 
-from data_utils.config import UsageError
+from data_utils.errors import UsageError
 from models.set_transformer import NORMS, Norm, SetTransformer, bits, bring_into_range, fourier, standardised
 from models.transformer import EPS
 

@@ -18,9 +18,10 @@ import pytest
 from conftest import ROOT
 
 import prepare_data
+from data_utils.config import from_cli
+from data_utils.errors import DataError, UsageError
+from data_utils.files import lock_run
 from data_utils.pages import shard_builder, shard_files, shards
-from data_utils.checkpoint import lock_run
-from data_utils.config import DataError, UsageError, from_cli
 
 SIZES = dict(train_samples=23, test_samples=5, build_batch=2, seed=3)
 

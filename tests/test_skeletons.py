@@ -14,8 +14,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from data_utils.formulas import holdout, pools as pool_files, prepare as pools, skeletons
-from data_utils.config import DataError, UsageError, build, load_config, save_config
+from data_utils.errors import DataError, UsageError
+from data_utils.formulas import holdout, skeletons
+from data_utils.formulas import pools as pool_files
+from data_utils.formulas import prepare as pools
+from data_utils.formulas.bundle_files import build, load_config, save_config
 from data_utils.formulas.distributions import parse
 from data_utils.formulas.expressions import OPERATORS, Alphabet
 from data_utils.formulas.simplify import simplify

@@ -9,8 +9,8 @@ import torch
 from test_multimodal import AGENT, KNOWN, PLAIN, batch, build, one_thread  # noqa: F401
 
 from data_utils.pages import rolling_batch as slots_module
-from data_utils.pages.shards import Stopped
 from data_utils.pages.rolling_batch import Slots, batch_of, load_slots, start_codes
+from data_utils.pages.shards import Stopped
 from models import halting
 from models.halting import CONTINUE, HALT, HaltingAgent
 

@@ -14,11 +14,12 @@ import numpy as np
 import pytest
 import torch
 
-from data_utils.formulas import holdout, skeletons, dataset as sr_data
-from data_utils.config import DataError, UsageError
+from data_utils.errors import DataError, UsageError
+from data_utils.formulas import dataset as sr_data
+from data_utils.formulas import holdout, skeletons
+from data_utils.formulas.dataset import DataConfig, FlashANSRDataset
 from data_utils.formulas.expressions import OPERATORS, SPECIAL, Alphabet
 from data_utils.formulas.skeletons import PoolConfig, check_pool
-from data_utils.formulas.dataset import DataConfig, FlashANSRDataset
 
 ROOT = Path(sr_data.__file__).parent.parent
 NEVER = dict(operators=("log",), operator_weights="", constant_probability=0.0, max_operators=1,

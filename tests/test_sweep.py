@@ -16,7 +16,8 @@ import atexit, os, sys, time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
-from data_utils.config import from_cli, launch
+from data_utils.config import from_cli
+from data_utils.launch import launch
 from data_utils.events.facts import append_jsonl_event, build_event_payload
 from data_utils.overrides import Overrides
 from data_utils.stop import Stop

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from data_utils import documents
+from data_utils.errors import DataError, UsageError
 from data_utils.text import windows as text
-from data_utils.config import DataError, UsageError
 from data_utils.text.windows import DomainText
 from data_utils.tokenizer import load_tokenizer
 

@@ -9,8 +9,9 @@ import sys
 import numpy as np
 import pytest
 
-from data_utils.pages import tasks, passages as texts
-from data_utils.config import DataError, UsageError
+from data_utils.errors import DataError, UsageError
+from data_utils.pages import passages as texts
+from data_utils.pages import tasks
 from data_utils.pages.render import END, HOLE, PADDING, to_symbols, to_text
 
 SMALL = dict(page_rows=2, page_cols=24, text_source="stories", stories="", code_dir="", arc_set="agi1", arc_side=10)

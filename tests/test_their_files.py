@@ -13,13 +13,17 @@ from test_prepare import config, content, language, put, texts
 
 import plot
 import prepare_data
-from data_utils import checkpoint
-from data_utils.text import corpus
-from data_utils.formulas import checkpoint_folders as folders, generate as formula, prepare as pools
-from data_utils.reasoning import prepare, folder as prepared, normalize_qa as qa
-from data_utils.pages import shard_builder as builder
-from data_utils.config import DataError, UsageError
+from data_utils import checkpoint, files
+from data_utils.errors import DataError, UsageError
 from data_utils.events.dataset import read_events
+from data_utils.formulas import checkpoint_folders as folders
+from data_utils.formulas import generate as formula
+from data_utils.formulas import prepare as pools
+from data_utils.pages import shard_builder as builder
+from data_utils.reasoning import folder as prepared
+from data_utils.reasoning import normalize_qa as qa
+from data_utils.reasoning import prepare
+from data_utils.text import corpus
 
 
 def refused(call, *words):
@@ -302,7 +306,7 @@ def test_formulas_replace_their_own_table_and_no_other(tmp_path, name):
     assert not formula.made_here(path)
     formula.write_rows(str(path), rows)
     assert (tmp_path / f"{name}.bak").read_text() == "x,y\n1,2\n"
-    refused(lambda: checkpoint.check_replaceable(tmp_path / f"{name}.bak", False, formula.made_here), "--fresh")
+    refused(lambda: files.check_replaceable(tmp_path / f"{name}.bak", False, formula.made_here), "--fresh")
 
 
 @pytest.mark.parametrize("ending", ["png", "pdf", "svg", "jpg"])
@@ -410,7 +414,7 @@ def test_no_limit_removes_nothing_and_a_lower_one_what_it_says(tmp_path):
     for n in range(1, 6):
         checkpoint.save_checkpoint(tmp_path / f"step_{n}.pt", dict(model_state={}, step=n))
     for limit, left in ((0, 5), (7, 5), (2, 2)):
-        checkpoint.rotate(checkpoint.numbered(tmp_path, r"step_(\d+)\.pt"), limit)
+        checkpoint.rotate(checkpoint.numbered_files(tmp_path, r"step_(\d+)\.pt"), limit)
         assert len(list(tmp_path.iterdir())) == left
 
 

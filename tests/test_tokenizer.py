@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from data_utils import tokenizer as module
-from data_utils.config import DataError, UsageError
+from data_utils.errors import DataError, UsageError
 from data_utils.text.windows import cut
 from data_utils.tokenizer import load_tokenizer, train_bpe
 

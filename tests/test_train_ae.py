@@ -21,9 +21,11 @@ from test_resume import assert_same
 
 import train_ae
 from data_utils.checkpoint import load_checkpoint
-from data_utils.config import DataError, UsageError, from_cli, launch
-from data_utils.events.decay_chain import decay_chain
+from data_utils.config import from_cli
+from data_utils.errors import DataError, UsageError
 from data_utils.events.dataset import write_events
+from data_utils.events.decay_chain import decay_chain
+from data_utils.launch import launch
 from data_utils.overrides import GUIDE, Jobs
 from train_ae import AeConfig, DiffusionAeConfig, TestMlpConfig, main
 
@@ -251,7 +253,8 @@ def test_interrupted_and_resumed_equals_uninterrupted(kind, events, tmp_path):
 def test_two_ranks_equal_one(events, tmp_path, capfd):
     Path("two.py").write_text("""
 import sys
-from data_utils.config import from_cli, launch
+from data_utils.config import from_cli
+from data_utils.launch import launch
 from data_utils.overrides import GUIDE
 import train_ae
 

@@ -12,7 +12,8 @@ from conftest import finish, start, start_cold, start_two
 from test_resume import assert_same
 
 from data_utils.checkpoint import load_checkpoint
-from data_utils.config import from_cli, launch
+from data_utils.config import from_cli
+from data_utils.launch import launch
 from data_utils.reasoning.nested_config import flatten
 from train_hrm import HrmConfig, SudokuConfig, SyntheticConfig, main, variant
 

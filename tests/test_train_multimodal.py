@@ -19,11 +19,13 @@ from conftest import ROOT, THREADS, finish, launch, start, start_two
 from test_resume import assert_same
 
 import train_multimodal
-from data_utils.pages import arc, shards, rolling_batch as slots
-from data_utils import checkpoint, config
-from data_utils.checkpoint import load_checkpoint, named
+from data_utils import files
+from data_utils.checkpoint import canonical_keys, load_checkpoint
 from data_utils.config import from_cli
+from data_utils.launch import launch as run_program
 from data_utils.overrides import PICTURES
+from data_utils.pages import arc, shards
+from data_utils.pages import rolling_batch as slots
 from models import halting
 from models.multimodal import Multimodal
 from train_multimodal import MultimodalConfig, main
@@ -40,7 +42,9 @@ STEPS = 16  # of an epoch: 128 samples, 8 a batch
 # the script with a halting agent that learns as early
 SCRIPT = f"""
 import sys
-from data_utils.config import from_cli, launch
+from data_utils.config import from_cli
+from data_utils.launch import launch
+from data_utils.launch import launch as run_program
 from data_utils.overrides import PICTURES
 from models import halting
 import train_multimodal
@@ -115,7 +119,7 @@ def told(*words, status):
     handler = signal.getsignal(signal.SIGTERM)
     try:
         with pytest.raises(SystemExit) as stop:
-            config.launch(main, read(*words))
+            run_program(main, read(*words))
     finally:
         signal.signal(signal.SIGTERM, handler)
     assert stop.value.code == status
@@ -433,7 +437,7 @@ def test_averaged_weights_stand_alone(finished, pages):
     for name in ("ema_model.pt", "best_model.pt"):
         state = load_checkpoint(finished / name, "multimodal")
         model = Multimodal(**state["model_args"])
-        model.load_state_dict(named(state)["model_state"])
+        model.load_state_dict(canonical_keys(state)["model_state"])
         for parameter, value in load_checkpoint(finished / "latest.pt", "multimodal")["ema_state_dict"].items():
             assert torch.equal(model.get_parameter(parameter), value)
         assert {"kind", "config", "step", "data_hash"} <= state.keys() and "optimizer_state_dict" not in state
@@ -566,7 +570,7 @@ def test_what_is_wrong_with_the_sources_is_said_before_anything_is_written(wrong
 
 
 def test_a_run_that_is_in_use(finished, pages, capfd):
-    with checkpoint.lock_run(finished, "multimodal"):
+    with files.lock_run(finished, "multimodal"):
         told(*TOY, f"data_paths={pages} checkpoint_path={finished}", status=2)
     assert str(os.getpid()) in capfd.readouterr().err
 

@@ -16,9 +16,10 @@ import torch
 from conftest import ROOT, finish, start, start_two
 from test_resume import assert_same
 
-from data_utils.formulas.bundles import load_flags
 from data_utils.checkpoint import read
-from data_utils.config import from_cli, launch
+from data_utils.config import from_cli
+from data_utils.formulas.bundles import load_flags
+from data_utils.launch import launch
 from train_sr import SRConfig, main
 
 TINY = """--encoder_dim 32 --decoder_input_dim 32 --decoder_model_dim 32 --encoder_n_heads 2 --decoder_n_heads 2

@@ -8,8 +8,8 @@ import time
 
 import pytest
 
+from data_utils.errors import DataError
 from data_utils.formulas import dataset as sr_data
-from data_utils.config import DataError
 from data_utils.workers import in_order
 
 # in new processes of multiprocessing alone: they die before they have read what they are to do

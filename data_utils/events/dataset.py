@@ -12,9 +12,9 @@ from pathlib import Path
 
 import numpy as np
 
-from data_utils.checkpoint import MARK, is_marked, make_room, write_atomic
-from data_utils.config import DataError, UsageError
+from data_utils.errors import DataError, UsageError
 from data_utils.events.decay_chain import decay_chain
+from data_utils.files import MARK, is_marked, make_room, write_atomic
 
 COLUMNS = ("E", "pT", "eta", "phi")
 NUM_TYPES, N_GLOBALS = 8, 3

@@ -14,8 +14,8 @@ import sys
 import time
 from pathlib import Path
 
-from data_utils.checkpoint import write_atomic
-from data_utils.config import DataError
+from data_utils.errors import DataError
+from data_utils.files import write_atomic
 from data_utils.metrics import commit
 
 SCHEMA_VERSION = 2

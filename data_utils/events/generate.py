@@ -14,16 +14,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from data_utils.checkpoint import (
-    begins,
-    check_replaceable,
-    first_good,
-    load_checkpoint,
-    make_room,
-    write_atomic,
-)
-from data_utils.config import DataError, UsageError, at_least
-from data_utils.events.decay_chain import decay_chain
+from data_utils.checkpoint import first_good, load_checkpoint
+from data_utils.config import at_least
+from data_utils.errors import DataError, UsageError
 from data_utils.events.dataset import (
     HIGHEST_MEDIAN_PT,
     NUM_TYPES,
@@ -36,9 +29,11 @@ from data_utils.events.dataset import (
     split_rows,
     to_rows,
 )
-from data_utils.hardware import Hardware
+from data_utils.events.decay_chain import decay_chain
 from data_utils.events.kinematics import kinematics
 from data_utils.events.reconstruct import AT_ONCE, draw_latents, event_errors, finished, from_latents
+from data_utils.files import begins, check_replaceable, make_room, write_atomic
+from data_utils.hardware import Hardware
 from models.autoencoder import AutoEncoder
 from models.diffusion import NoiseSchedule
 

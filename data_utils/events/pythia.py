@@ -8,8 +8,8 @@ import math
 
 import numpy as np
 
+from data_utils.errors import DataError
 from data_utils.events import decay_chain as toy
-from data_utils.config import DataError
 
 BEAMS = "Print:quiet=on", "Beams:eCM=13000", "PhaseSpace:mHatMin=300", "Random:setSeed=on"
 TOPS = "Top:gg2ttbar=on", "Top:qqbar2ttbar=on"

@@ -7,8 +7,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from data_utils.checkpoint import warn
 from data_utils.events.dataset import NUM_TYPES, epoch_order, objects, slots, take, to_rows
+from data_utils.files import warn
 from models.autoencoder import AutoEncoder
 
 AT_ONCE = 1024  # events in a batch

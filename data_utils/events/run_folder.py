@@ -8,9 +8,10 @@ import traceback
 from dataclasses import asdict
 from pathlib import Path
 
-from data_utils.checkpoint import set_aside, warn, write_atomic
-from data_utils.config import DataError, UsageError, check_name
+from data_utils.config import check_name
+from data_utils.errors import DataError, UsageError
 from data_utils.events.facts import append_jsonl_event, append_scalars_csv, build_event_payload, rewind
+from data_utils.files import set_aside, warn, write_atomic
 from data_utils.metrics import commit
 from data_utils.progress import peak_mb
 

@@ -12,9 +12,9 @@ import time
 from collections import deque
 from pathlib import Path
 
-from data_utils.checkpoint import lock_run, write_atomic
-from data_utils.config import DataError, UsageError
+from data_utils.errors import DataError, UsageError
 from data_utils.events.facts import best_val_loss
+from data_utils.files import lock_run, write_atomic
 from data_utils.overrides import SWEEP
 from data_utils.progress import say
 

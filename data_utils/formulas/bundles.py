@@ -5,12 +5,12 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from types import SimpleNamespace
 
-from data_utils.config import build, load_config
+from data_utils.formulas.bundle_files import build, load_config
+from data_utils.formulas.dataset import DataConfig, FlashANSRDataset
 from data_utils.formulas.expressions import SPECIAL, Alphabet
 from data_utils.formulas.holdout import hold_out
 from data_utils.formulas.pools import load_pool, translate
 from data_utils.formulas.skeletons import PoolConfig
-from data_utils.formulas.dataset import DataConfig, FlashANSRDataset
 
 OF_A_RUN = "config output_dir verbose resume_from resume_step fresh skeleton_pool".split()  # not of a bundle
 

@@ -8,19 +8,11 @@ from pathlib import Path
 
 import torch
 
-from data_utils import checkpoint
-from data_utils.checkpoint import (
-    CheckpointError,
-    first_good,
-    load_checkpoint,
-    numbered,
-    read,
-    set_aside,
-    to_plain,
-    write_atomic,
-    writes,
-)
-from data_utils.config import REFERENCES, DataError, UsageError, save_config
+from data_utils import files
+from data_utils.checkpoint import first_good, load_checkpoint, numbered_files, read, to_plain, writes
+from data_utils.errors import CheckpointError, DataError, UsageError
+from data_utils.files import set_aside, write_atomic
+from data_utils.formulas.bundle_files import REFERENCES, save_config
 
 FOLDER = r"checkpoint_(\d+)"
 STATE = "training_state.pt"
@@ -89,12 +81,12 @@ def find_folder(resume_from, out, kind, names):
     if not resume_from:
         return None, {}, {}
     folder = Path(out if resume_from == "auto" else resume_from)
-    there = numbered(folder, FOLDER)
+    there = numbered_files(folder, FOLDER)
     if resume_from == "auto" or there:
         path, found = first_good(there, lambda path: load_folder(path, kind, names))
         return (path, *found) if path else (None, {}, {})
     if not folder.is_dir():
-        near = ", ".join(map(str, numbered(folder.parent, FOLDER)[:3])) or "none"
+        near = ", ".join(map(str, numbered_files(folder.parent, FOLDER)[:3])) or "none"
         raise UsageError(f"--resume-from {folder}: no such folder\ncheckpoints there: {near}")
     try:
         return (folder, *load_folder(folder, kind, names))
@@ -120,7 +112,7 @@ def prune(out, interval):
     so its own interval counts as well as `interval`, steps between checkpoints that stay (0: none). A folder that does
     not say, or that holds other files, stays.
     """
-    for path in numbered(out, FOLDER)[1:]:
+    for path in numbered_files(out, FOLDER)[1:]:
         if not _asked_for(path, interval) and _saved_alone(path):
             shutil.rmtree(path)
 
@@ -147,7 +139,7 @@ def _saved_alone(path):
 def sweep(out):
     """Remove what a killed process left half written: checkpoint folders, and the files of a run beside them."""
     for torn in Path(out).glob("checkpoint_*.tmp-*"):
-        if torn.is_dir() and re.fullmatch(FOLDER + checkpoint.TORN, torn.name):
+        if torn.is_dir() and re.fullmatch(FOLDER + files.TORN, torn.name):
             shutil.rmtree(torn, ignore_errors=True)
     names = "|".join(map(re.escape, ("metrics.jsonl", "state_dict.pt", "checkpoint", *sorted(BUNDLE))))
-    checkpoint.sweep(out, f"({names})")
+    files.sweep(out, f"({names})")

@@ -14,8 +14,9 @@ from typing import Literal
 
 import numpy as np
 
+from data_utils.config import at_least
+from data_utils.errors import DataError, UsageError
 from data_utils.formulas import skeletons
-from data_utils.config import DataError, UsageError, at_least
 from data_utils.formulas.distributions import parse
 from data_utils.formulas.expressions import Program, structure
 from data_utils.workers import begin

@@ -25,7 +25,7 @@ import re
 
 import numpy as np
 
-from data_utils.config import UsageError
+from data_utils.errors import UsageError
 
 CLIP = 30.0  # ends of an interval
 LONGEST = 1000  # characters of a text

@@ -13,7 +13,7 @@ from collections import namedtuple
 
 import numpy as np
 
-from data_utils.config import DataError, UsageError
+from data_utils.errors import DataError, UsageError
 
 SPECIAL = (
     "<pad> <bos> <eos> <unk> <cls> <mask> <constant> <prompt> </prompt> <expression> </expression> <complexity> "

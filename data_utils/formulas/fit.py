@@ -8,7 +8,7 @@ import math
 
 import numpy as np
 
-from data_utils.config import UsageError
+from data_utils.errors import UsageError
 from data_utils.formulas.expressions import Program
 from data_utils.formulas.simplify import NotReal, simplify
 

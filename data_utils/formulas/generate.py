@@ -10,14 +10,15 @@ import time
 import numpy as np
 import torch
 
-from data_utils.checkpoint import begins, check_replaceable, is_marked, make_room, write_atomic
-from data_utils.config import UsageError, at_least
+from data_utils.config import at_least
+from data_utils.errors import UsageError
+from data_utils.files import begins, check_replaceable, is_marked, make_room, write_atomic
 from data_utils.formulas.expressions import to_text
-from data_utils.hardware import Hardware
 from data_utils.formulas.holdout import hold_out
+from data_utils.formulas.problems import problems, read_table, score, terms
 from data_utils.formulas.search import Network, Prior, find_formula, predict
 from data_utils.formulas.skeletons import PoolConfig, check_pool
-from data_utils.formulas.problems import problems, read_table, score, terms
+from data_utils.hardware import Hardware
 from models.formula_model import FlashANSRModel
 
 # of the files that write_rows makes: candidates of a table, runs of a suite

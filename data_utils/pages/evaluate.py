@@ -7,8 +7,8 @@ import numpy as np
 import torch
 
 from data_utils.pages.render import PADDING
-from data_utils.pages.scores import score
 from data_utils.pages.rolling_batch import batch_of
+from data_utils.pages.scores import score
 from models.codebook import usage_and_perplexity
 from models.planning import select
 

@@ -13,24 +13,18 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from data_utils.pages import arc
-from data_utils.reasoning import sudoku as puzzles
-from data_utils.checkpoint import (
-    CheckpointError,
-    check_replaceable,
-    first_good,
-    is_marked,
-    load_checkpoint,
-    named,
-    warn,
-)
-from data_utils.config import UsageError, at_least
+from data_utils.checkpoint import canonical_keys, first_good, load_checkpoint
+from data_utils.config import at_least
+from data_utils.errors import CheckpointError, UsageError
+from data_utils.files import check_replaceable, is_marked, warn
 from data_utils.hardware import Hardware
+from data_utils.pages import arc
 from data_utils.pages.evaluate import STEPS
 from data_utils.pages.mazes import GOAL, OPEN, START, WALL, WAY, search, ways
 from data_utils.pages.render import END, HOLE, NEWLINE, PADDING, TAB, TO_TEXT, layout, lost, to_symbols, to_text
 from data_utils.pages.rolling_batch import batch_of
 from data_utils.pages.tasks import DIGIT, Task
+from data_utils.reasoning import sudoku as puzzles
 from models.multimodal import Multimodal
 from models.planning import pick, select
 
@@ -91,7 +85,7 @@ def load_model(checkpoint):
     path, state = first_good(files, lambda file: load_checkpoint(file, "multimodal"))
     if not state:
         raise UsageError(f"{checkpoint}: no best_model.pt there: expected the folder of a run of train_multimodal.py")
-    state = named(state)
+    state = canonical_keys(state)
     try:
         model = Multimodal(**state["model_args"])
         model.load_state_dict(state["model_state"])

@@ -18,9 +18,9 @@ from pathlib import Path
 
 import numpy as np
 
-from data_utils.checkpoint import warn
-from data_utils.config import DataError
 from data_utils.documents import MALFORMED, read_documents
+from data_utils.errors import DataError
+from data_utils.files import warn
 from data_utils.pages.render import HOLE, TAB, layout, lost, to_symbols, to_text
 
 WORDS = dict(

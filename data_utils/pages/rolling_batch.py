@@ -12,8 +12,8 @@ import torch
 
 from data_utils.pages.render import augmented_patches
 from data_utils.pages.shards import Stopped
-from models.optim.adam_atan2 import gather_rows, moved
 from models.halting import CONTINUE, HALT
+from models.optim.adam_atan2 import gather_rows, moved
 
 START_PAGES = 256  # at most, whose capsules a codebook begins with
 VECTORS = 8  # in them for each of its codes; with 24 it fits other pages 5 % better, for three times the seconds

@@ -17,9 +17,10 @@ from pathlib import Path
 
 import numpy as np
 
+from data_utils.checkpoint import read
+from data_utils.errors import CheckpointError, DataError, UsageError
+from data_utils.files import lock_run, set_aside, unused, warn, write_atomic
 from data_utils.pages import shard_files
-from data_utils.checkpoint import CheckpointError, lock_run, read, set_aside, unused, warn, write_atomic
-from data_utils.config import DataError, UsageError
 from data_utils.progress import LINE_SECONDS, say
 from data_utils.stop import Stop
 from data_utils.workers import in_order

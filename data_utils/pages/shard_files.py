@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from data_utils.checkpoint import changed
-from data_utils.config import DataError
+from data_utils.errors import DataError
 
 FORMAT = 1
 SHARD = 100  # batches

@@ -11,10 +11,9 @@ from typing import IO, NamedTuple
 
 import numpy as np
 
+from data_utils.errors import DataError
+from data_utils.files import lock_run, root
 from data_utils.pages import shard_files
-from data_utils.checkpoint import lock_run
-from data_utils.config import DataError, root
-from data_utils.progress import LINE_SECONDS, say
 from data_utils.pages.shard_builder import (
     POLL,
     SIZE_FLAGS,
@@ -26,6 +25,7 @@ from data_utils.pages.shard_builder import (
     page_seed,
     sizes,
 )
+from data_utils.progress import LINE_SECONDS, say
 
 STALE = 60  # seconds without a sign of the builder before it is given up
 GRACE = 20  # seconds that a builder has to finish its batch before it is killed
@@ -299,7 +299,7 @@ def start_builder(out, cfg, *, rebuild_dataset=False):
     flags = {name: getattr(cfg, name) for name in ("workers", *SIZE_FLAGS, *SOURCE_FLAGS)} | dict(seed=page_seed(cfg))
     command += [f"--{name}={value}" for name, value in flags.items()]
     command += ["--tasks", *cfg.tasks]
-    # a rank's variables would make it one: see config.launch
+    # a rank's variables would make it one: see launch.launch
     env = {k: v for k, v in os.environ.items() if not k.startswith(("TORCHELASTIC", "WORLD_SIZE", "RANK", "LOCAL_"))}
     try:
         folder.mkdir(parents=True, exist_ok=True)

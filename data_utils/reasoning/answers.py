@@ -9,8 +9,8 @@ from pathlib import Path
 
 import torch
 
-from data_utils.checkpoint import CheckpointError, load_checkpoint, numbered
-from data_utils.config import UsageError
+from data_utils.checkpoint import load_checkpoint, numbered_files
+from data_utils.errors import CheckpointError, UsageError
 from data_utils.reasoning.dataset import SimpleTokenizer, open_tokenizer
 from data_utils.reasoning.sudoku import parse
 from models.hrm import HRM
@@ -69,7 +69,7 @@ def load_reasoner(run_name, path, dataset):
     """
     if run_name:
         home = Path("runs", run_name)
-        steps = numbered(home / "checkpoints", r"step_(\d+)\.pt")
+        steps = numbered_files(home / "checkpoints", r"step_(\d+)\.pt")
         files = [home / "best-model" / "best.pt", home / "checkpoints" / "final.pt", *steps]
         path = next((file for file in files if file.exists()), "")
         if not path:

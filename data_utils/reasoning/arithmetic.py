@@ -4,7 +4,7 @@ import hashlib
 
 import numpy as np
 
-from data_utils.config import UsageError
+from data_utils.errors import UsageError
 from data_utils.reasoning.dataset import SimpleTokenizer
 
 SIGNS = {"+": lambda a, b: a + b, "-": lambda a, b: a - b, "*": lambda a, b: a * b}

@@ -13,10 +13,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from data_utils.errors import DataError, UsageError
 from data_utils.reasoning import sources
-from data_utils.config import DataError, UsageError
-from data_utils.reasoning.rows import SPLITS, id_type, pack, read_ids
 from data_utils.reasoning.folder import Writer, read_index, read_meta, read_row, write_beside
+from data_utils.reasoning.rows import SPLITS, id_type, pack, read_ids
 from data_utils.tokenizer import load_tokenizer
 from data_utils.workers import cores, in_order
 

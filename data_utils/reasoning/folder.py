@@ -18,8 +18,9 @@ from pathlib import Path
 
 import numpy as np
 
-from data_utils.checkpoint import changed, lock_run, set_aside, sweep, unused, write_atomic
-from data_utils.config import DataError, UsageError
+from data_utils.checkpoint import changed
+from data_utils.errors import DataError, UsageError
+from data_utils.files import lock_run, set_aside, sweep, unused, write_atomic
 from data_utils.reasoning.rows import SPLITS
 
 FILES = {form: [f"{split}.{kind}" for split in SPLITS for kind in kinds]

@@ -9,9 +9,10 @@ from collections import Counter
 from functools import partial
 from pathlib import Path
 
+from data_utils.config import at_least
+from data_utils.errors import DataError, UsageError
+from data_utils.files import check_replaceable, lock_run, make_room, write_atomic
 from data_utils.reasoning import sources
-from data_utils.checkpoint import check_replaceable, lock_run, make_room, write_atomic
-from data_utils.config import DataError, UsageError, at_least
 from data_utils.stop import Stop
 from data_utils.workers import cores, in_order
 

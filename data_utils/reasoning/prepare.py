@@ -13,11 +13,15 @@ from pathlib import Path
 
 import numpy as np
 
-from data_utils.reasoning import folder as prepared, sudoku as puzzles, sources
-from data_utils.checkpoint import changed, lock_run, warn, write_atomic
-from data_utils.config import DataError, UsageError, at_least
-from data_utils.reasoning.rows import SPLITS, encode_task, id_type, pack, read_texts
+from data_utils.checkpoint import changed
+from data_utils.config import at_least
+from data_utils.errors import DataError, UsageError
+from data_utils.files import lock_run, warn, write_atomic
+from data_utils.reasoning import folder as prepared
+from data_utils.reasoning import sources
+from data_utils.reasoning import sudoku as puzzles
 from data_utils.reasoning.folder import FILES, FINISHED, KNOWN, Writer, read_index, read_meta, read_row
+from data_utils.reasoning.rows import SPLITS, encode_task, id_type, pack, read_texts
 from data_utils.stop import Stop
 from data_utils.tokenizer import CONTROL, load_tokenizer, train_bpe
 from data_utils.workers import cores, in_order

@@ -10,8 +10,8 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 
+from data_utils.errors import UsageError
 from data_utils.reasoning.arithmetic import build_synthetic_dataset
-from data_utils.config import UsageError
 from data_utils.reasoning.dataset import from_rows, open_pairs
 from data_utils.reasoning.folder import read_meta, write_beside
 from data_utils.reasoning.sudoku import augment, load_puzzles, make

@@ -13,9 +13,9 @@ from collections import Counter
 
 import numpy as np
 
-from data_utils.reasoning import sources
-from data_utils.config import DataError
 from data_utils.documents import cut
+from data_utils.errors import DataError
+from data_utils.reasoning import sources
 from data_utils.tokenizer import load_tokenizer
 
 PIECE_CHARACTERS = 1_000_000  # bounds what the tokenizer holds at once

@@ -10,8 +10,8 @@ import json
 import re
 from pathlib import Path
 
-from data_utils.config import DataError, UsageError
 from data_utils.documents import MAX_LINE_BYTES
+from data_utils.errors import DataError, UsageError
 
 LINES, TABLES = (".jsonl", ".txt"), (".parquet", ".arrow")
 BLOCK_BYTES = 8 * 2**20

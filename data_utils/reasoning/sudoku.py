@@ -9,7 +9,7 @@ from functools import cache, partial
 
 import numpy as np
 
-from data_utils.config import DataError, UsageError
+from data_utils.errors import DataError, UsageError
 from data_utils.workers import in_order
 
 BOXES = {4: (2, 2), 6: (2, 3), 9: (3, 3)}  # rows and columns of a box

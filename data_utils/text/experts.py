@@ -5,8 +5,9 @@ from pathlib import Path
 
 import numpy as np
 
-from data_utils.checkpoint import CheckpointError, changed, load_checkpoint, write_atomic
-from data_utils.config import DataError, UsageError
+from data_utils.checkpoint import changed, load_checkpoint
+from data_utils.errors import CheckpointError, DataError, UsageError
+from data_utils.files import write_atomic
 from models.router import FAMILIES, NanoThink
 from models.vector_store import VectorStore
 

@@ -15,9 +15,9 @@ import numpy as np
 import torch
 from torch.utils.data import WeightedRandomSampler
 
-from data_utils.checkpoint import write_atomic
-from data_utils.config import DataError, UsageError
 from data_utils.documents import MALFORMED, cut, find_domains, format_problems, read_documents
+from data_utils.errors import DataError, UsageError
+from data_utils.files import write_atomic
 
 PIECE_CHARACTERS = 1_000_000  # bounds what the tokenizer holds at once
 MAX_WINDOWS = 2**24  # of torch.multinomial, which draws the order

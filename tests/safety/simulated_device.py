@@ -29,7 +29,9 @@ ROOT = Path(__file__).parents[2]
 MODULES = (
     "torch._dynamo matplotlib.pyplot tokenizers faiss numpy generate plot train_expert train_mla train_hrm train_sr"
 )
-MODULES += " train_ae train_multimodal data_utils.formulas.generate data_utils.events.generate data_utils.pages.generate"
+MODULES += (
+    " train_ae train_multimodal data_utils.formulas.generate data_utils.events.generate data_utils.pages.generate"
+)
 
 SHIM = """
 #include <ATen/CPUGeneratorImpl.h>
