@@ -369,8 +369,8 @@ def plot_page(out, *, page, answers, steps, target=None, q=None, attention=None,
 
     page (R, C), target (L,) and answers (S, L) hold symbols of data_utils/pages/render.py; what follows END is blank.
     Cells that are wrong are red; without a target, those that changed since the answer before are amber. steps (S,)
-    counts supervision steps, q (S,) is the chance of being right in the model's eyes. attention: weights (K, r, c) >= 0 of K
-    capsules, any r and c that share the page out evenly: patches or cells.
+    counts supervision steps, q (S,) is the chance of being right in the model's eyes. attention: weights (K, r, c)
+    >= 0 of K capsules, any r and c that share the page out evenly: patches or cells.
     """
     from data_utils.pages.render import PADDING
 
