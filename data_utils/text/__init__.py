@@ -1,1 +1,6 @@
-"""x."""
+"""Language models on domain folders of text.
+
+corpus.py   real text out of installed packages, and a toy copy
+windows.py  domain folders as packed windows of tokens
+experts.py  trained language models, rebuilt from their checkpoints
+"""
