@@ -24,6 +24,24 @@ BARE = {"resume": "latest"}  # flags that may stand alone, and the value they th
 COMPLETE = "_complete"  # attribute of a configuration whose bundles are read and whose types are checked
 
 
+def flag(default, **metadata):
+    """Return a dataclass field. also: a further name of its flag, or a tuple of names; short: one like -o.
+
+    bare: the value of a flag that stands alone.
+    """
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def cosmetic(default, **metadata):
+    """Return a field, as `flag` does, that a resumed run may change without another result, bit for bit."""
+    return flag(default, cosmetic=True, **metadata)
+
+
+def cosmetic_names(cfg):
+    """Return the names of the fields of `cfg` that were made by `cosmetic`."""
+    return [f.name for f in dataclasses.fields(cfg) if f.metadata.get("cosmetic")]
+
+
 class Parser(argparse.ArgumentParser):
     def error(self, message):
         unknown = message.partition("unrecognized arguments:")[2]
@@ -266,7 +284,8 @@ def parser_of(cls, doc, prog):
             kind |= dict(type=value_type, choices=typing.get_args(f.type) or None)
         if bare := f.metadata.get("bare", BARE.get(f.name)):
             kind |= dict(nargs="?", const=bare)
-        names = [f.name, *filter(None, [f.metadata.get("also")])]
+        also = f.metadata.get("also", ())
+        names = [f.name, *([also] if isinstance(also, str) else also)]
         flags = [*filter(None, [f.metadata.get("short")])]
         flags += dict.fromkeys("--" + n for name in names for n in (name, name.replace("_", "-")))
         group.add_argument(*flags, **kind)

@@ -46,6 +46,22 @@ def others_running(samples=10, seconds=0.02):
         return os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
 
 
+TORCHRUN = "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"  # set beside WORLD_SIZE
+
+
+def check_torchrun(device):
+    """Raise UsageError for a WORLD_SIZE without its neighbours, and for one GPU that all processes would share."""
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    missing = [name for name in TORCHRUN if name not in os.environ]
+    if world > 1 and missing:
+        raise UsageError(
+            f"WORLD_SIZE is {world}, but {', '.join(missing)} not set: left over from another job?\n"
+            "try: unset WORLD_SIZE, or start with torchrun"
+        )
+    if world > 1 and device.startswith("cuda:"):
+        raise UsageError(f"--device {device} puts all {world} processes on one GPU\ntry: --device cuda")
+
+
 def ends_cleanly(main):
     """Decorate main: what it holds (locks, its W&B run, processes) is let go when it ends, however it ends.
 
