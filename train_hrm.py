@@ -225,9 +225,9 @@ def main(cfg):
         with hardware.autocast:
             loss, _, _ = raw_model(place(random_batch(cfg.batch_size, cfg.max_seq_len, known["vocab_size"])))
         loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), math.inf)
-        millions = f"{count / 1e6:.2f} M parameters"
-        tell(f"dry run: loss {loss.item():.4f}, gradient norm {norm.item():.3f}, {millions}; --dataset trains")
+        norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), math.inf).item()
+        size = f"{count / 1e6:.2f} M parameters"
+        tell(f"dry run: loss {loss.item():.4f}, gradient norm {norm:.3f}, {size}; --dataset trains")
         return dict(step=0, best=math.inf, stopped=0)
     n_val, rows = min(cfg.eval_rows or data.rows("val"), data.rows("val")), cfg.batch_size * world
     if cfg.save_best_model and not (cfg.run_name and n_val):

@@ -1,6 +1,6 @@
 """Training beside busy processes: how much speed each script keeps, as it starts by itself and as torch comes.
 
-    python benchmarks/busy.py                             # some 15 minutes; nothing else may run meanwhile
+    python benchmarks/busy.py                             # an hour; nothing else may run meanwhile
     python benchmarks/busy.py --rows expert,sr --times 1
 
 Each script trains for a few seconds in a process of its own, with as many threads as there are cores: alone, beside
@@ -71,7 +71,9 @@ def rate(path, name):
     else:
         rows = read_rows(path)
     rates = [float(row[name]) for row in rows if row.get(name)]
-    return statistics.median(rates[1:] or rates)
+    if len(rates) < 3:
+        raise RuntimeError(f"{path.name}: {len(rates)} rows in so short a time\ntry: a larger --seconds")
+    return statistics.median(rates[1:])
 
 
 def train(script, args, work, count, environment):
@@ -116,12 +118,12 @@ def prepare(work, rows):
 def main():
     parser = command_line(__doc__, SCRIPTS, "busy")
     parser.add_argument("--times", type=int, default=3, help="rounds of each side")
-    parser.add_argument("--seconds", type=float, default=8, help="of each training")
+    parser.add_argument("--seconds", type=float, default=15, help="of each training")
     parser.add_argument("--quick", action="store_true", help="one short round, only to see that it runs")
     args = parser.parse_args()
     args.threads = cores()
     if args.quick:
-        args.times, args.seconds = 1, 1
+        args.times, args.seconds = 1, 8
     with tempfile.TemporaryDirectory() as work:
         prepare(Path(work), args.rows.split(","))
         rows = {script: lambda args, script=script: of_script(script, args, Path(work)) for script in SCRIPTS}

@@ -16,8 +16,8 @@ Three kinds of row, the most useful first:
 share is what no kernel, copy or fill covers. On a CPU it is what no operation of torch covers. "host waits for GPU" is
 the share that the host spends in CUDA calls named Synchronize.
 
-Losses of train_ae.py are those of epochs of three steps; train_multimodal.py has half its width there. Data come from
-Python's own library, puzzles and formulas, without a network. Runs need some 25 GB below TMPDIR for a while.
+Losses of train_ae.py are those of epochs of three steps; train_multimodal.py has half its width and one task there.
+Data come from Python's own library, puzzles and formulas, without a network. Runs need some 25 GB below TMPDIR.
 
 Each row has a process and a time limit of its own. A row that fails is a row of the report, the others go on. The
 report is written after each row. Rows that the minutes did not allow are listed as not run. The status is 1 then, and
@@ -107,7 +107,7 @@ class System:
     compiled: str = "--compile"
     traced: bool = False  # whether its rows say how much of the time waits for the host
     small: str = ""  # added where the CPU takes the same steps; "" = not compared
-    width: str = ""  # added there at full size: a fourth of the bytes are saved
+    few: str = ""  # instead of `flags` there: a fourth of the bytes to save, and short answers
     resume: str = ""  # added to go on; "" = it goes on by itself
     generate: str = ""  # flags of generate.py
 
@@ -122,7 +122,7 @@ WRITE = "--checkpoint={folder}/%s.pt --max_new_tokens=20 --prompt=import"
 EXPERTS = "transformer", "state_space", "diffuser"
 STORED = {name: f"--{name}_ckpt={{work}}/experts/{name}_expert.pt" for name in EXPERTS}
 EVENTS = f"{SHORT} --no-make_plots"
-FORMULAS = f"{SHORT} --val_problems=0 --no-verbose"
+FORMULAS = f"{SHORT} --val_problems=0 --no-verbose --compile_mode=off"  # the bundle says default
 TINY_FORMULAS = """--encoder_dim=32 --decoder_input_dim=32 --decoder_model_dim=32 --encoder_n_heads=2
 --decoder_n_heads=2 --encoder_ffn_hidden_dim=32 --decoder_ffn_hidden_dim=32 --decoder_n_layers=1 --encoder_n_sab=1
 --batch_size=4 --max_operators=3 --holdout_pools none"""
@@ -217,8 +217,8 @@ SYSTEMS = dict(
         needs="pages",
         traced=True,
         small="--global_batch_size=4",
-        width="--hidden_size=512 --num_heads=8",
-        generate="multimodal {folder} --task=read --input={work}/page.txt",
+        few=f"{PAGES}/words --tasks fill --train_samples=64 --test_samples=2 --hidden_size=512 --num_heads=8",
+        generate="multimodal {folder} --task={task} --input={work}/page.txt",
     ),
     sudoku9=System(
         "train_multimodal.py",
@@ -238,9 +238,10 @@ EPOCH = 3  # steps of an epoch of train_ae.py with 480 events, whose losses are 
 FULL_EPOCH = 50  # the same with 8000 events
 
 
-def words_of(system, cfg, name, precision, steps, every, *more):
+def words_of(system, cfg, name, precision, steps, every, *more, few=False):
     """The words that start a run of `system`, called `name`: a path and flags."""
-    text = f"{system.tiny if cfg.tiny else system.flags} {system.folder} {system.precisions[precision]} {system.every}"
+    flags = system.tiny if cfg.tiny else few and system.few or system.flags
+    text = f"{flags} {system.folder} {system.precisions[precision]} {system.every}"
     text = text.format(work=cfg.work, root=ROOT, folder=folder_of(system, cfg, name), name=name, every=every)
     more = [word.format(work=cfg.work) for part in more for word in part.split()]
     if system.script == "train_ae.py":
@@ -289,9 +290,7 @@ def speed(cfg, name, precision, compiled=False):
     title = " ".join([name, precision, *["compiled"] * compiled])
     run = name if name in EXPERTS and title == f"{name} {cfg.precisions[0]}" else title.replace(" ", "_")
     folder = folder_of(system, cfg, run)
-    words = words_of(system, cfg, run, precision, steps, every, *[system.compiled] * compiled)
-    if compiled is False and system.compiled.endswith("=default"):
-        words.append("--compile_mode=off")
+    words = words_of(system, cfg, run, precision, steps, every, f"--device={cfg.device}", *[system.compiled] * compiled)
     last, trace = steps, Path(cfg.work, f"{run}_trace.json")
     if system.traced:
         last = steps - 1 - (1 if cfg.tiny else TRACED)
@@ -341,14 +340,14 @@ def compared(cfg, name):
     """The same few steps here and on the CPU; a run from here goes on there; generate.py with it."""
     system = SYSTEMS[name]
     precisions = ["fp32", *(key for key in cfg.precisions if key != "fp32" and not on_cpu(cfg))]
-    small = system.small + f" {system.width}" * (not cfg.tiny)
     runs = {precision: f"{name}_small_{precision}" for precision in (*precisions, "cpu")}
 
     def words(run, precision, device, steps, *more):
-        return words_of(system, cfg, run, precision, steps, 1, small, f"--device={device}", *more)
+        more = system.small, f"--device={device}", *more
+        return words_of(system, cfg, run, precision, steps, 1, *more, few=True)
 
     def generate(folder):
-        flags = system.generate.format(folder=folder, work=cfg.work).split()
+        flags = system.generate.format(folder=folder, work=cfg.work, task="read" if cfg.tiny else "fill").split()
         return [str(ROOT / "generate.py"), *flags, f"--device={cfg.device}"]
 
     commands = [words(runs[precision], precision, cfg.device, FEW) for precision in precisions]
@@ -874,7 +873,7 @@ def main(cfg):
         cfg.work = str(Path(cfg.work or stack.enter_context(tempfile.TemporaryDirectory(prefix="gpu_check"))).resolve())
         Path(cfg.work).mkdir(parents=True, exist_ok=True)
         Path(cfg.work, "points.csv").write_text("".join(["x1,y\n", *(f"{x},{x * x + x}\n" for x in range(1, 33))]))
-        Path(cfg.work, "page.txt").write_text("the cat\n")
+        Path(cfg.work, "page.txt").write_text("return ____\n")
         if cfg.warm:
             import_ahead()
         facts = look_at(cfg)

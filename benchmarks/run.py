@@ -73,6 +73,8 @@ BENCHMARKS = dict(  # name of its JSON: (title, commands at full size, commands 
         ["ae_speed.py --quick --threads 1"],
     ),
     multimodal=("Pictures", ["multimodal.py"], [f"multimodal.py --quick --threads 1 --home {QUICK}/multimodal"]),
+    busy=("Beside busy processes", ["busy.py"], ["busy.py --quick --rows expert"]),
+    gpu_check=("On a GPU", ["gpu_check.py"], ["gpu_check.py --device cpu --tiny"]),
     prepare_data=("Data preparation", ["prepare_data.py --times 2"], ["prepare_data.py --mb 0.5 --times 1"]),
     faults=(
         "Faults",

@@ -42,7 +42,7 @@ def test_the_form_for_a_cpu_runs_every_row_in_under_a_minute(tmp_path):
 
 
 def test_the_command_of_every_row_parses(tmp_path):
-    rows = gpu_check.all_rows(Config(work=str(tmp_path)))
+    rows = gpu_check.all_rows(Config(work=str(tmp_path), device="cuda:1"))
     names = [row.name for row in rows]
     assert len(names) == len(set(names)) == 5 + 9 + 6 + 2 + 6 + 6 + 19
     assert all(
@@ -52,7 +52,7 @@ def test_the_command_of_every_row_parses(tmp_path):
         for how in (precision, f"{precision} compiled")
     )
     count = 0
-    for path, *flags in (words for row in rows for words in row.commands):
+    for row_name, (path, *flags) in ((row.name, words) for row in rows for words in row.commands):
         if path == gpu_check.FILE and flags[0] == "traced":
             path, *flags = flags[5:]
         module = importlib.import_module(Path(path).stem) if path != gpu_check.FILE else gpu_check
@@ -67,7 +67,9 @@ def test_the_command_of_every_row_parses(tmp_path):
             from_cli(config, argv=flags)
         else:
             cfg = settings(module, flags)
-            assert 0 < cfg.max_steps <= 300
+            compiled = cfg.compile_mode != "off" if hasattr(cfg, "compile_mode") else cfg.compile
+            assert cfg.device == "cuda:1" or cfg.device == "cpu" and ("generate" in row_name or "data" in row_name)
+            assert 0 < cfg.max_steps <= 300 and compiled == row_name.endswith("compiled")
         count += 1
     assert count > 80
 

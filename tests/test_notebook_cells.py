@@ -3,6 +3,7 @@
 import signal
 import sys
 import threading
+from code import InteractiveInterpreter
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -366,7 +367,7 @@ def test_a_whole_script_pasted_into_a_cell_runs_nothing_and_its_main_works(modul
     monkeypatch.setitem(sys.modules, "__main__", cell)
     source = Path(module.__file__).read_text(encoding="utf-8")
     for _ in range(2):  # also again: the classes are then others
-        exec(compile(source, "<cell>", "exec"), cell.__dict__)
+        InteractiveInterpreter(cell.__dict__).runsource(source, "<cell>", "exec")
     assert cell.cfg is None and cell.Config is not module.Config
     if module in (train_expert, train_multimodal, train_ae):
         cfg = small(SimpleNamespace(__name__=module.__name__, Config=cell.Config), tmp_path, toy, experts)

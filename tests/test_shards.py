@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -474,7 +474,7 @@ def test_the_command_of_a_trainer(data, monkeypatch):
     cfg = SimpleNamespace(**FLAGS | dict(stories="my stories.txt", tasks=("read", "maze")))
     shards.start_builder(data, cfg, rebuild_dataset=True)
     (_, program, name, *argv), environment = started[0]
-    parsed = vars(from_cli(*prepare_data.COMMANDS[name][:1], argv=argv))
+    parsed = asdict(from_cli(*prepare_data.COMMANDS[name][:1], argv=argv))
     assert parsed == vars(cfg) | dict(out=str(data), rebuild_dataset=True, parent=os.getpid())
     assert program == str(ROOT / "prepare_data.py") and "WORLD_SIZE" not in environment
     assert (data.parent / "data.new" / "build.log").exists()

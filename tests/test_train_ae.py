@@ -516,7 +516,7 @@ def test_steps_that_are_not_finite_end_a_run_but_not_what_it_had(events, capfd):
 def drawn(monkeypatch):
     """Names of the figures that are written, in place of drawing them well."""
     plot = pytest.importorskip("plot")
-    monkeypatch.setattr(plot.plt.Figure, "savefig", lambda figure, out, **_: Path(out).touch())
+    monkeypatch.setattr(plot.plt.Figure, "savefig", lambda figure, out, **_: out.write(b"drawn"))
     return lambda home: sorted(p.stem for p in Path(home, "figures").glob("*.png"))
 
 

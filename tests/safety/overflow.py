@@ -42,9 +42,9 @@ class Scaler(torch.amp.GradScaler):
                 self.hooks.append(weight.register_hook(lambda gradient: gradient * math.inf))
         return super().scale(outputs)
 
-    def step(self, optimizer, *args, **kwargs):
+    def unscale_(self, optimizer):
         self.optimizer = optimizer
-        return super().step(optimizer, *args, **kwargs)
+        return super().unscale_(optimizer)
 
     def update(self, new_scale=None):
         super().update(new_scale)

@@ -95,6 +95,27 @@ DEVICES = [
     ("mps", (0, 0), everything, "mps, fp32"),
 ]
 
+REFUSED = """
+import torch
+kind = "mps" if torch.backends.mps.is_available() else "cuda"
+here, there = torch.ones(3, device=kind), torch.ones(3)
+assert (here + 1).device == torch.device(kind, 0) and (here + here).cpu().tolist() == [2, 2, 2]
+refused = {
+    "a tensor of the CPU": lambda: here + there,
+    "numpy": lambda: here.numpy(),
+    "a generator of the CPU": lambda: torch.randn(3, device=kind, generator=torch.Generator()),
+    "an index of the device": lambda: there[torch.tensor([0], device=kind)],
+    "float64 on mps": lambda: here.double() if kind == "mps" else here.numpy(),
+    "no index": lambda: torch.cuda.set_device(torch.device("cuda")),
+}
+for name, call in refused.items():
+    try:
+        call()
+    except (RuntimeError, TypeError, ValueError, AttributeError):
+        continue
+    raise SystemExit(f"not refused: {name}")
+"""
+
 
 @pytest.fixture(scope="session")
 def data(toy, tmp_path_factory):
@@ -125,7 +146,8 @@ def library(pytestconfig, tmp_path_factory):
 def test_six_scripts_run_on_a_gpu_that_refuses_what_gpus_refuse(
     kind, capability, commands, hardware, library, data, tmp_path
 ):
-    commands = [command.format(data=data) for command in commands()]
+    (tmp_path / "refused.py").write_text(REFUSED)
+    commands = [str(tmp_path / "refused.py"), *(command.format(data=data) for command in commands())]
     results = simulate(library, kind, capability, [command.split() for command in commands], tmp_path)
     failed = [
         f"{command}\nstatus {status}\n{out}" for command, (status, out) in zip(commands, results, strict=True) if status
@@ -136,4 +158,4 @@ def test_six_scripts_run_on_a_gpu_that_refuses_what_gpus_refuse(
         first.setdefault(command.split()[0], out)
         if "resume" in command:
             assert "resumed" in out, command
-    assert hardware in first["train_expert.py"] and len(first) == 7
+    assert hardware in first["train_expert.py"] and len(first) == 8
