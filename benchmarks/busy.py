@@ -39,7 +39,8 @@ SCRIPTS = dict(  # row: (flags, file with the rates, name of the rate there)
     hrm=("train_hrm.py --dataset sudoku --eval_rows 16 --log_steps 1 --steps 100000 --save_dir {folder}",
          "metrics.jsonl", "tokens_per_s"),
     multimodal=("train_multimodal.py --arch sudoku4 --data_paths {data}/pages --log_interval 1 --eval_interval 1000 "
-                "--test_samples 16 --train_samples 2000 --epochs 1000 --wandb disabled --checkpoint_path {folder} --log_file={folder}/train.log",
+                "--test_samples 16 --train_samples 2000 --epochs 1000 --wandb disabled --checkpoint_path {folder} "
+                "--log_file={folder}/train.log",
                 "metrics.jsonl", "samples_per_s"),
 )  # fmt: skip
 
