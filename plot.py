@@ -367,12 +367,12 @@ ELSEWHERE = {"train_loss", "val_loss", "epoch_time_s", "throughput", "max_memory
 def plot_page(out, *, page, answers, steps, target=None, q=None, attention=None, title=""):
     """Write to `out` a page, its answer after some supervision steps, and where on the page each capsule looked.
 
-    page (R, C), target (L,) and answers (S, L) hold symbols of data_utils/pages/render.py; what follows END is blank.
+    page (R, C), target (L,) and answers (S, L) hold symbols of models/glyphs.py; what follows END is blank.
     Cells that are wrong are red; without a target, those that changed since the answer before are amber. steps (S,)
     counts supervision steps, q (S,) is the chance of being right in the model's eyes. attention: weights (K, r, c)
     >= 0 of K capsules, any r and c that share the page out evenly: patches or cells.
     """
-    from data_utils.pages.render import PADDING
+    from models.glyphs import PADDING
 
     page, answers, wide = np.asarray(page), [_ended(np.asarray(answer)) for answer in answers], len(page[0])
     given, made, looked = [("page", _cells(page.reshape(-1), wide), None)], [], []
@@ -424,7 +424,7 @@ def _page_figure(out, title, groups):
 
 def _ended(answer):
     """The symbols (L,) of an answer, those after its first END blank."""
-    from data_utils.pages.render import END, PADDING
+    from models.glyphs import END, PADDING
 
     over = np.maximum.accumulate(np.asarray(answer) == END)
     return np.where(np.concatenate([[False], over[:-1]]), PADDING, answer)
@@ -434,7 +434,7 @@ def _cells(symbols, columns, marked=None, colour=None):
     """Symbols (L,) -> a picture (high, wide, 3) from 0 to 1 in rows of at most `columns` cells, those marked tinted."""
     import torch
 
-    from data_utils.pages.render import CELL_HEIGHT, CELL_WIDTH, PADDING, to_images
+    from models.glyphs import CELL_HEIGHT, CELL_WIDTH, PADDING, to_images
 
     columns = min(columns, len(symbols))
     more = -len(symbols) % columns

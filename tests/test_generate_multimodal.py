@@ -21,9 +21,10 @@ from data_utils.overrides import PICTURES
 from data_utils.pages import arc
 from data_utils.pages import generate as answer_pages
 from data_utils.pages.generate import Question, load_model, read_page, think, to_batch, verdict, where_capsules_look
-from data_utils.pages.render import END, HOLE, PADDING, to_symbols, to_text
+from data_utils.pages.render import to_symbols, to_text
 from data_utils.pages.tasks import DIGIT, Task
 from data_utils.reasoning.sudoku import sudoku
+from models.glyphs import END, HOLE, PADDING
 from models.multimodal import Multimodal
 
 SUDOKU = "1.3.\n..1.\n.1..\n..21\n"

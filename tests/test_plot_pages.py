@@ -9,7 +9,8 @@ from matplotlib.colors import to_rgb
 
 import plot
 from data_utils.errors import DataError
-from data_utils.pages.render import END, HOLE, OUTSIDE, PADDING, layout, to_symbols
+from data_utils.pages.render import layout, to_symbols
+from models.glyphs import END, HOLE, OUTSIDE, PADDING
 
 pytestmark = pytest.mark.filterwarnings("error")
 SCORES = {"sudoku4/exact": 0.9, "sudoku4/cells": 0.97, "read/characters": 0.8, "read/page": 0.1}

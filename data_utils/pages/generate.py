@@ -21,10 +21,11 @@ from data_utils.hardware import Hardware
 from data_utils.pages import arc
 from data_utils.pages.evaluate import STEPS
 from data_utils.pages.mazes import GOAL, OPEN, START, WALL, WAY, search, ways
-from data_utils.pages.render import END, HOLE, NEWLINE, PADDING, TAB, TO_TEXT, layout, lost, to_symbols, to_text
+from data_utils.pages.render import TAB, TO_TEXT, layout, lost, to_symbols, to_text
 from data_utils.pages.rolling_batch import batch_of
 from data_utils.pages.tasks import DIGIT, Task
 from data_utils.reasoning import sudoku as puzzles
+from models.glyphs import END, HOLE, NEWLINE, PADDING
 from models.multimodal import Multimodal
 from models.planning import pick, select
 
