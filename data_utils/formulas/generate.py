@@ -113,7 +113,7 @@ def solve(cfg, model, alphabet, pool):
     ]  # fmt: skip
     write_rows(cfg.out, rows)
     if cfg.plot:
-        from plot import plot_fit
+        from data_utils.formulas.figures import plot_fit
 
         plot_fit(X, y, predict(alphabet, found[0], X), names, target, f"{target} = {texts[0]}", cfg.plot)
     return {}

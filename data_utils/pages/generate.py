@@ -67,7 +67,7 @@ def answer_pages(cfg, choose):
         print("\n" * (number > 0) + said, flush=True)
         print(f"{about}; steps {last}, paths {cfg.paths or len(model.starts)}", file=sys.stderr)
         if cfg.png and not number:
-            from plot import plot_page
+            from data_utils.pages.figures import plot_page
 
             looks = where_capsules_look(model, batch)
             looks = None if looks is None else looks[0].cpu().numpy()
