@@ -128,12 +128,13 @@ import torch
 from data_utils import checkpoint, files
 from data_utils.formulas.bundles import open_formulas
 from data_utils.formulas.checkpoint_folders import find_folder, prune, save_folder, step_of, sweep
+from data_utils.formulas.model_files import build_model, save_model
 from data_utils.formulas.search import solve_problems
 from data_utils.hardware import Hardware
 from data_utils.metrics import append_row, draw_losses, start_rows, to_wandb
 from data_utils.progress import Progress, peak_mb, say
 from data_utils.stop import Stop
-from models.formula_model import ARGUMENTS, FlashANSRModel
+from models.formula_model import ARGUMENTS
 from models.optim.adamw8bit import AdamW8bit
 from models.optim.muon import Muon
 
@@ -199,7 +200,7 @@ def main(cfg):
 
     # --- model and optimizer --------------------------------------------------------------
     model_args = {name: getattr(cfg, name) for name in ARGUMENTS}
-    raw_model = FlashANSRModel(alphabet, **model_args)  # the one that is saved: no _orig_mod. or module. keys
+    raw_model = build_model(alphabet, model_args)  # the one that is saved: no _orig_mod. or module. keys
     raw_model.to(device)
     hardware.shard(raw_model, cfg.optimizer)
     trained = dict(raw_model.named_parameters())
@@ -391,7 +392,7 @@ def main(cfg):
         if at.step >= cfg.steps:
             save_config(bundle, out)
             weights = checkpoint.read(out / f"checkpoint_{at.step}" / "state_dict.pt")  # a rank may have a part alone
-            raw_model.save(out, weights, dtype=cfg.dtype)  # last: with it the run counts as finished
+            save_model(raw_model, out, weights, dtype=cfg.dtype)  # last: with it the run counts as finished
         draw_losses([metrics], out / "loss.png", tell)
     again = " ".join(["python", *sys.argv, "--resume-from", "auto"])
     next_command = f"python generate.py formula --model {out} --data points.csv" if at.step >= cfg.steps else again

@@ -80,7 +80,7 @@ def inject(words):
                 break
             open(value, "w").close()
         elif what == "figures":
-            sys.modules["plot"] = None
+            sys.modules["data_utils.figures"] = None
         else:
             raise SystemExit(f"unknown fault {word}")
     if at_steps:

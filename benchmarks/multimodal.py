@@ -36,10 +36,11 @@ from benchmarks.hrm import Settings, imported
 from benchmarks.report import command_line, figure, measure, seconds, timed
 from data_utils.config import from_cli
 from data_utils.overrides import PICTURES
-from data_utils.pages.render import HOLE, SYMBOLS, augmented_patches, layout, to_images, to_patches
+from data_utils.pages.render import layout
 from data_utils.pages.shard_builder import opener
 from data_utils.pages.shard_files import read_manifest
 from data_utils.pages.tasks import DIGIT
+from models.glyphs import HOLE, SYMBOLS, augmented_patches, to_images, to_patches
 from models.multimodal import Multimodal
 from models.optim.adam_atan2 import AdamAtan2
 from train_multimodal import MultimodalConfig

@@ -29,13 +29,13 @@ from data_utils.overrides import PICTURES
 from data_utils.pages.arc import CHANGES, vote
 from data_utils.pages.evaluate import examine, traces
 from data_utils.pages.passages import floor
-from data_utils.pages.render import END, HOLE, PADDING, SYMBOLS
 from data_utils.pages.rolling_batch import batch_of
 from data_utils.pages.scores import score
 from data_utils.pages.shard_builder import opener
 from data_utils.pages.shards import Shards
 from data_utils.pages.tasks import DIGIT, Task
 from data_utils.reasoning import sudoku as puzzles
+from models.glyphs import END, HOLE, PADDING, SYMBOLS
 from models.halting import policies
 from models.multimodal import Multimodal
 from models.planning import select

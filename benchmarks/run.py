@@ -297,7 +297,7 @@ def machine():
 
 
 def page(folder, failures, spent, picture, quick=False):
-    """Figures of all JSON in `folder` -> markdown, and the panels of plot.plot_results.
+    """Figures of all JSON in `folder` -> markdown, and the panels of picture.plot_results.
 
     failures: {name: [(command, status, last line)]}, spent: {name: seconds}, of the run that has just ended.
     """
@@ -380,7 +380,7 @@ def main(cfg):
             failures.setdefault(name, []).append((f"python {command}", status, said))
     text, panels = page(folder, failures, spent, out.with_suffix(".png").name, cfg.quick)
     if panels:
-        from plot import plot_results
+        from benchmarks.picture import plot_results
 
         plot_results(panels, out.with_suffix(".png"))
     write_atomic(out, lambda file: file.write(text.encode()))

@@ -27,11 +27,11 @@ from benchmarks.report import command_line, figure, measure
 from data_utils.formulas.dataset import CHUNK, DataConfig, FlashANSRDataset
 from data_utils.formulas.expressions import LITERALS, OPERATORS, evaluate
 from data_utils.formulas.fit import fit
+from data_utils.formulas.model_files import load_model
 from data_utils.formulas.problems import problems, score
 from data_utils.formulas.search import SOLVED, Network, find_formula, fvu
 from data_utils.formulas.simplify import NotReal, simplify
 from data_utils.formulas.skeletons import PoolConfig, check_pool, sample_trees
-from models.formula_model import FlashANSRModel
 
 HERE = Path(__file__).resolve().parent
 LIMIT = 5  # seconds that sympy has for a formula
@@ -355,7 +355,7 @@ def swapped(args):
     """What the network reads off the points: its encoder is given those of the problem, or those of the next one."""
     if not args.model:
         return
-    model = FlashANSRModel.load(args.model)
+    model = load_model(args.model)
     pool = PoolConfig(operators=tuple(model.alphabet.operators), variables=tuple(model.alphabet.variables))
     alike = {}  # problems of as many variables: the others' formulas could not be written
     for problem in problems(str(held_out(args)), 0, 0.0):

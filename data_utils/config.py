@@ -87,9 +87,7 @@ def from_cli(cls, doc="", argv=None, prog=None, by="", flatten=None, load=None, 
                 setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))
     argv = [re.sub("^--no_", "--no-", word) for word in argv]
     if overrides:
-        from data_utils.overrides import read
-
-        return _completed(read(cls, doc, argv, prog, by, overrides))
+        return _completed(overrides.read(cls, doc, argv, prog, by))
     own = dataclasses.fields(cls) if dataclasses.is_dataclass(cls) else ()
     short = {f.metadata["short"]: f"--{f.name}" for f in own if "short" in f.metadata}
     argv = [{"-c": "--config", **short}.get(word, word) for word in argv]  # argparse would read -ci as -c i

@@ -93,11 +93,11 @@ _unwritten = set()  # files that lack rows
 
 
 def draw_losses(paths, out, tell):
-    """Draw the losses of a finished run. What can't be drawn is said: a figure is never worth a run."""
+    """Draw the losses of a finished run. A failure is one line of text: a figure is never worth a run."""
     try:
-        from plot import plot_losses
+        from data_utils.figures import plot_losses
 
-        plot_losses(paths, out)
+        plot_losses([(path, read_rows(path)) for path in paths], out)
     except ImportError:
         tell("no loss curve: pip install matplotlib")
     except Exception as e:

@@ -40,6 +40,10 @@ class Overrides:
         prefix = next((p for p in self.prefixes if key.startswith(p)), "")
         return self.aliases.get(key) or key.removeprefix(prefix).replace("-", "_")
 
+    def read(self, variants, doc, argv, prog, by):
+        """Return what the module's `read` makes of a command line with this table: config.py does not import it."""
+        return read(variants, doc, argv, prog, by, self)
+
 
 FAMILIES = "losses metrics codebook latency recon adversarial diffusion".split()  # of figures
 GUIDE = Overrides(  # the keys of the autoencoders' training guide

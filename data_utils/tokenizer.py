@@ -2,6 +2,7 @@
 
 All give: name, vocab_size, eos, hash (of what defines the ids, not of where it lies), token_bytes, encode,
 encode_batch, decode. Control ids are never produced by encode: "<|endoftext|>" in a text is ordinary text.
+SimpleTokenizer, for sums and other short questions, is a smaller one: characters of ASCII.
 """
 
 import hashlib
@@ -193,3 +194,40 @@ class ByteTokenizer:
 
     def decode(self, ids):
         return bytes(i - 3 for i in map(int, ids) if i >= 3).decode("utf-8", errors="replace")
+
+
+class SimpleTokenizer:
+    """pad 0, begin 1, end 2, then the 95 printable characters of ASCII; it never grows."""
+
+    pad_id, bos_id, eos_id, vocab_size, name = 0, 1, 2, 98, "characters"
+
+    def encode(self, text, add_specials=True):
+        """Return ids, bos and eos around them; UsageError names a character that has none."""
+        ids = [ord(sign) - 29 for sign in text]
+        for place, i in enumerate(ids):
+            if not 3 <= i < 98:
+                raise UsageError(f"character {place + 1} of the text, {text[place]!r}: only printable ASCII is known")
+        return [1, *ids, 2] if add_specials else ids
+
+    def decode(self, ids):
+        return "".join(chr(i + 29) for i in map(int, ids) if i >= 3)
+
+    @property
+    def token_bytes(self):
+        return np.array([0] * 3 + [1] * 95, np.int64)
+
+    def to_json(self):
+        return json.dumps(self.to_dict())
+
+    def to_dict(self):
+        return dict(kind="characters", pad_id=0, bos_id=1, eos_id=2, characters="".join(map(chr, range(32, 127))))
+
+    @classmethod
+    def from_dict(cls, state):
+        if state != cls().to_dict():
+            raise ValueError("not the tokenizer of printable ASCII characters")
+        return cls()
+
+    @property
+    def hash(self):
+        return hashlib.sha256(json.dumps(self.to_dict()).encode()).hexdigest()

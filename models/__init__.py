@@ -16,6 +16,7 @@ codebook.py         vector quantization that keeps all codes in use
 diffusion.py        noise on particles, its removal, DDIM
 gan.py              discriminator, critic of latents, adaptive weight
 autoencoder.py      encoders, latent spaces and decoders of events
+glyphs.py           pages of symbols, drawn as pixels and patches
 decoder.py          causal decoder of symbols, with one symbol of look-ahead
 planning.py         several trains of thought about one sample
 memory.py           what solved samples were like, read by later ones

@@ -7,19 +7,13 @@ NeSymReS (arXiv 2106.06427), Flash-ANSR (2602.08885); decoding within the gramma
 """
 
 import inspect
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-import yaml
 from torch.utils.checkpoint import checkpoint
 
-from data_utils.checkpoint import read
-from data_utils.errors import DataError, UsageError
-from data_utils.files import write_atomic
-from data_utils.formulas.expressions import Alphabet
 from models.set_transformer import BITS, FFN, Attention, Norm, SetTransformer, bits
 from models.transformer import Attention as SelfAttention
 from models.transformer import Rotary
@@ -71,7 +65,7 @@ class DecoderBlock(nn.Module):
 
 
 class FlashANSRModel(nn.Module):
-    """Encoder and decoder of formulas over `alphabet`; raises UsageError for sizes that don't fit together.
+    """Encoder and decoder of formulas over `alphabet`; raises ValueError for sizes that don't fit together.
 
     encoder_max_n_variables: columns of the points with y, 0 = one more than the alphabet has variables.
     decoder_input_dim: width of the encoder's vectors. pre_encoder_noise_scale: noise on `ieee` features in training.
@@ -237,14 +231,19 @@ class FlashANSRModel(nn.Module):
             read[:, :, moved] = read[:, :, parents[moved]]
         return state._replace(open=state.open[parents])
 
-    def _begin(self, encoded, rows, max_len, prompt, numbers):
-        """Read <bos>, the prompt and <expression> -> (logits (1, V), state, greatest length of PREFIX)."""
+    def room(self, max_len, prompt=()):
+        """Return the greatest length of PREFIX in a sequence of `max_len` tokens; ValueError where there is none."""
         room = max_len - len(prompt) - len(MARKS)
         if max_len > self.max_seq_len or room < 1:
-            raise UsageError(
-                f"--max_len {max_len}: expected {len(prompt) + len(MARKS) + 1} (a prompt of {len(prompt)} tokens, "
+            raise ValueError(
+                f"max_len {max_len}: expected {len(prompt) + len(MARKS) + 1} (a prompt of {len(prompt)} tokens, "
                 f"{len(MARKS)} marks, a formula) to {self.max_seq_len} (decoder_max_seq_len)"
             )
+        return room
+
+    def _begin(self, encoded, rows, max_len, prompt, numbers):
+        """Read <bos>, the prompt and <expression> -> (logits (1, V), state, greatest length of PREFIX)."""
+        room = self.room(max_len, prompt)
         bos, expression = (self.alphabet.ids[mark] for mark in MARKS[:2])
         device = self.arity.device
         ids = torch.tensor([[bos, *prompt, expression]], device=device)
@@ -266,13 +265,11 @@ class FlashANSRModel(nn.Module):
 
         top_k 0 and top_p 1 leave all tokens. max_len: tokens of the whole sequence. prompt: ids between <bos> and
         <expression>, numbers: one for each of them. The log-probability is that of the model within the grammar, at
-        temperature 1. Rows that begin alike are computed once, until they part. Raises UsageError for what can't be.
+        temperature 1. Rows that begin alike are computed once, until they part. Raises ValueError for what can't be.
         """
-        if not (n > 0 and temperature > 0 and top_k >= 0 and 0 < top_p <= 1):
-            raise UsageError(
-                f"--choices {n} --temperature {temperature} --top_k {top_k} --top_p {top_p}: expected at least 1, more "
-                "than 0, 0 (off) or more, and more than 0 up to 1"
-            )
+        if n < 1:
+            raise ValueError(f"n {n}: expected 1 or more")
+        check_sampling(temperature, top_k, top_p)
         logits, state, room = self._begin(encoded, n, max_len, prompt, numbers)
         V, device = len(self.arity), logits.device
         rows, total = torch.zeros(n, room, dtype=torch.uint8, device=device), torch.zeros(n, device=device)
@@ -300,7 +297,7 @@ class FlashANSRModel(nn.Module):
         Fewer rows than `width` where there are fewer formulas.
         """
         if width < 1:
-            raise UsageError(f"--beam_width {width}: expected 1 or more")
+            raise ValueError(f"width {width}: expected 1 or more")
         logits, state, room = self._begin(encoded, width, max_len, prompt, numbers)
         V, device = len(self.arity), logits.device
         rows, total = torch.zeros(1, room, dtype=torch.uint8, device=device), torch.zeros(1, device=device)
@@ -324,79 +321,46 @@ class FlashANSRModel(nn.Module):
         found = scores.isfinite()
         return ended[found, : t + 1].cpu(), scores[found].cpu()
 
-    def save(self, folder, weights=None, **more):
-        """Write model.yaml, tokenizer.yaml and state_dict.pt into `folder`; `more`: further keys of model.yaml.
-
-        weights: a state_dict to write instead of its own.
-        """
-        tokens, split = self.alphabet.tokens, len(self.alphabet.operators) + len(self.alphabet.variables)
-        tokenizer = dict(special_tokens=tokens[:-split], operators=self.alphabet.operators,
-                         variables=self.alphabet.variables)  # fmt: skip
-        model = self.model_args | dict(tokenizer="./tokenizer.yaml") | more
-        for name, content in (("model.yaml", model), ("tokenizer.yaml", tokenizer)):
-            text = yaml.safe_dump(content, sort_keys=False).encode()
-            write_atomic(Path(folder) / name, lambda file, text=text: file.write(text))
-        weights = {name: tensor.detach().cpu() for name, tensor in (weights or self.state_dict()).items()}
-        write_atomic(Path(folder) / "state_dict.pt", lambda file: torch.save(weights, file))
-
-    @classmethod
-    def load(cls, folder):
-        """The model that `save` wrote into `folder`, on the CPU, for inference.
-
-        Raises UsageError for files that are missing or of another model, DataError for damaged ones.
-        """
-        folder = Path(folder)
-        names = ("model.yaml", "tokenizer.yaml", "state_dict.pt")
-        missing = [name for name in names if not (folder / name).is_file()]
-        if missing:
-            raise UsageError(f"{folder} has no {', '.join(missing)}: expected the folder of a trained model")
-        args, tokenizer = (_read_yaml(folder / name) for name in names[:2])
-        for name, found, needed in (
-            (names[0], args, ARGUMENTS), (names[1], tokenizer, ("special_tokens", "operators", "variables"))
-        ):  # fmt: skip
-            absent = [key for key in needed if key not in found]
-            if absent:
-                raise UsageError(f"{folder / name} has no {', '.join(absent)}")
-        alphabet = Alphabet(tokenizer["operators"], tokenizer["variables"], tokenizer["special_tokens"])
-        model = cls(alphabet, **{key: args[key] for key in ARGUMENTS})
-        weights, own = read(folder / names[2]), model.state_dict()
-        if not isinstance(weights, dict) or not all(torch.is_tensor(weight) for weight in weights.values()):
-            raise DataError(f"{folder / names[2]}: expected a dict of tensors, found {type(weights).__name__}")
-        other = sorted(name for name in own.keys() | weights.keys()
-                       if name not in own or name not in weights or own[name].shape != weights[name].shape)  # fmt: skip
-        if other:
-            raise UsageError(f"{folder / names[2]} is not of the model in {names[0]}: {', '.join(other[:3])} differ")
-        model.load_state_dict(weights)
-        return model.eval()
-
 
 ARGUMENTS = [p.name for p in inspect.signature(FlashANSRModel).parameters.values() if p.kind is p.KEYWORD_ONLY]
 
 
 def _check(alphabet, args):
-    """Raise UsageError, with the numbers, for sizes that no model can have."""
+    """Raise ValueError, with the numbers, for sizes that no model can have."""
     absent = [token for token in (*MARKS, "<constant>") if token not in alphabet.ids]
     if absent:
-        raise UsageError(f"the tokenizer has no {' '.join(absent)}: add it to special_tokens")
+        raise ValueError(f"the tokenizer has no {' '.join(absent)}: add it to special_tokens")
     for name, value in args.items():
         least = 1 if name.endswith(("dim", "heads", "seeds", "points", "layers", "seq_len")) else 0
         if not isinstance(value, str) and not value >= least:
-            raise UsageError(f"--{name} {value}: expected {least} or more")
+            raise ValueError(f"{name} {value}: expected {least} or more")
     for part, dim in (("encoder", "encoder_dim"), ("decoder", "decoder_model_dim")):
         width, heads = args[dim], args[f"{part}_n_heads"]
         turned = part == "decoder" and (args["decoder_use_rope_self_attn"] or args["decoder_use_rope_cross_attn"])
         if width % heads or turned and width // heads % 2:
             kind = "an even multiple" if turned else "a multiple"
-            raise UsageError(f"--{dim} {width} --{part}_n_heads {heads}: expected {kind} of the number of heads")
+            raise ValueError(f"{dim} {width} with {part}_n_heads {heads}: expected {kind} of the number of heads")
     columns, D = args["encoder_max_n_variables"], len(alphabet.variables)
     if 0 < columns <= D:
-        raise UsageError(f"--encoder_max_n_variables {columns}: {D} variables and y take {D + 1} columns (0 = as many)")
+        raise ValueError(f"encoder_max_n_variables {columns}: {D} variables and y take {D + 1} columns (0 = as many)")
     if args["float_features"] not in ("fourier", "ieee"):
-        raise UsageError(f"--float_features {args['float_features']}: expected fourier or ieee")
+        raise ValueError(f"float_features {args['float_features']}: expected fourier or ieee")
     for name in ("block_self_attn_norm", "block_cross_attn_norm", "block_ffn_norm", "output_norm"):
         if args[f"decoder_{name}"] == "rms_set":
-            raise UsageError(f"--decoder_{name} rms_set: the tokens of a formula are no set, a norm over all would "
-                             "show later ones\ntry: rms")  # fmt: skip
+            raise ValueError(
+                f"decoder_{name} rms_set: the tokens of a formula are no set, a norm over all would show later ones\n"
+                "try: rms"
+            )
+
+
+def check_sampling(temperature, top_k, top_p):
+    """Raise ValueError, naming the argument, for what no token can be drawn with."""
+    if not temperature > 0:
+        raise ValueError(f"temperature {temperature}: expected more than 0")
+    if not top_k >= 0:
+        raise ValueError(f"top_k {top_k}: expected 0 (off) or more")
+    if not 0 < top_p <= 1:
+        raise ValueError(f"top_p {top_p}: expected more than 0, at most 1")
 
 
 def _sharpened(log_p, temperature, top_k, top_p):
@@ -422,13 +386,3 @@ def _places(parents):
     places = parents.clone()
     places[~stays] = free.nonzero()[:, 0]
     return places
-
-
-def _read_yaml(path):
-    try:
-        found = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError, yaml.YAMLError) as e:
-        raise DataError(f"{path} can't be read: {' '.join(str(e).split())}") from e
-    if not isinstance(found, dict):
-        raise DataError(f"{path}: expected 'key: value' lines, found {type(found).__name__}")
-    return found

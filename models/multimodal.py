@@ -12,9 +12,9 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from data_utils.pages.render import BEGIN, CELL_HEIGHT, CELL_WIDTH, PADDING, SYMBOLS, to_float, to_patches
 from models.codebook import Codebook
 from models.decoder import Decoder
+from models.glyphs import BEGIN, CELL_HEIGHT, CELL_WIDTH, PADDING, SYMBOLS, to_float, to_patches
 from models.halting import QNet
 from models.hrm import ROPE_BASE, Still
 from models.memory import Memory, resized

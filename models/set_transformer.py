@@ -11,7 +11,6 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from data_utils.errors import UsageError
 from models.transformer import EPS, RMSNorm
 
 EXPONENT = 60  # columns whose largest magnitude lies within 2^-60 and 2^60 stay as they are
@@ -69,7 +68,7 @@ class Norm(nn.Module):
     def __init__(self, kind, dim):
         super().__init__()
         if kind not in NORMS:
-            raise UsageError(f"norm {kind!r}: expected one of {', '.join(NORMS)}")
+            raise ValueError(f"norm {kind!r}: expected one of {', '.join(NORMS)}")
         self.kind = kind
         self.each = dict(rms=RMSNorm, rms_set=RMSNorm, layer=nn.LayerNorm, none=nn.Identity)[kind](dim)
 

@@ -38,7 +38,8 @@ def render(it):
     """Text as a page, its picture, and the text again."""
     import torch
 
-    from data_utils.pages.render import layout, to_images, to_patches, to_text
+    from data_utils.pages.render import layout, to_text
+    from models.glyphs import to_images, to_patches
 
     text = "def add(a, b):\n    return a + b"
     page = layout(text, 2, 24)

@@ -8,7 +8,7 @@ import pytest
 
 from data_utils.errors import DataError, UsageError
 from data_utils.pages import arc, tasks
-from data_utils.pages.render import COLOUR, OUTSIDE
+from models.glyphs import COLOUR, OUTSIDE
 
 SMALL = dict(page_rows=2, page_cols=24, text_source="both", stories="", code_dir="")
 

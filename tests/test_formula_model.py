@@ -10,6 +10,9 @@ import yaml
 
 from data_utils.errors import DataError, UsageError
 from data_utils.formulas.expressions import OPERATORS, SPECIAL, Alphabet, structure
+from data_utils.formulas.generate import find
+from data_utils.formulas.model_files import build_model, load_model, save_model
+from generate import FormulaConfig
 from models.formula_model import FlashANSRModel
 from models.set_transformer import NORMS
 
@@ -361,8 +364,8 @@ def test_a_toy_model_obeys_complexity():
 
 def test_what_was_saved_is_loaded(tmp_path):
     model = shaken(float_features="ieee")
-    model.save(tmp_path / "run", simplify=True)
-    again = FlashANSRModel.load(tmp_path / "run")
+    save_model(model, tmp_path / "run", simplify=True)
+    again = load_model(tmp_path / "run")
     assert sorted(p.name for p in (tmp_path / "run").iterdir()) == ["model.yaml", "state_dict.pt", "tokenizer.yaml"]
     assert again.model_args == model.model_args and again.alphabet.tokens == WHOLE.tokens
     assert yaml.safe_load((tmp_path / "run" / "model.yaml").read_text())["simplify"] is True
@@ -377,16 +380,16 @@ def test_what_was_saved_is_loaded(tmp_path):
 
 def test_folders_that_are_no_model_are_refused(tmp_path):
     with pytest.raises(UsageError, match="model.yaml, tokenizer.yaml, state_dict.pt"):
-        FlashANSRModel.load(tmp_path)
+        load_model(tmp_path)
     model = build()
-    model.save(tmp_path)
+    save_model(model, tmp_path)
     config = yaml.safe_load((tmp_path / "model.yaml").read_text())
 
     def refused(error, match, name, content):
         good = (tmp_path / name).read_bytes()
         (tmp_path / name).write_bytes(content)
         with pytest.raises(error, match=match):
-            FlashANSRModel.load(tmp_path)
+            load_model(tmp_path)
         (tmp_path / name).write_bytes(good)
 
     less = {key: value for key, value in config.items() if key != "encoder_dim"}
@@ -402,27 +405,27 @@ def test_folders_that_are_no_model_are_refused(tmp_path):
     refused(DataError, "state_dict.pt can't be read", "state_dict.pt", flipped)
     torch.save([1, 2], tmp_path / "list.pt")
     refused(DataError, "found list", "state_dict.pt", (tmp_path / "list.pt").read_bytes())
-    FlashANSRModel.load(tmp_path)
+    load_model(tmp_path)
 
 
 def test_what_is_never_written_is_left_alone(tmp_path, monkeypatch):
-    build().save(tmp_path)
+    save_model(build(), tmp_path)
     before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
 
     def full_disk(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("models.formula_model.torch.save", full_disk)
+    monkeypatch.setattr("data_utils.formulas.model_files.torch.save", full_disk)
     with pytest.raises(DataError, match="state_dict.pt was not written.*No space"):
-        shaken().save(tmp_path)
+        save_model(shaken(), tmp_path)
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
 
 
 @pytest.mark.parametrize(
     "changes, match",
     [
-        (dict(encoder_dim=33), "encoder_dim 33 --encoder_n_heads 2"),
-        (dict(decoder_model_dim=36, decoder_n_heads=4), "decoder_model_dim 36 --decoder_n_heads 4: expected an even"),
+        (dict(encoder_dim=33), "encoder_dim 33 with encoder_n_heads 2: expected a multiple"),
+        (dict(decoder_model_dim=36, decoder_n_heads=4), "decoder_model_dim 36 with decoder_n_heads 4.* an even"),
         (dict(encoder_max_n_variables=3), "encoder_max_n_variables 3: 3 variables and y take 4"),
         (dict(encoder_n_seeds=0), "encoder_n_seeds 0: expected 1"),
         (dict(decoder_n_layers=-1), "decoder_n_layers -1: expected 1"),
@@ -432,25 +435,52 @@ def test_what_is_never_written_is_left_alone(tmp_path, monkeypatch):
     ],
 )
 def test_sizes_that_cannot_be_are_refused(changes, match):
-    with pytest.raises(UsageError, match=match):
+    with pytest.raises(ValueError, match=match):
         build(**changes)
     if "decoder_model_dim" in changes:
         build(**changes, decoder_use_rope_self_attn=False)
 
 
+def test_the_door_of_the_model_names_flags_and_files(tmp_path):
+    with pytest.raises(UsageError, match="^--encoder_dim 33 with --encoder_n_heads 2: expected a multiple"):
+        build_model(WHOLE, SMALL | dict(encoder_dim=33))
+    save_model(build(), tmp_path)
+    config = yaml.safe_load((tmp_path / "model.yaml").read_text())
+    (tmp_path / "model.yaml").write_text(yaml.safe_dump(config | dict(encoder_n_heads=5)))
+    with pytest.raises(UsageError, match="model.yaml: encoder_dim 32 with encoder_n_heads 5"):
+        load_model(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (dict(temperature=0.0), "--temperature 0.0: expected more than 0"),
+        (dict(top_k=-1), "--top_k -1: expected 0"),
+        (dict(top_p=2.0), "--top_p 2.0: expected more than 0, at most 1"),
+        (dict(max_len=4), "--max_len 4: expected 5"),
+    ],
+)
+def test_flags_that_nothing_can_be_drawn_with_are_named(tmp_path, flags, words):
+    save_model(build(), tmp_path)
+    points = tmp_path / "points.csv"
+    points.write_text("x,y\n" + "".join(f"{x},{x * x}\n" for x in range(9)))
+    with pytest.raises(UsageError, match=f"^{words}"):
+        find(FormulaConfig(**dict(model=str(tmp_path), data=str(points), device="cpu", max_len=32) | flags))
+
+
 def test_what_cannot_be_decoded_is_refused():
     model = build(TOY)
     encoded = model.encode(*points(variables=2))
-    with pytest.raises(UsageError, match="max_len 33.* 5 .* 32"):
+    with pytest.raises(ValueError, match="max_len 33.* 5 .* 32"):
         model.sample(encoded, 4, **PLAIN, max_len=33)
-    with pytest.raises(UsageError, match="max_len 9: expected 10"):
+    with pytest.raises(ValueError, match="max_len 9: expected 10"):
         model.beam(encoded, 4, max_len=9, prompt=TOY.encode(TOY_PROMPT))
     for changes in (dict(temperature=0.0), dict(top_p=0.0), dict(top_k=-1)):
-        with pytest.raises(UsageError, match="--" + next(iter(changes))):
+        with pytest.raises(ValueError, match=next(iter(changes))):
             model.sample(encoded, 4, **PLAIN | changes, max_len=9)
     with pytest.raises(ValueError, match="40 tokens.*32"):
         model(torch.zeros(1, 40, dtype=torch.long), *points(variables=2))
-    with pytest.raises(UsageError, match="<expression>"):
+    with pytest.raises(ValueError, match="<expression>"):
         build(Alphabet(["+"], ["x1"], ["<pad>", "<bos>", "<eos>", "<constant>", "</expression>"]))
 
 

@@ -12,18 +12,18 @@ import torch
 from conftest import ROOT
 
 import generate
-import plot
 import train_multimodal
 from data_utils.checkpoint import canonical_keys, load_checkpoint, save_checkpoint
 from data_utils.config import from_cli
 from data_utils.errors import UsageError
 from data_utils.overrides import PICTURES
-from data_utils.pages import arc
+from data_utils.pages import arc, figures
 from data_utils.pages import generate as answer_pages
 from data_utils.pages.generate import Question, load_model, read_page, think, to_batch, verdict, where_capsules_look
-from data_utils.pages.render import END, HOLE, PADDING, to_symbols, to_text
+from data_utils.pages.render import to_symbols, to_text
 from data_utils.pages.tasks import DIGIT, Task
 from data_utils.reasoning.sudoku import sudoku
+from models.glyphs import END, HOLE, PADDING
 from models.multimodal import Multimodal
 
 SUDOKU = "1.3.\n..1.\n.1..\n..21\n"
@@ -146,7 +146,7 @@ def test_the_averaged_weights_are_taken_wherever_they_lie(run, tmp_path):
 
 def test_the_picture_has_the_answer_over_the_steps_and_the_capsules(run, tmp_path, capsys, monkeypatch):
     seen = []
-    monkeypatch.setattr(plot, "plot_page", lambda out, **about: seen.append(SimpleNamespace(out=out, **about)))
+    monkeypatch.setattr(figures, "plot_page", lambda out, **about: seen.append(SimpleNamespace(out=out, **about)))
     said, _ = answer(tmp_path, SUDOKU, run, capsys, task="sudoku4", steps=5, png="a.png")
     answer(tmp_path, TEXT, run, capsys, task="continue", png="b.png")
     grid, text = seen

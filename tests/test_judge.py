@@ -11,8 +11,8 @@ from test_multimodal import KNOWN, PLAIN, batch, build, one_thread  # noqa: F401
 
 from data_utils.pages import evaluate as module
 from data_utils.pages.evaluate import auc, examine, judge, report, traces
-from data_utils.pages.render import PADDING
 from data_utils.pages.scores import score
+from models.glyphs import PADDING
 from models.optim.ema import Average
 from models.planning import select
 

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 import torch
 
-from data_utils.pages.render import COLOUR, HOLE, PADDING, SYMBOLS
 from data_utils.pages.rolling_batch import batch_of
 from data_utils.pages.tasks import Task, open_tasks
 from models import halting
+from models.glyphs import COLOUR, HOLE, PADDING, SYMBOLS
 from models.halting import CONTINUE, HaltingAgent
 from models.multimodal import LATE, Multimodal, Places, Quantizer, log_stablemax
 from models.optim.adam_atan2 import AdamAtan2

@@ -10,7 +10,8 @@ import torch
 from data_utils.errors import DataError, UsageError
 from data_utils.reasoning import dataset as pairs
 from data_utils.reasoning.arithmetic import build_synthetic_dataset
-from data_utils.reasoning.dataset import Pairs, SimpleTokenizer, from_rows, open_pairs, open_splits, pad_batch
+from data_utils.reasoning.dataset import Pairs, from_rows, open_pairs, open_splits, pad_batch
+from data_utils.tokenizer import SimpleTokenizer
 
 META = dict(vocab_size=98, pad_id=0, bos_id=1, eos_id=2, max_seq_len=0)
 

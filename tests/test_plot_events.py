@@ -11,7 +11,7 @@ import yaml
 import plot
 import train_ae
 from data_utils.errors import DataError, UsageError
-from data_utils.events import facts
+from data_utils.events import facts, figures
 from data_utils.events.decay_chain import decay_chain
 
 pytestmark = pytest.mark.filterwarnings("error")  # a limit below 0 on a logarithmic axis, a layout that collapses
@@ -33,8 +33,8 @@ def histories(loop):
 def drawn(tmp_path, monkeypatch, loop, full=False, moment="on_test_end", really=False, **payload):
     """{family: figure} of one moment; drawing them `really` is slow."""
     cfg = SimpleNamespace(plot_every=1, plot_moments=[moment], plot_detail="full" if full else "light")
-    vars(cfg).update({f"plot_{family}": True for family in plot.FAMILIES})
-    found, old = {}, plot._write
+    vars(cfg).update({f"plot_{family}": True for family in figures.FAMILIES})
+    found, old = {}, figures.write_figure
 
     def write(figure, out):
         found[out.name.split("-")[0]] = figure
@@ -43,9 +43,9 @@ def drawn(tmp_path, monkeypatch, loop, full=False, moment="on_test_end", really=
         out.parent.mkdir(exist_ok=True)
         out.touch()
 
-    monkeypatch.setattr(plot, "_write", write)
+    monkeypatch.setattr(figures, "write_figure", write)
     known = dict(run_dir=str(tmp_path), epoch=2, last=True, histories=histories(loop), codes=[5, 0, 3])
-    plot.handle_event(cfg, train_ae.LOOPS[loop][1], moment, known | payload)
+    figures.handle_event(cfg, train_ae.LOOPS[loop][1], moment, known | payload)
     files = {path.name for path in (tmp_path / "figures").glob("*")}
     assert files == {f"{family}-{moment}-e002.png" for family in found}
     return found
@@ -142,10 +142,10 @@ def run(folder, offset=0.0, epochs=3, test=True, **flags):
 
 def test_runs_are_overlaid(tmp_path, monkeypatch, capsys):
     runs = [run(tmp_path / f"run_{i}", 0.1 * i, latent_space=s, hidden=[8], plot_every=i) for i, s in enumerate("ab")]
-    figures = []
-    monkeypatch.setattr(plot, "_write", lambda figure, out: figures.append((figure, out)))
+    drawings = []
+    monkeypatch.setattr(figures, "write_figure", lambda figure, out: drawings.append((figure, out)))
     plot.main(plot.Config(runs=tuple(runs)))
-    ((figure, out),) = figures
+    ((figure, out),) = drawings
     left, right = figure.axes
     assert out == str(tmp_path / "run_0" / "figures" / "runs.png")
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["latent_space=a", "latent_space=b"]
@@ -157,10 +157,10 @@ def test_runs_are_overlaid(tmp_path, monkeypatch, capsys):
 
 def test_many_runs_that_do_not_differ(tmp_path, monkeypatch):
     runs = [run(tmp_path / f"run_{i:02}") for i in range(13)]
-    figures = []
-    monkeypatch.setattr(plot, "_write", lambda figure, out: figures.append(figure))
+    drawings = []
+    monkeypatch.setattr(figures, "write_figure", lambda figure, out: drawings.append(figure))
     plot.main(plot.Config(runs=tuple(runs), out=str(tmp_path / "a.png")))
-    (figure,) = figures
+    (figure,) = drawings
     assert [t.get_text() for t in figure.legends[0].get_texts()] == [f"run_{i:02}" for i in range(13)]
     assert len({tuple(line.get_color()) for line in figure.axes[1].lines}) == 13
 
@@ -208,20 +208,20 @@ def test_a_sweep_s_summary_and_figures(tmp_path, capsys):
 
 
 def test_bars_of_a_sweep(tmp_path, monkeypatch):
-    folder, figures = sweep(tmp_path, ["done"] * 45), []
-    monkeypatch.setattr(plot, "_write", lambda figure, out: figures.append(figure))
-    plot.plot_sweep(folder)
-    left = figures[1].axes[0]
+    folder, drawings = sweep(tmp_path, ["done"] * 45), []
+    monkeypatch.setattr(figures, "write_figure", lambda figure, out: drawings.append(figure))
+    figures.plot_sweep(folder)
+    left = drawings[1].axes[0]
     names = [t.get_text() for t in left.get_yticklabels()]
     assert names[:2] == ["0 latent_space=none epochs=0", "1 latent_space=linear epochs=1"]
-    assert len(left.patches) == 40 and figures[1].get_suptitle() == "40 of 45 jobs"  # the best ones
+    assert len(left.patches) == 40 and drawings[1].get_suptitle() == "40 of 45 jobs"  # the best ones
     shades = {patch.get_facecolor()[:3] for patch in left.patches[1:]}
     assert left.patches[0].get_facecolor()[:3] not in shades and len(shades) == 1
 
 
 def test_sweeps_that_can_not_be_drawn(tmp_path):
     folder = sweep(tmp_path, ["waiting", "failed"])
-    assert plot.plot_sweep(folder) == [folder / "summary.csv"]  # nothing to draw yet
+    assert figures.plot_sweep(folder) == [folder / "summary.csv"]  # nothing to draw yet
     with pytest.raises(UsageError, match="sweeps and runs"):
         plot.main(plot.Config(runs=(str(folder), run(tmp_path / "a"))))
     with pytest.raises(UsageError, match="--out"):
@@ -229,9 +229,9 @@ def test_sweeps_that_can_not_be_drawn(tmp_path):
     for text in ("jobs: 3", "jobs: [{run_dir: a}]", "{", "[]"):
         (folder / "sweep.yaml").write_text(text)
         with pytest.raises(DataError, match="sweep.yaml can't be read"):
-            plot.plot_sweep(folder)
+            figures.plot_sweep(folder)
 
 
 def test_differences():
-    assert plot.differences([["a=1", "b=2"], ["a=1", "b=3"]]) == ["b=2", "b=3"]
-    assert plot.differences([["a=1"]]) == [""] and plot.differences([["--x", "1"], ["--x", "2"]]) == ["1", "2"]
+    assert figures.differences([["a=1", "b=2"], ["a=1", "b=3"]]) == ["b=2", "b=3"]
+    assert figures.differences([["a=1"]]) == [""] and figures.differences([["--x", "1"], ["--x", "2"]]) == ["1", "2"]

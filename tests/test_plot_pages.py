@@ -7,9 +7,13 @@ import numpy as np
 import pytest
 from matplotlib.colors import to_rgb
 
+import data_utils.figures
+import data_utils.pages.figures
 import plot
 from data_utils.errors import DataError
-from data_utils.pages.render import END, HOLE, OUTSIDE, PADDING, layout, to_symbols
+from data_utils.pages.figures import AMBER, RED, plot_page
+from data_utils.pages.render import layout, to_symbols
+from models.glyphs import END, HOLE, OUTSIDE, PADDING
 
 pytestmark = pytest.mark.filterwarnings("error")
 SCORES = {"sudoku4/exact": 0.9, "sudoku4/cells": 0.97, "read/characters": 0.8, "read/page": 0.1}
@@ -34,7 +38,8 @@ def run(folder, evaluated=True, best=2):
 
 def figures(monkeypatch):
     found = []
-    monkeypatch.setattr(plot, "_write", lambda figure, out: found.append((figure, str(out))))
+    for module in (data_utils.figures, data_utils.pages.figures):
+        monkeypatch.setattr(module, "write_figure", lambda figure, out: found.append((figure, str(out))))
     return found
 
 
@@ -120,7 +125,7 @@ def test_before_the_first_evaluation(tmp_path, monkeypatch, capsys):
 
 def page_figure(monkeypatch, **about):
     found = figures(monkeypatch)
-    plot.plot_page("page.png", **about)
+    plot_page("page.png", **about)
     ((figure, out),) = found
     assert out == "page.png"
     figure.draw_without_rendering()
@@ -152,8 +157,8 @@ def test_a_grid_with_its_target_and_capsules(monkeypatch):
     first, last = "1 step, 2 wrong, q 0.25", "16 steps, 0 wrong, q 0.99"
     assert list(panels) == ["page", "target", first, last, *(f"capsule {k + 1}" for k in range(12))]
     assert panels["page"].images[0].get_array().shape == (56, 32, 3)
-    assert tinted(panels[first], 16, 4, plot.RED) == [i in (1, 7) for i in range(16)]
-    assert not any(tinted(panels[last], 16, 4, plot.RED)) and figure.get_suptitle() == "sudoku4"
+    assert tinted(panels[first], 16, 4, RED) == [i in (1, 7) for i in range(16)]
+    assert not any(tinted(panels[last], 16, 4, RED)) and figure.get_suptitle() == "sudoku4"
     heat = panels["capsule 4"].images[1]
     assert heat.get_extent() == [-0.5, 31.5, 55.5, -0.5] and heat.get_alpha()[1, 2] == heat.get_alpha().max() > 0.5
     assert not panels["capsule 1"].images[1].get_alpha().any()
@@ -166,7 +171,7 @@ def test_text_of_another_shape_that_ends(monkeypatch):
     _, panels = page_figure(monkeypatch, page=page, target=target, answers=answers, steps=(1, 4))
     assert list(panels) == ["page", "target", "1 step, 2 wrong", "4 steps, 0 wrong"]
     assert panels["target"].images[0].get_array().shape == (42, 224, 3)
-    assert tinted(panels["1 step, 2 wrong"], 64, 28, plot.RED) == [i in (3, 4) for i in range(64)]
+    assert tinted(panels["1 step, 2 wrong"], 64, 28, RED) == [i in (3, 4) for i in range(64)]
     assert (panels["4 steps, 0 wrong"].images[0].get_array()[:, 48:56] == 1).all()  # nothing after its end
 
 
@@ -177,11 +182,11 @@ def test_pages_of_every_shape_without_a_target(monkeypatch, rows, cols):
     about = dict(answers=answers, steps=(1, 2, 4, 8, 16), attention=np.ones((12, rows, -(-cols // 2))))
     _, panels = page_figure(monkeypatch, page=page, **about)
     assert len(panels) == 18 and list(panels)[1:6] == ["1 step", "2 steps", "4 steps", "8 steps", "16 steps"]
-    changed = [all(tinted(panels[name], rows * cols, cols, plot.AMBER)) for name in list(panels)[1:6]]
+    changed = [all(tinted(panels[name], rows * cols, cols, AMBER)) for name in list(panels)[1:6]]
     assert changed == [False, False, True, False, False]
 
 
 def test_the_png_is_written(tmp_path):
     out = tmp_path / "figures" / "page.png"
-    plot.plot_page(out, page=np.full((1, 2), HOLE), answers=[[1, 2]], steps=[1])
+    plot_page(out, page=np.full((1, 2), HOLE), answers=[[1, 2]], steps=[1])
     assert out.read_bytes()[:4] == b"\x89PNG"

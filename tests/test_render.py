@@ -9,10 +9,11 @@ import torch
 import torch.nn.functional as F
 
 from data_utils.pages import render
-from data_utils.pages.render import CELL_HEIGHT, CELL_WIDTH, COLOUR, END, HOLE, NEWLINE, OUTSIDE, PADDING, SYMBOLS
+from models import glyphs
+from models.glyphs import CELL_HEIGHT, CELL_WIDTH, COLOUR, END, HOLE, NEWLINE, OUTSIDE, PADDING, SYMBOLS
 
 ASCII = "".join(map(chr, range(32, 127))) + "\n"
-BLANK = {0, render.BEGIN, 110, PADDING}
+BLANK = {0, glyphs.BEGIN, 110, PADDING}
 
 
 def pages(*shape, seed=0):
@@ -26,7 +27,7 @@ def naive_images(pages, face):
         for r in range(R):
             for c in range(C):
                 y, x = r * CELL_HEIGHT, c * CELL_WIDTH
-                images[b, y : y + CELL_HEIGHT, x : x + CELL_WIDTH] = render.atlas()[face[b], int(pages[b, r, c])]
+                images[b, y : y + CELL_HEIGHT, x : x + CELL_WIDTH] = glyphs.atlas()[face[b], int(pages[b, r, c])]
     return images
 
 
@@ -35,37 +36,37 @@ def naive_images(pages, face):
 
 @pytest.mark.parametrize("cached", [1, 9, 2048])
 def test_images_equal_a_loop_over_cells(monkeypatch, cached):
-    monkeypatch.setattr(render, "CACHED", cached)
+    monkeypatch.setattr(glyphs, "CACHED", cached)
     some = pages(3, 5, 4)
     for face in (0, 1, torch.tensor([1, 0, 1])):
         faces = face.tolist() if torch.is_tensor(face) else [face] * 3
-        images = render.to_images(some, face)
+        images = glyphs.to_images(some, face)
         assert images.dtype == torch.uint8 and images.device == some.device
         assert np.array_equal(images.numpy(), naive_images(some, faces))
-    assert torch.equal(render.to_images(some.mT), render.to_images(some.mT.contiguous()))
+    assert torch.equal(glyphs.to_images(some.mT), glyphs.to_images(some.mT.contiguous()))
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 4, 7])
 def test_patches_equal_unfolded_images(n):
     some = pages(2, 3, 4)
-    images = render.to_images(some, 1)[:, None].float()
+    images = glyphs.to_images(some, 1)[:, None].float()
     images = F.pad(images, (0, -4 % n * CELL_WIDTH))
     kernel = CELL_HEIGHT, CELL_WIDTH * n
     unfolded = F.unfold(images, kernel, stride=kernel).mT  # (B, P, pixels)
-    found = render.to_patches(some, n, 1)
+    found = glyphs.to_patches(some, n, 1)
     assert found.shape == (2, 3 * -(-4 // n), CELL_HEIGHT * CELL_WIDTH * n) and torch.equal(found.float(), unfolded)
-    assert torch.allclose(render.to_float(found), unfolded / 255)
+    assert torch.allclose(glyphs.to_float(found), unfolded / 255)
 
 
 def test_all_symbols_look_different():
-    assert render.atlas().shape == (2, SYMBOLS, CELL_HEIGHT, CELL_WIDTH)
-    for face in render.atlas().numpy():
+    assert glyphs.atlas().shape == (2, SYMBOLS, CELL_HEIGHT, CELL_WIDTH)
+    for face in glyphs.atlas().numpy():
         drawn = {face[symbol].tobytes() for symbol in set(range(SYMBOLS)) - BLANK}
         assert len(drawn) == SYMBOLS - len(BLANK) and not any(face[symbol].any() for symbol in BLANK)
 
 
 def test_colours_are_greys_in_a_frame():
-    for k, colour in enumerate(render.atlas()[0, COLOUR : COLOUR + 10].numpy()):
+    for k, colour in enumerate(glyphs.atlas()[0, COLOUR : COLOUR + 10].numpy()):
         assert (colour[1:-1, 1:-1] == 25 * k).all() and (colour == 255).sum() == 2 * CELL_HEIGHT + 2 * CELL_WIDTH - 4
 
 
@@ -74,14 +75,14 @@ def test_glyphs_are_those_of_pillow():
     if not hasattr(image_font, "load_default_imagefont"):
         pytest.skip("a Pillow older than 10.3")
     font = image_font.load_default_imagefont()
-    for symbol, glyph in enumerate(render.atlas()[0, :95].numpy()):
+    for symbol, glyph in enumerate(glyphs.atlas()[0, :95].numpy()):
         cell = image.new("L", (CELL_WIDTH, CELL_HEIGHT), 0)
         draw.Draw(cell).text((1, 1), chr(32 + symbol), fill=255, font=font)
         assert np.array_equal(np.asarray(cell), glyph), chr(32 + symbol)
 
 
 def test_bold_grows_to_the_right_and_closes_no_gap():
-    plain, bold = render.atlas().numpy()
+    plain, bold = glyphs.atlas().numpy()
     for old, new in zip(plain[:95], bold[:95], strict=True):
         for row, thick in zip(old > 0, new > 0, strict=True):
             for x in range(CELL_WIDTH):
@@ -97,7 +98,7 @@ def test_bold_grows_to_the_right_and_closes_no_gap():
 def test_an_augmented_page_is_the_page_somewhere_on_its_canvas(n):
     B, R, C = 40, 2, 4
     some, columns = pages(B, R, C), -(-5 // n) * n
-    patches = render.augmented_patches(some, n, torch.Generator().manual_seed(1))
+    patches = glyphs.augmented_patches(some, n, torch.Generator().manual_seed(1))
     assert patches.shape == (B, 3 * columns // n, CELL_HEIGHT * CELL_WIDTH * n) and patches.dtype == torch.float32
     assert patches.min() == 0 and patches.max() == 1
     canvases = patches.view(B, 3, columns // n, CELL_HEIGHT, n * CELL_WIDTH).transpose(2, 3).flatten(1, 2).flatten(2)
@@ -106,7 +107,7 @@ def test_an_augmented_page_is_the_page_somewhere_on_its_canvas(n):
         inverse = int(canvas.median() > 0.5)
         shown, best = (1 - canvas if inverse else canvas), (-1.0,)
         for face in (0, 1):
-            image = render.to_images(page[None], face)[0].double() / 255
+            image = glyphs.to_images(page[None], face)[0].double() / 255
             fit = F.conv2d(shown[None, None].double(), (image - image.mean())[None, None] / image.std())[0, 0]
             best = max(best, (fit.max().item(), face, divmod(fit.argmax().item(), fit.shape[1]), image))
         _, face, (y, x), image = best
@@ -122,7 +123,7 @@ def test_an_augmented_page_is_the_page_somewhere_on_its_canvas(n):
 
 def test_augmenting_is_a_function_of_the_generator():
     seeds = map(torch.Generator().manual_seed, (1, 1, 2))
-    first, again, other = (render.augmented_patches(pages(2, 2, 3), 2, seed) for seed in seeds)
+    first, again, other = (glyphs.augmented_patches(pages(2, 2, 3), 2, seed) for seed in seeds)
     assert torch.equal(first, again) and not torch.equal(first, other)
 
 
@@ -136,7 +137,7 @@ def test_symbols_of_text():
 
 
 def test_text_of_symbols():
-    marks = [COLOUR, COLOUR + 9, HOLE, OUTSIDE, render.BEGIN, 110, NEWLINE, 1]
+    marks = [COLOUR, COLOUR + 9, HOLE, OUTSIDE, glyphs.BEGIN, 110, NEWLINE, 1]
     assert render.to_text(np.array([*marks, END, 1], np.uint8)) == render.to_text(torch.tensor(marks)) == "09_\n!"
     assert render.to_text(np.array([[33, PADDING], [34, 35]])) == "A" and render.to_text(np.array([])) == ""
 

@@ -10,7 +10,8 @@ import torch
 from data_utils.pages import passages as texts
 from data_utils.pages import scores, tasks
 from data_utils.pages.mazes import GOAL, OPEN, START, WALL, WAY
-from data_utils.pages.render import END, HOLE, PADDING, layout, to_symbols
+from data_utils.pages.render import layout, to_symbols
+from models.glyphs import END, HOLE, PADDING
 
 SMALL = dict(page_rows=2, page_cols=24, text_source="stories", stories="", code_dir="", arc_set="agi1", arc_side=10)
 

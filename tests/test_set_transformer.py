@@ -6,7 +6,6 @@ import struct
 import pytest
 import torch
 
-from data_utils.errors import UsageError
 from models.set_transformer import NORMS, Norm, SetTransformer, bits, bring_into_range, fourier, standardised
 from models.transformer import EPS
 
@@ -187,5 +186,5 @@ def test_checkpointing_changes_no_gradient():
 
 
 def test_unknown_norms_are_refused():
-    with pytest.raises(UsageError, match="batch.*rms, rms_set, layer, none"):
+    with pytest.raises(ValueError, match="batch.*rms, rms_set, layer, none"):
         build(attn_norm="batch")

@@ -10,8 +10,9 @@ from conftest import ROOT
 
 from data_utils.errors import DataError, UsageError
 from data_utils.pages import tasks
-from data_utils.pages.render import HOLE, to_text
+from data_utils.pages.render import to_text
 from data_utils.reasoning import sudoku as puzzles
+from models.glyphs import HOLE
 
 SMALL = dict(page_rows=2, page_cols=24, text_source="both", stories="", code_dir="", arc_set="agi1", arc_side=10)
 

@@ -12,7 +12,8 @@ import pytest
 from data_utils.errors import DataError, UsageError
 from data_utils.pages import passages as texts
 from data_utils.pages import tasks
-from data_utils.pages.render import END, HOLE, PADDING, to_symbols, to_text
+from data_utils.pages.render import to_symbols, to_text
+from models.glyphs import END, HOLE, PADDING
 
 SMALL = dict(page_rows=2, page_cols=24, text_source="stories", stories="", code_dir="", arc_set="agi1", arc_side=10)
 CODE = '''"""Counts words; "count" is in a string."""

@@ -13,7 +13,7 @@ from test_prepare import config, content, language, put, texts
 
 import plot
 import prepare_data
-from data_utils import checkpoint, files
+from data_utils import checkpoint, figures, files
 from data_utils.errors import DataError, UsageError
 from data_utils.events.dataset import read_events
 from data_utils.formulas import checkpoint_folders as folders
@@ -324,7 +324,7 @@ def test_a_picture_is_drawn_over_only_where_it_says_that_it_was_drawn_here(tmp_p
     else:
         call()
     assert not list(tmp_path.glob("*.bak"))
-    plot.plt.figure().savefig(out)
+    figures.plt.figure().savefig(out)
     before = out.read_bytes()
     assert refused(call, "--fresh")[0] == "--out" and out.read_bytes() == before
     call(fresh=True)

@@ -515,8 +515,8 @@ def test_steps_that_are_not_finite_end_a_run_but_not_what_it_had(events, capfd):
 @pytest.fixture
 def drawn(monkeypatch):
     """Names of the figures that are written, in place of drawing them well."""
-    plot = pytest.importorskip("plot")
-    monkeypatch.setattr(plot.plt.Figure, "savefig", lambda figure, out, **_: out.write(b"drawn"))
+    figure = pytest.importorskip("matplotlib.figure")
+    monkeypatch.setattr(figure.Figure, "savefig", lambda figure, out, **_: out.write(b"drawn"))
     return lambda home: sorted(p.stem for p in Path(home, "figures").glob("*.png"))
 
 
@@ -549,12 +549,12 @@ def test_figures_that_fail_and_full_ones(events, drawn, monkeypatch, capfd):
     run(events, "out=mlp make_plots=true loop=test_mlp logging=plots_full batch_size=2000")
     assert not [name for name in drawn("mlp") if "recon" in name]
     assert "no figure" not in capfd.readouterr().err
-    import plot
+    from data_utils.events import figures
 
     def fail(*_):
         raise ValueError("no ink")
 
-    monkeypatch.setitem(plot.FAMILIES, "losses", fail)
+    monkeypatch.setitem(figures.FAMILIES, "losses", fail)
     assert run(events, "out=b make_plots=true plot_moments=on_train_end")["epoch"] == 2
     assert "no figure of losses: ValueError: no ink" in capfd.readouterr().err and drawn("b")
 

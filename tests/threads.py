@@ -129,7 +129,7 @@ def compare(name, place):
 
 if __name__ == "__main__":
     names, place = sys.argv[1].split(","), Path(sys.argv[2])
-    sys.modules["plot"] = None  # no figures
+    sys.modules["data_utils.figures"] = None  # no figures
     halting.LEARN_FROM = 16  # transitions, in place of 1,000
     (place / "experts").mkdir(exist_ok=True)
     if "multimodal" in names:

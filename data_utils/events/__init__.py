@@ -9,4 +9,5 @@ run_folder.py   the folder of a run, written while it trains
 facts.py        events.jsonl and scalars.csv in that folder
 sweep.py        the jobs of --multirun, one process each
 generate.py     reconstruct, encode, decode, score and sample events
+figures.py      runs, several runs in one figure, sweeps
 """

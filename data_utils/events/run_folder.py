@@ -88,7 +88,7 @@ class Recorder:
         self._write(append_jsonl_event, event)
         if self.cfg.make_plots and self.at.histories:
             try:
-                from plot import handle_event
+                from data_utils.events.figures import handle_event
             except ImportError:
                 warn("no figures: pip install matplotlib")
                 self.cfg.make_plots = False

@@ -16,5 +16,7 @@ fit.py                 constants of many formulas at once
 sums.py                sums of known parts that explain y
 search.py              a formula for given points
 problems.py            problems of test sets, a user's table, scores
+model_files.py         the folder of a trained model
 generate.py            the search as a command
+figures.py             a formula and its residuals
 """

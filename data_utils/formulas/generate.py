@@ -15,11 +15,12 @@ from data_utils.errors import UsageError
 from data_utils.files import begins, check_replaceable, is_marked, make_room, write_atomic
 from data_utils.formulas.expressions import to_text
 from data_utils.formulas.holdout import hold_out
+from data_utils.formulas.model_files import load_model
 from data_utils.formulas.problems import problems, read_table, score, terms
 from data_utils.formulas.search import Network, Prior, find_formula, predict
 from data_utils.formulas.skeletons import PoolConfig, check_pool
 from data_utils.hardware import Hardware
-from models.formula_model import FlashANSRModel
+from models.formula_model import check_sampling
 
 # of the files that write_rows makes: candidates of a table, runs of a suite
 STARTS = b"rank,formula,prefix,constants,", b"suite,name,seed,noise,", b'{"rank": 1, "formula": ', b'{"suite": '
@@ -39,7 +40,7 @@ def find(cfg):
     check_replaceable(cfg.out, cfg.fresh, made_here, inputs=inputs)
     check_replaceable(cfg.plot, cfg.fresh, is_marked, flag="--plot", inputs=inputs)
     hardware = Hardware(cfg.device, "fp32")
-    model = FlashANSRModel.load(cfg.model).to(hardware.device) if cfg.model else None
+    model = load_model(cfg.model).to(hardware.device) if cfg.model else None
     if model and cfg.max_len > model.max_seq_len:
         raise UsageError(f"--max_len {cfg.max_len}: the model was built for at most {model.max_seq_len}")
     pool = PoolConfig(**dict(operators=tuple(model.alphabet.operators), variables=tuple(model.alphabet.variables))
@@ -54,9 +55,16 @@ def search(cfg, model, alphabet, pool, X, y, rng, names=(), held=None):
     propose = prior
     if cfg.method != "prior":
         prompt, numbers = prompt_of(cfg, alphabet, names)
-        sampling = dict(temperature=cfg.temperature, top_k=cfg.top_k, top_p=cfg.top_p, max_len=cfg.max_len)
-        propose = Network(model, X, y, max_points=cfg.max_points, prompt=prompt, numbers=numbers,
-                          width=cfg.beam_width if cfg.method == "beam" else 0, **sampling)  # fmt: skip
+        sampling = dict(temperature=cfg.temperature, top_k=cfg.top_k, top_p=cfg.top_p)
+        width = cfg.beam_width if cfg.method == "beam" else 0
+        try:
+            model.room(cfg.max_len, prompt)
+            if not width:
+                check_sampling(**sampling)
+        except ValueError as e:
+            raise UsageError(f"--{e}") from e
+        propose = Network(model, X, y, max_points=cfg.max_points, prompt=prompt, numbers=numbers, width=width,
+                          max_len=cfg.max_len, **sampling)  # fmt: skip
     return find_formula(
         propose, X, y, alphabet=alphabet, pool=pool, rng=rng, prior=prior, choices=cfg.choices, evolve=cfg.evolve,
         restarts=cfg.restarts, parsimony=cfg.parsimony, max_seconds=cfg.max_seconds, refiner=cfg.refiner, rank=cfg.rank,
@@ -105,7 +113,7 @@ def solve(cfg, model, alphabet, pool):
     ]  # fmt: skip
     write_rows(cfg.out, rows)
     if cfg.plot:
-        from plot import plot_fit
+        from data_utils.formulas.figures import plot_fit
 
         plot_fit(X, y, predict(alphabet, found[0], X), names, target, f"{target} = {texts[0]}", cfg.plot)
     return {}

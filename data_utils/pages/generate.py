@@ -21,10 +21,11 @@ from data_utils.hardware import Hardware
 from data_utils.pages import arc
 from data_utils.pages.evaluate import STEPS
 from data_utils.pages.mazes import GOAL, OPEN, START, WALL, WAY, search, ways
-from data_utils.pages.render import END, HOLE, NEWLINE, PADDING, TAB, TO_TEXT, layout, lost, to_symbols, to_text
+from data_utils.pages.render import TAB, TO_TEXT, layout, lost, to_symbols, to_text
 from data_utils.pages.rolling_batch import batch_of
 from data_utils.pages.tasks import DIGIT, Task
 from data_utils.reasoning import sudoku as puzzles
+from models.glyphs import END, HOLE, NEWLINE, PADDING
 from models.multimodal import Multimodal
 from models.planning import pick, select
 
@@ -66,7 +67,7 @@ def answer_pages(cfg, choose):
         print("\n" * (number > 0) + said, flush=True)
         print(f"{about}; steps {last}, paths {cfg.paths or len(model.starts)}", file=sys.stderr)
         if cfg.png and not number:
-            from plot import plot_page
+            from data_utils.pages.figures import plot_page
 
             looks = where_capsules_look(model, batch)
             looks = None if looks is None else looks[0].cpu().numpy()

@@ -21,7 +21,8 @@ import numpy as np
 from data_utils.documents import MALFORMED, read_documents
 from data_utils.errors import DataError
 from data_utils.files import warn
-from data_utils.pages.render import HOLE, TAB, layout, lost, to_symbols, to_text
+from data_utils.pages.render import TAB, layout, lost, to_symbols, to_text
+from models.glyphs import HOLE
 
 WORDS = dict(
     thing="kite drum lamp ring coin boat book cup key hat box bell doll rope stick stone shell flag harp flute mirror "

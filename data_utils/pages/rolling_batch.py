@@ -10,8 +10,8 @@ import math
 import numpy as np
 import torch
 
-from data_utils.pages.render import augmented_patches
 from data_utils.pages.shards import Stopped
+from models.glyphs import augmented_patches
 from models.halting import CONTINUE, HALT
 from models.optim.adam_atan2 import gather_rows, moved
 

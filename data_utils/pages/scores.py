@@ -10,7 +10,8 @@ import numpy as np
 
 from data_utils.pages import passages as texts
 from data_utils.pages.mazes import WAY, ways
-from data_utils.pages.render import END, HOLE, PADDING, layout, to_text
+from data_utils.pages.render import layout, to_text
+from models.glyphs import END, HOLE, PADDING
 
 SPACE = 0
 

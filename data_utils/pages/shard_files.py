@@ -119,7 +119,7 @@ def _flat(tree, path=""):
 
 def check_tasks(content, counts, spec):
     """Return the arrays {task: {field: array}} of what a file holds; ValueError unless shapes and values are right."""
-    from data_utils.pages.render import SYMBOLS
+    from models.glyphs import SYMBOLS
 
     if set(content["tasks"]) != set(counts):
         raise ValueError(f"holds {', '.join(sorted(content['tasks']))}, expected {', '.join(sorted(counts))}")

@@ -16,8 +16,8 @@ from data_utils.errors import DataError, UsageError
 from data_utils.pages import arc
 from data_utils.pages.mazes import Mazes
 from data_utils.pages.passages import Passages, Stories, code_files, longest, story_rows
-from data_utils.pages.render import HOLE
 from data_utils.reasoning import sudoku as puzzles
+from models.glyphs import HOLE
 
 NAMES = "read continue fill sudoku4 sudoku6 sudoku9 maze arc".split()
 GIVENS = {4: 6, 6: 14, 9: 40}

@@ -11,8 +11,9 @@ import torch
 
 from data_utils.checkpoint import load_checkpoint, numbered_files
 from data_utils.errors import CheckpointError, UsageError
-from data_utils.reasoning.dataset import SimpleTokenizer, open_tokenizer
+from data_utils.reasoning.dataset import open_tokenizer
 from data_utils.reasoning.sudoku import parse
+from data_utils.tokenizer import SimpleTokenizer
 from models.hrm import HRM
 
 THRESHOLDS = -2.0, -1.0, 0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, math.inf  # of the halting logit

@@ -5,7 +5,7 @@ import hashlib
 import numpy as np
 
 from data_utils.errors import UsageError
-from data_utils.reasoning.dataset import SimpleTokenizer
+from data_utils.tokenizer import SimpleTokenizer
 
 SIGNS = {"+": lambda a, b: a + b, "-": lambda a, b: a - b, "*": lambda a, b: a * b}
 

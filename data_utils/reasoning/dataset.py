@@ -17,7 +17,7 @@ from data_utils.errors import DataError, UsageError
 from data_utils.reasoning import sources
 from data_utils.reasoning.folder import Writer, read_index, read_meta, read_row, write_beside
 from data_utils.reasoning.rows import SPLITS, id_type, pack, read_ids
-from data_utils.tokenizer import load_tokenizer
+from data_utils.tokenizer import SimpleTokenizer, load_tokenizer
 from data_utils.workers import cores, in_order
 
 HEARTBEAT = 200_000  # rows between two lines while JSONL is read
@@ -151,43 +151,6 @@ def from_rows(train, val, tokenizer, *, max_seq_len=0):
 
 def _leaks(encoder_ids, inputs, labels):
     return np.array_equal(encoder_ids, inputs)
-
-
-class SimpleTokenizer:
-    """pad 0, begin 1, end 2, then the 95 printable characters of ASCII; it never grows."""
-
-    pad_id, bos_id, eos_id, vocab_size, name = 0, 1, 2, 98, "characters"
-
-    def encode(self, text, add_specials=True):
-        """Return ids, bos and eos around them; UsageError names a character that has none."""
-        ids = [ord(sign) - 29 for sign in text]
-        for place, i in enumerate(ids):
-            if not 3 <= i < 98:
-                raise UsageError(f"character {place + 1} of the text, {text[place]!r}: only printable ASCII is known")
-        return [1, *ids, 2] if add_specials else ids
-
-    def decode(self, ids):
-        return "".join(chr(i + 29) for i in map(int, ids) if i >= 3)
-
-    @property
-    def token_bytes(self):
-        return np.array([0] * 3 + [1] * 95, np.int64)
-
-    def to_json(self):
-        return json.dumps(self.to_dict())
-
-    def to_dict(self):
-        return dict(kind="characters", pad_id=0, bos_id=1, eos_id=2, characters="".join(map(chr, range(32, 127))))
-
-    @classmethod
-    def from_dict(cls, state):
-        if state != cls().to_dict():
-            raise ValueError("not the tokenizer of printable ASCII characters")
-        return cls()
-
-    @property
-    def hash(self):
-        return hashlib.sha256(json.dumps(self.to_dict()).encode()).hexdigest()
 
 
 class Pairs:

@@ -22,6 +22,7 @@ from data_utils.checkpoint import changed
 from data_utils.errors import DataError, UsageError
 from data_utils.files import lock_run, set_aside, sweep, unused, write_atomic
 from data_utils.reasoning.rows import SPLITS
+from data_utils.tokenizer import SimpleTokenizer
 
 FILES = {form: [f"{split}.{kind}" for split in SPLITS for kind in kinds]
          for form, kinds in dict(jsonl=["jsonl"], bin=["bin", "idx"]).items()}  # fmt: skip
@@ -193,8 +194,6 @@ def _tokenizer_hash(path):
     state = _read_json(path)
     if state.get("kind") != "characters":  # what `arithmetic` writes has a hash of its content
         return hash_of([path]) if path.is_file() else ""
-    from data_utils.reasoning.dataset import SimpleTokenizer
-
     try:
         return SimpleTokenizer.from_dict(state).hash
     except (ValueError, KeyError, TypeError):

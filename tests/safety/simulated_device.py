@@ -334,7 +334,7 @@ def main(library, kind, capability, commands):
     for name in MODULES.split():
         if importlib.util.find_spec(name):
             importlib.import_module(name)
-    sys.modules["plot"].plot_losses = lambda *_: None  # loss curves know nothing of devices and take half a second
+    sys.modules["data_utils.figures"].plot_losses = lambda *_: None  # curves know no devices and take half a second
     gc.freeze()  # else each fork copies most of it
     results = []
     for number, (script, *flags) in enumerate(commands):

@@ -1,0 +1,82 @@
+"""The folder of a trained formula model: model.yaml, tokenizer.yaml and state_dict.pt."""
+
+import re
+from pathlib import Path
+
+import torch
+import yaml
+
+from data_utils.checkpoint import read
+from data_utils.errors import DataError, UsageError
+from data_utils.files import write_atomic
+from data_utils.formulas.expressions import Alphabet
+from models.formula_model import ARGUMENTS, FlashANSRModel
+
+CONFIG, TOKENIZER, WEIGHTS = "model.yaml", "tokenizer.yaml", "state_dict.pt"
+
+
+def build_model(alphabet, model_args):
+    """Return a new FlashANSRModel; UsageError, with the flags, for sizes that don't fit together."""
+    try:
+        return FlashANSRModel(alphabet, **model_args)
+    except ValueError as e:
+        raise UsageError(re.sub(rf"\b({'|'.join(ARGUMENTS)})\b", r"--\1", str(e))) from e
+
+
+def save_model(model, folder, weights=None, **more):
+    """Write a model into `folder`; `more`: further keys of model.yaml.
+
+    weights: a state_dict to write instead of the model's. It is written last: with it the folder counts as finished.
+    """
+    alphabet = model.alphabet
+    first = len(alphabet.tokens) - len(alphabet.operators) - len(alphabet.variables)
+    tokenizer = dict(special_tokens=alphabet.tokens[:first], operators=alphabet.operators,
+                     variables=alphabet.variables)  # fmt: skip
+    config = model.model_args | dict(tokenizer=f"./{TOKENIZER}") | more
+    for name, content in ((CONFIG, config), (TOKENIZER, tokenizer)):
+        text = yaml.safe_dump(content, sort_keys=False).encode()
+        write_atomic(Path(folder) / name, lambda file, text=text: file.write(text))
+    weights = {name: tensor.detach().cpu() for name, tensor in (weights or model.state_dict()).items()}
+    write_atomic(Path(folder) / WEIGHTS, lambda file: torch.save(weights, file))
+
+
+def load_model(folder):
+    """Return the model that `save_model` wrote into `folder`, on the CPU, for inference.
+
+    Raises UsageError for files that are missing or of another model, DataError for damaged ones.
+    """
+    folder = Path(folder)
+    missing = [name for name in (CONFIG, TOKENIZER, WEIGHTS) if not (folder / name).is_file()]
+    if missing:
+        raise UsageError(f"{folder} has no {', '.join(missing)}: expected the folder of a trained model")
+    args = _read_yaml(folder / CONFIG, ARGUMENTS)
+    tokenizer = _read_yaml(folder / TOKENIZER, ("special_tokens", "operators", "variables"))
+    alphabet = Alphabet(tokenizer["operators"], tokenizer["variables"], tokenizer["special_tokens"])
+    try:
+        model = FlashANSRModel(alphabet, **{name: args[name] for name in ARGUMENTS})
+    except ValueError as e:
+        raise UsageError(f"{folder / CONFIG}: {e}") from e
+    weights = read(folder / WEIGHTS)
+    if not isinstance(weights, dict) or not all(torch.is_tensor(weight) for weight in weights.values()):
+        raise DataError(f"{folder / WEIGHTS}: expected a dict of tensors, found {type(weights).__name__}")
+    expected = {name: weight.shape for name, weight in model.state_dict().items()}
+    present = {name: weight.shape for name, weight in weights.items()}
+    differing = sorted(name for name in expected.keys() | present.keys() if expected.get(name) != present.get(name))
+    if differing:
+        raise UsageError(f"{folder / WEIGHTS} is not of the model in {CONFIG}: {', '.join(differing[:3])} differ")
+    model.load_state_dict(weights)
+    return model.eval()
+
+
+def _read_yaml(path, needed):
+    """Return the keys and values of a file; UsageError for one that lacks a key of `needed`."""
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as e:
+        raise DataError(f"{path} can't be read: {' '.join(str(e).split())}") from e
+    if not isinstance(content, dict):
+        raise DataError(f"{path}: expected 'key: value' lines, found {type(content).__name__}")
+    absent = [key for key in needed if key not in content]
+    if absent:
+        raise UsageError(f"{path} has no {', '.join(absent)}")
+    return content
