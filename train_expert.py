@@ -25,7 +25,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
-from data_utils.config import at_least, complete, cosmetic, cosmetic_names, from_cli
+from data_utils.config import at_least, complete, cosmetic, cosmetic_names, flag, from_cli
 from data_utils.errors import DataError, UsageError
 from data_utils.launch import check_torchrun, ends_cleanly, launch
 
@@ -77,37 +77,43 @@ class DataConfig:
     skip_bad_lines: bool = cosmetic(False)  # count and skip malformed lines instead of stopping
 
 
-# A `cosmetic` field may change on a resume, and the run still ends with the same bits.
+# A `cosmetic` field may change on a resume, and the run still ends with the same bits. Names in
+# `also` are further names of the flag.
 @dataclass
 class TrainExpertConfig(DataConfig):
     # run
-    checkpoint_dir: str = cosmetic("checkpoints")  # folder of all files of a run
+    checkpoint_dir: str = cosmetic("checkpoints", also="out")  # folder of all files of a run
     resume: str = cosmetic("")  # alone: newest checkpoint; auto: if there is one; or a file
     fresh: bool = cosmetic(False)  # start over; old files are renamed to *.bak, *.bak2, ...
     allow_partial: bool = cosmetic(False)  # load the weights that fit and list those that do not
     seed: int = 0  # of weights, data order and dropout
     transformer_ckpt: str = cosmetic("checkpoints/transformer_expert.pt")  # the diffuser's start
     # optimization
-    lr: float = 3e-4  # peak learning rate
-    min_lr_ratio: float = 0.1  # floor of the cosine as a share of the peak
+    lr: float = flag(3e-4, also="learning_rate")  # peak learning rate
+    min_lr_ratio: float = flag(0.1, also="lr_min_ratio")  # floor of the cosine, share of the peak
     warmup_steps: int = 1000  # steps of linear warmup; at most a tenth of all steps
     weight_decay: float = 0.1  # AdamW decay, on matrices only
     batch_size: int = 32  # windows per micro-batch and process
-    grad_accum_steps: int = 1  # micro-batches per optimizer step
-    grad_clip: float = 1.0  # largest gradient norm; 0 = off
-    max_epochs: int = cosmetic(20)  # passes over as many windows as there are
+    grad_accum_steps: int = flag(  # micro-batches per optimizer step
+        1, also=("gradient_accumulation_steps", "accumulate")
+    )
+    grad_clip: float = flag(1.0, also=("gradient_clip", "clip"))  # largest gradient norm; 0 = off
+    max_epochs: int = cosmetic(20, also="epochs")  # passes over as many windows as there are
     max_steps: int = cosmetic(0)  # end after so many optimizer steps; 0 = off
     max_seconds: float = cosmetic(0.0)  # end after so many seconds; 0 = off
     patience: int = cosmetic(5)  # epochs without improvement before an early stop; 0 = off
     # evaluation, checkpoints, hardware
     save_every: int = cosmetic(5)  # epochs between numbered snapshots
     save_minutes: float = cosmetic(10.0)  # minutes between rolling saves; 0 = only when stopped
-    keep: int = cosmetic(0)  # numbered snapshots kept; 0 = all
-    log_interval: int = cosmetic(50)  # steps per row of metrics
-    eval_interval: int = cosmetic(0)  # steps between extra evaluations; 0 = after each epoch only
+    keep: int = cosmetic(0, also="checkpoint_limit")  # numbered snapshots kept; 0 = all
+    log_interval: int = cosmetic(50, also="log_steps")  # steps per row of metrics
+    eval_interval: int = cosmetic(  # steps between extra evaluations; 0 = after each epoch only
+        0, also=("val_every", "validate_interval")
+    )
     eval_windows: int = cosmetic(0)  # validation windows per evaluation; 0 = all
     device: str = cosmetic("auto")  # auto, cpu, cuda, cuda:1, mps
     fsdp: bool = cosmetic(False)  # processes share the weights and the optimizer's state (FSDP2)
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # auto: as the next two say
     use_amp: bool = True  # mixed precision
     amp_dtype: Literal["bf16", "fp16"] = "bf16"  # fp16 where bf16 is slow; fp32 where both are
     compile: bool = cosmetic(False)  # torch.compile: slow to start, then faster on a GPU
@@ -126,7 +132,7 @@ class TrainStateSpaceConfig(StateSpaceConfig, TrainExpertConfig):
 @dataclass
 class TrainDiffuserConfig(DiffuserConfig, TrainExpertConfig):
     expert: Literal["transformer", "state_space", "diffuser"] = "diffuser"  # model to train
-    lr: float = 1e-4  # peak learning rate
+    lr: float = flag(1e-4, also="learning_rate")  # peak learning rate
     batch_size: int = 64  # windows per micro-batch and process
     warmup_steps: int = 500  # steps of linear warmup; at most a tenth of all steps
 
@@ -202,7 +208,9 @@ def main(cfg):
     """Train as `cfg` says -> dict(step, best_val_loss, stopped: the signal that ended it, or 0)."""
     cfg = complete(cfg, CONFIGS, by="expert")
     check(cfg)
-    dtype = dict(bf16="bfloat16", fp16="float16")[cfg.amp_dtype] if cfg.use_amp else "float32"
+    dtype = cfg.dtype
+    if dtype == "auto":
+        dtype = dict(bf16="bfloat16", fp16="float16")[cfg.amp_dtype] if cfg.use_amp else "float32"
 
     # --- hardware -------------------------------------------------------------------------
     # These lines are the same in all six scripts, and a test keeps them so.
@@ -303,7 +311,7 @@ def main(cfg):
         dict(params=matrices, weight_decay=cfg.weight_decay),
         dict(params=others, weight_decay=0.0),
     ]
-    fused = device.type in ("cpu", "cuda")
+    fused = device.type in ("cpu", "cuda")  # one kernel for all parameters, where there is one
     optimizer = torch.optim.AdamW(groups, lr=cfg.lr, betas=(0.9, 0.95), fused=fused)
     parts = dict(model_state=raw_model, optimizer_state=optimizer, amp_scaler=scaler)  # all saved
 
@@ -317,6 +325,7 @@ def main(cfg):
     if rank == 0:
         files.lock_run(folder, run)
     snapshots = checkpoint.numbered_files(folder, snapshot_name)
+    # The rolling file is the newest one as a rule: it goes when a snapshot is written.
     candidates = [rolling_file, *snapshots, best_file]
     resumed_from, saved = checkpoint.find_checkpoint(cfg.resume, cfg.fresh, candidates, kind)
     header = dict(
@@ -335,6 +344,7 @@ def main(cfg):
     if saved:
         checkpoint.load_parts(parts, saved, resumed_from, header, cfg.allow_partial)
         state = RunState(**{name: saved[name] for name in vars(state)})
+        # With a larger batch an epoch has fewer steps than this one has done.
         state.step_in_epoch = min(state.step_in_epoch, steps_per_epoch)
         log(checkpoint.resume_notice(resumed_from, saved, header, cosmetic_names(cfg)))
         newer = [path for path in snapshots if int(path.stem.split("_epoch")[1]) > state.epoch]
@@ -344,6 +354,7 @@ def main(cfg):
             # A rewind: a later --resume must not jump back to the branch that is left here.
             files.set_aside([rolling_file, *newer])
         del saved
+    # The same command, started again after its end, is no error.
     out_of_patience = 0 < cfg.patience <= state.patience_used
     if state.evaluated == state.step and (state.step >= steps or out_of_patience):
         log(
@@ -363,7 +374,7 @@ def main(cfg):
         return header | asdict(state) | tensors
 
     def save(path, must=True):
-        saver(path, payload(), must)  # on all ranks: with --fsdp each gives its part of the weights
+        saver(path, payload(), must)  # on all ranks; the first one writes
 
     size = checkpoint.rehearse(folder, run, payload())
     if rank == 0:
@@ -376,7 +387,7 @@ def main(cfg):
 
     # --- schedule, evaluation, stop -------------------------------------------------------
     def lr_at(step):
-        """Return the rate, a pure function of the step: linear warmup, then a cosine to the floor."""
+        """Return the rate at a step: linear warmup, then a cosine to the floor."""
         if step < warmup:
             return cfg.lr * (step + 1) / warmup
         share = min(1.0, (step - warmup) / max(1, steps - warmup))
@@ -405,7 +416,7 @@ def main(cfg):
                 for name, numbers in report.items():
                     if name not in sums:
                         sums[name] = torch.zeros(len(data.domains), dtype=torch.float64)
-                    window_sums = numbers.cpu().double().sum(1)  # (B,); float64 is not on every device
+                    window_sums = numbers.cpu().double().sum(1)  # (B,); mps has no float64
                     sums[name].index_add_(0, data.domain("val", index), window_sums)
         shards = distributed.gather((bool(stop), sums))
         if any(stopped for stopped, _ in shards):

@@ -1,29 +1,31 @@
-"""Train a router over the three frozen experts of train_expert.py, with latent attention and an optional memory.
+"""Train latent attention and a router over the three frozen experts of train_expert.py.
 
-    python train_mla.py                                         # after the three experts, see train_expert.py
-    python train_mla.py --use_vector_store                      # kNN over training contexts, with FAISS
-    python train_mla.py --resume                                # go on where it stopped
-    python train_mla.py --config configs/mla/smoke.yaml         # a bundle of flags
-    torchrun --nproc-per-node 2 train_mla.py                    # several GPUs
+    python train_mla.py                                  # after the three, see train_expert.py
+    python train_mla.py --use_vector_store               # with a memory: kNN over training contexts
+    python train_mla.py --resume                         # go on where it stopped
+    python train_mla.py --config configs/mla/smoke.yaml  # a bundle of flags
+    torchrun --nproc-per-node 2 train_mla.py             # several GPUs
 
-Writes nanothink_mla.pt (best), nanothink_mla_epoch{N}.pt, nanothink_mla_interrupted.pt, _store.npz, _metrics.jsonl and
-_loss.png to --checkpoint_dir. In a notebook: paste this file into a cell, then main(Config(max_steps=100)).
+Writes nanothink_mla.pt (best), nanothink_mla_epoch{N}.pt, nanothink_mla_interrupted.pt,
+nanothink_mla_metrics.jsonl, nanothink_mla_loss.png and, with a memory, nanothink_mla_store.npz to
+--checkpoint_dir. In a notebook, paste this file into a cell, then call main(Config(max_steps=100)).
 
-B batch, T time, V vocabulary; a window is T tokens and the T that follow them.
+B batch, T time, V vocabulary. A window is T tokens and, as targets, the T tokens that follow each.
+main is that of train_expert.py, but for the parts that begin with `Differs:`.
 """
 
 import inspect
 import math
+import os
 import sys
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Literal
 
-from data_utils.config import at_least, complete, from_cli
+from data_utils.config import at_least, complete, cosmetic, cosmetic_names, flag, from_cli
 from data_utils.errors import DataError, UsageError
-from data_utils.launch import ends_cleanly, launch
+from data_utils.launch import check_torchrun, ends_cleanly, launch
 
 
 @dataclass
@@ -40,9 +42,9 @@ class MLAConfig(ModelConfig):
     n_experts: Literal[3] = 3  # one of each family; there are no others
     n_layers: int = 2  # blocks of latent attention
     ffn_mult: int = 4  # inner width of the feed-forward part, in d_model
-    kv_latent_dim: int = 128  # numbers cached per token and layer for keys and values; 0 = plain attention
+    kv_latent_dim: int = 128  # numbers cached per token and layer; 0 = plain attention
     rope_dim: int = 32  # rotary coordinates of the key that the heads share, cached too
-    entropy_reg: float = 0.01  # weight of ln 3 - entropy of the batch's mean weights: all experts are used
+    entropy_reg: float = 0.01  # weight of ln 3 - entropy of the mean weights: all experts are used
     balance_reg: float = 0.01  # weight of the Switch balance loss
     z_reg: float = 0.001  # weight of the squared log-sum-exp of the router's logits
 
@@ -51,60 +53,74 @@ class MLAConfig(ModelConfig):
 class DataConfig:
     tokenizer: str = "gpt2"  # gpt2, bytes, or bpe:FILE from prepare_data.py tokenizer
     val_split: float = 0.1  # share of documents held out, per domain
-    data_dir: str = "data"  # root of the domain folders
+    data_dir: str = cosmetic("data")  # root of the domain folders
     domains: tuple[str, ...] = ()  # folders to use; none named = all
-    skip_bad_lines: bool = False  # count and skip malformed lines instead of stopping
+    skip_bad_lines: bool = cosmetic(False)  # count and skip malformed lines instead of stopping
 
 
+# A `cosmetic` field may change on a resume, and the run still ends with the same bits. Names in
+# `also` are further names of the flag.
 @dataclass
 class TrainMLAConfig(MLAConfig, DataConfig):
     # run
-    checkpoint_dir: str = "checkpoints"  # folder of all files of a run
-    resume: str = ""  # alone: from the newest checkpoint; auto: if there is one; or a file
-    fresh: bool = False  # start over; old files are renamed to *.bak, *.bak2, ... (also the default without --resume)
-    allow_partial: bool = False  # load the weights that fit and list those that do not
-    seed: int = 0  # weights, data order and dropout all follow from it
-    transformer_ckpt: str = "checkpoints/transformer_expert.pt"  # frozen expert
-    state_space_ckpt: str = "checkpoints/state_space_expert.pt"  # frozen expert
-    diffuser_ckpt: str = "checkpoints/diffuser_expert.pt"  # frozen expert
+    checkpoint_dir: str = cosmetic("checkpoints", also="out")  # folder of all files of a run
+    resume: str = cosmetic("")  # alone: newest checkpoint; auto: if there is one; or a file
+    fresh: bool = cosmetic(False)  # start over; old files are renamed to *.bak, *.bak2, ...
+    allow_partial: bool = cosmetic(False)  # load the weights that fit and list those that do not
+    seed: int = 0  # of weights, data order and dropout
+    transformer_ckpt: str = cosmetic("checkpoints/transformer_expert.pt")  # frozen expert
+    state_space_ckpt: str = cosmetic("checkpoints/state_space_expert.pt")  # frozen expert
+    diffuser_ckpt: str = cosmetic("checkpoints/diffuser_expert.pt")  # frozen expert
     use_vector_store: bool = False  # remember training contexts and what followed them
     top_k: int = 32  # neighbours asked of the store
     max_vectors: int = 100_000  # entries of the store
     # optimization
-    lr: float = 1e-4  # peak learning rate
-    min_lr_ratio: float = 0.1  # floor of the cosine as a share of the peak
+    lr: float = flag(1e-4, also="learning_rate")  # peak learning rate
+    min_lr_ratio: float = flag(0.1, also="lr_min_ratio")  # floor of the cosine, share of the peak
     warmup_steps: int = 500  # steps of linear warmup; at most a tenth of all steps
     weight_decay: float = 0.05  # AdamW decay, on matrices only
     batch_size: int = 16  # windows per micro-batch and process
-    grad_accum_steps: int = 4  # micro-batches per optimizer step
-    grad_clip: float = 1.0  # largest gradient norm; 0 = off
-    max_epochs: int = 30  # passes over as many windows as there are
-    max_steps: int = 0  # end after so many optimizer steps; 0 = off
-    max_seconds: float = 0.0  # end after so many seconds; 0 = off
-    patience: int = 5  # epochs without improvement before an early stop; 0 = off
+    grad_accum_steps: int = flag(  # micro-batches per optimizer step
+        4, also=("gradient_accumulation_steps", "accumulate")
+    )
+    grad_clip: float = flag(1.0, also=("gradient_clip", "clip"))  # largest gradient norm; 0 = off
+    max_epochs: int = cosmetic(30, also="epochs")  # passes over as many windows as there are
+    max_steps: int = cosmetic(0)  # end after so many optimizer steps; 0 = off
+    max_seconds: float = cosmetic(0.0)  # end after so many seconds; 0 = off
+    patience: int = cosmetic(5)  # epochs without improvement before an early stop; 0 = off
     # evaluation, checkpoints, hardware
-    save_every: int = 5  # epochs between numbered snapshots
-    save_minutes: float = 10.0  # minutes between rolling saves: what a crash can cost; 0 = only when stopped
-    keep: int = 0  # numbered snapshots kept; 0 = all
-    log_interval: int = 50  # steps per row of metrics
-    eval_interval: int = 0  # steps between extra evaluations; 0 = only after each epoch
-    eval_windows: int = 0  # validation windows per evaluation; 0 = all
-    device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
+    save_every: int = cosmetic(5)  # epochs between numbered snapshots
+    save_minutes: float = cosmetic(10.0)  # minutes between rolling saves; 0 = only when stopped
+    keep: int = cosmetic(0, also="checkpoint_limit")  # numbered snapshots kept; 0 = all
+    log_interval: int = cosmetic(50, also="log_steps")  # steps per row of metrics
+    eval_interval: int = cosmetic(  # steps between extra evaluations; 0 = after each epoch only
+        0, also=("val_every", "validate_interval")
+    )
+    eval_windows: int = cosmetic(0)  # validation windows per evaluation; 0 = all
+    device: str = cosmetic("auto")  # auto, cpu, cuda, cuda:1, mps
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # auto: as the next two say
     use_amp: bool = True  # mixed precision
     amp_dtype: Literal["bf16", "fp16"] = "bf16"  # fp16 where bf16 is slow; fp32 where both are
-    compile: bool = False  # torch.compile: slow to start, then faster on a GPU
+    compile: bool = cosmetic(False)  # torch.compile: slow to start, then faster on a GPU
 
 
 Config = TrainMLAConfig
 
+
+def parse(argv=None):
+    """Return the configuration that the command line (or the list `argv`) asks for."""
+    return from_cli(Config, __doc__, argv)
+
+
 if __name__ == "__main__":  # before torch is imported, so that --help and typos answer at once
-    cfg = from_cli(Config, __doc__)
+    cfg = parse()
 
 import numpy as np
 import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
 
-from data_utils import checkpoint, files
-from data_utils.hardware import Hardware
+from data_utils import checkpoint, distributed, files
 from data_utils.metrics import append_row, averages, draw_losses, start_rows
 from data_utils.progress import Progress, peak_mb, say
 from data_utils.stop import Stop
@@ -114,287 +130,493 @@ from data_utils.tokenizer import load_tokenizer
 from models.router import FAMILIES, NanoThink
 from models.vector_store import VectorStore
 
-BAD_STEPS = 10  # non-finite steps in a row that end a run
+BAD_STEPS = 10  # steps in a row without a finite loss and gradient that end a run
 EM_TOKENS = 50_000  # training tokens that the static mixture is fitted to
-# what a resumed run may change and still do bit for bit the same
-COSMETIC = """resume fresh allow_partial checkpoint_dir transformer_ckpt state_space_ckpt diffuser_ckpt data_dir
-device compile skip_bad_lines patience save_every save_minutes keep log_interval eval_interval eval_windows max_epochs
-max_steps max_seconds""".split()
+
+
+@dataclass
+class RunState:
+    """Where the run is. All of it is saved, and a resumed run goes on from it."""
+
+    step: int = 0  # optimizer steps done
+    epoch: int = 0  # epochs done
+    step_in_epoch: int = 0  # steps done of the next epoch
+    evaluated: int = 0  # step of the last whole evaluation
+    best_val_loss: float = math.inf  # lowest validation loss of an epoch
+    best_step: int = 0  # step that has it
+    patience_used: int = 0  # epochs since then
+    skipped: int = 0  # steps without a finite loss and gradient
+    skipped_in_row: int = 0  # those since the last good step
 
 
 def decays(name, parameter):
-    """Weight decay is for matrices: not for embeddings, heads, norms, biases and the state matrix A."""
+    """Return whether weight decay applies: to matrices, but not to embeddings, heads and A."""
     return parameter.ndim == 2 and not any(word in name for word in ("embedding", "head", "A_log"))
+
+
+def check(cfg):
+    """Raise UsageError for a value that no run can have."""
+    at_least(cfg, 1, "d_model", "n_heads", "n_layers", "max_seq_len", "batch_size")
+    at_least(cfg, 1, "grad_accum_steps", "max_epochs", "save_every", "log_interval")
+    at_least(cfg, 0, "lr", "min_lr_ratio", "warmup_steps", "weight_decay", "grad_clip", "dropout")
+    at_least(cfg, 0, "seed", "max_steps", "max_seconds", "patience", "save_minutes", "keep")
+    at_least(cfg, 0, "eval_interval", "eval_windows")
+    if cfg.d_model % (2 * cfg.n_heads):
+        sizes = f"--d_model {cfg.d_model} over --n_heads {cfg.n_heads}"
+        raise UsageError(f"{sizes}: the head dim must be whole and even")
+    if cfg.dropout >= 1:
+        raise UsageError(f"--dropout {cfg.dropout}: expected a share below 1")
+    # Differs: latent attention, the router and the store have limits of their own.
+    at_least(cfg, 1, "top_k", "max_vectors")
+    at_least(cfg, 0, "kv_latent_dim", "entropy_reg", "balance_reg", "z_reg")
+    if cfg.kv_latent_dim and (cfg.rope_dim < 2 or cfg.rope_dim % 2):
+        raise UsageError(f"--rope_dim {cfg.rope_dim}: expected an even number of 2 or more")
 
 
 @ends_cleanly
 def main(cfg):
+    """Train as `cfg` says -> dict(step, best_val_loss, stopped: the signal that ended it, or 0)."""
     cfg = complete(cfg, Config)
-    at_least(cfg, 1, *"d_model n_heads n_layers max_seq_len batch_size grad_accum_steps max_epochs".split())
-    at_least(cfg, 1, *"save_every log_interval top_k max_vectors".split())
-    at_least(cfg, 0, *"lr min_lr_ratio warmup_steps weight_decay grad_clip max_steps max_seconds dropout seed".split())
-    at_least(cfg, 0, *"patience save_minutes keep eval_interval eval_windows".split())
-    at_least(cfg, 0, *"kv_latent_dim entropy_reg balance_reg z_reg".split())
-    if cfg.kv_latent_dim and (cfg.rope_dim < 2 or cfg.rope_dim % 2):
-        raise UsageError(f"--rope_dim {cfg.rope_dim}: expected an even number of 2 or more")
-    if cfg.d_model % (2 * cfg.n_heads):
-        raise UsageError(f"--d_model {cfg.d_model} over --n_heads {cfg.n_heads}: the head dim must be whole and even")
-    if cfg.dropout >= 1:
-        raise UsageError(f"--dropout {cfg.dropout}: expected a share below 1")
+    check(cfg)
+    dtype = cfg.dtype
+    if dtype == "auto":
+        dtype = dict(bf16="bfloat16", fp16="float16")[cfg.amp_dtype] if cfg.use_amp else "float32"
 
     # --- hardware -------------------------------------------------------------------------
-    hardware = Hardware(cfg.device, cfg.amp_dtype if cfg.use_amp else "fp32")
-    rank, world, device, scaler = hardware.rank, hardware.world, hardware.device, hardware.scaler
-    tell = say if rank == 0 else lambda *_: None
-    tell(hardware.reason)
+    # These lines are the same in all six scripts, and a test keeps them so.
+    check_torchrun(cfg.device)
+    rank = int(os.environ.get("RANK", 0))  # number of this process; torchrun sets these three
+    world = int(os.environ.get("WORLD_SIZE", 1))  # how many processes there are
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))  # number of this process on its machine
+    device = cfg.device
+    if device == "auto":
+        device = "mps" if torch.backends.mps.is_available() else "cpu"
+        device = "cuda" if torch.cuda.is_available() else device
+    try:
+        device = torch.device(f"cuda:{local_rank}" if device == "cuda" else device)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as e:
+        reason = str(e).splitlines()[0]
+        raise UsageError(f"--device {device} can't be used: {reason}\ntry: --device cpu") from e
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high")  # TF32 for products that stay in fp32
+        fast_bf16 = torch.cuda.get_device_capability(device) >= (8, 0)  # before, it is emulated
+    else:
+        fast_bf16 = device.type == "cpu" and (
+            torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+        )
+    if dtype == "bfloat16" and not fast_bf16:
+        dtype = "float16"
+    if dtype == "float16" and device.type != "cuda":
+        dtype = "float32"
+    autocast = torch.autocast(device.type, getattr(torch, dtype), enabled=dtype != "float32")
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == "float16")  # else it does nothing
+    if world > 1:
+        # A group that torchrun restarted must not find the addresses of the one before.
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)
+        store, *_ = next(dist.rendezvous("env://"))
+        store = dist.PrefixStore(f"attempt {attempt}", store)
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world)
+    log = say if rank == 0 else lambda *_: None
+    log(f"{device}, {dtype}, {world} process{'es' * (world > 1)}")
     torch.manual_seed(cfg.seed)
+    # The marked lines end here.
 
     # --- data -----------------------------------------------------------------------------
-    run, folder = "nanothink_mla", Path(cfg.checkpoint_dir)
+    folder = Path(cfg.checkpoint_dir)
+    run = "nanothink_mla"  # how the names of its files begin
     tokenizer = load_tokenizer(cfg.tokenizer)
     data = DomainText(
-        cfg.data_dir, tokenizer, domains=cfg.domains, val_split=cfg.val_split, window=cfg.max_seq_len,
-        cache_dir=folder, skip_bad_lines=cfg.skip_bad_lines, rank=rank, say=tell,
-    )  # fmt: skip
-    tell(data.describe())
-    token_bytes = torch.from_numpy(tokenizer.token_bytes).to(device)  # (V,)
-    batches = math.ceil(data.windows("train") / (cfg.batch_size * world)) * world  # micro-batches an epoch, all ranks
-    steps_per_epoch = math.ceil(batches / (cfg.grad_accum_steps * world))  # the last step may have fewer micro-batches
+        cfg.data_dir,
+        tokenizer,
+        domains=cfg.domains,
+        val_split=cfg.val_split,
+        window=cfg.max_seq_len,
+        cache_dir=folder,
+        skip_bad_lines=cfg.skip_bad_lines,
+        rank=rank,
+        say=log,
+    )
+    log(data.describe())
+    token_bytes = torch.from_numpy(tokenizer.token_bytes).to(device)  # (V,) UTF-8 bytes of each
+    # An epoch has as many micro-batches for each rank. Its last step may have fewer than others.
+    batches = math.ceil(data.windows("train") / (cfg.batch_size * world)) * world
+    steps_per_epoch = math.ceil(batches / (cfg.grad_accum_steps * world))
     steps = min(cfg.max_epochs * steps_per_epoch, cfg.max_steps or math.inf)
     warmup = min(cfg.warmup_steps, max(1, steps // 10))
     if warmup < cfg.warmup_steps:
-        tell(f"warmup cut from {cfg.warmup_steps} to {warmup} steps, a tenth of the run's {steps}")
+        log(f"warmup cut from {cfg.warmup_steps} to {warmup} steps, a tenth of the run's {steps}")
 
-    def batch(split, index):  # (B, T), (B, T)
+    def batch(split, index):
+        """Return inputs and targets of the windows `index`: (B, T), (B, T)."""
         return [ids.to(device) for ids in data.batch(split, index)]
 
     # --- model and optimizer --------------------------------------------------------------
-    known = asdict(cfg) | dict(vocab_size=tokenizer.vocab_size, tokenizer_hash=tokenizer.hash)
-    expected = {name: known[name] for name in ("vocab_size", "d_model", "max_seq_len", "tokenizer_hash")}
-    loaded = {name: load_expert(known[f"{name}_ckpt"], name, expected) for name in FAMILIES}
-    known |= dict(experts={name: source["model_args"] for name, (_, source) in loaded.items()})
-    model_args = {name: known[name] for name in inspect.signature(NanoThink).parameters}
-    raw_model = NanoThink(**model_args)  # the one that is saved: no _orig_mod. or module. keys
-    raw_model.start_from({name: expert for name, (expert, _) in loaded.items()})
-    del loaded
+    known = asdict(cfg) | dict(vocab_size=tokenizer.vocab_size)
+    # Differs: three trained experts are arguments of the model, which copies their weights.
+    names = ("vocab_size", "d_model", "max_seq_len")
+    expected = {name: known[name] for name in names} | dict(tokenizer_hash=tokenizer.hash)
+    experts = {}
+    known["experts"] = {}
+    for name in FAMILIES:
+        experts[name], source = load_expert(known[f"{name}_ckpt"], name, expected)
+        known["experts"][name] = source["model_args"]
+    arguments = inspect.signature(NanoThink).parameters
+    model_args = {name: known[name] for name in arguments}
+    try:
+        raw_model = NanoThink(**model_args)  # saved without _orig_mod. and module.
+    except ValueError as e:
+        raise UsageError(str(e)) from e
     raw_model.to(device)
-    trained = {name: p for name, p in raw_model.named_parameters() if not name.startswith("experts.")}
+    # Differs: the experts are frozen. The store's two parameters have their place in the optimizer
+    # in every run, so that a resumed run may begin to use a store.
+    raw_model.start_from(experts)
+    del experts
+    trained = dict(raw_model.named_parameters())
+    trained = {name: p for name, p in trained.items() if not name.startswith("experts.")}
+    matrices = [p for name, p in trained.items() if decays(name, p)]
+    others = [p for name, p in trained.items() if not decays(name, p)]
     groups = [
-        dict(params=[p for name, p in trained.items() if decays(name, p)], weight_decay=cfg.weight_decay),
-        dict(params=[p for name, p in trained.items() if not decays(name, p)], weight_decay=0.0),
+        dict(params=matrices, weight_decay=cfg.weight_decay),
+        dict(params=others, weight_decay=0.0),
     ]
-    optimizer = torch.optim.AdamW(groups, lr=cfg.lr, betas=(0.9, 0.95), fused=device.type in ("cpu", "cuda"))
-    parts = dict(model_state=raw_model, optimizer_state=optimizer, amp_scaler=scaler)  # all that is saved and resumed
+    fused = device.type in ("cpu", "cuda")  # one kernel for all parameters, where there is one
+    optimizer = torch.optim.AdamW(groups, lr=cfg.lr, betas=(0.9, 0.95), fused=fused)
+    parts = dict(model_state=raw_model, optimizer_state=optimizer, amp_scaler=scaler)  # all saved
 
     # --- resume ---------------------------------------------------------------------------
-    # where the run is, saved and resumed as it stands
-    at = SimpleNamespace(step=0, epoch=0, step_in_epoch=0, evaluated=0, best_val_loss=math.inf, best_step=0,
-                         patience_used=0, skipped=0, skipped_in_row=0)  # fmt: skip
-    kind, snapshot = "expert:mla", rf"{run}_epoch(\d+)\.pt"
-    ends = (".pt", "_interrupted.pt", "_metrics.jsonl", "_store.npz")
-    best_file, rolling, metrics, store_file = (folder / f"{run}{end}" for end in ends)
-    lock = files.lock_run(folder, run) if rank == 0 else None  # noqa: F841  held until main ends
-    snapshots = checkpoint.numbered_files(folder, snapshot)
-    path, state = checkpoint.find_checkpoint(cfg.resume, cfg.fresh, [rolling, *snapshots, best_file], kind)
-    about = dict(kind=kind, format=1, expert="mla", tokenizer=cfg.tokenizer, tokenizer_hash=tokenizer.hash,
-                 data_hash=data.hash, world_size=world, steps=steps, torch=str(torch.__version__), config=asdict(cfg),
-                 model_args=model_args, store_hash="")  # fmt: skip
-    store_hash = state["store_hash"] if state else ""
-    if state:
-        checkpoint.load_parts(parts, state, path, about, cfg.allow_partial)
-        vars(at).update({name: state[name] for name in vars(at)})
-        at.step_in_epoch = min(at.step_in_epoch, steps_per_epoch)
-        tell(checkpoint.resume_notice(path, state, about, COSMETIC))
-        newer = [p for p in snapshots if int(p.stem.split("_epoch")[1]) > at.epoch]
-        if newer and path == rolling:
-            files.warn(f"{rolling} is older than {newer[0]} but comes first")
-        elif newer and rank == 0:  # a rewind: a later --resume must not jump back to the branch left here
-            files.set_aside([rolling, *newer])
-        del state
-    if at.evaluated == at.step and (at.step >= steps or 0 < cfg.patience <= at.patience_used):
-        tell(f"{run}: finished at step {at.step}, best val_loss {at.best_val_loss:.4f}; a larger --max_epochs goes on")
-        hardware.close()
-        return dict(step=at.step, best=at.best_val_loss, stopped=0)
+    state = RunState()
+    kind = "expert:mla"
+    best_file = folder / f"{run}.pt"
+    rolling_file = folder / f"{run}_interrupted.pt"
+    metrics_file = folder / f"{run}_metrics.jsonl"
+    store_file = folder / f"{run}_store.npz"  # Differs: the memory is a file of its own.
+    snapshot_name = rf"{run}_epoch(\d+)\.pt"
+    if rank == 0:
+        files.lock_run(folder, run)
+    snapshots = checkpoint.numbered_files(folder, snapshot_name)
+    # The rolling file is the newest one as a rule: it goes when a snapshot is written.
+    candidates = [rolling_file, *snapshots, best_file]
+    resumed_from, saved = checkpoint.find_checkpoint(cfg.resume, cfg.fresh, candidates, kind)
+    header = dict(
+        kind=kind,
+        format=1,
+        expert="mla",
+        tokenizer=cfg.tokenizer,
+        tokenizer_hash=tokenizer.hash,
+        data_hash=data.hash,
+        world_size=world,
+        steps=steps,
+        torch=str(torch.__version__),
+        config=asdict(cfg),
+        model_args=model_args,
+        store_hash="",  # Differs: the memory that the weights were trained with; "" = none
+    )
+    store_hash = saved["store_hash"] if saved else ""
+    if saved:
+        checkpoint.load_parts(parts, saved, resumed_from, header, cfg.allow_partial)
+        state = RunState(**{name: saved[name] for name in vars(state)})
+        # With a larger batch an epoch has fewer steps than this one has done.
+        state.step_in_epoch = min(state.step_in_epoch, steps_per_epoch)
+        log(checkpoint.resume_notice(resumed_from, saved, header, cosmetic_names(cfg)))
+        newer = [path for path in snapshots if int(path.stem.split("_epoch")[1]) > state.epoch]
+        if newer and resumed_from == rolling_file:
+            files.warn(f"{rolling_file} is older than {newer[0]} but comes first")
+        elif newer and rank == 0:
+            # A rewind: a later --resume must not jump back to the branch that is left here.
+            files.set_aside([rolling_file, *newer])
+        del saved
+    # The same command, started again after its end, is no error.
+    out_of_patience = 0 < cfg.patience <= state.patience_used
+    if state.evaluated == state.step and (state.step >= steps or out_of_patience):
+        log(
+            f"{run}: finished at step {state.step}, best val_loss {state.best_val_loss:.4f}; "
+            "a larger --max_epochs goes on"
+        )
+        distributed.close()
+        return dict(step=state.step, best_val_loss=state.best_val_loss, stopped=0)
 
-    def read(numbers):  # training windows, a batch at a time
-        for index in np.array_split(numbers, math.ceil(len(numbers) / cfg.batch_size)):
+    # Differs: a new run fits the router's start, and reads the contexts that the store holds.
+    def training_batches(windows):
+        """Yield index, inputs and targets of training windows, a batch at a time."""
+        for index in np.array_split(windows, math.ceil(len(windows) / cfg.batch_size)):
             yield index, *batch("train", index)
 
     raw_model.eval()
-    with torch.no_grad(), hardware.autocast:
-        if not path:
-            order = data.order(42, 0, min(data.windows("train"), math.ceil(EM_TOKENS / cfg.max_seq_len)))
-            reports = [raw_model(x, y)[1] for _, x, y in read(order)]
-            raw_model.set_static(torch.stack([torch.cat([r[n].flatten() for r in reports]) for n in FAMILIES], 1))
-            tell("static mixture:", *(f"{n} {w:.3f}" for n, w in zip(FAMILIES, raw_model.static.tolist(), strict=True)))
+    with torch.no_grad(), autocast:
+        if not resumed_from:
+            count = min(data.windows("train"), math.ceil(EM_TOKENS / cfg.max_seq_len))
+            windows = data.order(42, 0, count)
+            reports = [raw_model(x, y)[1] for _, x, y in training_batches(windows)]
+            nats = [torch.cat([report[name].flatten() for report in reports]) for name in FAMILIES]
+            raw_model.set_static(torch.stack(nats, 1))
+            weights = zip(FAMILIES, raw_model.static.tolist(), strict=True)
+            log("static mixture:", *(f"{name} {weight:.3f}" for name, weight in weights))
         if cfg.use_vector_store and store_hash:
             raw_model.attach(load_store(store_file, store_hash))
-        elif cfg.use_vector_store:  # filled from windows at even distances
-            store, count = VectorStore(cfg.d_model, cfg.top_k, cfg.max_vectors), data.windows("train")
+        elif cfg.use_vector_store:
+            store = VectorStore(cfg.d_model, cfg.top_k, cfg.max_vectors)
+            count = data.windows("train")
             windows = min(count, math.ceil(cfg.max_vectors / cfg.max_seq_len))
-            for index, x, y in read(np.linspace(0, count, windows, endpoint=False, dtype=np.int64)):
-                keep = y >= 0
-                store.add(raw_model.keys(x)[keep].cpu(), y[keep].cpu(), data.documents("train", index)[keep.cpu()])
+            windows = np.linspace(0, count, windows, endpoint=False, dtype=np.int64)
+            for index, x, y in training_batches(windows):
+                counted = y >= 0
+                documents = data.documents("train", index)[counted.cpu()]
+                store.add(raw_model.keys(x)[counted].cpu(), y[counted].cpu(), documents)
             store.build()
             raw_model.attach(store)
-            tell(f"store of {len(store)} training contexts; lambda starts at 0.05")
+            log(f"store of {len(store)} training contexts; lambda starts at 0.05")
     raw_model.train()
-    model, saver = hardware.wrap(raw_model, cfg.compile), checkpoint.Saver()
+
+    model = torch.compile(raw_model) if cfg.compile else raw_model
+    if world > 1:  # Differs: there is no --fsdp.
+        model = DistributedDataParallel(model)
+    saver = checkpoint.Saver()
 
     def payload():
-        return about | vars(at) | {name: part.state_dict() for name, part in parts.items()}
+        tensors = {name: part.state_dict() for name, part in parts.items()}
+        return header | asdict(state) | tensors
 
     def save(path, must=True):
-        if rank == 0:
-            saver(path, payload(), must)
+        saver(path, payload(), must)  # on all ranks; the first one writes
 
+    size = checkpoint.rehearse(folder, run, payload())
     if rank == 0:
-        size, count = checkpoint.rehearse(folder, run, payload()), sum(p.numel() for p in trained.values())
-        if not path:
-            files.set_aside([rolling, *snapshots, best_file, metrics, store_file])
+        if not resumed_from:
+            files.set_aside([rolling_file, *snapshots, best_file, metrics_file])
+        # Differs: checkpoints name the store by its hash.
+        if not resumed_from:
+            files.set_aside([store_file])
         if cfg.use_vector_store:
-            about["store_hash"] = store_hash or save_store(store_file, raw_model.store)
-        start_rows(metrics, at.step, at.evaluated, asdict(cfg), device)
-        tell(f"{run}: {count / 1e6:.1f} M parameters to train, checkpoints of {size / 1e6:.0f} MB in {folder}")
+            header["store_hash"] = store_hash or save_store(store_file, raw_model.store)
+        start_rows(metrics_file, state.step, state.evaluated, asdict(cfg), device)
+        millions = sum(p.numel() for p in trained.values()) / 1e6
+        where = f"checkpoints of {size / 1e6:.0f} MB in {folder}"
+        log(f"{run}: {millions:.1f} M parameters to train, {where}")
 
     # --- schedule, evaluation, stop -------------------------------------------------------
-    def lr_at(step):  # linear warmup, then a cosine to the floor: a pure function of the step
+    def lr_at(step):
+        """Return the rate at a step: linear warmup, then a cosine to the floor."""
+        if step < warmup:
+            return cfg.lr * (step + 1) / warmup
         share = min(1.0, (step - warmup) / max(1, steps - warmup))
-        cosine = cfg.min_lr_ratio + (1 - cfg.min_lr_ratio) * (0.5 + 0.5 * math.cos(math.pi * share))
-        return cfg.lr * ((step + 1) / warmup if step < warmup else cosine)
+        cosine = 0.5 + 0.5 * math.cos(math.pi * share)
+        return cfg.lr * (cfg.min_lr_ratio + (1 - cfg.min_lr_ratio) * cosine)
 
     @torch.no_grad()
     def evaluate():
-        """The same validation windows every time -> a row of numbers, overall and by domain; None if stopped."""
-        raw_model.eval()
+        """Score the same validation windows every time.
+
+        Returns a row of means, over all tokens and by domain; None if a signal came meanwhile.
+        """
         count = data.windows("val")
-        windows = np.linspace(0, count, min(cfg.eval_windows or count, count), endpoint=False, dtype=np.int64)
+        windows = min(cfg.eval_windows or count, count)
+        windows = np.linspace(0, count, windows, endpoint=False, dtype=np.int64)
         sums = {}  # name -> (domains,)
-        for start in range(rank * cfg.batch_size, len(windows), world * cfg.batch_size):
-            if stop:
-                break
-            index = windows[start : start + cfg.batch_size]
-            x, y = batch("val", index)
-            with hardware.autocast:
-                _, report = raw_model(x, y, torch.from_numpy(index))
-            report |= dict(tokens=y >= 0, bytes=token_bytes[y.clamp_min(0)] * (y >= 0))
-            for name, numbers in report.items():
-                sums.setdefault(name, torch.zeros(len(data.domains), dtype=torch.float64))
-                sums[name].index_add_(0, data.domain("val", index), numbers.cpu().double().sum(1))
-        raw_model.train()
-        shards = hardware.gather((bool(stop), sums))
+        with distributed.full_weights(raw_model) as full_model, autocast:
+            for start in range(rank * cfg.batch_size, len(windows), world * cfg.batch_size):
+                if stop:
+                    break
+                index = windows[start : start + cfg.batch_size]
+                x, y = batch("val", index)
+                _, report = full_model(x, y, torch.from_numpy(index))
+                report["tokens"] = y >= 0
+                report["bytes"] = token_bytes[y.clamp_min(0)] * (y >= 0)
+                for name, numbers in report.items():
+                    if name not in sums:
+                        sums[name] = torch.zeros(len(data.domains), dtype=torch.float64)
+                    window_sums = numbers.cpu().double().sum(1)  # (B,); mps has no float64
+                    sums[name].index_add_(0, data.domain("val", index), window_sums)
+        shards = distributed.gather((bool(stop), sums))
         if any(stopped for stopped, _ in shards):
             return None
         sums = {name: sum(part[name] for _, part in shards if part) for name in shards[0][1]}
-        domains = {d: averages({k: v[i].item() for k, v in sums.items()}) for i, d in enumerate(data.domains)}
-        return averages({k: v.sum().item() for k, v in sums.items()}) | dict(domains=domains)
+        row = averages({name: values.sum().item() for name, values in sums.items()})
+        row["domains"] = {
+            domain: averages({name: values[i].item() for name, values in sums.items()})
+            for i, domain in enumerate(data.domains)
+        }
+        return row
 
-    def closing():  # the end of an epoch or of the budget
-        return at.step_in_epoch == steps_per_epoch or at.step >= steps or out_of_time
-
-    def due():  # an evaluation
-        extra = cfg.eval_interval and at.step % cfg.eval_interval == 0
-        return at.evaluated < at.step and (closing() or extra)
+    def at_evaluation():
+        """Return whether an epoch, the budget or an interval ends with the current step."""
+        at_interval = cfg.eval_interval > 0 and state.step % cfg.eval_interval == 0
+        return state.step_in_epoch == steps_per_epoch or state.step >= steps or at_interval
 
     # --- train ----------------------------------------------------------------------------
-    epoch_of_order, val, over, out_of_time = -1, {}, False, False
-    with Stop() as stop, Progress(steps, at.step, show=rank == 0) as progress:
-        start = saved = mark = time.monotonic()
-        seen, stop_now, late = 0, 0, 0  # tokens since mark; signal; whether a rolling save is due
-        while not over and not stop_now:
-            if not due():  # else the run was stopped while it evaluated
-                if epoch_of_order != at.epoch:
-                    epoch_of_order = at.epoch
-                    order = data.order(cfg.seed, at.epoch, batches * cfg.batch_size).reshape(batches, cfg.batch_size)
-                first = at.step_in_epoch * cfg.grad_accum_steps * world
-                numbers = range(first + rank, min(first + cfg.grad_accum_steps * world, batches), world)
-                micro = {m: batch("train", order[m]) for m in numbers}
-                (targets,) = hardware.total(sum((y >= 0).sum().item() for _, y in micro.values()))
-                for group in optimizer.param_groups:
-                    group["lr"] = lr_at(at.step)
+    order_of = -1  # epoch that `order` is of
+    shown = {}  # newest validation figures, for the progress bar
+    finished = False
+    out_of_time = False
+    stop_signal = 0
+    save_due = False
+    # A run that was stopped while it evaluated begins with that evaluation.
+    repeat_evaluation = state.evaluated < state.step and at_evaluation()
+    with Stop() as stop, Progress(steps, state.step, show=rank == 0) as progress:
+        start = saved_at = mark = time.monotonic()
+        tokens_since_mark = 0
+        while not finished and not stop_signal:
+            if not repeat_evaluation:
+                # 1. Data: the micro-batches of this step that are this rank's.
+                if order_of != state.epoch:
+                    order_of = state.epoch
+                    order = data.order(cfg.seed, state.epoch, batches * cfg.batch_size)
+                    order = order.reshape(batches, cfg.batch_size)
+                first = state.step_in_epoch * cfg.grad_accum_steps * world
+                end = min(first + cfg.grad_accum_steps * world, batches)
+                numbers = range(first + rank, end, world)
+                micro_batches = {m: batch("train", order[m]) for m in numbers}
+                local_targets = sum((y >= 0).sum().item() for _, y in micro_batches.values())
+                (targets,) = distributed.sum_over_ranks(local_targets)
+
+                # 2. Forward and backward.
                 loss = 0.0
-                for m, (x, y) in micro.items():
-                    mix = np.random.SeedSequence((cfg.seed, at.step, m - first))  # of dropout and noise
-                    torch.manual_seed(int(mix.generate_state(1)[0]))
-                    model.require_backward_grad_sync = m == numbers[-1]  # DDP: one reduction a step
+                for m, (x, y) in micro_batches.items():
+                    # Dropout and noise follow from seed, step and micro-batch, on whatever rank.
+                    seed = np.random.SeedSequence((cfg.seed, state.step, m - first))
+                    torch.manual_seed(int(seed.generate_state(1)[0]))
+                    last = m == numbers[-1]  # gradients are averaged once a step
+                    # Differs: what the store holds of a text itself does not count in training.
                     documents = data.documents("train", order[m])
-                    with hardware.autocast:
+                    if world > 1:
+                        model.require_backward_grad_sync = last
+                    with autocast:
                         nats, report = model(x, y, documents=documents)
-                    scaler.scale(nats * (world / targets)).backward()  # DDP takes the mean over ranks
+                    # The mean over ranks is taken, so the sum needs the factor `world`.
+                    scaler.scale(nats * (world / targets)).backward()
                     loss += nats.item() / targets
+
+                # 3. Step. All ranks take or skip it together.
+                rate = lr_at(state.step)
+                for group in optimizer.param_groups:
+                    group["lr"] = rate
                 scaler.unscale_(optimizer)
-                norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), cfg.grad_clip or math.inf).item()
+                max_norm = cfg.grad_clip or math.inf
+                norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), max_norm).item()
                 now = time.monotonic()
-                late = cfg.save_minutes and now - saved > 60 * cfg.save_minutes
-                out_of_time = cfg.max_seconds and now - start > cfg.max_seconds
-                (loss,) = hardware.total(loss)
-                bad = not math.isfinite(loss + norm)
-                bad, stop_now, late, out_of_time = hardware.largest(bad, int(stop.signal), late, out_of_time)
+                save_due = 0 < 60 * cfg.save_minutes < now - saved_at
+                out_of_time = 0 < cfg.max_seconds < now - start
+                (loss,) = distributed.sum_over_ranks(loss)
+                bad, stop_signal, save_due, out_of_time = distributed.max_over_ranks(
+                    not math.isfinite(loss + norm), int(stop.signal), save_due, out_of_time
+                )
                 if not bad:
                     scaler.step(optimizer)
                     scaler.update()
-                elif scaler.is_enabled():  # an overflow, perhaps of another rank: all of them skip and lower the scale
+                elif scaler.is_enabled():  # an overflow of some rank: skip, and lower the scale
                     scaler.update(scaler.get_scale() * scaler.get_backoff_factor())
                 optimizer.zero_grad(set_to_none=True)
-                at.skipped += bool(bad)
-                at.skipped_in_row = at.skipped_in_row + 1 if bad and scaler.get_scale() <= 1 else 0
-                if at.skipped_in_row == BAD_STEPS:
-                    raise DataError(f"{BAD_STEPS} steps in a row were not finite, up to step {at.step + 1}\n"
-                                    f"try: a smaller --lr, or --no-use_amp; last good file: {saver.last}")  # fmt: skip
-                at.step, at.step_in_epoch, seen = at.step + 1, at.step_in_epoch + 1, seen + int(targets)
-                rate = seen / (time.monotonic() - mark)
-                progress(loss=f"{loss:.3f}", **val, lr=f"{lr_at(at.step - 1):.1e}", tok_s=f"{rate:.0f}")
-                if at.step % cfg.log_interval == 0:
-                    seen, mark = 0, time.monotonic()
+                state.step += 1
+                state.step_in_epoch += 1
+                if bad:
+                    state.skipped += 1
+                    state.skipped_in_row += scaler.get_scale() <= 1  # else fp16 may lower its scale
+                else:
+                    state.skipped_in_row = 0
+                if state.skipped_in_row == BAD_STEPS:
+                    raise DataError(
+                        f"{BAD_STEPS} steps in a row were not finite, up to step {state.step}\n"
+                        f"try: a smaller --lr, or --no-use_amp; last good file: {saver.last}"
+                    )
+
+                # 4. Log.
+                tokens_since_mark += int(targets)
+                tokens_per_s = tokens_since_mark / (time.monotonic() - mark)
+                progress(loss=f"{loss:.3f}", **shown, lr=f"{rate:.1e}", tok_s=f"{tokens_per_s:.0f}")
+                if state.step % cfg.log_interval == 0:
+                    tokens_since_mark = 0
+                    mark = time.monotonic()
                     if rank == 0:
-                        mixture = {n: (v.sum() / (y >= 0).sum()).item() for n, v in report.items() if n != "loss"}
-                        append_row(metrics, dict(
-                            step=at.step, epoch=at.epoch + 1, split="train", loss=loss, lr=lr_at(at.step - 1),
-                            grad_norm=norm, tokens=int(targets), tokens_per_s=rate, seconds=now - start,
-                            peak_mb=peak_mb(device), skipped=at.skipped, **mixture))  # fmt: skip
-            if due() and not stop_now:
-                before, row = time.monotonic(), evaluate()
-                (stop_now,) = hardware.largest(0 if row else int(stop.signal))
-                mark += time.monotonic() - before
-            if stop_now or late:  # as of before the evaluation: one that was cut is repeated when the run goes on
-                save(rolling, must=bool(stop_now))
-                saved = time.monotonic()
-            if stop_now or not due():
+                        row = dict(
+                            step=state.step,
+                            epoch=state.epoch + 1,
+                            split="train",
+                            loss=loss,
+                            lr=rate,
+                            grad_norm=norm,
+                            tokens=int(targets),
+                            tokens_per_s=tokens_per_s,
+                            seconds=now - start,
+                            peak_mb=peak_mb(device),
+                            skipped=state.skipped,
+                        )
+                        # Differs: the last micro-batch says how the router weighs the experts.
+                        counted = (y >= 0).sum()
+                        for name, numbers in report.items():
+                            if name != "loss":
+                                row[name] = (numbers.sum() / counted).item()
+                        append_row(metrics_file, row)
+
+            # 5. Evaluate.
+            evaluate_now = repeat_evaluation or at_evaluation() or out_of_time
+            repeat_evaluation = False
+            if evaluate_now and not stop_signal:
+                before = time.monotonic()
+                val_row = evaluate()
+                (stop_signal,) = distributed.max_over_ranks(0 if val_row else int(stop.signal))
+                mark += time.monotonic() - before  # speed is that of training alone
+
+            # 6. Save. A rolling save holds the state before the evaluation: one that was cut is
+            # repeated when the run goes on.
+            if stop_signal or save_due:
+                save(rolling_file, must=bool(stop_signal))
+                saved_at = time.monotonic()
+            if stop_signal or not evaluate_now:
                 continue
-            at.evaluated, val = at.step, dict(val=f"{row['loss']:.3f}", bpb=f"{row['bpb']:.3f}")
+            state.evaluated = state.step
+            shown = dict(val=f"{val_row['loss']:.3f}", bpb=f"{val_row['bpb']:.3f}")
             if rank == 0:
-                append_row(metrics, dict(step=at.step, epoch=at.epoch + 1, split="val") | row)
-            if not closing():
+                about_step = dict(step=state.step, epoch=state.epoch + 1, split="val")
+                append_row(metrics_file, about_step | val_row)
+
+            # 7. End of an epoch or of the budget.
+            epoch_ended = state.step_in_epoch == steps_per_epoch
+            if not (epoch_ended or state.step >= steps or out_of_time):
                 continue
-            improved, ended = row["loss"] < at.best_val_loss, at.step_in_epoch == steps_per_epoch
-            if ended:
-                at.epoch, at.step_in_epoch = at.epoch + 1, 0
-                at.patience_used = 0 if improved else at.patience_used + 1
-            over = at.step >= steps or out_of_time or 0 < cfg.patience <= at.patience_used
+            improved = val_row["loss"] < state.best_val_loss
+            if epoch_ended:
+                state.epoch += 1
+                state.step_in_epoch = 0
+                state.patience_used = 0 if improved else state.patience_used + 1
+            out_of_patience = 0 < cfg.patience <= state.patience_used
+            finished = state.step >= steps or out_of_time or out_of_patience
             if improved:
-                at.best_val_loss, at.best_step = row["loss"], at.step
+                state.best_val_loss = val_row["loss"]
+                state.best_step = state.step
                 save(best_file)
-            if ended and (over or at.epoch % cfg.save_every == 0):
-                save(folder / f"{run}_epoch{at.epoch}.pt")
+            if epoch_ended and (finished or state.epoch % cfg.save_every == 0):
+                save(folder / f"{run}_epoch{state.epoch}.pt")
                 if rank == 0:
-                    rolling.unlink(missing_ok=True)  # older than the file just written
-                    checkpoint.rotate(checkpoint.numbered_files(folder, snapshot), cfg.keep)
-            elif over:  # in the middle of an epoch: a larger budget goes on from here
-                save(rolling)
+                    rolling_file.unlink(missing_ok=True)  # older than the file just written
+                    checkpoint.rotate(checkpoint.numbered_files(folder, snapshot_name), cfg.keep)
+            elif finished:  # in the middle of an epoch: a larger budget goes on from here
+                save(rolling_file)
 
     # --- summary --------------------------------------------------------------------------
-    if rank == 0 and over:
-        draw_losses([metrics], folder / f"{run}_loss.png", tell)
-        tell(f"  {'nats':10} {run:>14} (bpb) {'static':>9}" + "".join(f"{n:>13} weight" for n in FAMILIES))
-        for domain, numbers in (row["domains"] | {"all": row}).items():
-            experts = "".join(f"{numbers[n]:13.4f} {numbers[f'weight_{n}']:6.3f}" for n in FAMILIES)
-            tell(f"  {domain:10} {numbers['loss']:14.4f} {numbers['bpb']:5.3f} {numbers['static']:9.4f}{experts}")
-    again = " ".join(["python", *(word for word in sys.argv if word != "--resume"), "--resume"])
-    next_command = f"python generate.py --checkpoint {best_file}" if over else again
-    tell(f"{run}: step {at.step} of {steps}, best val_loss {at.best_val_loss:.4f} at step {at.best_step}, "
-         f"{time.monotonic() - start:.0f} s, peak {peak_mb(device):.0f} MB; next: {next_command}")  # fmt: skip
-    hardware.close()
-    return dict(step=at.step, best=at.best_val_loss, stopped=int(stop_now))
+    if rank == 0 and finished:
+        draw_losses([metrics_file], folder / f"{run}_loss.png", log)
+        # Differs: the mixture stands beside each of its experts.
+        columns = "".join(f"{name:>13} weight" for name in FAMILIES)
+        log(f"  {'nats':10} {run:>14} (bpb) {'static':>9}{columns}")
+        for domain, numbers in (val_row["domains"] | dict(all=val_row)).items():
+            pairs = [(numbers[name], numbers[f"weight_{name}"]) for name in FAMILIES]
+            experts = "".join(f"{nats:13.4f} {weight:6.3f}" for nats, weight in pairs)
+            mixture = f"{numbers['loss']:14.4f} {numbers['bpb']:5.3f} {numbers['static']:9.4f}"
+            log(f"  {domain:10} {mixture}{experts}")
+    if finished:
+        next_command = f"python generate.py --checkpoint {best_file}"
+    else:
+        typed = [word for word in sys.argv if word != "--resume"]
+        next_command = " ".join(["python", *typed, "--resume"])
+    log(
+        f"{run}: step {state.step} of {steps}, best val_loss {state.best_val_loss:.4f} "
+        f"at step {state.best_step}, {time.monotonic() - start:.0f} s, "
+        f"peak {peak_mb(device):.0f} MB; next: {next_command}"
+    )
+    distributed.close()
+    return dict(step=state.step, best_val_loss=state.best_val_loss, stopped=int(stop_signal))
 
 
 if __name__ == "__main__":
