@@ -14,24 +14,22 @@ from pathlib import Path
 
 import torch
 
-from data_utils.hardware import Hardware
-
 OVERFLOW = 3  # the step in which rank 1 overflows
 RANK = int(os.environ["RANK"])
 
-begin = Hardware.__init__
+autocast = torch.autocast
 
 
-def in_fp16(hardware, *args, **kwargs):
-    begin(hardware, *args, **kwargs)
-    hardware.precision = "fp16"
-    hardware.autocast = torch.autocast("cpu", torch.float16)
-    hardware.scaler = Scaler("cpu", init_scale=1024.0)
+def in_fp16(kind, dtype=None, **how):
+    """Be torch.autocast; but where a script names its precision, that is fp16."""
+    return autocast(kind, **how) if dtype is None else autocast(kind, torch.float16)
 
 
 class Scaler(torch.amp.GradScaler):
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
+    """A scaler that is on, whatever a script makes of a CPU."""
+
+    def __init__(self, device, enabled=True):
+        super().__init__(device, init_scale=1024.0)
         self.steps = 0
         self.optimizer = None  # from the first step on
         self.hooks = []
@@ -58,6 +56,7 @@ class Scaler(torch.amp.GradScaler):
             print(json.dumps(line), file=file)
 
 
-Hardware.__init__ = in_fp16
+torch.autocast = in_fp16
+torch.amp.GradScaler = Scaler
 sys.argv = [str(Path(__file__).parents[2] / sys.argv[1]), *sys.argv[2:]]
 runpy.run_path(sys.argv[0], run_name="__main__")
