@@ -34,7 +34,7 @@ sweeps() {  # whether the arguments, or a bundle among them, say --multirun
 # the same command is to resume
 case ${script##*/} in  # ./train_X.py and a path are the same script
   train_expert.py | train_mla.py) given resume || arguments+=(--resume auto) ;;
-  train_sr.py) given resume_from || arguments+=(--resume-from auto) ;;
+  train_sr.py) given resume_from || given resume || arguments+=(--resume-from auto) ;;
   train_ae.py)
     [ -n "$SLURM_ARRAY_TASK_ID" ] && sweeps && ! given sweep_job && arguments+=("sweep_job=$SLURM_ARRAY_TASK_ID")
     if [ -n "$id" ] && sweeps && ! given sweep_job; then  # all its jobs in this one; its name says which it is

@@ -37,9 +37,8 @@ def test_a_compiled_run_is_the_same_run(case, toy, experts, tmp_path, monkeypatc
         flags = [*FLAGS[name], *more]
     module = importlib.import_module(name)
     monkeypatch.setattr(torch, "compile", traced)
-    asked = "--compile_mode=default" if name == "train_sr" else "--compile"
     found = []
-    for i, more in enumerate(([], [asked])):
+    for i, more in enumerate(([], ["--compile"])):
         torch._dynamo.reset()
         torch._dynamo.utils.counters.clear()
         home = tmp_path / str(i)

@@ -63,6 +63,7 @@ def job(clone, words, script="scripts/job.sh"):
         ("SLURM_JOB_ID=7", "./train_ae.py --flags", "./train_ae.py --flags out=outputs/runs/run_job7"),
         ("", "train_sr.py -c a", "train_sr.py -c a --resume-from auto"),
         ("", "train_sr.py --resume-from b", "train_sr.py --resume-from b"),
+        ("", "train_sr.py --resume=b", "train_sr.py --resume=b"),
         ("", "env=cluster epochs=2", "train_ae.py env=cluster epochs=2"),
         ("JOB_ID=5_0", "env=cluster phase1.trainer.epochs=2",
          "train_ae.py env=cluster phase1.trainer.epochs=2 out=outputs/runs/run_job5_0"),

@@ -17,10 +17,8 @@ from conftest import ROOT, finish, start, start_two
 from test_resume import assert_same
 
 from data_utils.checkpoint import read
-from data_utils.config import from_cli
-from data_utils.formulas.bundles import load_flags
 from data_utils.launch import launch
-from train_sr import SRConfig, main
+from train_sr import main, parse, schedule
 
 TINY = """--encoder_dim 32 --decoder_input_dim 32 --decoder_model_dim 32 --encoder_n_heads 2 --decoder_n_heads 2
 --encoder_ffn_hidden_dim 32 --decoder_ffn_hidden_dim 32 --decoder_n_layers 1 --encoder_n_sab 1 --batch_size 4
@@ -53,13 +51,29 @@ def model(tmp_path_factory):
 def test_the_rate_of_a_short_run_stays_below_its_peak(steps, tmp_path, monkeypatch):
     """A warmup of 5 % is part of a step, which is one step then."""
     monkeypatch.chdir(tmp_path)
-    main(
-        from_cli(
-            SRConfig, argv=[*TINY, f"--steps={steps}", "-o", "short", "--val_problems=0", "--lr=1"], load=load_flags
-        )
-    )
+    main(parse([*TINY, f"--steps={steps}", "-o", "short", "--val_problems=0", "--lr=1"]))
     rates = [row["lr"] for row in results(Path("short"))[1] if row["split"] == "train"]
     assert len(rates) == steps and max(rates) <= 1 and min(rates) >= 0
+
+
+def test_the_rate_falls_to_its_floor():
+    flags = ["--steps=100", "--lr=2", "--warmup_share=0.1", "--cooldown=0.5"]
+    assert schedule(parse(flags)) == [(0, 0.0), (10.0, 2.0), (50.0, 2.0), (100, 0.0)]
+    assert schedule(parse([*flags, "--min_lr_ratio=0.25"]))[-1] == (100, 0.5)
+
+
+def test_common_names_of_flags():
+    """The names that other scripts have for the same idea are second names of a flag here."""
+    same = """lr=1 learning_rate=1 | min_lr_ratio=1 lr_min_ratio=1 | warmup=1 warmup_share=1
+    clip=1 grad_clip=1 gradient_clip=1 | gradient_accumulation_steps=2 grad_accum_steps=2 accumulate=2
+    num_workers=2 dataset_workers=2 workers=2 | validate_interval=3 eval_interval=3 val_every=3
+    log_interval=3 log_steps=3 | output_dir=a out=a | resume_from=a resume=a | wandb_mode=offline mode=offline"""
+    for group in same.replace("\n", "|").split("|"):
+        first, *others = ([f"--{word}"] for word in group.split())
+        assert parse(first) != parse([])
+        assert all(parse(other) == parse(first) for other in others), group
+    assert parse(["--resume"]) == parse(["--resume-from", "auto"]) == parse(["--resume-from"])
+    assert parse(["--compile"]).compile and not parse([]).compile
 
 
 def test_minimal_example_of_the_guide(tmp_path):
@@ -200,6 +214,17 @@ def test_a_resume_without_an_interval_keeps_what_an_earlier_run_was_asked_to_kee
     assert (tmp_path / "run" / "state_dict.pt.bak").exists()  # the model of the run that was finished before
 
 
+def test_a_run_that_was_killed_before_its_model_was_written_writes_it(model, tmp_path, monkeypatch):
+    """Its last checkpoint is there, with the last evaluation: no step is left to take."""
+    shutil.copytree(model, tmp_path / "run")
+    (tmp_path / "run" / "state_dict.pt").unlink()
+    monkeypatch.chdir(tmp_path)
+    result = main(parse([*TINY, "--steps=4", "-vi=2", "-o", "run", "--resume"]))
+    assert result["step"] == 4 and result["stopped"] == 0
+    assert_same(*(read(folder / "state_dict.pt") for folder in (tmp_path / "run", model)))
+    assert_same(results(tmp_path / "run")[0], results(model)[0])
+
+
 def test_no_room_for_a_checkpoint_is_found_before_the_first_step(tmp_path, monkeypatch, capsys):
     def full(*_):
         raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 64 vs 0")
@@ -207,7 +232,7 @@ def test_no_room_for_a_checkpoint_is_found_before_the_first_step(tmp_path, monke
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(torch, "save", full)
     with pytest.raises(SystemExit) as stopped:
-        launch(main, from_cli(SRConfig, argv=[*TINY, "-o", "run"], prog="train_sr.py", load=load_flags))
+        launch(main, parse([*TINY, "-o", "run"]))
     err = capsys.readouterr().err
     assert stopped.value.code == 1 and "was not written" in err and len(err.splitlines()) <= 3
     assert not (tmp_path / "run" / "metrics.jsonl").exists() and not list((tmp_path / "run").glob("*.tmp-*"))
@@ -233,7 +258,11 @@ ERRORS = [
     ("--steps 0", 2, "--steps 0: expected 1"),
     ("--warmup 0.7 --cooldown 0.5", 2, "together at most 1"),
     ("--lr_schedule 0:1,x", 2, "STEP:RATE"),
+    ("--lr 1 --min_lr_ratio -0.1", 2, "--min_lr_ratio -0.1"),
     ("--resume-from nowhere", 2, "no such folder"),
+    ("--resume nowhere", 2, "no such folder"),
+    ("--resume latest", 1, "no checkpoint in"),
+    ("--resume-from nowhere --fresh", 2, "--fresh starts over, --resume-from nowhere goes on"),
     ("--encoder_dim 31", 2, "--encoder_dim 31"),
     ("--literal_prior normal(0,", 2, "normal"),
     ("--min_operators 5 --max_operators 3", 2, "--min_operators 5"),
@@ -248,7 +277,7 @@ ERRORS = [
 def test_user_errors(flags, status, words, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as stopped:
-        launch(main, from_cli(SRConfig, argv=[*TINY, *flags.split()], prog="train_sr.py", load=load_flags))
+        launch(main, parse([*TINY, *flags.split()]))
     err = capsys.readouterr().err
     assert stopped.value.code == status, err
     assert words in err and "Traceback" not in err and len(err.splitlines()) <= 3

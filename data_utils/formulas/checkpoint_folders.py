@@ -72,19 +72,26 @@ def load_folder(path, kind, names):
     return state, parts
 
 
-def find_folder(resume_from, out, kind, names):
-    """Return (folder, training state, parts) that --resume-from means; (None, {}, {}) to begin.
+def find_folder(resume_from, fresh, out, kind, names):
+    """Return (folder, training state, parts) as --resume-from and --fresh say; (None, {}, {}) to begin.
 
-    `auto` takes the newest good one of `out`, if there is one; an output folder its own newest good one; anything else
-    is a checkpoint folder, without fallback. Raises UsageError or CheckpointError.
+    "" or none begins. latest must find a good checkpoint folder in `out` and takes the newest, auto takes it if there
+    is one. An output folder means its own newest good one. Anything else is a checkpoint folder, without fallback.
+    Raises UsageError or DataError.
     """
-    if not resume_from:
+    if fresh and resume_from not in ("", "none", "latest", "auto"):
+        raise UsageError(f"--fresh starts over, --resume-from {resume_from} goes on: give one of them")
+    if fresh or resume_from in ("", "none"):
         return None, {}, {}
-    folder = Path(out if resume_from == "auto" else resume_from)
+    folder = Path(out if resume_from in ("latest", "auto") else resume_from)
     there = numbered_files(folder, FOLDER)
-    if resume_from == "auto" or there:
-        path, found = first_good(there, lambda path: load_folder(path, kind, names))
-        return (path, *found) if path else (None, {}, {})
+    if resume_from in ("latest", "auto") or there:
+        path, content = first_good(there, lambda path: load_folder(path, kind, names))
+        if path:
+            return path, *content
+        if resume_from == "latest":
+            raise DataError(f"--resume-from latest: no checkpoint in {folder}\ntry: --resume-from auto")
+        return None, {}, {}
     if not folder.is_dir():
         near = ", ".join(map(str, numbered_files(folder.parent, FOLDER)[:3])) or "none"
         raise UsageError(f"--resume-from {folder}: no such folder\ncheckpoints there: {near}")
