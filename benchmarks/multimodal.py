@@ -34,8 +34,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks import multimodal_quality
 from benchmarks.hrm import Settings, imported
 from benchmarks.report import command_line, figure, measure, seconds, timed
-from data_utils.config import from_cli
-from data_utils.overrides import PICTURES
 from data_utils.pages.render import layout
 from data_utils.pages.shard_builder import opener
 from data_utils.pages.shard_files import read_manifest
@@ -43,7 +41,7 @@ from data_utils.pages.tasks import DIGIT
 from models.glyphs import HOLE, SYMBOLS, augmented_patches, to_images, to_patches
 from models.multimodal import Multimodal
 from models.optim.adam_atan2 import AdamAtan2
-from train_multimodal import MultimodalConfig
+from train_multimodal import parse
 
 HERE = Path(__file__).resolve().parent
 GET = dict(
@@ -166,7 +164,7 @@ def optimizer(args):
 # --- training steps ---------------------------------------------------------------------------
 def configured(*flags):
     """Settings of train_multimodal.py, and the model that they describe for one grid of Sudoku, in two calls."""
-    cfg = from_cli({"multimodal": MultimodalConfig}, argv=[*flags], prog="train_multimodal.py", overrides=PICTURES)
+    cfg = parse([*flags])
     (name,) = cfg.tasks
     task = asdict(opener(cfg)()[name].task)
     paths = cfg.latent_num_paths if cfg.enable_latent_planning else 1

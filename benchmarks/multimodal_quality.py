@@ -22,10 +22,8 @@ import torch
 import train_multimodal
 from benchmarks.hrm import singles
 from data_utils.checkpoint import canonical_keys, load_checkpoint
-from data_utils.config import from_cli
 from data_utils.hardware import Hardware
 from data_utils.metrics import read_rows
-from data_utils.overrides import PICTURES
 from data_utils.pages.arc import CHANGES, vote
 from data_utils.pages.evaluate import examine, traces
 from data_utils.pages.passages import floor
@@ -95,7 +93,7 @@ def train(args, name, flags, seed, steps=0):
     """Train to the end of --minutes, or of `steps`, or read what is there -> home, cfg, rows, test: the last row."""
     words = [f"--seed={seed}", f"--test_samples={HELD_OUT}", "--wandb=disabled", "--save_minutes=2", *flags.split()]
     words += QUICK if args.quick else [f"--max_steps={steps}"] if steps else []
-    cfg = from_cli({"multimodal": train_multimodal.Config}, argv=words, prog="train_multimodal.py", overrides=PICTURES)
+    cfg = train_multimodal.parse(words)
     about = hashlib.blake2b(repr([getattr(cfg, name) for name in DATA]).encode(), digest_size=4).hexdigest()
     home = args.home / "-".join(f"{name} seed {seed}".replace(",", "").split())
     cfg.data_paths, cfg.checkpoint_path = (str(args.home / "data" / f"{'-'.join(cfg.tasks)}-{about}"),), str(home)
@@ -165,7 +163,8 @@ class Trained:
 
     def think(self, held, *, steps=0, paths=0, noise=0.0):
         """Answers (n, T, K, L), halt and nats (n, T, K)."""
-        how = dict(size=self.run.cfg.global_batch_size, seed=0, hardware=self.hardware, paths=paths, noise=noise)
+        how = dict(size=self.run.cfg.global_batch_size, seed=0, paths=paths, noise=noise)
+        how |= dict(device=self.hardware.device, autocast=self.hardware.autocast)
         return traces(self.model, self.name, self.task, held, steps=steps or self.steps, **how)
 
     def held_out(self, split="test"):
@@ -552,7 +551,9 @@ def inside(part, run):
         model, data = opened(run)
         sources = {name: SimpleNamespace(task=Task(**about)) for name, about in model.tasks.items()}
         how = dict(paths=0, noise=0.0, select="score", size=run.cfg.global_batch_size, seed=0)
-        look = partial(examine, model, sources, data, "test", hardware=Hardware("cpu", "bf16"), **how)
+        hardware = Hardware("cpu", "bf16")
+        how |= dict(device=hardware.device, autocast=hardware.autocast)
+        look = partial(examine, model, sources, data, "test", **how)
         with model.memory.shuffled(torch.Generator().manual_seed(0)):
             mixed = look()["score"]
         entries = int(model.memory.fill)

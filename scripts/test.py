@@ -52,13 +52,11 @@ def render(it):
 
 def samples(it):
     """Two samples of each task of the smallest configuration."""
-    from data_utils.config import from_cli
-    from data_utils.overrides import PICTURES
     from data_utils.pages.shard_builder import opener
-    from train_multimodal import MultimodalConfig
+    from train_multimodal import parse
 
     flags = ["--arch=smoke", "--text_source=stories"]
-    it.cfg = from_cli({"multimodal": MultimodalConfig}, argv=flags, overrides=PICTURES)
+    it.cfg = parse(flags)
     it.sources = opener(it.cfg)()
     it.samples = {name: [source.make(i, "train", 0) for i in (0, 1)] for name, source in it.sources.items()}
     return f"{sum(map(len, it.samples.values()))} of {', '.join(it.samples)}"

@@ -47,5 +47,5 @@ def test_a_compiled_run_is_the_same_run(case, toy, experts, tmp_path, monkeypatc
         words = [word.format(home=home / "run", data=tmp_path / "data") for word in flags] + more
         found.append(module.main(settings(module, words)))
     assert sum(torch._dynamo.utils.counters["stats"].values()), "nothing was compiled"
-    plain, compiled = (result.get("best", result.get("best_val_loss")) for result in found)
+    plain, compiled = (result.get("best_score", result.get("best_val_loss")) for result in found)
     assert compiled == pytest.approx(plain, rel=1e-4) and found[1]["step"] == found[0]["step"] > 0

@@ -14,9 +14,7 @@ from conftest import ROOT
 import generate
 import train_multimodal
 from data_utils.checkpoint import canonical_keys, load_checkpoint, save_checkpoint
-from data_utils.config import from_cli
 from data_utils.errors import UsageError
-from data_utils.overrides import PICTURES
 from data_utils.pages import arc, figures
 from data_utils.pages import generate as answer_pages
 from data_utils.pages.generate import Question, load_model, read_page, think, to_batch, verdict, where_capsules_look
@@ -50,9 +48,7 @@ def small(tasks, **more):
     words += ["--train_samples=16", "--test_samples=4", "--log_file=", "--save_minutes=0", "--supervision_steps=3"]
     words += ["--text_source=both", "--page_rows=2", "--page_cols=24"]
     words += [f"--{name}={value}" for name, value in more.items()]
-    return from_cli(
-        {"multimodal": train_multimodal.MultimodalConfig}, argv=[*words, "--tasks", *tasks], overrides=PICTURES
-    )
+    return train_multimodal.parse([*words, "--tasks", *tasks])
 
 
 @pytest.fixture(scope="module")

@@ -9,6 +9,7 @@ import pytest
 import torch
 from test_multimodal import KNOWN, PLAIN, batch, build, one_thread  # noqa: F401
 
+from data_utils import distributed
 from data_utils.pages import evaluate as module
 from data_utils.pages.evaluate import auc, examine, judge, report, traces
 from data_utils.pages.scores import score
@@ -16,7 +17,7 @@ from models.glyphs import PADDING
 from models.optim.ema import Average
 from models.planning import select
 
-HARDWARE = SimpleNamespace(rank=0, world=1, device=torch.device("cpu"), autocast=nullcontext(), gather=lambda x: [x])
+CPU = dict(device=torch.device("cpu"), autocast=nullcontext())
 T, N, K = 5, 12, 3
 
 
@@ -107,7 +108,7 @@ def test_traces_are_whole_whatever_the_size_of_a_batch(name):
     model = build().eval()
     here = batch(model, name, 7)
     held = {key: here[key] for key in ("page", "target", "id")}
-    found = [traces(model, name, KNOWN[name], held, size=size, seed=0, hardware=HARDWARE, steps=3)
+    found = [traces(model, name, KNOWN[name], held, size=size, seed=0, **CPU, steps=3)
              for size in (2, 7, 50)]  # fmt: skip
     assert found[0]["answers"].shape == (7, 3, 3, KNOWN[name].length) and found[0]["codes"].shape[:2] == (7, 3)
     for other in found[1:]:
@@ -116,23 +117,23 @@ def test_traces_are_whole_whatever_the_size_of_a_batch(name):
         torch.testing.assert_close(found[0]["nats"], other["nats"])
 
 
-def test_ranks_share_the_pages():
+def test_ranks_share_the_pages(monkeypatch):
     model = build().eval()
     here = batch(model, "read", 7)
     held = {key: here[key] for key in ("page", "target", "id")}
-    parts, stopped = [], [False, False]
+    parts = []
 
-    def at(rank, gather):
-        return SimpleNamespace(rank=rank, world=2, device=torch.device("cpu"), autocast=nullcontext(), gather=gather)
+    def traced(gather, **ranks):
+        monkeypatch.setattr(distributed, "gather", gather)
+        return traces(model, "read", KNOWN["read"], held, size=2, seed=0, steps=2, **CPU, **ranks)
 
-    how = dict(size=2, seed=0, steps=2)
-    whole = traces(model, "read", KNOWN["read"], held, hardware=HARDWARE, **how)
+    alone = traced(lambda part: [part])
     for rank in (0, 1):
-        traces(model, "read", KNOWN["read"], held, hardware=at(rank, lambda part: parts.append(part) or [part]), **how)
-    both = traces(model, "read", KNOWN["read"], held, hardware=at(0, lambda part: [parts[1], parts[0]]), **how)
-    assert torch.equal(both["answers"], whole["answers"]) and [len(found) for _, found in parts] == [2, 2]
+        traced(lambda part: parts.append(part) or [part], rank=rank, world=2)
+    both = traced(lambda part: [parts[1], parts[0]], rank=0, world=2)
+    assert torch.equal(both["answers"], alone["answers"]) and [len(batches) for _, batches in parts] == [2, 2]
     stopped = [(True, []), parts[1]]
-    assert traces(model, "read", KNOWN["read"], held, hardware=at(0, lambda part: stopped), **how) is None
+    assert traced(lambda part: stopped, rank=0, world=2) is None
 
 
 class Held:
@@ -149,7 +150,7 @@ class Held:
 def test_a_report_has_every_task_both_weights_and_the_controls():
     model = build(["read", "arc"], enable_mtp=False)
     data, sources = Held(model, model.tasks), {name: SimpleNamespace(task=KNOWN[name]) for name in model.tasks}
-    how = dict(paths=0, noise=0.0, select="score", size=4, seed=0, hardware=HARDWARE)
+    how = dict(paths=0, noise=0.0, select="score", size=4, seed=0, **CPU)
     average = Average(dict(model.named_parameters()), 0.9)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -177,7 +178,7 @@ def test_a_report_has_every_task_both_weights_and_the_controls():
 def test_a_report_that_is_stopped_is_none():
     model = build(["read"], **PLAIN)
     data, sources = Held(model, model.tasks), dict(read=SimpleNamespace(task=KNOWN["read"]))
-    how = dict(paths=0, noise=0.0, select="score", size=4, seed=0, hardware=HARDWARE, controls=True)
+    how = dict(paths=0, noise=0.0, select="score", size=4, seed=0, **CPU, controls=True)
     average = Average(dict(model.named_parameters()), 0.9)
     assert report(model, average, sources, data, "val", stop=True, **how) is None and model.training
 
@@ -193,7 +194,7 @@ def test_a_control_is_scored_by_the_page_that_was_asked(monkeypatch):
     model, seen = build(["read"], **PLAIN), []
     data, sources = Held(model, model.tasks), dict(read=SimpleNamespace(task=KNOWN["read"]))
     monkeypatch.setattr(module, "score", lambda task, pages, *others: seen.append(pages) or score(task, pages, *others))
-    how = dict(paths=0, noise=0.0, select="score", size=4, seed=0, hardware=HARDWARE)
+    how = dict(paths=0, noise=0.0, select="score", size=4, seed=0, **CPU)
     examine(model.eval(), sources, data, "test", change=torch.zeros_like, **how)
     own = data.held_out("read", "test")["page"].numpy()
     assert seen and all((pages == own).all() for pages in seen)

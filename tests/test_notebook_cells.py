@@ -135,7 +135,7 @@ def test_the_builder_of_pages_ends_with_an_error(tmp_path, monkeypatch):
     begun = []
     original = train_multimodal.begin
     monkeypatch.setattr(train_multimodal, "begin", lambda cfg: begun.append(original(cfg)) or begun[0])
-    monkeypatch.setattr(train_multimodal, "Hardware", lambda *_: 1 / 0)
+    monkeypatch.setattr(train_multimodal, "check_torchrun", lambda device: 1 / 0)
     more = dict(train_samples=4000, data_paths=[tmp_path / "pages"], checkpoint_path=tmp_path)
     with pytest.raises(ZeroDivisionError):
         train_multimodal.main(train_multimodal.Config(**PAGES | more))

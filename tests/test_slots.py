@@ -15,7 +15,7 @@ from models import halting
 from models.halting import CONTINUE, HALT, HaltingAgent
 
 DEVICE, ROWS, LIMIT = torch.device("cpu"), 10, 4
-HARDWARE = SimpleNamespace(device=DEVICE, autocast=torch.autocast("cpu", enabled=False))
+AUTOCAST = torch.autocast("cpu", enabled=False)
 
 
 class Stream:
@@ -277,7 +277,7 @@ def test_codes_begin_with_the_first_pages(monkeypatch):
     made, stream = [], Stream("read")
     for _ in range(2):
         model = build(["read"], enable_mtp=False)
-        start_codes(model, stream, dict(read=SimpleNamespace(task=KNOWN["read"])), 0, HARDWARE)
+        start_codes(model, stream, dict(read=SimpleNamespace(task=KNOWN["read"])), 0, DEVICE, AUTOCAST)
         made.append([buffer.clone() for buffer in model.quantizer.codebook.buffers()])
     assert all(torch.equal(a, b) for a, b in zip(*made, strict=True))
     pages = math.ceil(0.25 * len(model.quantizer.codebook.codes) / (model.num_capsules * model.quantizer.shape[0]))

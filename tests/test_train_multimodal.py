@@ -21,9 +21,7 @@ from test_resume import assert_same
 import train_multimodal
 from data_utils import files
 from data_utils.checkpoint import canonical_keys, load_checkpoint
-from data_utils.config import from_cli
 from data_utils.launch import launch as run_program
-from data_utils.overrides import PICTURES
 from data_utils.pages import arc, shards
 from data_utils.pages import rolling_batch as slots
 from models import halting
@@ -42,38 +40,38 @@ STEPS = 16  # of an epoch: 128 samples, 8 a batch
 # the script with a halting agent that learns as early
 SCRIPT = f"""
 import sys
-from data_utils.config import from_cli
 from data_utils.launch import launch
-from data_utils.launch import launch as run_program
-from data_utils.overrides import PICTURES
 from models import halting
 import train_multimodal
 
 halting.LEARN_FROM = {LEARN_FROM}
-cls = train_multimodal.MultimodalConfig
-launch(train_multimodal.main, from_cli(dict(multimodal=cls), "", sys.argv[1:], "", overrides=PICTURES))
+launch(train_multimodal.main, train_multimodal.parse(sys.argv[1:]))
 """
 
 # the same in fp16 with a GradScaler, as an old GPU has it; the gradients of rank 1 alone overflow in the third step
 OVERFLOW = """
 import json
+import os
 import torch
-from data_utils import hardware
+from data_utils import distributed
 from models.optim.adam_atan2 import AdamAtan2
 from models.optim.ema import Average
 
-begin, average_gradients, update = hardware.Hardware.__init__, AdamAtan2.average_gradients, Average.update
+rank, average_gradients, update = os.environ["RANK"], AdamAtan2.average_gradients, Average.update
 calls, averaged, optimizers, scalers = [], [], [], []
 
-def in_fp16(self, *args, **more):
-    begin(self, *args, **more)
-    self.autocast = torch.autocast("cpu", torch.float16)
-    self.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
-    scalers.append(self.scaler)
+class Autocast(torch.autocast):
+    def __init__(self, device, *dtype, enabled=True):  # models name no dtype: they only turn autocast off
+        super().__init__(device, *[torch.float16 for _ in dtype], enabled=enabled or bool(dtype))
+
+class Scaler(torch.amp.GradScaler):
+    def __init__(self, device, enabled):
+        super().__init__(device, init_scale=1024.0)
+        scalers.append(self)
 
 def overflow(self, world, *others):
     calls.append(world)
-    if len(calls) == 3 and int(hardware.os.environ["RANK"]) == 1:
+    if len(calls) == 3 and rank == "1":
         self.flat_gradients[0][5] = torch.inf
     optimizers[:] = [self]
     average_gradients(self, world, *others)
@@ -82,12 +80,12 @@ def note(self, step):
     averaged.append(step)
     update(self, step)
 
-def tell(self):
+def tell():
     weights = [flat.values.double().sum().item() for flat in optimizers[0].flat]
     row = dict(weights=weights, steps=optimizers[0].steps, scale=scalers[0].get_scale(), averaged=averaged)
-    open(f"rank{self.rank}.json", "w").write(json.dumps(row))
+    open(f"rank{rank}.json", "w").write(json.dumps(row))
 
-hardware.Hardware.__init__, hardware.Hardware.close = in_fp16, tell
+torch.autocast, torch.amp.GradScaler, distributed.close = Autocast, Scaler, tell
 AdamAtan2.average_gradients, Average.update = overflow, note
 """
 
@@ -107,7 +105,7 @@ def folder(tmp_path, monkeypatch):
 def read(*words):
     """The configuration of a command line, its words in one string or several."""
     words = [word for text in words for word in shlex.split(str(text))]
-    return from_cli(dict(multimodal=MultimodalConfig), "", words, "train_multimodal.py", overrides=PICTURES)
+    return train_multimodal.parse(words)
 
 
 def run(*words):
@@ -173,6 +171,9 @@ COMMANDS = [  # the guide's words, and the same in flags
     ("--no-enable-memory", "--no-enable_memory"),
     ("--no-incremental", "incremental=false"),
     ("data_paths=[a,b]", "--data-paths a b"),
+    ("--learning-rate 2 --min_lr_ratio 0 --max_epochs 3 --clip 4", "lr=2 lr_min_ratio=0 epochs=3 gradient_clip=4"),
+    ("learning_rate=2 arch.grad_clip=4 out=a", "--lr 2 --gradient_clip 4 --checkpoint_path a"),
+    ("log_steps=6 eval_epochs=7 num_workers=5", "--log_interval 6 --eval_interval 7 --workers 5"),
     ("--tasks read maze", "tasks=[read,maze]"),
     ("--eval-only --max-seconds 5", "eval_only=true max_seconds=5"),
     (f"--config {ROOT}/configs/multimodal/low_memory.yaml", "--global-batch-size 8 --no-enable-memory "
@@ -214,7 +215,7 @@ def test_every_arch_builds_and_steps(arch, monkeypatch):
     monkeypatch.setattr(arc, "load", made_up)
     main(read(f"arch={arch}", *SMALL, paths, code, "dataset_only=true"))
     result = main(read(f"arch={arch}", *SMALL, paths, code))
-    assert result["step"] == 1 and math.isfinite(result["best"]) and not result["stopped"]
+    assert result["step"] == 1 and math.isfinite(result["best_score"]) and not result["stopped"]
     splits = [row["split"] for row in rows("a")[1:]]
     assert splits == ["train", "val", "test"] and all(math.isfinite(row["loss"]) for row in rows("a")[1:])
     assert "a: step 1 of" in Path("train.log").read_text()
@@ -247,7 +248,7 @@ def test_every_choice_steps(turn, pages, grids, monkeypatch):
     words = [word for word in TOY if word.split("=")[0] not in turn]
     data = grids if ONE in turn else pages
     result = run(*words, f"data_paths={data} checkpoint_path=a max_steps=2", turn)
-    assert result["step"] == 2 and math.isfinite(result["best"])
+    assert result["step"] == 2 and math.isfinite(result["best_score"])
     assert all(math.isfinite(row["loss"]) for row in rows("a")[1:])
 
 
@@ -413,7 +414,7 @@ def test_a_run_goes_on_with_other_sizes(flags, anew, finished, pages, capfd):
     words = [word for word in TOY if word.split("=")[0] + "=" not in flags]
     result = run(*words, f"data_paths={pages} checkpoint_path=a epochs=2 max_steps=19", flags)
     out, _ = capfd.readouterr()
-    assert result["step"] == 19 and math.isfinite(result["best"]) and "resumed a/latest.pt at step 16" in out
+    assert result["step"] == 19 and math.isfinite(result["best_score"]) and "resumed a/latest.pt at step 16" in out
     assert [line for line in out.splitlines() if "begin anew" in line] == [anew] * bool(anew)
     state = load_checkpoint("a/latest.pt", "multimodal")
     assert state["skipped"] == 0
@@ -579,7 +580,7 @@ def test_steps_that_are_not_finite_end_a_run_but_not_what_it_had(finished, pages
     shutil.copytree(finished, "a")
     words = [*TOY, f"data_paths={pages} checkpoint_path=a epochs=3"]
     told(*words, "lr=1e38 gradient_clip=0", status=1)
-    assert "10 steps in a row not finite, try a smaller --lr" in capfd.readouterr().err
+    assert "10 steps in a row were not finite" in capfd.readouterr().err
     assert run(*words, "max_steps=18")["step"] == 18
 
 

@@ -6,8 +6,10 @@ n samples, T steps, K paths, L symbols of an answer.
 import numpy as np
 import torch
 
+from data_utils import distributed
 from data_utils.pages.rolling_batch import batch_of
 from data_utils.pages.scores import score
+from data_utils.pages.shards import Stopped
 from models.codebook import usage_and_perplexity
 from models.glyphs import PADDING
 from models.planning import select
@@ -16,27 +18,27 @@ STEPS = 1, 2, 4, 8, 16  # after which an answer is scored
 
 
 @torch.no_grad()
-def traces(model, name, task, held, *, size, seed, hardware, stop=False, **how):
+def traces(model, name, task, held, *, size, seed, device, autocast, rank=0, world=1, stop=False, **how):
     """Think about all of `held`, `size` pages at a time -> what Multimodal.trace returns, as arrays; None if stopped.
 
     held: page, target, id (n, ...). Rows are split over ranks, and all ranks get all. how: as of trace.
     """
     n, found = len(held["page"]), []
     generator = torch.Generator().manual_seed(seed)
-    mine = range(hardware.rank * size, n, hardware.world * size)
+    mine = range(rank * size, n, world * size)
     for first in mine:
         if stop:
             break
         index = np.arange(first, min(first + size, n))
         part = {key: values[index] for key, values in held.items()}
         batch = batch_of(part, name, task, model.augment, seed, -2 - index)  # training's samples count from 0
-        batch = {key: part if key == "task" else part.to(hardware.device) for key, part in batch.items()}
-        with hardware.autocast:
+        batch = {key: part if key == "task" else part.to(device) for key, part in batch.items()}
+        with autocast:
             trace = model.trace(batch, generator=generator, **how)
         kept = {key: trace[key].movedim(1, 0).cpu() for key in ("answers", "halt", "nats")}  # samples first
         kept |= {key: trace[key].cpu() for key in ("codes",) if key in trace}
         found.append((first, {key: values.float() if key != "answers" else values for key, values in kept.items()}))
-    shards = hardware.gather((bool(stop), found))
+    shards = distributed.gather((bool(stop), found))
     if any(stopped for stopped, _ in shards):
         return None
     parts = [part for _, part in sorted((pair for _, found in shards for pair in found), key=lambda pair: pair[0])]
@@ -108,7 +110,11 @@ def examine(model, sources, data, split, *, paths, noise, select, change=None, *
     """
     row, firsts = {}, []
     for name, source in sources.items():
-        held, steps = data.held_out(name, split), model.limit(name)
+        try:
+            held = data.held_out(name, split)
+        except Stopped:
+            return None
+        steps = model.limit(name)
         shown = held | dict(page=change(held["page"])) if change else held  # what is right is that of its own page
         found = traces(model, name, source.task, shown, steps=steps, paths=paths, noise=noise, **how)
         if not found:

@@ -170,13 +170,13 @@ def _rows(state, rows):
     return state if state is None else state[rows]
 
 
-def start_codes(model, data, sources, seed, hardware):
+def start_codes(model, data, sources, seed, device, autocast):
     """Begin the codebook of capsules with those of the first pages of the first task, as many as it needs."""
     name, source = next(iter(sources.items()))
     groups, _ = model.quantizer.shape
     enough = math.ceil(VECTORS * len(model.quantizer.codebook.codes) / (model.num_capsules * groups))
     index = data.at(name, np.arange(min(data.rows(name), START_PAGES, enough)))
     batch = batch_of(data.samples(name, index), name, source.task, model.augment, seed, index)
-    batch = {key: part if key == "task" else part.to(hardware.device) for key, part in batch.items()}
-    with hardware.autocast:
+    batch = {key: part if key == "task" else part.to(device) for key, part in batch.items()}
+    with autocast:
         model.start_codes(batch, torch.Generator().manual_seed(seed))
