@@ -42,6 +42,12 @@ def cosmetic_names(cfg):
     return [f.name for f in dataclasses.fields(cfg) if f.metadata.get("cosmetic")]
 
 
+def flag_names(field):
+    """Return the names of a field's flag, the field's own first."""
+    also = field.metadata.get("also", ())
+    return [field.name, *([also] if isinstance(also, str) else also)]
+
+
 class Parser(argparse.ArgumentParser):
     def error(self, message):
         unknown = message.partition("unrecognized arguments:")[2]
@@ -284,10 +290,8 @@ def parser_of(cls, doc, prog):
             kind |= dict(type=value_type, choices=typing.get_args(f.type) or None)
         if bare := f.metadata.get("bare", BARE.get(f.name)):
             kind |= dict(nargs="?", const=bare)
-        also = f.metadata.get("also", ())
-        names = [f.name, *([also] if isinstance(also, str) else also)]
         flags = [*filter(None, [f.metadata.get("short")])]
-        flags += dict.fromkeys("--" + n for name in names for n in (name, name.replace("_", "-")))
+        flags += dict.fromkeys("--" + n for name in flag_names(f) for n in (name, name.replace("_", "-")))
         group.add_argument(*flags, **kind)
     return parser
 

@@ -129,13 +129,14 @@ def launch(main, cfg, leave=True):
 
 
 def _remedy(cfg):
-    """What takes less memory than a run with this configuration."""
+    """Return what takes less memory than a run with this configuration: its `remedy`, if its class has one."""
+    remedy = getattr(cfg, "remedy", "")
+    if remedy:
+        return remedy() if callable(remedy) else remedy
     if hasattr(cfg, "enable_gradient_checkpointing"):  # configs/multimodal/low_memory.yaml, as far as it is not yet on
         cures = dict(enable_memory=False, enable_latent_planning=False, enable_gradient_checkpointing=True)
         left = ["global_batch_size=8"] * (cfg.global_batch_size > 8)
         left += [f"{name}={value}".lower() for name, value in cures.items() if getattr(cfg, name) != value]
         return " ".join(left) or "a smaller hidden_size="
-    if hasattr(cfg, "accumulate"):
-        return "a smaller batch_size=, accumulate=2, or a smaller hidden="
     shared = ", or --fsdp" * (not getattr(cfg, "fsdp", True) and int(os.environ.get("WORLD_SIZE", 1)) > 1)
     return "a smaller --batch_size with a larger --grad_accum_steps" + shared

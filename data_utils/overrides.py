@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
 
-from data_utils.config import Parser, as_flags, default_of, parser_of, read_flags, tuples
+from data_utils.config import Parser, as_flags, default_of, flag_names, parser_of, read_flags, tuples
 from data_utils.files import root
 
 BOOLS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
@@ -38,18 +38,9 @@ class Overrides:
     def name(self, key):
         """Return the name of the field that KEY means, if there is such a field."""
         prefix = next((p for p in self.prefixes if key.startswith(p)), "")
-        return self.aliases.get(key) or key.removeprefix(prefix).replace("-", "_")
+        name = key.removeprefix(prefix).replace("-", "_")
+        return self.aliases.get(key) or self.aliases.get(name, name)
 
-
-FAMILIES = "losses metrics codebook latency recon adversarial diffusion".split()  # of figures
-GUIDE = Overrides(  # the keys of the autoencoders' training guide
-    prefixes=("phase1.trainer.", "phase1/", "phase1.", "data.", "logging."),
-    aliases={"phase1.encoder.hidden": "hidden", "phase1.decoder.hidden": "hidden", "data.path": "data",
-             "phase1.latent_space.codebook_size": "codebook_size", "hydra.job.name": "name"}
-    | {f"logging.families.{family}.enabled": f"plot_{family}" for family in FAMILIES},
-    ignored=("hydra=experiment",), folder="configs/ae", bundles=dict(env="env", logging=""),
-    snapshot=".hydra/config.yaml",
-)  # fmt: skip
 
 PICTURES = Overrides(  # of train_multimodal.py's
     prefixes=("arch.",), aliases={}, ignored=(), folder="configs/multimodal", bundles=dict(arch=""),
@@ -97,6 +88,8 @@ def read(variants, doc, argv, prog, by, table):
     """
     error = Parser(prog=prog).error
     known = {f.name: f for cls in variants.values() for f in dataclasses.fields(cls)}
+    also = {name: f.name for f in known.values() for name in flag_names(f)[1:]}
+    table = dataclasses.replace(table, aliases=table.aliases | also)
     try:
         items = split(_full_names(argv, root() / table.folder), table, known)
         layers = _layers(items, table, known, error)
@@ -154,6 +147,7 @@ def split(argv, table, known):
         if re.match(r"--?[A-Za-z]", word):
             name = key.lstrip("-").replace("-", "_")
             name = name if name in known else name.removeprefix("no_")
+            name = table.aliases.get(name, name)
             default = default_of(known[name]) if name in known else ""
             room = 0 if equals or isinstance(default, bool) else math.inf if isinstance(default, tuple) else 1
             items.append(Item(name, [word]))
