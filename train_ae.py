@@ -1,164 +1,200 @@
-"""Train an autoencoder of particle events: an encoder, a latent space and a decoder, under one of four loops.
+"""Train an autoencoder of particle events: an encoder, a latent space and a decoder.
 
-    python train_ae.py                                                          # synthetic events, a minute or so
-    python train_ae.py phase1.trainer.epochs=20 phase1/latent_space=vq          # or --epochs 20 --latent-space vq
-    python train_ae.py --loop gan_ae                                            # or diffusion_ae, test_mlp
-    python train_ae.py --multirun latent_space=none,linear,vq epochs=10,20      # a sweep of six jobs
-    torchrun --nproc-per-node 2 train_ae.py env=cluster                         # several GPUs
+    python train_ae.py                                        # made events, about a minute
+    python train_ae.py --epochs 20 --latent-space linear      # or epochs=20 latent_space=linear
+    python train_ae.py --loop gan_ae                          # or diffusion_ae, test_mlp
+    python train_ae.py resume=outputs/runs/run_<time>_<name>  # go on where it stopped
+    python train_ae.py --multirun latent_space=none,vq epochs=10,20  # a sweep of four jobs
+    torchrun --nproc-per-node 2 train_ae.py env=cluster       # several GPUs
 
-KEY=VALUE is --key value; phase1.trainer., phase1/, phase1., data. or logging. may precede KEY. Writes a run's folder in
-outputs/runs/; with out= that folder it goes on. In a notebook: paste this file, then main(AeConfig(epochs=2)).
+KEY=VALUE is --key value. One of phase1.trainer., phase1/, phase1., data. and logging. may precede
+KEY. A run writes last.pt, best_val.pt, a link model.pt, facts/, figures/ and .hydra/ to a folder
+of its own in outputs/runs/, or to --out, where the same command goes on. In a notebook, paste this
+file into a cell, then call main(AeConfig(epochs=2)).
+
+An event is a set of particles. Its features, types and globals (the missing energy) are encoded.
 """
 
 import inspect
 import math
+import os
 import sys
 import time
 import uuid
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Literal
 
-from data_utils.config import at_least, complete, from_cli
-from data_utils.errors import DataError
-from data_utils.launch import ends_cleanly, launch
-from data_utils.overrides import GUIDE
+from data_utils.config import at_least, complete, cosmetic, cosmetic_names, flag, from_cli
+from data_utils.errors import DataError, UsageError
+from data_utils.launch import check_torchrun, ends_cleanly, launch
+from data_utils.overrides import Overrides
 
+Loop = Literal["ae", "gan_ae", "diffusion_ae", "test_mlp"]
 Part = Literal["mlp", "gnn", "gan", "diffusion"]
+MOMENTS = ("on_epoch_end", "on_train_end", "on_test_end")  # when figures can be drawn
 
 
+# A `cosmetic` field may change on a resume, and the run still ends with the same bits. Names in
+# `also` are further names of the flag.
 @dataclass
 class AeConfig:
     # run
-    loop: Literal["ae", "gan_ae", "diffusion_ae", "test_mlp"] = "ae"  # how it is trained
-    name: str = "experiment"  # end of the run folder's name
-    out: str = ""  # this run's folder; "" = {outputs}/runs/run_<time>_<name>
-    outputs: str = "outputs"  # root of runs/ and multiruns/
-    env: str = "local"  # bundle of a site, configs/ae/env/<env>.yaml
-    config: str = ""  # YAML file of flags; --config-name X is configs/ae/X.yaml
-    logging: str = ""  # bundle of figures: plots_minimal, plots_standard, plots_full
-    resume: str = "auto"  # auto: go on in `out`; none: refuse an `out` with files; or a run folder, file, sweep folder
-    seed: int = 42  # of weights, order, noise and split
+    loop: Loop = "ae"  # how it is trained
+    name: str = cosmetic("experiment")  # end of the run folder's name
+    out: str = cosmetic("")  # folder of this run; none named = {outputs}/runs/run_<time>_<name>
+    outputs: str = cosmetic("outputs")  # root of runs/ and multiruns/
+    env: str = cosmetic("local")  # bundle of a site: configs/ae/env/<env>.yaml
+    config: str = cosmetic("")  # YAML file of flags; --config-name X is configs/ae/X.yaml
+    logging: str = cosmetic("")  # bundle of figures: plots_minimal, plots_standard, plots_full
+    resume: str = cosmetic("auto")  # auto: go on in out; none: begin; or a run, a file, a sweep
+    seed: int = 42  # of weights, data order, noise and split
     # data
-    data: str = "decay_chain"  # decay_chain (made in memory), or an .h5, .hdf5 or .npz file
+    data: str = cosmetic("decay_chain")  # decay_chain: made in memory; or a .h5, .hdf5, .npz file
     events: int = 20000  # events to make
-    limit: int = 0  # rows of a split that are kept; 0 = all
-    labels: tuple[int, ...] = (0, 1, 2, 3, 4, 5)  # processes to keep: tt, tttt, ttH, ttW, ttWW, ttZ
+    limit: int = 0  # events of a split that are kept; 0 = all
+    labels: tuple[int, ...] = (0, 1, 2, 3, 4, 5)  # processes: tt, tttt, ttH, ttW, ttWW, ttZ
     features: tuple[str, ...] = ("E", "pT", "eta", "phi")  # columns to model, in this order
-    phi: Literal["sincos", "raw"] = "sincos"  # raw: a jump at pi, only to repeat measured comparisons
+    phi: Literal["sincos", "raw"] = "sincos"  # raw jumps at pi: only to repeat old comparisons
     energy_unit: Literal["GeV", "MeV"] = "GeV"  # of the file
-    symmetries: bool = False  # train on events turned about the beam and mirrored, anew in each epoch
+    symmetries: bool = False  # turn events about the beam and mirror them, anew in each epoch
     # model
     encoder: Part = "mlp"  # reads an event
     decoder: Part = "mlp"  # writes it
     latent_space: Literal["none", "linear", "vq"] = "vq"  # between them
-    level: Literal["token", "event"] = "token"  # one latent a particle, or one an event
+    level: Literal["token", "event"] = "token"  # one latent per particle, or one per event
     latent_dim: int = 32  # width D of a latent
     hidden: tuple[int, ...] = (128, 128)  # widths of MLPs
     gnn_dim: int = 64  # width of message layers
     gnn_layers: int = 2  # message layers
     activation: Literal["relu", "gelu", "silu"] = "gelu"  # of MLPs
     dropout: float = 0.0  # in MLPs
-    side_info: bool = False  # the decoder is told type and slot, and has no type to find
+    side_info: bool = False  # the decoder reads type and slot, and guesses no type
     noise_dim: int = 8  # noise inputs of encoder or decoder gan
     codebook_size: int = 512  # codes K
     beta: float = 0.25  # weight of the commitment
-    ema_decay: float = 0.0  # of the codes' running means; 0 = by the number of steps
-    revive: float = 0.0  # share of N/K below which a code is dead; 0 = by the number of steps, -1 = off
+    codebook_decay: float = flag(0.0, also="ema_decay")  # of the codes' means; 0 = by the steps
+    revive: float = 0.0  # share of N/K below which a code is dead; 0 = by the steps, -1 = off
     vq_init: Literal["kmeans", "random"] = "kmeans"  # first codes
     # losses
     type_weight: float = 0.1  # weight of the types
     globals_beta: float = 0.1  # weight of the missing energy
     latent_adv_weight: float = 0.1  # weight of encoder gan's critic of latents
-    d_lr: float = 1e-3  # learning rate of the critic and of a discriminator
+    d_lr: float = 1e-3  # peak learning rate of the critic and of a discriminator
     # optimization
-    epochs: int = 10  # passes over the events
+    epochs: int = flag(10, also="max_epochs")  # passes over the events
     batch_size: int = 128  # events per micro-batch and process
-    accumulate: int = 1  # micro-batches per optimizer step
-    lr: float = 1e-3  # peak learning rate
+    accumulate: int = flag(  # micro-batches per optimizer step
+        1, also=("grad_accum_steps", "gradient_accumulation_steps")
+    )
+    lr: float = flag(1e-3, also="learning_rate")  # peak learning rate
+    min_lr_ratio: float = flag(0.1, also="lr_min_ratio")  # floor of the cosine, share of the peak
     weight_decay: float = 0.0  # AdamW decay
-    warmup: float = 100.0  # steps of linear warmup, at most a tenth of all steps; a cosine to a tenth of lr follows
-    clip: float = 1.0  # largest gradient norm; 0 = off
-    max_steps: int = 0  # stop earlier, on the same schedule; 0 = off
-    max_seconds: float = 0.0  # stop after so many seconds; 0 = off
-    # files, figures
-    fresh: bool = False  # start over; old files of `out` are renamed to *.bak, *.bak2, ...
-    save_minutes: float = 10.0  # minutes between rolling saves: what a crash can cost; 0 = after each epoch only
-    save_artifacts: bool = True  # off: nothing is written, the best weights stay in memory
-    make_plots: bool = True  # off: no figures
-    plot_losses: bool = True  # training and validation loss
-    plot_metrics: bool = True  # every other metric
-    plot_codebook: bool = True  # use of the codes
-    plot_latency: bool = True  # seconds of an epoch
-    plot_recon: bool = False  # reconstructions
-    plot_adversarial: bool = True  # discriminator or critic
-    plot_diffusion: bool = True  # noise prediction
-    plot_moments: tuple[str, ...] = ("on_epoch_end", "on_train_end", "on_test_end")  # when figures are drawn
-    plot_every: int = 10  # epochs between those of on_epoch_end; the last one always
-    plot_detail: Literal["light", "full"] = "light"  # full: more panels
-    # sweep, hardware
-    multirun: bool = False  # also -m: KEY=a,b runs one job a value, each combination of several keys
-    fail_fast: bool = False  # the first job that fails ends the sweep
-    sweep_job: int = -1  # run this job of the sweep alone (array jobs); -1 = all
-    device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # auto: bfloat16 on a GPU that has it
-    compile: bool = False  # torch.compile: slow to start, then faster on a GPU
+    warmup: float = flag(100.0, also="warmup_steps")  # steps of it; at most a tenth of all steps
+    clip: float = flag(1.0, also=("grad_clip", "gradient_clip"))  # largest gradient norm; 0 = off
+    max_steps: int = cosmetic(0)  # stop earlier, on the same schedule; 0 = off
+    max_seconds: float = cosmetic(0.0)  # stop after so many seconds; 0 = off
+    # files and figures
+    fresh: bool = cosmetic(False)  # start over; old files of out are renamed to *.bak, *.bak2, ...
+    save_minutes: float = cosmetic(10.0)  # minutes between rolling saves; 0 = after each epoch only
+    save_artifacts: bool = cosmetic(True)  # off: nothing is written, best weights stay in memory
+    make_plots: bool = cosmetic(True)  # off: no figures
+    plot_losses: bool = cosmetic(True)  # training and validation loss
+    plot_metrics: bool = cosmetic(True)  # every other metric
+    plot_codebook: bool = cosmetic(True)  # use of the codes
+    plot_latency: bool = cosmetic(True)  # seconds of an epoch
+    plot_recon: bool = cosmetic(False)  # reconstructions
+    plot_adversarial: bool = cosmetic(True)  # discriminator or critic
+    plot_diffusion: bool = cosmetic(True)  # noise prediction
+    plot_moments: tuple[str, ...] = cosmetic(MOMENTS)  # when figures are drawn
+    plot_every: int = cosmetic(10)  # epochs between those of on_epoch_end; the last one always
+    plot_detail: Literal["light", "full"] = cosmetic("light")  # full: more panels
+    # sweep and hardware
+    multirun: bool = cosmetic(False)  # also -m: KEY=a,b runs a job per value; keys are combined
+    fail_fast: bool = cosmetic(False)  # the first job that fails ends the sweep
+    sweep_job: int = cosmetic(-1)  # run this job of the sweep alone (array jobs); -1 = all
+    device: str = cosmetic("auto")  # auto, cpu, cuda, cuda:1, mps
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # auto: bfloat16 on a GPU
+    compile: bool = cosmetic(False)  # torch.compile: slow to start, then faster on a GPU
+
+    # launch advises this when the memory is too small.
+    remedy = "a smaller batch_size=, accumulate=2, or a smaller hidden="
 
 
 @dataclass
 class GanAeConfig(AeConfig):
-    loop: Literal["ae", "gan_ae", "diffusion_ae", "test_mlp"] = "gan_ae"  # how it is trained
+    loop: Loop = "gan_ae"  # how it is trained
     gnn_dim: int = 32  # width of message layers
-    d_lr: float = 3e-4  # learning rate of the critic and of a discriminator
-    adv_weight: float = 0.8  # weight of the discriminator's verdict, in units of the reconstruction's gradient
-    adv_start: float = 0.2  # share of the steps after which that counts
+    d_lr: float = 3e-4  # peak learning rate of the critic and of a discriminator
+    adv_weight: float = 0.8  # pull of the discriminator, as a share of the reconstruction's
+    adv_start: float = 0.2  # share of the steps after which it pulls
 
 
 @dataclass
 class DiffusionAeConfig(AeConfig):
-    loop: Literal["ae", "gan_ae", "diffusion_ae", "test_mlp"] = "diffusion_ae"  # how it is trained
+    loop: Loop = "diffusion_ae"  # how it is trained
     latent_space: Literal["none", "linear", "vq"] = "none"  # between them
-    level: Literal["token", "event"] = "event"  # one latent a particle, or one an event
+    level: Literal["token", "event"] = "event"  # one latent per particle, or one per event
     hidden: tuple[int, ...] = (256, 256)  # widths of MLPs
-    epochs: int = 20  # passes over the events
-    lr: float = 3e-3  # peak learning rate
+    epochs: int = flag(20, also="max_epochs")  # passes over the events
+    lr: float = flag(3e-3, also="learning_rate")  # peak learning rate
     diffusion_steps: int = 1000  # noise levels
-    noise_schedule: Literal["cosine", "linear"] = "cosine"  # how the noise grows; linear: beta 1e-4 to 0.02
+    noise_schedule: Literal["cosine", "linear"] = "cosine"  # linear: beta rises from 1e-4 to 0.02
     ddim_steps: int = 20  # denoising steps when sampling
 
 
 @dataclass
 class TestMlpConfig(AeConfig):
-    loop: Literal["ae", "gan_ae", "diffusion_ae", "test_mlp"] = "test_mlp"  # how it is trained
+    loop: Loop = "test_mlp"  # how it is trained
     task: Literal["regression", "binary"] = "regression"  # what the table asks for
 
 
-FAMILIES = {"losses", "metrics", "latency", "codebook", "recon", "adversarial"}  # of figures; the last: encoder gan
-LOOPS = {
-    "ae": (AeConfig, FAMILIES),
-    "gan_ae": (GanAeConfig, FAMILIES),
-    "diffusion_ae": (DiffusionAeConfig, FAMILIES | {"diffusion"}),
-    "test_mlp": (TestMlpConfig, {"losses", "metrics", "latency"}),
-}
-CONFIGS = {name: cls for name, (cls, _) in LOOPS.items()}
+FIGURES = ("losses", "metrics", "codebook", "latency", "recon", "adversarial", "diffusion")
+LOOPS = dict(  # loop -> (its configuration, the figures that it can draw)
+    ae=(AeConfig, {*FIGURES} - {"diffusion"}),
+    gan_ae=(GanAeConfig, {*FIGURES} - {"diffusion"}),
+    diffusion_ae=(DiffusionAeConfig, {*FIGURES}),
+    test_mlp=(TestMlpConfig, {"losses", "metrics", "latency"}),
+)
+CONFIGS = {name: config for name, (config, _) in LOOPS.items()}
 Config = AeConfig
+GUIDE = Overrides(  # the keys of the training guide
+    prefixes=("phase1.trainer.", "phase1/", "phase1.", "data.", "logging."),
+    aliases={
+        "phase1.encoder.hidden": "hidden",
+        "phase1.decoder.hidden": "hidden",
+        "phase1.latent_space.codebook_size": "codebook_size",
+        "data.path": "data",
+        "hydra.job.name": "name",
+        **{f"logging.families.{name}.enabled": f"plot_{name}" for name in FIGURES},
+    },
+    ignored=("hydra=experiment",),
+    folder="configs/ae",
+    bundles=dict(env="env", logging=""),
+    snapshot=".hydra/config.yaml",
+)
+
+
+def parse(argv=None):
+    """Return the configuration, or the Jobs of a sweep, that the command line asks for."""
+    return from_cli(CONFIGS, __doc__, argv, by="loop", overrides=GUIDE)
+
 
 if __name__ == "__main__":  # before torch is imported, so that --help and typos answer at once
-    cfg = from_cli(CONFIGS, __doc__, by="loop", overrides=GUIDE)
+    cfg = parse()
     if cfg and cfg.multirun:  # each job is a process of its own; this one needs no torch
         from data_utils.events.sweep import sweep
 
         launch(sweep, cfg)
 
-
 import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
 
-from data_utils import checkpoint, files
+from data_utils import checkpoint, distributed, files
 from data_utils.events.dataset import epoch_order, load_events, take, test_table, turned
 from data_utils.events.reconstruct import keep_rates, latent_statistics, reconstructed, start_codes
-from data_utils.events.run_folder import Recorder, run_folder, take_up
-from data_utils.hardware import Hardware
+from data_utils.events.run_folder import Recorder, renew, run_folder
 from data_utils.metrics import add, means
 from data_utils.progress import Progress, say
 from data_utils.stop import Stop
@@ -167,242 +203,459 @@ from models.codebook import decay_for, revive_for, usage_and_perplexity
 from models.diffusion import NoiseSchedule, denoised
 from models.gan import Judges
 
-BAD_STEPS = 20  # non-finite steps in a row that end a run
-AT_ONCE, DENOISED = 1024, 1024  # events in a batch of evaluation; made from noise there
-# what a resumed run may change and still do bit for bit the same
-COSMETIC = """name out outputs env config logging resume fresh data save_minutes max_steps max_seconds save_artifacts
-make_plots plot_losses plot_metrics plot_codebook plot_latency plot_recon plot_adversarial plot_diffusion plot_moments
-plot_every plot_detail multirun fail_fast sweep_job device compile""".split()
+BAD_STEPS = 20  # steps in a row without a finite loss and gradient that end a run
+EVAL_BATCH = 1024  # events in a batch of an evaluation
+DENOISED = 1024  # events that an evaluation of diffusion_ae makes from noise
+
+
+@dataclass
+class RunState:
+    """Where the run is. All of it is saved, and a resumed run goes on from it."""
+
+    step: int = 0  # optimizer steps done
+    epoch: int = 0  # epochs done and validated
+    sums: dict = field(default_factory=dict)  # {metric: (sum, count)} of the epoch under way
+    best_val_loss: float = math.inf  # lowest validation loss, of diffusion_ae lowest ddim_mse
+    best_epoch: int = -1  # epoch that has it, from 0
+    test_loss: float = math.nan  # of the best weights
+    tested: int = -1  # epochs done at that test
+    histories: dict = field(default_factory=dict)  # {metric: a value per epoch}
+    seconds: float = 0.0  # of the run, all its parts together
+    epoch_seconds: float = 0.0  # of training in the epoch under way
+    skipped: int = 0  # steps without a finite loss and gradient
+    skipped_in_row: int = 0  # those since the last good step
+    run_id: str = ""  # the same in all files of a run
+
+
+def check(cfg):
+    """Raise UsageError for a value that no run can have."""
+    at_least(cfg, 1, "epochs", "batch_size", "accumulate", "latent_dim", "gnn_dim", "gnn_layers")
+    at_least(cfg, 1, "noise_dim", "plot_every", "events")
+    at_least(cfg, 0, "lr", "min_lr_ratio", "d_lr", "weight_decay", "warmup", "clip", "dropout")
+    at_least(cfg, 0, "limit", "beta", "type_weight", "globals_beta", "seed", "latent_adv_weight")
+    at_least(cfg, 0, "codebook_decay", "save_minutes", "max_steps", "max_seconds")
 
 
 @ends_cleanly
 def main(cfg):
+    """Train as `cfg` says.
+
+    Returns a dict: the last RunState, final_val_loss, run_dir ("" if nothing is written), and
+    stopped: the signal that ended it, or 0.
+    """
     cfg = complete(cfg, CONFIGS, by="loop", overrides=GUIDE)
-    at_least(cfg, 1, *"epochs batch_size accumulate latent_dim gnn_dim gnn_layers noise_dim plot_every events".split())
-    at_least(cfg, 0, *"lr d_lr weight_decay warmup clip dropout limit beta type_weight globals_beta seed".split())
-    at_least(cfg, 0, *"latent_adv_weight ema_decay save_minutes max_steps max_seconds".split())
+    check(cfg)
+    dtype = cfg.dtype
+    if dtype == "auto":
+        on_gpu = cfg.device != "cpu" and torch.cuda.is_available()
+        dtype = "bfloat16" if on_gpu else "float32"
 
     # --- hardware -------------------------------------------------------------------------
-    auto = "float32" if cfg.device == "cpu" or not torch.cuda.is_available() else "bfloat16"
-    dtype = auto if cfg.dtype == "auto" else cfg.dtype
-    hardware = Hardware(cfg.device, dict(float32="fp32", bfloat16="bf16", float16="fp16")[dtype])
-    rank, world, device, scaler = hardware.rank, hardware.world, hardware.device, hardware.scaler
-    tell = say if rank == 0 else lambda *_: None
-    tell(hardware.reason)
+    # These lines are the same in all six scripts, and a test keeps them so.
+    check_torchrun(cfg.device)
+    rank = int(os.environ.get("RANK", 0))  # number of this process; torchrun sets these three
+    world = int(os.environ.get("WORLD_SIZE", 1))  # how many processes there are
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))  # number of this process on its machine
+    device = cfg.device
+    if device == "auto":
+        device = "mps" if torch.backends.mps.is_available() else "cpu"
+        device = "cuda" if torch.cuda.is_available() else device
+    try:
+        device = torch.device(f"cuda:{local_rank}" if device == "cuda" else device)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as e:
+        reason = str(e).splitlines()[0]
+        raise UsageError(f"--device {device} can't be used: {reason}\ntry: --device cpu") from e
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high")  # TF32 for products that stay in fp32
+        fast_bf16 = torch.cuda.get_device_capability(device) >= (8, 0)  # before, it is emulated
+    else:
+        fast_bf16 = device.type == "cpu" and (
+            torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+        )
+    if dtype == "bfloat16" and not fast_bf16:
+        dtype = "float16"
+    if dtype == "float16" and device.type != "cuda":
+        dtype = "float32"
+    autocast = torch.autocast(device.type, getattr(torch, dtype), enabled=dtype != "float32")
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == "float16")  # else it does nothing
+    if world > 1:
+        # A group that torchrun restarted must not find the addresses of the one before.
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)
+        store, *_ = next(dist.rendezvous("env://"))
+        store = dist.PrefixStore(f"attempt {attempt}", store)
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world)
+    log = say if rank == 0 else lambda *_: None
+    log(f"{device}, {dtype}, {world} process{'es' * (world > 1)}")
     torch.manual_seed(cfg.seed)
+    # The marked lines end here.
 
     # --- data -----------------------------------------------------------------------------
-    chosen = {name: getattr(cfg, name) for name in "events limit labels features phi energy_unit seed".split()}
-    data, meta = test_table(cfg.seed, cfg.task) if cfg.loop == "test_mlp" else load_events(cfg.data, **chosen)
-    data = {split: {key: column.to(device) for key, column in columns.items()} for split, columns in data.items()}
-    events, rows = len(data["train"]["x"]), cfg.batch_size * cfg.accumulate * world
-    batches = math.ceil(events / rows)  # an epoch; its last batch is filled up from its start
+    if cfg.loop == "test_mlp":
+        data, meta = test_table(cfg.seed, cfg.task)
+    else:
+        names = ("events", "limit", "labels", "features", "phi", "energy_unit", "seed")
+        data, meta = load_events(cfg.data, **{name: getattr(cfg, name) for name in names})
+    for split, columns in data.items():  # small enough to stay on the device
+        data[split] = {name: column.to(device) for name, column in columns.items()}
+    sizes = ", ".join(f"{len(columns['x'])} {split}" for split, columns in data.items())
+    dropped = f", dropped: {meta['dropped']}" if meta["dropped"] else ""
+    log(f"{meta['source']}: {sizes} events{dropped}")
+    events = len(data["train"]["x"])
+    # The last step of an epoch is filled up with events of its start.
+    batches = math.ceil(events / (cfg.batch_size * cfg.accumulate * world))  # steps per epoch
     steps = cfg.epochs * batches
-    last_step = min(steps, cfg.max_steps or steps)  # at which this run ends, on the schedule of all
-    counts = ", ".join(f"{len(columns['x'])} {split}" for split, columns in data.items())
-    tell(f"{meta['source']}: {counts} events" + f", dropped: {meta['dropped']}" * bool(meta["dropped"]))
+    last_step = min(steps, cfg.max_steps or steps)  # the schedule stays that of all steps
+    warmup = min(cfg.warmup, 0.1 * steps)
 
     # --- model and optimizer --------------------------------------------------------------
-    known = dict(adv_weight=0.0, adv_start=0.0) | asdict(cfg) | meta
-    known |= dict(denoise=cfg.loop == "diffusion_ae", discriminator=cfg.loop == "gan_ae")
-    known |= dict(ema_decay=cfg.ema_decay or decay_for(steps), revive=max(0, cfg.revive or revive_for(steps)))
+    settings = dict(adv_weight=0.0, adv_start=0.0) | asdict(cfg) | meta
+    settings["denoise"] = cfg.loop == "diffusion_ae"
+    settings["discriminator"] = cfg.loop == "gan_ae"
+    settings["ema_decay"] = cfg.codebook_decay or decay_for(steps)
+    settings["revive"] = max(0, cfg.revive or revive_for(steps))
 
     def build(network):
-        arguments = {name: known[name] for name in inspect.signature(network).parameters}
+        """Return a module of the class `network`, and its arguments by name."""
+        arguments = {name: settings[name] for name in inspect.signature(network).parameters}
         return network(**arguments).to(device), arguments
 
-    raw_model, model_args = build(Regressor if cfg.loop == "test_mlp" else AutoEncoder)  # the one that is saved
-    noises = build(NoiseSchedule)[0] if cfg.loop == "diffusion_ae" else None
-    judges = build(Judges)[0] if cfg.loop == "gan_ae" or cfg.loop != "test_mlp" and cfg.encoder == "gan" else None
-    groups = [dict(params=list(raw_model.parameters()), peak=cfg.lr, weight_decay=cfg.weight_decay)]
+    # The order of these modules decides which random numbers each of them starts from.
+    raw_model, model_args = build(Regressor if cfg.loop == "test_mlp" else AutoEncoder)
+    noises = None  # adds noise to features, which the decoder removes
+    if cfg.loop == "diffusion_ae":
+        noises, _ = build(NoiseSchedule)
+    judges = None  # a discriminator of events, a critic of the latents of encoder gan, or both
+    if cfg.loop == "gan_ae" or (cfg.loop != "test_mlp" and cfg.encoder == "gan"):
+        judges, _ = build(Judges)
+    groups = [dict(peak=cfg.lr, weight_decay=cfg.weight_decay, params=list(raw_model.parameters()))]
     if judges:
-        groups += [dict(params=list(judges.parameters()), peak=cfg.d_lr, weight_decay=0, betas=(0.5, 0.9))]
+        how = dict(peak=cfg.d_lr, weight_decay=0, betas=(0.5, 0.9))
+        groups.append(dict(params=list(judges.parameters())) | how)
     optimizer = torch.optim.AdamW(groups, lr=cfg.lr, fused=device.type in ("cpu", "cuda"))
-    parts = dict(model_state=raw_model, optimizer_state=optimizer, amp_scaler=scaler)  # all that is saved
-    parts |= dict(judges=judges) if judges else {}
-    weights = dict(rec_tokens=1, eps_loss=1, miss=1, commit=1, rec_types=cfg.type_weight, rec_globals=cfg.globals_beta)
+    parts = dict(model_state=raw_model, optimizer_state=optimizer, amp_scaler=scaler)  # all saved
+    if judges:
+        parts["judges"] = judges
+    # The loss is the sum of these means, as far as a loop has them.
+    loss_weights = dict(rec_tokens=1, eps_loss=1, miss=1, commit=1)
+    loss_weights |= dict(rec_types=cfg.type_weight, rec_globals=cfg.globals_beta)
 
     # --- resume ---------------------------------------------------------------------------
-    # where the run is, saved and resumed as it stands; epoch: how many are validated; sums: of the one under way
-    at = SimpleNamespace(step=0, epoch=0, sums={}, best_val_loss=math.inf, best_epoch=-1, test_loss=math.nan, tested=-1,
-                         histories={}, seconds=0.0, epoch_seconds=0.0, skipped=0, skipped_in_row=0,
-                         run_id=uuid.uuid4().hex)  # fmt: skip
-    kind, keep = f"ae:{cfg.loop}", cfg.save_artifacts
-    out = Path(hardware.gather(run_folder(cfg))[0])  # one clock for all ranks
-    last, best, resume = out / "last.pt", out / "best_val.pt", cfg.resume if Path(cfg.resume).is_file() else "auto"
-    lock = files.lock_run(out, "ae", out) if rank == 0 and keep else None  # noqa: F841  held until main ends
-    about = dict(kind=kind, format=1, tokenizer="events", tokenizer_hash="", data_hash=meta["data_hash"], meta=meta,
-                 world_size=world, steps=steps, torch=str(torch.__version__), config=asdict(cfg),
-                 model_args=model_args)  # fmt: skip
-    path, state = checkpoint.find_checkpoint(resume, cfg.fresh, [last, best, out / "model.pt"], kind)
-    if state:
-        keep_rates(raw_model, model_args, state["model_args"], cfg)
-        checkpoint.load_parts(parts, state, path, about, same_data="data, labels, limit and seed")
-        take_up(at, state, batches)
-        tell(checkpoint.resume_notice(path, state, about, COSMETIC))
+    state = RunState(run_id=uuid.uuid4().hex)
+    kind = f"ae:{cfg.loop}"
+    folder = Path(distributed.gather(run_folder(cfg))[0])  # one clock names it for all ranks
+    best_file = folder / "best_val.pt"
+    rolling_file = folder / "last.pt"
+    link = folder / "model.pt"  # to the best file
+    writes = rank == 0 and cfg.save_artifacts
+    if writes:
+        files.lock_run(folder, "ae", folder)
+    # A file that --resume names is taken as it is. Otherwise the newest good one of the folder is.
+    resume = cfg.resume if Path(cfg.resume).is_file() else "auto"
+    candidates = [rolling_file, best_file, link]
+    resumed_from, saved = checkpoint.find_checkpoint(resume, cfg.fresh, candidates, kind)
+    header = dict(
+        kind=kind,
+        format=1,
+        tokenizer="events",
+        tokenizer_hash="",
+        data_hash=meta["data_hash"],
+        meta=meta,
+        world_size=world,
+        steps=steps,
+        torch=str(torch.__version__),
+        config=asdict(cfg),
+        model_args=model_args,
+    )
+    if saved:
+        renew(saved["config"])
+        # The codebook's rates follow from the steps of the first start, in a longer run too.
+        keep_rates(raw_model, model_args, saved["model_args"], cfg)
+        same_data = "data, labels, limit and seed"
+        checkpoint.load_parts(parts, saved, resumed_from, header, same_data=same_data)
+        state = RunState(**{name: saved[name] for name in vars(state)})
+        if saved["steps"] != saved["config"]["epochs"] * batches:
+            # An epoch has another number of steps now, so the one under way begins again.
+            state.step = state.epoch * batches
+            state.sums = {}
+            state.epoch_seconds = 0.0
+        log(checkpoint.resume_notice(resumed_from, saved, header, cosmetic_names(cfg)))
+        del saved
     elif raw_model.latent_space == "vq":
         start_codes(raw_model, data["train"], cfg)
 
     def results(stopped=0):
-        hardware.close()
-        final = at.histories.get("val_loss", [math.nan])[-1]
-        return vars(at) | dict(final_val_loss=final, run_dir=str(out) * keep, stopped=stopped)
+        """Return what main returns."""
+        final = state.histories.get("val_loss", [math.nan])[-1]
+        run_dir = str(folder) if cfg.save_artifacts else ""
+        return asdict(state) | dict(final_val_loss=final, run_dir=run_dir, stopped=int(stopped))
 
-    if at.tested >= cfg.epochs:
-        tell(f"{out}: finished after {at.epoch} epochs, test loss {at.test_loss:.4f}; a larger epochs= goes on")
+    if state.tested >= cfg.epochs:
+        after = f"after {state.epoch} epochs, test loss {state.test_loss:.4f}"
+        log(f"{folder}: finished {after}; a larger epochs= goes on")
+        distributed.close()
         return results()
-    model, saver, best_state = hardware.wrap(raw_model, cfg.compile), checkpoint.Saver(), None
 
-    def save(path, must=True, state=None):
-        if rank == 0 and keep:
-            saver(path, state or about | vars(at) | {name: part.state_dict() for name, part in parts.items()}, must)
-            files.symlink_to(out / "model.pt", best.name) if path == best else None
+    model = torch.compile(raw_model) if cfg.compile else raw_model
+    if world > 1:
+        model = DistributedDataParallel(model)
+    saver = checkpoint.Saver()
 
-    record = Recorder(out if rank == 0 and keep else None, cfg, LOOPS[cfg.loop][1], at, device, new=not path)
+    def payload():
+        """Return all that a checkpoint holds."""
+        tensors = {name: part.state_dict() for name, part in parts.items()}
+        return header | asdict(state) | tensors
+
+    def save(path, content, must=True):
+        """Write a checkpoint, if this process writes any."""
+        if writes:
+            saver(path, content, must)
+        if writes and path == best_file:
+            files.symlink_to(link, best_file.name)
+
+    # The recorder keeps facts and figures. It fills state.histories and counts state.epoch.
+    _, figures = LOOPS[cfg.loop]
+    facts = folder if writes else None
+    record = Recorder(facts, cfg, figures, state, device, new=not resumed_from)
 
     # --- schedule, evaluation, stop -------------------------------------------------------
-    def rate_at(step):  # share of the peak: linear warmup, then a cosine down to a tenth
-        rise = min(cfg.warmup, 0.1 * steps)
-        if step < rise:
-            return (step + 1) / (rise + 1)
-        return 0.55 + 0.45 * math.cos(math.pi * min(1.0, (step - rise) / max(1, steps - rise)))
+    def lr_at(step, peak):
+        """Return the rate of a step: linear warmup to the peak, then a cosine to the floor."""
+        if step < warmup:
+            return peak * ((step + 1) / (warmup + 1))
+        share = min(1.0, (step - warmup) / max(1, steps - warmup))
+        middle = (1 + cfg.min_lr_ratio) / 2
+        swing = (1 - cfg.min_lr_ratio) / 2
+        return peak * (middle + swing * math.cos(math.pi * share))
 
     def compute_loss(network, batch):
-        """Run a batch -> output, {name: (sum, count)}; the loss is the sum of `weights` times their means."""
+        """Run a batch: return the output and {metric: (sum, count)}."""
         if cfg.loop == "test_mlp":
-            return (output := network(batch["x"])), regression_sums(output, batch["y"], cfg.task)
-        target, noisy = noises.corrupt(batch["x"]) if noises else (batch["x"], {})
-        output = network(batch["x"], batch["ids"], batch["ids"] > 0, batch["globals"], **noisy)
-        sums = loss_sums(output, target, batch["ids"], batch["globals"], cfg.level)
-        if noises:
-            sums |= noises.by_quarter(output["x_hat"], target, batch["ids"] > 0, noisy["t"])
-            sums["eps_loss"] = sums.pop("rec_tokens")
+            output = network(batch["x"])
+            return output, regression_sums(output, batch["y"], cfg.task)
+        inputs = (batch["x"], batch["ids"], batch["ids"] > 0, batch["globals"])
+        if not noises:
+            output = network(*inputs)
+            return output, loss_sums(output, batch["x"], batch["ids"], batch["globals"], cfg.level)
+        velocity, noisy = noises.corrupt(batch["x"])  # the target, and what the decoder also reads
+        output = network(*inputs, **noisy)
+        sums = loss_sums(output, velocity, batch["ids"], batch["globals"], cfg.level)
+        sums |= noises.by_quarter(output["x_hat"], velocity, batch["ids"] > 0, noisy["t"])
+        sums["eps_loss"] = sums.pop("rec_tokens")
         return output, sums
 
     def total(metrics):
-        return sum(weight * metrics[name] for name, weight in weights.items() if name in metrics)
+        """Return the loss: the weighted sum of those metrics that are part of it."""
+        return sum(w * metrics[name] for name, w in loss_weights.items() if name in metrics)
 
     @torch.no_grad()
     def evaluate(split):
-        """A whole split -> {metric: mean}, counts of the codes, 0; None, None, the signal if stopped."""
+        """Score the same events with the same noise every time.
+
+        Returns a row of means and the count of each code; None, None if a signal came meanwhile.
+        """
+        columns = data[split]
+        sums = {}
+        # Each rank scores some of the batches, so the model is called without DDP.
+        code_counts = torch.zeros(cfg.codebook_size, dtype=torch.long)
         raw_model.eval()
-        found, codes = {}, torch.zeros(cfg.codebook_size, dtype=torch.long)
-        for begin in range(rank * AT_ONCE, len(data[split]["x"]), world * AT_ONCE):
+        for start in range(rank * EVAL_BATCH, len(columns["x"]), world * EVAL_BATCH):
             if stop:
                 break
-            torch.manual_seed(hash((cfg.seed, begin)))  # of the noise that is to be found
-            with hardware.autocast:
-                output, sums = compute_loss(raw_model, take(data[split], slice(begin, begin + AT_ONCE)))
-            add(found, sums)
+            torch.manual_seed(hash((cfg.seed, start)))
+            with autocast:
+                batch = take(columns, slice(start, start + EVAL_BATCH))
+                output, batch_sums = compute_loss(raw_model, batch)
+            add(sums, batch_sums)
             if raw_model.latent_space == "vq":
-                codes += torch.bincount(output["indices"][output["indices"] >= 0], minlength=len(codes)).cpu()
+                used = output["indices"][output["indices"] >= 0]  # -1 in empty slots
+                code_counts += torch.bincount(used, minlength=len(code_counts)).cpu()
         if noises and not stop:
+            batch = take(columns, slice(DENOISED))
             mine = slice(rank, None, world)
-            add(found, denoised(raw_model, noises, take(data[split], slice(DENOISED)), cfg.ddim_steps, cfg.seed, mine))
+            add(sums, denoised(raw_model, noises, batch, cfg.ddim_steps, cfg.seed, mine))
         raw_model.train()
-        shards, sums = hardware.gather((int(stop.signal), found, codes)), {}
-        if stopped := max(signal for signal, _, _ in shards):
-            return None, None, stopped
-        for _, found, _ in shards:
-            add(sums, found)
-        codes, metrics = sum(codes for _, _, codes in shards), means(sums)
-        metrics["loss"] = total(metrics)
-        if codes.any():
-            metrics["usage"], metrics["perplexity"] = usage_and_perplexity(codes)
-        return metrics, codes.tolist(), 0
-
-    def due():  # an evaluation
-        return at.epoch < at.step // batches
+        shards = distributed.gather((bool(stop), sums, code_counts))
+        if any(stopped for stopped, _, _ in shards):
+            return None, None
+        sums = {}
+        for _, shard_sums, _ in shards:
+            add(sums, shard_sums)
+        code_counts = sum(counts for _, _, counts in shards)
+        row = means(sums)
+        row["loss"] = total(row)
+        if code_counts.any():
+            row["usage"], row["perplexity"] = usage_and_perplexity(code_counts)
+        return row, code_counts.tolist()
 
     # --- train ----------------------------------------------------------------------------
-    epoch_of_order, shown, stop_now, late, over = -1, {}, 0, False, at.step >= last_step
-    with Stop() as stop, Progress(last_step, at.step, show=rank == 0 and sys.stderr.isatty()) as progress, record:
-        start = saved = mark = time.monotonic()
-        record("on_resume" if path else "on_start")
+    order_of = -1  # epoch that `order` and `train` are of
+    shown = {}  # newest figures, for the progress bar
+    best_weights = None  # of the best epoch of this process
+    finished = state.step >= last_step
+    stop_signal = 0
+    save_due = False
+    # A run that was stopped while it evaluated begins with that evaluation.
+    epoch_ended = state.epoch < state.step // batches
+    show = rank == 0 and sys.stderr.isatty()
+    with Stop() as stop, Progress(last_step, state.step, show=show) as progress, record:
+        start = saved_at = time.monotonic()
+        record("on_resume" if resumed_from else "on_start")
         while True:
-            if not due() and not over:  # else the run was stopped while it evaluated
-                epoch, number = divmod(at.step, batches)
-                if epoch_of_order != epoch:
-                    shape, epoch_of_order = (batches, cfg.accumulate, world, cfg.batch_size), epoch
-                    order, train = epoch_order(cfg.seed, epoch, events, shape), data["train"]
-                    train = turned(train, meta, cfg.seed, epoch) if cfg.symmetries else train
-                for group in optimizer.param_groups:
-                    group["lr"] = group["peak"] * rate_at(at.step)
-                whole, sums = denominators(take(train, order[number].flatten()), cfg.level), {}
+            if not epoch_ended and not finished:
+                # 1. Data: the events of this step, by micro-batch and rank.
+                step_start = time.monotonic()
+                epoch, number = divmod(state.step, batches)
+                if order_of != epoch:
+                    order_of = epoch
+                    shape = (batches, cfg.accumulate, world, cfg.batch_size)
+                    order = epoch_order(cfg.seed, epoch, events, shape)
+                    train = data["train"]
+                    if cfg.symmetries:
+                        train = turned(train, meta, cfg.seed, epoch)
+                # A mean is over all micro-batches and ranks, so sums are divided by these counts.
+                counts = denominators(take(train, order[number].flatten()), cfg.level)
+
+                # 2. Forward and backward.
+                sums = {}
                 for m in range(cfg.accumulate):
-                    torch.manual_seed(hash((cfg.seed, at.step, m * world + rank)))  # of dropout and noise
-                    model.require_backward_grad_sync = m == cfg.accumulate - 1  # DDP: one reduction a step
+                    # Dropout and noise follow from seed, step, micro-batch and rank.
+                    torch.manual_seed(hash((cfg.seed, state.step, m * world + rank)))
+                    if world > 1:  # gradients are averaged once a step
+                        model.require_backward_grad_sync = m == cfg.accumulate - 1
                     batch = take(train, order[number, m, rank])
-                    with hardware.autocast:
-                        output, found = compute_loss(model, batch)
-                        loss = total({name: found[name][0] / count for name, count in whole.items() if name in found})
-                        if judges:  # what they lower, and what it costs the model to be found out
-                            own, cost, said = judges(batch, output, loss, raw_model.last_weight(), at.step / steps)
-                            loss, found = loss + (own + cost) / (cfg.accumulate * world), found | said
-                    scaler.scale(loss * world).backward()  # DDP takes the mean over ranks
-                    add(sums, found)
-                if judges:  # before unscale_, which looks for overflows: all ranks must see those of each
-                    hardware.average(judges.parameters())
+                    with autocast:
+                        output, batch_sums = compute_loss(model, batch)
+                        named = counts.keys() & batch_sums.keys()
+                        loss = total({name: batch_sums[name][0] / counts[name] for name in named})
+                        if judges:
+                            # They return their own loss and what they add to the model's. Neither
+                            # has a gradient in the weights of the other side.
+                            share = state.step / steps
+                            verdict = judges(batch, output, loss, raw_model.last_weight(), share)
+                            judges_loss, penalty, judges_sums = verdict
+                            loss = loss + (judges_loss + penalty) / (cfg.accumulate * world)
+                            batch_sums |= judges_sums
+                    # The mean over ranks is taken, so the sum needs the factor `world`.
+                    scaler.scale(loss * world).backward()
+                    add(sums, batch_sums)
+                if judges:  # before unscale_: all ranks must see an overflow of one of them
+                    distributed.average_gradients(judges.parameters())
+
+                # 3. Step. All ranks take or skip it together.
+                for group in optimizer.param_groups:
+                    group["lr"] = lr_at(state.step, group["peak"])
                 scaler.unscale_(optimizer)
-                clip, limit = torch.nn.utils.clip_grad_norm_, cfg.clip or math.inf
-                norms = [clip(group["params"], limit) for group in optimizer.param_groups]
+                max_norm = cfg.clip or math.inf
+                clip = torch.nn.utils.clip_grad_norm_
+                norms = [clip(group["params"], max_norm) for group in optimizer.param_groups]
                 now = time.monotonic()
-                late = cfg.save_minutes and now - saved > 60 * cfg.save_minutes
-                over = at.step + 1 >= last_step or 0 < cfg.max_seconds < now - start
-                totals = hardware.total(*(number for pair in sums.values() for number in pair))
-                sums = {name: totals[2 * i : 2 * i + 2] for i, name in enumerate(sums)}
-                bad = not math.isfinite(sum(norms) + sum(totals))
-                bad, stop_now, late, over = hardware.largest(bad, int(stop.signal), late, over)
+                save_due = 0 < 60 * cfg.save_minutes < now - saved_at
+                finished = state.step + 1 >= last_step or 0 < cfg.max_seconds < now - start
+                numbers = [number for pair in sums.values() for number in pair]
+                numbers = distributed.sum_over_ranks(*numbers)
+                bad = not math.isfinite(sum(norms) + sum(numbers))
+                bad, stop_signal, save_due, finished = distributed.max_over_ranks(
+                    bad, int(stop.signal), save_due, finished
+                )
                 if not bad:
                     scaler.step(optimizer)
                     scaler.update()
-                elif scaler.is_enabled():  # an overflow, perhaps of another rank: all of them skip and lower the scale
+                    pairs = zip(numbers[::2], numbers[1::2], strict=True)
+                    add(state.sums, dict(zip(sums, pairs, strict=True)))
+                    add(state.sums, dict(grad_norm=(norms[0], 1)))
+                elif scaler.is_enabled():  # an overflow of some rank: skip, and lower the scale
                     scaler.update(scaler.get_scale() * scaler.get_backoff_factor())
                 optimizer.zero_grad(set_to_none=True)
-                if not bad:
-                    add(at.sums, sums | dict(grad_norm=(norms[0], 1)))
-                at.skipped += bool(bad)
-                at.skipped_in_row = at.skipped_in_row + 1 if bad and scaler.get_scale() <= 1 else 0
-                if at.skipped_in_row == BAD_STEPS:
-                    good = f"{best}, epoch {at.best_epoch + 1}" if best.exists() else "none"
-                    raise DataError(f"{BAD_STEPS} steps in a row not finite, try a smaller lr=; last good: {good}")
-                at.step, at.epoch_seconds, mark = at.step + 1, at.epoch_seconds + now - mark, now
-                progress(epoch=at.step // batches, **shown)
-            if due() and not stop_now:
-                mark, (metrics, codes, stop_now) = time.monotonic(), evaluate("val")
-            if due() and not stop_now:
-                own = means(at.sums) | dict(lr=optimizer.param_groups[0]["lr"], skipped_steps=at.skipped)
-                own["loss"], criterion = total(own) if at.sums else math.nan, metrics.get("ddim_mse", metrics["loss"])
-                shown = record.epoch(own, metrics, codes, events, time.monotonic() - mark)
-                tell(f"epoch {at.epoch}/{cfg.epochs} | " + " | ".join(f"{name} {n}" for name, n in shown.items()))
-                at.sums, at.epoch_seconds, late = {}, 0.0, True
-                if criterion < at.best_val_loss:
-                    at.best_val_loss, at.best_epoch = criterion, at.epoch - 1
-                    best_state = {key: value.clone() for key, value in raw_model.state_dict().items()}
-                    save(best)
-            mark = time.monotonic()
-            if late and not at.skipped_in_row or over or stop_now:  # the last good state stays
-                save(last, must=bool(over or stop_now))
-                saved = time.monotonic()
-            if over or stop_now:
+                state.skipped += bool(bad)
+                if bad and scaler.get_scale() <= 1:  # above that, fp16 may still lower its scale
+                    state.skipped_in_row += 1
+                else:
+                    state.skipped_in_row = 0
+                if state.skipped_in_row == BAD_STEPS:
+                    good = f"{best_file}, epoch {state.best_epoch + 1}"
+                    good = good if best_file.exists() else "none"
+                    advice = f"try a smaller lr=; last good: {good}"
+                    raise DataError(f"{BAD_STEPS} steps in a row not finite, {advice}")
+                state.step += 1
+                state.epoch_seconds += now - step_start
+                epoch_ended = state.epoch < state.step // batches
+
+                # 4. Log. Rows of metrics are written per epoch.
+                progress(epoch=state.step // batches, **shown)
+
+            # 5. Evaluate.
+            val_row = None
+            improved = False
+            if epoch_ended and not stop_signal:
+                before = time.monotonic()
+                val_row, code_counts = evaluate("val")
+                (stop_signal,) = distributed.max_over_ranks(0 if val_row else int(stop.signal))
+            if val_row:
+                epoch_ended = False
+                # diffusion_ae is judged by the features that it makes from noise, not by its loss.
+                criterion = val_row.get("ddim_mse", val_row["loss"])
+                train_row = means(state.sums)
+                train_row["lr"] = optimizer.param_groups[0]["lr"]
+                train_row["skipped_steps"] = state.skipped
+                train_row["loss"] = total(train_row) if state.sums else math.nan
+                val_seconds = time.monotonic() - before
+                shown = record.epoch(train_row, val_row, code_counts, events, val_seconds)
+                texts = " | ".join(f"{name} {text}" for name, text in shown.items())
+                log(f"epoch {state.epoch}/{cfg.epochs} | {texts}")
+                state.sums = {}
+                state.epoch_seconds = 0.0
+                save_due = True
+                improved = criterion < state.best_val_loss
+            if improved:
+                state.best_val_loss = criterion
+                state.best_epoch = state.epoch - 1
+                weights = raw_model.state_dict()
+                best_weights = {name: weight.clone() for name, weight in weights.items()}
+
+            # 6. Save. The best file comes first: a run must not go on without it.
+            if improved:
+                save(best_file, payload())
+            leaving = bool(finished or stop_signal)
+            # After a step that was not finite, the last good file stays.
+            if leaving or (save_due and not state.skipped_in_row):
+                save(rolling_file, payload(), must=leaving)
+                saved_at = time.monotonic()
+
+            # 7. Leave.
+            if leaving:
                 break
-        if at.epoch >= cfg.epochs and not stop_now:
-            record("on_train_end", epoch=at.epoch - 1, histories=at.histories)
-            found = keep and checkpoint.find_checkpoint("auto", False, [best, last], kind)[1] or {}
-            raw_model.load_state_dict(best_state or found.get("model_state", raw_model.state_dict()))
-            metrics, codes, stop_now = evaluate("test")
-            if not stop_now:
-                at.test_loss, at.tested = metrics["loss"], at.epoch
-                record.test(metrics, codes, reconstructed(raw_model, noises, data["test"], meta, cfg))
-                if rank == 0 and keep:  # in last.pt are the last weights, not the best
-                    save(best, state=found | latent_statistics(raw_model, data["train"]))
-                    saver(last, checkpoint.load_checkpoint(last, kind) | vars(at))
-        if stop_now:
-            record("on_interrupt", epoch=at.epoch)
+
+        # After the last epoch the best weights are tested.
+        if state.epoch >= cfg.epochs and not stop_signal:
+            record("on_train_end", epoch=state.epoch - 1, histories=state.histories)
+            candidates = [best_file, rolling_file] if cfg.save_artifacts else []
+            # The best epoch may be one of an earlier process.
+            _, saved = checkpoint.find_checkpoint("auto", False, candidates, kind)
+            saved = saved or {}
+            best_weights = best_weights or saved.get("model_state", raw_model.state_dict())
+            raw_model.load_state_dict(best_weights)
+            test_row, code_counts = evaluate("test")
+            (stop_signal,) = distributed.max_over_ranks(0 if test_row else int(stop.signal))
+            if test_row:
+                state.test_loss = test_row["loss"]
+                state.tested = state.epoch
+                drawn = reconstructed(raw_model, noises, data["test"], meta, cfg)
+                record.test(test_row, code_counts, drawn)
+            if test_row and writes:
+                # The best file also gets what generate.py draws new latents from. The rolling
+                # file keeps the last weights and learns of the test.
+                save(best_file, saved | latent_statistics(raw_model, data["train"]))
+                saver(rolling_file, checkpoint.load_checkpoint(rolling_file, kind) | asdict(state))
+        if stop_signal:
+            record("on_interrupt", epoch=state.epoch)
 
     # --- summary --------------------------------------------------------------------------
-    tell(record.summary())
-    return results(int(stop_now))
+    log(record.summary())
+    distributed.close()
+    return results(stop_signal)
 
 
 if __name__ == "__main__":

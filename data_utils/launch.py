@@ -133,7 +133,5 @@ def _remedy(cfg):
     remedy = getattr(cfg, "remedy", "")
     if remedy:
         return remedy() if callable(remedy) else remedy
-    if hasattr(cfg, "accumulate"):
-        return "a smaller batch_size=, accumulate=2, or a smaller hidden="
     shared = ", or --fsdp" * (not getattr(cfg, "fsdp", True) and int(os.environ.get("WORLD_SIZE", 1)) > 1)
     return "a smaller --batch_size with a larger --grad_accum_steps" + shared

@@ -46,17 +46,6 @@ class Overrides:
         return read(variants, doc, argv, prog, by, self)
 
 
-FAMILIES = "losses metrics codebook latency recon adversarial diffusion".split()  # of figures
-GUIDE = Overrides(  # the keys of the autoencoders' training guide
-    prefixes=("phase1.trainer.", "phase1/", "phase1.", "data.", "logging."),
-    aliases={"phase1.encoder.hidden": "hidden", "phase1.decoder.hidden": "hidden", "data.path": "data",
-             "phase1.latent_space.codebook_size": "codebook_size", "hydra.job.name": "name"}
-    | {f"logging.families.{family}.enabled": f"plot_{family}" for family in FAMILIES},
-    ignored=("hydra=experiment",), folder="configs/ae", bundles=dict(env="env", logging=""),
-    snapshot=".hydra/config.yaml",
-)  # fmt: skip
-
-
 @dataclass
 class Item:
     """One setting of a command line: its field, its words as typed, and the value if it is an override."""

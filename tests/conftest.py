@@ -96,8 +96,7 @@ def settings(module, flags):
     if module.__name__ == "train_sr":
         return from_cli(module.Config, load=module.load_flags, **how)
     if module.__name__ == "train_ae":
-        loops = {name: cls for name, (cls, _) in module.LOOPS.items()}
-        return from_cli(loops, by="loop", overrides=module.GUIDE, **how)
+        return module.parse(flags)
     if module.__name__ == "train_multimodal":
         return from_cli({"multimodal": module.Config}, overrides=module.PICTURES, **how)
     return from_cli(module.Config, **how)

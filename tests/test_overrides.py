@@ -9,12 +9,12 @@ import yaml
 
 import train_ae
 from data_utils.config import from_cli
-from data_utils.overrides import GUIDE, Jobs, values
+from data_utils.overrides import Jobs, values
 from train_ae import AeConfig, DiffusionAeConfig, GanAeConfig
 
 ROOT = Path(__file__).parents[1]
 VARIANTS = {name: cls for name, (cls, _) in train_ae.LOOPS.items()}
-TABLE = GUIDE
+TABLE = train_ae.GUIDE
 
 
 def read(line, table=TABLE):

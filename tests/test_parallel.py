@@ -11,12 +11,12 @@ from test_resume import assert_same
 from test_train_hrm import SIZES, results
 from test_train_sr import TINY
 
+import train_ae
 import train_multimodal
 from data_utils.checkpoint import load_checkpoint, read, shared_like, to_plain
 from data_utils.config import from_cli
 from data_utils.errors import UsageError
 from data_utils.hardware import Hardware
-from data_utils.overrides import GUIDE
 
 HALF, WHOLE = 5, 10  # steps
 
@@ -134,7 +134,7 @@ def test_one_process_has_nobody_to_share_with(script, tmp_path, monkeypatch):
 
 SCRIPTS = [
     ("train_mla", "", None),
-    ("train_ae", "loop", GUIDE),
+    ("train_ae", "loop", train_ae.GUIDE),
     ("train_multimodal", "arch", train_multimodal.PICTURES),
 ]
 

@@ -21,12 +21,11 @@ from test_resume import assert_same
 
 import train_ae
 from data_utils.checkpoint import load_checkpoint
-from data_utils.config import from_cli
 from data_utils.errors import DataError, UsageError
 from data_utils.events.dataset import write_events
 from data_utils.events.decay_chain import decay_chain
 from data_utils.launch import launch
-from data_utils.overrides import GUIDE, Jobs
+from data_utils.overrides import Jobs
 from train_ae import AeConfig, DiffusionAeConfig, TestMlpConfig, main
 
 TOY = """hidden=[8,8] latent_dim=4 codebook_size=8 gnn_dim=8 gnn_layers=1 limit=64 batch_size=16 device=cpu epochs=2
@@ -55,8 +54,7 @@ def folder(tmp_path, monkeypatch):
 def read(*words):
     """The configuration of a command line, its words in one string or several."""
     words = [word for text in words for word in shlex.split(str(text))]
-    return from_cli({name: cls for name, (cls, _) in train_ae.LOOPS.items()}, "", words, "train_ae.py", by="loop",
-                    overrides=GUIDE)  # fmt: skip
+    return train_ae.parse(words)
 
 
 def run(events, *words):
@@ -253,15 +251,12 @@ def test_interrupted_and_resumed_equals_uninterrupted(kind, events, tmp_path):
 def test_two_ranks_equal_one(events, tmp_path, capfd):
     Path("two.py").write_text("""
 import sys
-from data_utils.config import from_cli
 from data_utils.launch import launch
-from data_utils.overrides import GUIDE
 import train_ae
 
 def main(lines):
     for line in lines:
-        loops = {name: cls for name, (cls, _) in train_ae.LOOPS.items()}
-        train_ae.main(from_cli(loops, "", line.split(), by="loop", overrides=GUIDE))
+        train_ae.main(train_ae.parse(line.split()))
     return {}
 
 launch(main, sys.argv[1:])
@@ -341,6 +336,51 @@ def test_early_ends(events):
     assert Path("b", "last.pt.bak").exists() and Path("b", "facts.bak").is_dir() and len(lines("b")) == 5
 
 
+def as_before_flags_were_renamed(home):
+    """Give the files of a run the keys that they had when `codebook_decay` was `ema_decay` and the floor fixed."""
+    for path in (Path(home, "last.pt"), Path(home, "best_val.pt")):
+        state = load_checkpoint(path, "ae:ae")
+        config = state["config"]
+        config["ema_decay"] = config.pop("codebook_decay")
+        del config["min_lr_ratio"]
+        torch.save(state, path)
+    path = Path(home, ".hydra", "config.yaml")
+    settings = yaml.safe_load(path.read_text())
+    settings["ema_decay"] = settings.pop("codebook_decay")
+    del settings["min_lr_ratio"]
+    path.write_text(yaml.safe_dump(settings, sort_keys=False))
+
+
+def test_a_run_of_an_older_version_goes_on(events, capfd):
+    run(events, "out=old codebook_decay=0.9 max_steps=6")
+    as_before_flags_were_renamed("old")
+    run(events, "out=new ema_decay=0.9")
+    capfd.readouterr()
+    main(read("resume=old"))  # with the settings in its folder
+    out = capfd.readouterr().out
+    assert "resumed old/last.pt at step 6" in out and "exact resume is lost" not in out
+    assert_same(saved("old"), saved("new"))
+    as_before_flags_were_renamed("old")
+    main(read("resume=old epochs=3 min_lr_ratio=0.2"))
+    assert "min_lr_ratio 0.1 -> 0.2: exact resume is lost" in capfd.readouterr().out
+
+
+def test_common_names_of_flags_work_too():
+    words = "learning_rate=0.1 phase1.trainer.max_epochs=3 --grad_accum_steps=2 grad_clip=2 lr_min_ratio=0"
+    cfg = read(words, "warmup_steps=7")
+    assert (cfg.lr, cfg.epochs, cfg.accumulate, cfg.clip, cfg.min_lr_ratio, cfg.warmup) == (0.1, 3, 2, 2.0, 0.0, 7.0)
+    cfg = read("loop=diffusion_ae --gradient-accumulation-steps 2 --gradient_clip 3 learning_rate=0.5 max-epochs=4")
+    assert (cfg.accumulate, cfg.clip, cfg.lr, cfg.epochs) == (2, 3.0, 0.5, 4)
+    jobs = read("--multirun learning_rate=0.1,0.2 ema_decay=0.5")
+    assert [(cfg.lr, cfg.codebook_decay) for cfg in jobs.configs] == [(0.1, 0.5), (0.2, 0.5)]
+
+
+def test_the_floor_of_the_learning_rate(events):
+    run(events, "out=a epochs=8 min_lr_ratio=0.5 lr=0.001")
+    rates = load_checkpoint("a/last.pt", "ae:ae")["histories"]["lr"]
+    assert 0.0005 <= rates[-1] < 0.00051 and max(rates) < 0.001
+
+
 @pytest.fixture(scope="module")
 def finished(events, tmp_path_factory):
     """The folder of a finished run."""
@@ -354,6 +394,7 @@ REFUSED = [  # (words, exit status, what the message must name); {a} is a finish
     ("out={a} codebook_size=9", 2, "codebook_size 8 -> 9"),
     ("out={a} encoder=gnn", 2, "encoder mlp -> gnn"),
     ("out={a} latent_space=none", 2, "latent_space vq -> none"),
+    ("out={a} codebook_decay=0.5", 2, "ema_decay 0.8 -> 0.5"),
     ("out={a} ema_decay=0.5", 2, "ema_decay 0.8 -> 0.5"),
     ("out={a} labels=[0,1]", 2, "data_hash"),
     ("out={a} limit=63", 2, "data_hash"),

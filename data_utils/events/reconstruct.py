@@ -26,10 +26,12 @@ def start_codes(model, columns, cfg):
 
 def keep_rates(model, model_args, saved, cfg):
     """Keep the codebook's rates of the `saved` model arguments: what follows from the steps is fixed at the start."""
-    for name, own in dict(ema_decay="decay", revive="revive").items():
-        if model.latent_space == "vq" and name in saved and not getattr(cfg, name):
-            model_args[name] = saved[name]
-            setattr(model.latent, own, saved[name])
+    if model.latent_space != "vq":
+        return
+    if "ema_decay" in saved and not cfg.codebook_decay:
+        model_args["ema_decay"] = model.latent.decay = saved["ema_decay"]
+    if "revive" in saved and not cfg.revive:
+        model_args["revive"] = model.latent.revive = saved["revive"]
 
 
 def reconstructed(model, noises, columns, meta, cfg):

@@ -37,11 +37,10 @@ def run_folder(cfg):
     return next(path for path in (first, *(Path(f"{first}_{n}") for n in range(2, 1000))) if not path.exists())
 
 
-def take_up(at, state, batches):
-    """Go on where `state` was saved; if an epoch had another number of batches, the one under way begins again."""
-    vars(at).update({name: state[name] for name in vars(at)})
-    if state["steps"] != state["config"]["epochs"] * batches:
-        at.step, at.sums, at.epoch_seconds = at.epoch * batches, {}, 0.0
+def renew(config):
+    """Give the configuration in an old checkpoint the names of today, in place, so that it can be compared."""
+    config.setdefault("codebook_decay", config.pop("ema_decay", 0.0))
+    config.setdefault("min_lr_ratio", 0.1)  # it was fixed
 
 
 class Recorder:
