@@ -213,15 +213,11 @@ def slow_down(path, argument=""):
 def scale_losses():
     import torch
 
-    from data_utils.hardware import Hardware
+    class Scaler(torch.amp.GradScaler):
+        def __init__(self, *_, **__):
+            super().__init__("cpu")
 
-    begin = Hardware.__init__
-
-    def begun(hardware, *arguments):
-        begin(hardware, *arguments)
-        hardware.scaler = torch.amp.GradScaler("cpu")
-
-    Hardware.__init__ = begun
+    torch.amp.GradScaler = Scaler
 
 
 # --- children ---------------------------------------------------------------------------------

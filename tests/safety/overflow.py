@@ -14,24 +14,22 @@ from pathlib import Path
 
 import torch
 
-from data_utils.hardware import Hardware
-
 OVERFLOW = 3  # the step in which rank 1 overflows
 RANK = int(os.environ["RANK"])
 
-begin = Hardware.__init__
 
+class Autocast(torch.autocast):
+    """fp16 where a script names a dtype. Models name none: they only turn autocast off."""
 
-def in_fp16(hardware, *args, **kwargs):
-    begin(hardware, *args, **kwargs)
-    hardware.precision = "fp16"
-    hardware.autocast = torch.autocast("cpu", torch.float16)
-    hardware.scaler = Scaler("cpu", init_scale=1024.0)
+    def __init__(self, device_type, dtype=None, enabled=True, **how):
+        if dtype is not None:
+            device_type, dtype, enabled = "cpu", torch.float16, True
+        super().__init__(device_type, dtype, enabled, **how)
 
 
 class Scaler(torch.amp.GradScaler):
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
+    def __init__(self, *_, **__):
+        super().__init__("cpu", init_scale=1024.0)
         self.steps = 0
         self.optimizer = None  # from the first step on
         self.hooks = []
@@ -58,6 +56,7 @@ class Scaler(torch.amp.GradScaler):
             print(json.dumps(line), file=file)
 
 
-Hardware.__init__ = in_fp16
+torch.autocast = Autocast
+torch.amp.GradScaler = Scaler
 sys.argv = [str(Path(__file__).parents[2] / sys.argv[1]), *sys.argv[2:]]
 runpy.run_path(sys.argv[0], run_name="__main__")
