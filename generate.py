@@ -150,7 +150,7 @@ if __name__ == "__main__":  # before torch is imported, so that --help and typos
 
 import torch
 
-from data_utils.hardware import Hardware
+from data_utils.hardware import open_device
 from data_utils.reasoning.answers import load_reasoner
 from data_utils.text.experts import load_expert
 from data_utils.tokenizer import load_tokenizer
@@ -216,21 +216,21 @@ def size_of(state):
 def answer(cfg):
     """Answer every prompt with a model of train_hrm.py, one by one: answers to stdout, what they took to stderr."""
     at_least(cfg, 0, "temperature", "top_k", "top_p", "seed", "segments")
-    hardware = Hardware(cfg.device, "fp32")
+    device = open_device(cfg.device)
     model, about, encode, tokenizer = load_reasoner(cfg.run_name, cfg.checkpoint, cfg.dataset)
-    model.to(hardware.device)
+    model.to(device)
     prompts = [*cfg.prompt, *(read_lines(cfg.input) if cfg.input else [])]
     if not prompts:
         raise UsageError('no question\ntry: --prompt "What is 12 + 7?" or --input FILE')
     trained = about["config"]["eval_segments"] or about["config"]["segments"] * (4 if model.halting else 1)
     thinking = dict(segments=cfg.segments or trained, threshold=about["halt_threshold"] if cfg.halting else math.inf)
-    generator = torch.Generator(hardware.device).manual_seed(cfg.seed)
+    generator = torch.Generator(device).manual_seed(cfg.seed)
 
     def choice(logits):
         return choose(logits, cfg.temperature, cfg.top_k, cfg.top_p, generator)
 
     for prompt in prompts:
-        start, ids = time.monotonic(), torch.tensor([encode(prompt)], device=hardware.device)
+        start, ids = time.monotonic(), torch.tensor([encode(prompt)], device=device)
         if ids.shape[1] > model.max_seq_len:
             raise UsageError(f"a prompt of {ids.shape[1]} tokens, the model was built for {model.max_seq_len}")
         if model.cells:
@@ -272,17 +272,17 @@ def main(cfg):
         return answer(cfg)
     at_least(cfg, 1, "num_samples", "steps", "length", "max_new_tokens")
     at_least(cfg, 0, "temperature", "top_k", "top_p", "seed")
-    hardware = Hardware(cfg.device, "fp32")
+    device = open_device(cfg.device)
     model, about = load_expert(cfg.checkpoint)
     tokenizer = load_tokenizer(about["tokenizer"])
     if tokenizer.hash != about["tokenizer_hash"]:
         raise UsageError(f"{cfg.checkpoint}: tokenizer {about['tokenizer']} is not the one it was trained with")
-    model.to(hardware.device)
-    ids = torch.tensor([[tokenizer.eos, *tokenizer.encode(cfg.prompt)]], device=hardware.device)  # (1, T)
+    model.to(device)
+    ids = torch.tensor([[tokenizer.eos, *tokenizer.encode(cfg.prompt)]], device=device)  # (1, T)
     if about["expert"] == "diffuser" and not ids.shape[1] <= cfg.length <= model.max_seq_len:
         raise UsageError(f"--length {cfg.length}: expected {ids.shape[1]} (the prompt) to {model.max_seq_len}")
     for number in range(cfg.num_samples):
-        generator, start, size = torch.Generator(hardware.device).manual_seed(cfg.seed + number), time.monotonic(), 0
+        generator, start, size = torch.Generator(device).manual_seed(cfg.seed + number), time.monotonic(), 0
         if about["expert"] == "diffuser":
             found = model.sample(1, cfg.length, cfg.steps, cfg.temperature, generator, cfg.sampler, ids)[0].tolist()
             count, _ = stream(tokenizer, ((token, 0) for token in found[1:]))

@@ -1,156 +1,169 @@
-"""Train a hierarchical reasoning model: a prompt is encoded, thought about by a recursive core, and answered.
+"""Train a hierarchical reasoning model, which thinks about a prompt again and again and answers.
 
-    python train_hrm.py --config configs/hrm/addition.yaml --run_name addition     # half a minute: sums, held out
-    python train_hrm.py --dataset sudoku --run_name sudoku9                        # minutes: 9 x 9, 40 givens
-    python train_hrm.py --dataset data/prepared --run_name text --save_best_model  # of prepare_data.py language
-    torchrun --nproc-per-node 2 train_hrm.py --dataset sudoku --run_name sudoku9   # several GPUs; --fsdp shares weights
+    python train_hrm.py --config configs/hrm/addition.yaml --run_name addition     # half a minute
+    python train_hrm.py --dataset sudoku --run_name sudoku9                        # minutes
+    python train_hrm.py --dataset data/prepared --run_name text --save_best_model  # prepared rows
+    python train_hrm.py --dry_run                                                  # a random batch
+    torchrun --nproc-per-node 2 train_hrm.py --dataset sudoku --run_name sudoku9   # several GPUs
 
-Writes runs/<run_name>/checkpoints/{step_N,final}.pt with a .yaml each, best-model/, metrics.jsonl and loss.png, and
-goes on from the newest checkpoint there when it is started again. In a notebook: paste this file into a cell, then
-main(SyntheticConfig(steps=100)).
+--fsdp lets the processes share the weights. prepare_data.py language makes the prepared rows.
 
-B batch, S prompt, T answer, V vocabulary; a segment is one optimizer step on a batch, the next goes on from its states.
+Writes runs/<run_name>/checkpoints/{step_N,final}.pt with a .yaml each, best-model/, metrics.jsonl
+and loss.png. The same command goes on from the newest checkpoint there. In a notebook, paste this
+file into a cell, then call main(SyntheticConfig(steps=100)).
+
+B batch, S prompt, T answer, C width, V vocabulary. A segment is one optimizer step on a batch, and
+the next goes on from its states. The segments of a batch are steps: nothing accumulates gradients.
 """
 
 import inspect
 import json
 import math
+import os
 import sys
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from datetime import timedelta
-from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Literal
 
-from data_utils.config import at_least, below_one, check_name, complete, from_cli
+from data_utils.config import at_least, below_one, check_name, complete, cosmetic, cosmetic_names, flag, from_cli
 from data_utils.errors import DataError, UsageError
-from data_utils.launch import ends_cleanly, launch
+from data_utils.launch import check_torchrun, ends_cleanly, launch
 from data_utils.reasoning.nested_config import flatten
 
 
+# A `cosmetic` field may change on a resume, and the run still ends with the same bits.
 @dataclass
 class HrmConfig:
     # data
-    dataset: str = ""  # synthetic, sudoku, or a folder of prepare_data.py
-    dry_run: Literal["auto", "1", "0"] = field(default="auto", metadata=dict(bare="1"))  # 1: one random batch, no files
+    dataset: str = cosmetic("")  # synthetic, sudoku, or a folder of prepare_data.py
+    dry_run: Literal["auto", "1", "0"] = cosmetic("auto", bare="1")  # 1: one random batch, no files
     max_seq_len: int = 256  # ids on each side, prompt and answer; longer rows are cut
-    dataset_workers: int = 0  # processes that read JSONL
+    dataset_workers: int = cosmetic(0, also=("num_workers", "workers"))  # processes that read JSONL
     data_seed: int = 1  # of built-in data and its split
     reveal: float = 0.1  # sudoku: share of training puzzles with some of the blanks filled in
-    skip_bad_lines: bool = False  # count and skip malformed lines instead of stopping
+    skip_bad_lines: bool = cosmetic(False)  # count and skip malformed lines instead of stopping
     allow_leak: bool = False  # keep rows whose prompt is their answer
     # model
     d_model: int = 256  # width C
     n_heads: int = 4  # attention heads
     encoder_layers: int = 2  # blocks that read the prompt
-    decoder_layers: int = 4  # blocks that write the answer; 0 = a head that fills in each cell of the prompt
-    core: Literal["recursive", "plain", "none"] = "recursive"  # the same blocks again and again, once, or none
+    decoder_layers: int = 4  # blocks that write the answer; 0 = a head that fills in the prompt
+    core: Literal["recursive", "plain", "none"] = "recursive"  # blocks used again, once, or none
     core_layers: int = 2  # blocks of a module of the core
     share: bool = True  # the fast and the slow module are one
     h_cycles: int = 2  # slow updates in a segment
     l_steps: int = 2  # fast updates for each slow one
     segments: int = 1  # optimizer steps on a batch, each from the states of the one before
-    grad: Literal["last_cycle", "one_step", "bptt"] = "last_cycle"  # how far gradients go back in a segment
+    grad: Literal["last_cycle", "one_step", "bptt"] = "last_cycle"  # how far gradients go back
     ffn_dim: int = 0  # inner width of the core; 0 = twice d_model
-    positions: Literal["rope", "ends", "grid"] = "rope"  # rotary, counted from both ends, or rows, columns and boxes
+    positions: Literal["rope", "ends", "grid"] = "rope"  # rotary, counted from both ends, or a grid
     relation_bias: bool = False  # cells of a grid know who shares their row, column or box
     halting: bool = False  # learn when an answer is right, and stop there
-    halting_weight: float = 0.5  # of that in the loss
+    halting_weight: float = 0.5  # weight of the halting loss
     # run
-    run_name: str = ""  # files go to runs/<run_name>/
-    save_dir: str = ""  # checkpoints right into this folder; a --run_name overrides it
-    resume: str = "auto"  # auto: go on if there is anything; or a file
-    fresh: bool = False  # start over; old files are renamed to *.bak, *.bak2, ...
-    seed: int = 0  # weights and order
-    save_best_model: bool = False  # keep the lowest validation loss in runs/<run_name>/best-model
-    checkpoint_limit: int = 0  # newest step files kept; 0 = all
-    save_minutes: float = 10.0  # minutes between rolling saves: what a crash can cost; 0 = only when stopped
+    run_name: str = cosmetic("")  # files go to runs/<run_name>/
+    save_dir: str = cosmetic("", also=("out",))  # folder of all files; a --run_name overrides it
+    resume: str = cosmetic("auto")  # auto: go on if there is anything; or a file
+    fresh: bool = cosmetic(False)  # start over; old files are renamed to *.bak, *.bak2, ...
+    seed: int = 0  # of weights and order
+    save_best_model: bool = cosmetic(False)  # keep the best weights in runs/<run_name>/best-model
+    checkpoint_limit: int = cosmetic(0, also=("keep",))  # newest step files kept; 0 = all
+    save_minutes: float = cosmetic(10.0)  # minutes between rolling saves; 0 = only when stopped
     # optimization
-    optimizer: Literal["adamw", "adamw_8bit", "muon"] = "adamw"  # 8bit: moments in a quarter of the memory
+    optimizer: Literal["adamw", "adamw_8bit", "muon"] = "adamw"  # 8bit: in a quarter of the memory
     muon: float = 10.0  # rate of the hidden matrices with muon, in units of learning_rate
-    learning_rate: float = field(default=1e-3, metadata=dict(also="lr"))  # peak learning rate
+    learning_rate: float = flag(1e-3, also=("lr",))  # peak learning rate
     lr_scheduler: Literal["cosine", "linear", "constant"] = "cosine"  # after the warmup
-    lr_min_ratio: float = 0.05  # floor of the schedule as a share of the peak
+    lr_min_ratio: float = flag(0.05, also=("min_lr_ratio",))  # floor as a share of the peak
     warmup_steps: int = 0  # steps of linear warmup
     weight_decay: float = 0.1  # AdamW decay, on matrices only
-    beta1: float = 0.9  # AdamW
-    beta2: float = 0.95  # AdamW
+    beta1: float = 0.9  # AdamW decay of the mean gradient
+    beta2: float = 0.95  # AdamW decay of the mean squared gradient
     ema: float = 0.99  # decay of the averaged weights that are evaluated; 0 = off
     batch_size: int = 32  # rows per step and process
-    grad_clip: float = 0.0  # largest gradient norm; 0 = off
+    grad_clip: float = flag(0.0, also=("clip", "gradient_clip"))  # largest gradient norm; 0 = off
     steps: int = 2000  # optimizer steps in all
-    epochs: int = 0  # passes over the rows instead, where steps is 0 or not given
-    max_steps: int = 0  # stop earlier, on the same schedule; 0 = off
-    max_seconds: float = 0.0  # stop after so many seconds; 0 = off
+    epochs: int = flag(0, also=("max_epochs",))  # passes instead, where steps is 0 or not given
+    max_steps: int = cosmetic(0)  # stop earlier, on the same schedule; 0 = off
+    max_seconds: float = cosmetic(0.0)  # stop after so many seconds; 0 = off
     # evaluation, hardware
-    val_every: int = 0  # steps between evaluations with a checkpoint each; 0 = only at the end
-    eval_batch_size: int = 0  # rows per evaluation batch; 0 = as training
-    eval_rows: int = 0  # validation rows used; 0 = all
-    eval_segments: int = 0  # most segments with halting; 0 = four times segments
-    log_steps: int = 10  # steps per line and row of metrics
-    device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
-    fsdp: bool = False  # several processes keep a part of the weights and of the optimizer each, not all of them
+    val_every: int = cosmetic(0, also=("eval_interval",))  # steps per evaluation; 0 = at the end
+    eval_batch_size: int = cosmetic(0)  # rows per evaluation batch; 0 = as training
+    eval_rows: int = cosmetic(0)  # validation rows used; 0 = all
+    eval_segments: int = cosmetic(0)  # most segments with halting; 0 = four times segments
+    log_steps: int = cosmetic(10, also=("log_interval",))  # steps per line and row of metrics
+    device: str = cosmetic("auto")  # auto, cpu, cuda, cuda:1, mps
+    fsdp: bool = cosmetic(False)  # processes share the weights and the optimizer's state (FSDP2)
     mixed_precision: Literal["none", "bf16", "fp16", "auto"] = "none"  # auto: bf16 where it is fast
-    compile: bool = False  # torch.compile of the core: a minute to start, then faster
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # auto: by mixed_precision
+    compile: bool = cosmetic(False)  # torch.compile of the core: a minute to start, then faster
 
 
 @dataclass
 class SyntheticConfig(HrmConfig):
-    dataset: str = "synthetic"  # synthetic, sudoku, or a folder of prepare_data.py
+    dataset: str = cosmetic("synthetic")  # synthetic, sudoku, or a folder of prepare_data.py
     batch_size: int = 256  # rows per step and process
     steps: int = 1000  # optimizer steps in all
     max_seq_len: int = 32  # ids on each side, prompt and answer; longer rows are cut
     d_model: int = 64  # width C
     n_heads: int = 2  # attention heads
     encoder_layers: int = 1  # blocks that read the prompt
-    decoder_layers: int = 2  # blocks that write the answer; 0 = a head that fills in each cell of the prompt
+    decoder_layers: int = 2  # blocks that write the answer; 0 = a head that fills in the prompt
     core_layers: int = 1  # blocks of a module of the core
     h_cycles: int = 1  # slow updates in a segment
     l_steps: int = 1  # fast updates for each slow one
-    positions: Literal["rope", "ends", "grid"] = "ends"  # rotary, counted from both ends, or rows, columns and boxes
+    positions: Literal["rope", "ends", "grid"] = "ends"  # rotary, counted from both ends, or a grid
 
 
 @dataclass
 class SudokuConfig(HrmConfig):
-    dataset: str = "sudoku"  # synthetic, sudoku, or a folder of prepare_data.py
+    dataset: str = cosmetic("sudoku")  # synthetic, sudoku, or a folder of prepare_data.py
     steps: int = 2300  # optimizer steps in all
     max_seq_len: int = 81  # cells
     d_model: int = 128  # width C
     encoder_layers: int = 0  # blocks that read the prompt
-    decoder_layers: int = 0  # blocks that write the answer; 0 = a head that fills in each cell of the prompt
+    decoder_layers: int = 0  # blocks that write the answer; 0 = a head that fills in the prompt
     segments: int = 4  # optimizer steps on a batch, each from the states of the one before
-    positions: Literal["rope", "ends", "grid"] = "grid"  # rotary, counted from both ends, or rows, columns and boxes
+    positions: Literal["rope", "ends", "grid"] = "grid"  # rotary, counted from both ends, or a grid
     relation_bias: bool = True  # cells of a grid know who shares their row, column or box
     halting: bool = True  # learn when an answer is right, and stop there
-    optimizer: Literal["adamw", "adamw_8bit", "muon"] = "muon"  # 8bit: moments in a quarter of the memory
+    optimizer: Literal["adamw", "adamw_8bit", "muon"] = "muon"  # 8bit: in a quarter of the memory
     warmup_steps: int = 100  # steps of linear warmup
-    grad_clip: float = 1.0  # largest gradient norm; 0 = off
+    grad_clip: float = flag(1.0, also=("clip", "gradient_clip"))  # largest gradient norm; 0 = off
     mixed_precision: Literal["none", "bf16", "fp16", "auto"] = "auto"  # auto: bf16 where it is fast
 
 
 def variant(dataset):
-    """The class of a data set: a prepared folder says in meta.json whether it holds puzzles."""
-    if dataset in ("synthetic", "sudoku"):
-        return SyntheticConfig if dataset == "synthetic" else SudokuConfig
+    """Return the class of a data set; meta.json of a prepared folder tells puzzles from rows."""
+    classes = {"synthetic": SyntheticConfig, "sudoku": SudokuConfig, "": HrmConfig}
+    if dataset in classes:
+        return classes[dataset]
     try:
-        puzzles = json.loads(Path(dataset, "meta.json").read_text(encoding="utf-8"))["kind"] == "sudoku"
+        meta = json.loads(Path(dataset, "meta.json").read_text(encoding="utf-8"))
+        return SudokuConfig if meta["kind"] == "sudoku" else HrmConfig
     except (OSError, ValueError, KeyError, TypeError):
-        puzzles = False
-    return SudokuConfig if puzzles and dataset else HrmConfig
+        return HrmConfig
 
 
 Config = HrmConfig
 
+
+def parse(argv=None):
+    """Return the configuration that the command line (or the list `argv`) asks for."""
+    return from_cli(variant, __doc__, argv, by="dataset", flatten=flatten)
+
+
 if __name__ == "__main__":  # before torch is imported, so that --help and typos answer at once
-    cfg = from_cli(variant, __doc__, by="dataset", flatten=flatten)
+    cfg = parse()
 
 import numpy as np
 import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
 
-from data_utils import checkpoint, files
-from data_utils.hardware import Hardware
+from data_utils import checkpoint, distributed, files
 from data_utils.metrics import append_row, draw_losses, start_rows
 from data_utils.progress import Progress, peak_mb, say
 from data_utils.reasoning.answers import summarize
@@ -161,243 +174,446 @@ from models.optim.adamw8bit import AdamW8bit
 from models.optim.ema import Average
 from models.optim.muon import Muon
 
-BAD_STEPS = 10  # non-finite steps in a row that end a run
-# what a resumed run may change and still do bit for bit the same
-COSMETIC = """dataset dry_run dataset_workers skip_bad_lines run_name save_dir resume fresh save_best_model
-checkpoint_limit save_minutes max_steps max_seconds val_every eval_batch_size eval_rows eval_segments log_steps
-device fsdp compile""".split()
+BAD_STEPS = 10  # steps in a row without a finite loss and gradient that end a run
 
 
-def kind_of(name, parameter):
-    """Weight decay is for matrices, tables of ids and places too: without it held-out sums come much later."""
-    return "" if parameter.ndim != 2 else "hidden" if name.startswith(("encoder.", "core.", "decoder.")) else "table"
+@dataclass
+class RunState:
+    """Where the run is. All of it is saved, and a resumed run goes on from it."""
+
+    step: int = 0  # optimizer steps done
+    evaluated: int = 0  # step of the last whole evaluation
+    best_val_loss: float = math.inf  # lowest validation loss
+    best_step: int = 0  # step that has it
+    skipped: int = 0  # steps without a finite loss and gradient
+    skipped_in_row: int = 0  # those since the last good step
+    halt_threshold: float = 0.0  # halting logit that stops an answer, of the last evaluation
 
 
-@ends_cleanly
-def main(cfg):
-    cfg = complete(cfg, variant, by="dataset")
-    train = cfg.dry_run == "0" or cfg.dry_run == "auto" and bool(cfg.dataset)
-    if train and not cfg.dataset:
-        raise UsageError("--dry_run 0 needs a --dataset: synthetic, sudoku, or a folder of prepare_data.py")
-    at_least(cfg, 1, *"d_model n_heads h_cycles l_steps segments max_seq_len batch_size log_steps".split())
-    at_least(cfg, 0, *"encoder_layers decoder_layers core_layers ffn_dim warmup_steps learning_rate seed".split())
-    at_least(cfg, 0, *"checkpoint_limit save_minutes val_every eval_batch_size eval_rows eval_segments".split())
-    at_least(cfg, 0, *"lr_min_ratio weight_decay ema max_steps max_seconds halting_weight reveal muon".split())
+def group_of(name, parameter):
+    """Return the parameter's group in the optimizer: hidden (matrices), table, or vector.
+
+    Tables of ids and places decay like the matrices: without that, held-out sums come much later.
+    """
+    if parameter.ndim != 2:
+        return "vector"
+    return "hidden" if name.startswith(("encoder.", "core.", "decoder.")) else "table"
+
+
+def check(cfg):
+    """Raise UsageError for a value that no run can have."""
+    if cfg.dry_run == "0" and not cfg.dataset:
+        raise UsageError("--dry_run 0 needs a --dataset: synthetic, sudoku, or a folder of rows")
+    at_least(cfg, 1, "d_model", "n_heads", "h_cycles", "l_steps", "segments", "max_seq_len")
+    at_least(cfg, 1, "batch_size", "log_steps")
+    at_least(cfg, 0, "encoder_layers", "decoder_layers", "core_layers", "ffn_dim", "warmup_steps")
+    at_least(cfg, 0, "learning_rate", "seed", "checkpoint_limit", "save_minutes", "val_every")
+    at_least(cfg, 0, "eval_batch_size", "eval_rows", "eval_segments", "lr_min_ratio", "muon")
+    at_least(cfg, 0, "weight_decay", "ema", "max_steps", "max_seconds", "halting_weight", "reveal")
     below_one(cfg, "beta1", "beta2")
     if cfg.d_model % (2 * cfg.n_heads):
-        raise UsageError(f"--d_model {cfg.d_model} over --n_heads {cfg.n_heads}: the head dim must be whole and even")
+        sizes = f"--d_model {cfg.d_model} over --n_heads {cfg.n_heads}"
+        raise UsageError(f"{sizes}: the head dim must be whole and even")
     if cfg.segments > 1 and cfg.core != "recursive":
         raise UsageError(f"--segments {cfg.segments} needs --core recursive, it is {cfg.core}")
     if cfg.run_name:
         check_name(cfg, "run_name")
 
+
+@ends_cleanly
+def main(cfg):
+    """Train as `cfg` says -> dict(step, best_val_loss, stopped: the signal that ended it, or 0)."""
+    cfg = complete(cfg, variant, by="dataset")
+    check(cfg)
+    train = cfg.dry_run == "0" or (cfg.dry_run == "auto" and bool(cfg.dataset))
+    precisions = dict(none="float32", bf16="bfloat16", fp16="float16", auto="bfloat16")
+    dtype = precisions[cfg.mixed_precision] if cfg.dtype == "auto" else cfg.dtype
+    asked_dtype = dtype
+
     # --- hardware -------------------------------------------------------------------------
-    hardware = Hardware(cfg.device, dict(none="fp32", auto="bf16").get(asked := cfg.mixed_precision, asked), cfg.fsdp)
-    rank, world, device, scaler = hardware.rank, hardware.world, hardware.device, hardware.scaler
-    if asked == "fp16" and device.type != "cuda":
-        raise UsageError("--mixed_precision fp16 needs CUDA\ntry: bf16 or none")
-    tell = say if rank == 0 else lambda *_: None
-    tell(hardware.reason)
+    # These lines are the same in all six scripts, and a test keeps them so.
+    check_torchrun(cfg.device)
+    rank = int(os.environ.get("RANK", 0))  # number of this process; torchrun sets these three
+    world = int(os.environ.get("WORLD_SIZE", 1))  # how many processes there are
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))  # number of this process on its machine
+    device = cfg.device
+    if device == "auto":
+        device = "mps" if torch.backends.mps.is_available() else "cpu"
+        device = "cuda" if torch.cuda.is_available() else device
+    try:
+        device = torch.device(f"cuda:{local_rank}" if device == "cuda" else device)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as e:
+        reason = str(e).splitlines()[0]
+        raise UsageError(f"--device {device} can't be used: {reason}\ntry: --device cpu") from e
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high")  # TF32 for products that stay in fp32
+        fast_bf16 = torch.cuda.get_device_capability(device) >= (8, 0)  # before, it is emulated
+    else:
+        fast_bf16 = device.type == "cpu" and (
+            torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+        )
+    if dtype == "bfloat16" and not fast_bf16:
+        dtype = "float16"
+    if dtype == "float16" and device.type != "cuda":
+        dtype = "float32"
+    autocast = torch.autocast(device.type, getattr(torch, dtype), enabled=dtype != "float32")
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == "float16")  # else it does nothing
+    if world > 1:
+        # A group that torchrun restarted must not find the addresses of the one before.
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)
+        store, *_ = next(dist.rendezvous("env://"))
+        store = dist.PrefixStore(f"attempt {attempt}", store)
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world)
+    log = say if rank == 0 else lambda *_: None
+    log(f"{device}, {dtype}, {world} process{'es' * (world > 1)}")
     torch.manual_seed(cfg.seed)
+    # The marked lines end here.
+    if asked_dtype == "float16" and device.type != "cuda":
+        asked = "--mixed_precision fp16" if cfg.dtype == "auto" else "--dtype float16"
+        raise UsageError(f"{asked} needs CUDA\ntry: --dtype bfloat16")
+    if cfg.fsdp and world == 1:
+        raise UsageError(
+            "--fsdp shares a model among processes, and this is the only one\n"
+            f"try: torchrun --standalone --nproc-per-node 2 {' '.join(sys.argv)}"
+        )
 
     # --- data -----------------------------------------------------------------------------
-    folder = cfg.save_dir or f"checkpoints/hrm/{Path(cfg.dataset).name}"
-    home = Path("runs", cfg.run_name) if cfg.run_name else Path(folder)
-    folder, best = home / "checkpoints" if cfg.run_name else home, home / "best-model" / "best.pt"
+    home = Path(cfg.save_dir or f"checkpoints/hrm/{Path(cfg.dataset).name}")  # of metrics, figure
+    folder = home
+    if cfg.run_name:
+        home = Path("runs", cfg.run_name)
+        folder = home / "checkpoints"
+    vocab_size = 98  # of a dry run, which reads no data
     if train:
         data = open_questions(
-            cfg.dataset, max_seq_len=cfg.max_seq_len, data_seed=cfg.data_seed, reveal=cfg.reveal, say=tell, rank=rank,
-            workers=cfg.dataset_workers, skip_bad_lines=cfg.skip_bad_lines, allow_leak=cfg.allow_leak, cache_dir=folder,
-        )  # fmt: skip
+            cfg.dataset,
+            max_seq_len=cfg.max_seq_len,
+            data_seed=cfg.data_seed,
+            reveal=cfg.reveal,
+            say=log,
+            rank=rank,
+            workers=cfg.dataset_workers,
+            skip_bad_lines=cfg.skip_bad_lines,
+            allow_leak=cfg.allow_leak,
+            cache_dir=folder,
+        )
+        vocab_size = data.meta["vocab_size"]
+        n_val = min(cfg.eval_rows or data.rows("val"), data.rows("val"))
+        if cfg.save_best_model and not (cfg.run_name and n_val):
+            raise UsageError("--save_best_model needs a --run_name, and validation rows")
+        # The last batch of an epoch is filled up with rows from the epoch's start.
+        rows_per_batch = cfg.batch_size * world
+        batches = math.ceil(data.rows("train") / rows_per_batch)  # per epoch
+        local_rows = slice(rank * cfg.batch_size, (rank + 1) * cfg.batch_size)  # of a batch
+        steps = cfg.steps
+        if cfg.epochs and cfg.steps in (0, type(cfg).steps):
+            steps = cfg.epochs * batches * cfg.segments
+        if steps < 1:
+            raise UsageError(f"--steps {cfg.steps} --epochs {cfg.epochs}: one must be 1 or more")
+        last_step = min(steps, cfg.max_steps or steps)  # of this run; the schedule may go on
+
+    def to_device(batch):
+        """Return the tensors of a batch on the device."""
+        return {name: ids.to(device) for name, ids in batch.items()}
 
     # --- model and optimizer --------------------------------------------------------------
-    def place(batch):
-        return {key: ids.to(device) for key, ids in batch.items()}
-
-    known = asdict(cfg) | dict(vocab_size=data.meta["vocab_size"] if train else 98)
+    known = asdict(cfg) | dict(vocab_size=vocab_size)
     model_args = {name: known[name] for name in inspect.signature(HRM).parameters}
     try:
-        raw_model = HRM(**model_args).to(device)  # the one that is saved: no _orig_mod. or module. keys
+        raw_model = HRM(**model_args)  # saved without _orig_mod. and module.
     except ValueError as e:
         raise UsageError(str(e)) from e
-    count = sum(p.numel() for p in raw_model.parameters())
+    raw_model.to(device)
+    millions = sum(p.numel() for p in raw_model.parameters()) / 1e6
     if not train:
-        with hardware.autocast:
-            loss, _, _ = raw_model(place(random_batch(cfg.batch_size, cfg.max_seq_len, known["vocab_size"])))
+        batch = to_device(random_batch(cfg.batch_size, cfg.max_seq_len, vocab_size))
+        with autocast:
+            loss, _, _ = raw_model(batch)
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), math.inf).item()
-        size = f"{count / 1e6:.2f} M parameters"
-        tell(f"dry run: loss {loss.item():.4f}, gradient norm {norm:.3f}, {size}; --dataset trains")
-        return dict(step=0, best=math.inf, stopped=0)
-    n_val, rows = min(cfg.eval_rows or data.rows("val"), data.rows("val")), cfg.batch_size * world
-    if cfg.save_best_model and not (cfg.run_name and n_val):
-        raise UsageError("--save_best_model needs a --run_name, and validation rows")
-    batches = math.ceil(data.rows("train") / rows)  # an epoch; its last batch is filled up from its start
-    steps = cfg.epochs * batches * cfg.segments if cfg.epochs and cfg.steps in (0, type(cfg).steps) else cfg.steps
-    if steps < 1:
-        raise UsageError(f"--steps {cfg.steps} --epochs {cfg.epochs}: one of them must be 1 or more")
-    last = min(steps, cfg.max_steps or steps)  # step at which this run ends, on the schedule of all
-    hardware.shard(raw_model, cfg.optimizer)
+        figures = f"loss {loss.item():.4f}, gradient norm {norm:.3f}, {millions:.2f} M parameters"
+        log(f"dry run: {figures}; --dataset trains")
+        distributed.close()
+        return dict(step=0, best_val_loss=math.inf, stopped=0)
+    if cfg.fsdp:
+        distributed.shard(raw_model, cfg.optimizer)
     trained = dict(raw_model.named_parameters())
+    hidden = [p for name, p in trained.items() if group_of(name, p) == "hidden"]
+    tables = [p for name, p in trained.items() if group_of(name, p) == "table"]
+    vectors = [p for name, p in trained.items() if group_of(name, p) == "vector"]
+    # Muon steps the group with `times` above 0, at so many times the rate. AdamW reads no `times`.
     groups = [
-        dict(params=[p for name, p in trained.items() if kind_of(name, p) == kind], weight_decay=decay, times=times)
-        for kind, decay, times in (("hidden", cfg.weight_decay, cfg.muon), ("table", cfg.weight_decay, 0), ("", 0, 0))
+        dict(params=hidden, weight_decay=cfg.weight_decay, times=cfg.muon),
+        dict(params=tables, weight_decay=cfg.weight_decay, times=0),
+        dict(params=vectors, weight_decay=0, times=0),
     ]
-    fused = partial(torch.optim.AdamW, fused=device.type in ("cpu", "cuda"))
-    kinds = dict(adamw=fused, adamw_8bit=partial(AdamW8bit, seed=cfg.seed), muon=Muon)
-    optimizer = kinds[cfg.optimizer](groups, lr=cfg.learning_rate, betas=(cfg.beta1, cfg.beta2))
+    betas = (cfg.beta1, cfg.beta2)
+    if cfg.optimizer == "muon":
+        optimizer = Muon(groups, lr=cfg.learning_rate, betas=betas)
+    elif cfg.optimizer == "adamw_8bit":
+        optimizer = AdamW8bit(groups, lr=cfg.learning_rate, betas=betas, seed=cfg.seed)
+    else:
+        fused = device.type in ("cpu", "cuda")
+        optimizer = torch.optim.AdamW(groups, lr=cfg.learning_rate, betas=betas, fused=fused)
     average = Average(trained, cfg.ema)
-    parts = dict(model_state=raw_model, optimizer_state=optimizer, amp_scaler=scaler, ema=average)  # all that is saved
+    parts = dict(model_state=raw_model, optimizer_state=optimizer, amp_scaler=scaler, ema=average)
 
     # --- resume ---------------------------------------------------------------------------
-    # where the run is, saved and resumed as it stands
-    at = SimpleNamespace(step=0, evaluated=0, best_val_loss=math.inf, best_step=0, skipped=0, skipped_in_row=0,
-                         halt_threshold=0.0)  # fmt: skip
-    kind, snapshot, final, metrics = "hrm", r"step_(\d+)\.pt", folder / "final.pt", home / "metrics.jsonl"
-    lock = files.lock_run(folder, "hrm", folder, best.parent) if rank == 0 else None  # noqa: F841  held until main ends
-    candidates = checkpoint.by_step(checkpoint.numbered_files(folder, snapshot), final, kind)
-    path, state = checkpoint.find_checkpoint(cfg.resume, cfg.fresh, candidates, kind)
-    about = dict(kind=kind, format=1, dataset=cfg.dataset, tokenizer=data.tokenizer.name,
-                 tokenizer_hash=data.tokenizer.hash, data_hash=data.hash, world_size=world, steps=steps,
-                 torch=str(torch.__version__), config=asdict(cfg), model_args=model_args, meta=data.meta)  # fmt: skip
-    carry = None  # states of the batch at hand, (B, S, C) each
-    if state:
-        checkpoint.load_parts(parts, state, path, about)
-        vars(at).update({name: state[name] for name in vars(at)})
-        whole = [torch.cat(z) for z in zip(*state["carry"], strict=True)]  # of all ranks that there were
-        carry = tuple(z[rank * cfg.batch_size :][: cfg.batch_size].to(device) for z in whole if len(z) == rows) or None
-        checkpoint.set_aside_later(candidates, at.step) if rank == 0 else None
-        tell(checkpoint.resume_notice(path, state, about, COSMETIC))
-    if at.step >= steps and (at.evaluated == at.step or not n_val):
-        tell(f"{home}: finished at step {at.step}, best val_loss {at.best_val_loss:.4f}; a larger --steps goes on")
-        hardware.close()
-        return dict(step=at.step, best=at.best_val_loss, stopped=0)
-    model, saver = hardware.wrap(raw_model.compiled() if cfg.compile else raw_model, False), checkpoint.Saver()
+    state = RunState()
+    best_file = home / "best-model" / "best.pt"
+    final_file = folder / "final.pt"  # where a run ended or was stopped
+    metrics_file = home / "metrics.jsonl"
+    snapshot_name = r"step_(\d+)\.pt"
+    if rank == 0:
+        files.lock_run(folder, "hrm", folder, best_file.parent)
+    snapshots = checkpoint.numbered_files(folder, snapshot_name)
+    candidates = checkpoint.by_step(snapshots, final_file, "hrm")
+    resumed_from, saved = checkpoint.find_checkpoint(cfg.resume, cfg.fresh, candidates, "hrm")
+    header = dict(
+        kind="hrm",
+        format=1,
+        dataset=cfg.dataset,
+        tokenizer=data.tokenizer.name,
+        tokenizer_hash=data.tokenizer.hash,
+        data_hash=data.hash,
+        world_size=world,
+        steps=steps,
+        torch=str(torch.__version__),
+        config=asdict(cfg),
+        model_args=model_args,
+        meta=data.meta,
+    )
+    carry = None  # states of the batch at hand after its newest segment, (B, S, C) each
+    if saved:
+        checkpoint.load_parts(parts, saved, resumed_from, header)
+        state = RunState(**{name: saved[name] for name in vars(state)})
+        # The file has the states of all ranks of then. The ranks of now may share the rows anew.
+        states = [torch.cat(shards) for shards in zip(*saved["carry"], strict=True)]
+        if states and len(states[0]) == rows_per_batch:
+            carry = tuple(z[local_rows].to(device) for z in states)
+        if rank == 0:
+            checkpoint.set_aside_later(candidates, state.step)
+        log(checkpoint.resume_notice(resumed_from, saved, header, cosmetic_names(cfg)))
+        del saved
+    # This comes before the first step, so that the same command again trains nothing.
+    if state.step >= last_step and (state.evaluated == state.step or not n_val):
+        larger = "a larger --steps" if state.step >= steps else "a larger --max_steps"
+        best = f"best val_loss {state.best_val_loss:.4f}"
+        log(f"{home}: finished at step {state.step}, {best}; {larger} goes on")
+        distributed.close()
+        return dict(step=state.step, best_val_loss=state.best_val_loss, stopped=0)
 
-    def payload(carry):
-        return about | vars(at) | dict(carry=carry) | {name: part.state_dict() for name, part in parts.items()}
+    model = raw_model
+    if cfg.compile:
+        model = raw_model.compiled()  # the core's stacks alone, in place: weights keep their names
+    if world > 1 and not cfg.fsdp:
+        model = DistributedDataParallel(model)
+    saver = checkpoint.Saver()
+
+    def payload(carries):
+        """Return all that a checkpoint holds; `carries` has the states of every rank."""
+        tensors = {name: part.state_dict() for name, part in parts.items()}
+        return header | asdict(state) | dict(carry=carries) | tensors
 
     def save(path, must=True):
-        states = hardware.gather(tuple(z.cpu() for z in carry or ()))
-        saver(path, payload(states), must)  # on all ranks, which give what they have of the weights
+        """Write a checkpoint and its neighbours. All ranks call this, for their part of it."""
+        carries = distributed.gather(tuple(z.cpu() for z in carry or ()))
+        saver(path, payload(carries), must)
         if rank == 0:
             data.write_beside(path, asdict(cfg))
 
     size = checkpoint.rehearse(folder, "hrm", payload([]))
     if rank == 0:
-        if not path:
-            files.set_aside([*candidates, best, metrics, *(p.with_suffix(".yaml") for p in (*candidates, best))])
-        start_rows(metrics, at.step, at.evaluated, asdict(cfg), device)
-        tell(f"{home}: {count / 1e6:.2f} M parameters to train, checkpoints of {size / 1e6:.0f} MB in {folder}")
+        if not resumed_from:
+            configs = [path.with_suffix(".yaml") for path in (*candidates, best_file)]
+            files.set_aside([*candidates, best_file, metrics_file, *configs])
+        start_rows(metrics_file, state.step, state.evaluated, asdict(cfg), device)
+        where = f"checkpoints of {size / 1e6:.0f} MB in {folder}"
+        log(f"{home}: {millions:.2f} M parameters to train, {where}")
 
     # --- schedule, evaluation, stop -------------------------------------------------------
-    def lr_at(step):  # linear warmup, then down to the floor: a pure function of the step
+    def lr_at(step):
+        """Return the rate, a pure function of the step: linear warmup, then down to the floor."""
         if step < cfg.warmup_steps:
             return cfg.learning_rate * (step + 1) / cfg.warmup_steps
         share = min(1.0, (step - cfg.warmup_steps) / max(1, steps - cfg.warmup_steps))
-        left = dict(cosine=0.5 + 0.5 * math.cos(math.pi * share), linear=1 - share, constant=1.0)[cfg.lr_scheduler]
+        cosine = 0.5 + 0.5 * math.cos(math.pi * share)
+        left = dict(cosine=cosine, linear=1 - share, constant=1.0)[cfg.lr_scheduler]
         return cfg.learning_rate * (cfg.lr_min_ratio + (1 - cfg.lr_min_ratio) * left)
 
     def evaluate():
-        """Averaged weights on the same validation rows every time -> a row of numbers; None if stopped."""
-        size, found = cfg.eval_batch_size or cfg.batch_size, []
-        segments = (cfg.eval_segments or 4 * cfg.segments) if cfg.halting else cfg.segments
-        with average.in_place(), hardware.whole(raw_model) as whole, hardware.autocast:
+        """Score the averaged weights on the same validation rows every time.
+
+        Returns a row of numbers and sets the halting threshold; None if a signal came meanwhile.
+        """
+        size = cfg.eval_batch_size or cfg.batch_size
+        segments = cfg.segments
+        if cfg.halting:  # answers that need more segments than in training get them
+            segments = cfg.eval_segments or 4 * cfg.segments
+        traces = []
+        with average.in_place(), distributed.full_weights(raw_model) as full_model, autocast:
             for start in range(rank * size, n_val, world * size):
                 if stop:
                     break
                 index = np.arange(start, min(start + size, n_val))
-                trace = whole.trace(place(data.batch("val", index)), segments) | data.about("val", index)
-                found.append({name: values.cpu() for name, values in trace.items()})
-        shards = hardware.gather((bool(stop), found))
+                trace = full_model.trace(to_device(data.batch("val", index)), segments)
+                trace |= data.about("val", index)
+                traces.append({name: values.cpu() for name, values in trace.items()})
+        shards = distributed.gather((bool(stop), traces))
         if any(stopped for stopped, _ in shards):
             return None
-        row, at.halt_threshold = summarize([part for _, found in shards for part in found], cfg.segments)
+        traces = [trace for _, shard in shards for trace in shard]
+        row, state.halt_threshold = summarize(traces, cfg.segments)
         return row
 
-    def due():  # an evaluation
-        return n_val and at.evaluated < at.step and (over or cfg.val_every and at.step % cfg.val_every == 0)
+    def at_evaluation(finished):
+        """Return whether the end of the run or an interval calls for an evaluation of this step."""
+        at_interval = cfg.val_every > 0 and state.step % cfg.val_every == 0
+        return n_val > 0 and bool(finished or at_interval)
 
     # --- train ----------------------------------------------------------------------------
-    epoch_of_order, batch_of_step, val, over = -1, -1, {}, at.step >= steps
-    with Stop() as stop, Progress(last, at.step, show=rank == 0 and sys.stderr.isatty()) as progress:
-        start = saved = mark = time.monotonic()
-        first, seen, stop_now, late = at.step, 0, 0, 0  # labels since mark; signal; whether a rolling save is due
+    order_of = -1  # epoch that `order` is of
+    batch_at_hand = -1  # number of the batch that is on the device
+    shown = {}  # newest validation figures, for the progress bar
+    finished = state.step >= last_step
+    stop_signal = 0
+    save_due = False
+    # A run that was stopped while it evaluated begins with that evaluation.
+    repeat_evaluation = state.evaluated < state.step and at_evaluation(finished)
+    show = rank == 0 and sys.stderr.isatty()  # the lines of stage 4 tell the same elsewhere
+    with Stop() as stop, Progress(last_step, state.step, show=show) as progress:
+        start = saved_at = mark = time.monotonic()
+        first_step = state.step
+        targets_since_mark = 0
         while True:
-            if not due():  # else the run was stopped while it evaluated
-                number, segment = divmod(at.step, cfg.segments)
-                if batch_of_step != number:
-                    if epoch_of_order != number // batches:
-                        epoch_of_order = number // batches
-                        order = np.resize(data.order(cfg.seed, epoch_of_order), (batches, rows))
-                    whole = place(data.batch("train", order[number % batches], number))
-                    here = {key: ids[rank * cfg.batch_size :][: cfg.batch_size] for key, ids in whole.items()}
-                    targets, batch_of_step = (whole["labels"] >= 0).sum().item(), number
+            if not repeat_evaluation:
+                # 1. Data: a new batch once its predecessor has had all its segments.
+                number, segment = divmod(state.step, cfg.segments)
+                if batch_at_hand != number:
+                    batch_at_hand = number
+                    if order_of != number // batches:
+                        order_of = number // batches
+                        order = np.resize(data.order(cfg.seed, order_of), (batches, rows_per_batch))
+                    # Each rank reads the rows of all: the padding and the label count are shared.
+                    batch = to_device(data.batch("train", order[number % batches], number))
+                    local_batch = {name: ids[local_rows] for name, ids in batch.items()}
+                    targets = (batch["labels"] >= 0).sum().item()
+
+                # 2. Forward and backward: one segment, from the states of the one before.
+                states = carry if segment else None
+                with autocast:  # DDP takes the mean over ranks, hence the share of the targets
+                    local_loss, _, carry = model(local_batch, states, targets / world)
+                scaler.scale(local_loss).backward()
+
+                # 3. Step. All ranks take or skip it together.
+                rate = lr_at(state.step)
                 for group in optimizer.param_groups:
-                    group["lr"] = lr_at(at.step)
-                with hardware.autocast:
-                    loss, _, carry = model(here, carry if segment else None, targets / world)  # the mean is taken
-                scaler.scale(loss).backward()
+                    group["lr"] = rate
                 scaler.unscale_(optimizer)
-                norm = torch.nn.utils.clip_grad_norm_(trained.values(), cfg.grad_clip or math.inf).item()
+                max_norm = cfg.grad_clip or math.inf
+                norm = torch.nn.utils.clip_grad_norm_(trained.values(), max_norm).item()
                 now = time.monotonic()
-                late = cfg.save_minutes and now - saved > 60 * cfg.save_minutes
-                over = at.step + 1 >= last or 0 < cfg.max_seconds < now - start
-                (loss,) = hardware.total(loss.item() / world)
-                bad = not math.isfinite(loss + norm)
-                bad, stop_now, late, over = hardware.largest(bad, int(stop.signal), late, over)
+                save_due = 0 < 60 * cfg.save_minutes < now - saved_at
+                finished = state.step + 1 >= last_step or 0 < cfg.max_seconds < now - start
+                (loss,) = distributed.sum_over_ranks(local_loss.item() / world)
+                bad, stop_signal, save_due, finished = distributed.max_over_ranks(
+                    not math.isfinite(loss + norm), int(stop.signal), save_due, finished
+                )
                 if not bad:
                     scaler.step(optimizer)
                     scaler.update()
-                    average.update(at.step)
-                elif scaler.is_enabled():  # an overflow, perhaps of another rank: all of them skip and lower the scale
+                    average.update(state.step)
+                elif scaler.is_enabled():  # an overflow of some rank: skip, and lower the scale
                     scaler.update(scaler.get_scale() * scaler.get_backoff_factor())
                 optimizer.zero_grad(set_to_none=True)
-                at.skipped += bool(bad)
-                at.skipped_in_row = at.skipped_in_row + 1 if bad and scaler.get_scale() <= 1 else 0
-                if at.skipped_in_row == BAD_STEPS:
-                    raise DataError(f"{BAD_STEPS} steps in a row not finite, try a smaller --lr; good: {saver.last}")
-                at.step, seen = at.step + 1, seen + targets
-                progress(**dict(train=f"{loss:.3f}") | val)
-                if rank == 0 and (at.step % cfg.log_steps == 0 or over):
-                    rate = (at.step - first) / (now - start)
-                    tell(f"step {at.step}/{last} | loss {loss:.3f} | grad {norm:.2f} | lr {lr_at(at.step - 1):.1e} | "
-                         f"eta {timedelta(seconds=int((last - at.step) / rate))} | {rate:.1f} it/s")  # fmt: skip
-                    append_row(metrics, dict(
-                        step=at.step, split="train", loss=loss, lr=lr_at(at.step - 1), grad_norm=norm,
-                        tokens_per_s=seen / (now - mark), seconds=now - start, peak_mb=peak_mb(device),
-                        skipped=at.skipped))  # fmt: skip
-                    seen, mark = 0, now
-            if due() and not stop_now:
-                before, row = time.monotonic(), evaluate()
-                (stop_now,) = hardware.largest(0 if row else int(stop.signal))
-                mark += time.monotonic() - before
-                if row:
-                    at.evaluated, val = at.step, {name: f"{number:.4f}" for name, number in row.items()}
-                    tell(f"step {at.step} | val " + " | ".join(f"{name} {number}" for name, number in val.items()))
-                    if rank == 0:
-                        append_row(metrics, dict(step=at.step, split="val") | row)
-                    if improved := row["loss"] < at.best_val_loss:
-                        at.best_val_loss, at.best_step = row["loss"], at.step
-                    if improved and cfg.save_best_model:
-                        save(best)
-            if over or stop_now:
-                save(final)
-                break
-            if late or cfg.val_every and at.evaluated == at.step:
-                save(folder / f"step_{at.step}.pt", must=not late)
-                saved = time.monotonic()
+                state.step += 1
+                if bad:
+                    state.skipped += 1
+                    state.skipped_in_row += scaler.get_scale() <= 1  # else fp16 may lower its scale
+                else:
+                    state.skipped_in_row = 0
+                if state.skipped_in_row == BAD_STEPS:
+                    raise DataError(
+                        f"{BAD_STEPS} steps in a row were not finite, up to step {state.step}\n"
+                        f"try: a smaller --learning_rate; last good file: {saver.last}"
+                    )
+
+                # 4. Log.
+                targets_since_mark += targets
+                progress(train=f"{loss:.3f}", **shown)
+                if rank == 0 and (state.step % cfg.log_steps == 0 or finished):
+                    steps_per_s = (state.step - first_step) / (now - start)
+                    left = timedelta(seconds=int((last_step - state.step) / steps_per_s))
+                    log(
+                        f"step {state.step}/{last_step} | loss {loss:.3f} | grad {norm:.2f} | "
+                        f"lr {rate:.1e} | eta {left} | {steps_per_s:.1f} it/s"
+                    )
+                    row = dict(
+                        step=state.step,
+                        split="train",
+                        loss=loss,
+                        lr=rate,
+                        grad_norm=norm,
+                        tokens_per_s=targets_since_mark / (now - mark),
+                        seconds=now - start,
+                        peak_mb=peak_mb(device),
+                        skipped=state.skipped,
+                    )
+                    append_row(metrics_file, row)
+                    targets_since_mark = 0
+                    mark = now
+
+            # 5. Evaluate, unless a signal came. One that is cut is repeated when the run goes on.
+            evaluate_now = repeat_evaluation or at_evaluation(finished)
+            repeat_evaluation = False
+            if evaluate_now and not stop_signal:
+                before = time.monotonic()
+                val_row = evaluate()
+                (stop_signal,) = distributed.max_over_ranks(0 if val_row else int(stop.signal))
+                mark += time.monotonic() - before  # speed is that of training alone
+            if evaluate_now and not stop_signal:
+                state.evaluated = state.step
+                shown = {name: f"{value:.4f}" for name, value in val_row.items()}
+                figures = " | ".join(f"{name} {value}" for name, value in shown.items())
+                log(f"step {state.step} | val {figures}")
                 if rank == 0:
-                    checkpoint.rotate(checkpoint.numbered_files(folder, snapshot), cfg.checkpoint_limit)
+                    append_row(metrics_file, dict(step=state.step, split="val") | val_row)
+                if val_row["loss"] < state.best_val_loss:
+                    state.best_val_loss = val_row["loss"]
+                    state.best_step = state.step
+                    if cfg.save_best_model:
+                        save(best_file)
+
+            # 6. Save under the number of the step. Training survives a rolling save that fails.
+            leaving = finished or stop_signal
+            if not leaving and (save_due or evaluate_now):
+                save(folder / f"step_{state.step}.pt", must=not save_due)
+                saved_at = time.monotonic()
+                if rank == 0:
+                    step_files = checkpoint.numbered_files(folder, snapshot_name)
+                    checkpoint.rotate(step_files, cfg.checkpoint_limit)
+
+            # 7. Leave: final.pt holds the last state, whatever ended the run.
+            if leaving:
+                save(final_file)
+                break
 
     # --- summary --------------------------------------------------------------------------
-    if rank == 0 and over:
-        draw_losses([metrics], home / "loss.png", tell)
-    next_command = f"python generate.py --checkpoint {final}" if over else "the same command again"
-    tell(f"{home}: step {at.step} of {last}, best val_loss {at.best_val_loss:.4f} at step {at.best_step}, "
-         f"{time.monotonic() - start:.0f} s, peak {peak_mb(device):.0f} MB; next: {next_command}")  # fmt: skip
-    hardware.close()
-    return dict(step=at.step, best=at.best_val_loss, stopped=int(stop_now))
+    if rank == 0 and finished:
+        draw_losses([metrics_file], home / "loss.png", log)
+    next_command = "the same command again"
+    if finished:
+        next_command = f"python generate.py --checkpoint {final_file}"
+    log(
+        f"{home}: step {state.step} of {last_step}, best val_loss {state.best_val_loss:.4f} "
+        f"at step {state.best_step}, {time.monotonic() - start:.0f} s, "
+        f"peak {peak_mb(device):.0f} MB; next: {next_command}"
+    )
+    distributed.close()
+    return dict(step=state.step, best_val_loss=state.best_val_loss, stopped=int(stop_signal))
 
 
 if __name__ == "__main__":

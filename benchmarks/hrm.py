@@ -31,7 +31,6 @@ import torch.nn.functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.report import command_line, figure, measure, seconds, timed
-from data_utils.config import from_cli
 from data_utils.errors import DataError
 from data_utils.reasoning.answers import load_reasoner, pick_threshold, stops
 from data_utils.reasoning.dataset import open_pairs
@@ -39,7 +38,7 @@ from data_utils.reasoning.questions import BUILT_IN
 from data_utils.reasoning.sudoku import make, peers
 from models.hrm import HRM
 from models.optim.adamw8bit import AdamW8bit
-from train_hrm import variant
+from train_hrm import parse
 
 HERE = Path(__file__).resolve().parent
 GET = "git clone https://github.com/sapientinc/HRM benchmarks/peers/HRM"
@@ -111,7 +110,7 @@ def sums(args):
 
 def training_seconds(flags):
     """Steps of a Sudoku arm times what one takes now: the runs themselves may have had company."""
-    cfg = from_cli(variant, argv=["--dataset", "sudoku", *flags.split()], prog="train_hrm.py", by="dataset")
+    cfg = parse(["--dataset", "sudoku", *flags.split()])
     known = asdict(cfg) | dict(vocab_size=10)
     model = HRM(**{name: known[name] for name in inspect.signature(HRM).parameters})
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)

@@ -22,7 +22,7 @@ import torch
 import train_multimodal
 from benchmarks.hrm import singles
 from data_utils.checkpoint import canonical_keys, load_checkpoint
-from data_utils.hardware import Hardware
+from data_utils.hardware import bf16_autocast, open_device
 from data_utils.metrics import read_rows
 from data_utils.pages.arc import CHANGES, vote
 from data_utils.pages.evaluate import examine, traces
@@ -158,13 +158,15 @@ class Trained:
     def __init__(self, run, name=""):
         (self.model, self.data), self.run = opened(run), run
         self.name = name or run.cfg.tasks[0]
-        self.task, self.hardware = Task(**self.model.tasks[self.name]), Hardware("cpu", "bf16")
+        self.task = Task(**self.model.tasks[self.name])
+        self.device = open_device("cpu")
+        self.autocast = bf16_autocast(self.device)
         self.steps = self.model.limit(self.name)
 
     def think(self, held, *, steps=0, paths=0, noise=0.0):
         """Answers (n, T, K, L), halt and nats (n, T, K)."""
         how = dict(size=self.run.cfg.global_batch_size, seed=0, paths=paths, noise=noise)
-        how |= dict(device=self.hardware.device, autocast=self.hardware.autocast)
+        how |= dict(device=self.device, autocast=self.autocast)
         return traces(self.model, self.name, self.task, held, steps=steps or self.steps, **how)
 
     def held_out(self, split="test"):
@@ -406,7 +408,7 @@ def thoughts(trained, held):
     for batch in trained.batches(held):
         carry, steps = model.initial_carry(batch), []
         for _ in range(T):
-            with torch.no_grad(), trained.hardware.autocast:
+            with torch.no_grad(), trained.autocast:
                 carry, out = model(carry, batch)
                 aux = out["aux"]
                 about = [aux["z_mean"], carry["steps"] / T, out["q_halt"], aux["confidence"], aux["changed"]]
@@ -514,7 +516,7 @@ def written(trained, held):
     """Share of hero, thing and place that stand in answers which are written from the most likely symbols."""
     made, likeliest = [], partial(torch.argmax, dim=-1)
     for batch in trained.batches(held):
-        with trained.hardware.autocast:
+        with trained.autocast:
             symbols, _ = trained.model.write(batch, steps=trained.steps, choose=likeliest, end=END)
         made.append(symbols)
     return np.nanmean(trained.score(held, torch.cat(made))["names"])
@@ -551,8 +553,8 @@ def inside(part, run):
         model, data = opened(run)
         sources = {name: SimpleNamespace(task=Task(**about)) for name, about in model.tasks.items()}
         how = dict(paths=0, noise=0.0, select="score", size=run.cfg.global_batch_size, seed=0)
-        hardware = Hardware("cpu", "bf16")
-        how |= dict(device=hardware.device, autocast=hardware.autocast)
+        device = open_device("cpu")
+        how |= dict(device=device, autocast=bf16_autocast(device))
         look = partial(examine, model, sources, data, "test", **how)
         with model.memory.shuffled(torch.Generator().manual_seed(0)):
             mixed = look()["score"]
@@ -567,7 +569,7 @@ def inside(part, run):
         for batch in trained.batches(trained.held_out()):
             carry = trained.model.initial_carry(batch)
             for _ in range(trained.steps):
-                with torch.no_grad(), trained.hardware.autocast:
+                with torch.no_grad(), trained.autocast:
                     carry, out = trained.model(carry, batch)
                 carry["halted"] = torch.zeros_like(carry["halted"])
             found.append(out["aux"]["acceptance"].item())

@@ -121,7 +121,7 @@ def launch(main, cfg, leave=True):
             raise
         status = 1
     status = 0 if torchrun and status > 128 else status
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:  # see Hardware.close
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:  # see distributed.close
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)

@@ -28,10 +28,11 @@ def versions(it):
 
 def device(it):
     """The device and the precision that training would take."""
-    from data_utils.hardware import Hardware
+    from data_utils.hardware import bf16_autocast, open_device
 
-    it.hardware = Hardware("auto", "bf16")
-    return it.hardware.reason
+    it.device = open_device("auto")
+    it.autocast = bf16_autocast(it.device)
+    return f"{it.device}, {'bf16' if it.autocast._enabled else 'fp32'}"
 
 
 def render(it):
@@ -43,7 +44,7 @@ def render(it):
 
     text = "def add(a, b):\n    return a + b"
     page = layout(text, 2, 24)
-    pages = torch.from_numpy(page[None]).to(it.hardware.device)
+    pages = torch.from_numpy(page[None]).to(it.device)
     image, patches = to_images(pages), to_patches(pages, 2)
     if to_text(page) != text or image.sum() != patches.long().sum():
         raise RuntimeError(f"a page of {text!r} came back as {to_text(page)!r}")
@@ -75,7 +76,7 @@ def steps(it):
     tasks = {name: asdict(source.task) for name, source in it.sources.items()}
     known = asdict(it.cfg) | dict(tasks=tasks, paths=it.cfg.latent_num_paths)
     it.args = {name: known[name] for name in inspect.signature(Multimodal).parameters}
-    it.model, losses = Multimodal(**it.args).to(it.hardware.device), []
+    it.model, losses = Multimodal(**it.args).to(it.device), []
     parameters = [(name, p) for name, p in it.model.named_parameters()]
     optimizer = AdamAtan2([dict(params=parameters, weight_decay=0.1)], lr=1e-3, betas=(0.9, 0.95))
     for name in ("continue", "sudoku4"):
@@ -83,8 +84,8 @@ def steps(it):
         held = {key: torch.from_numpy(np.stack([getattr(one, key) for one in made])) for key in ("page", "target")}
         held["id"] = torch.tensor([one.id for one in made])
         batch = batch_of(held, name, it.sources[name].task, it.cfg.augment, 0, np.arange(len(made)))
-        batch = {key: part if key == "task" else part.to(it.hardware.device) for key, part in batch.items()}
-        with it.hardware.autocast:
+        batch = {key: part if key == "task" else part.to(it.device) for key, part in batch.items()}
+        with it.autocast:
             _, outputs = it.model(it.model.initial_carry(batch), batch)
         loss = outputs["aux"]["ce"]
         loss.backward()

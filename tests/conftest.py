@@ -92,7 +92,7 @@ def settings(module, flags):
     if module.__name__ == "train_expert":
         return from_cli(module.CONFIGS, by="expert", **how)
     if module.__name__ == "train_hrm":
-        return from_cli(module.variant, by="dataset", flatten=module.flatten, **how)
+        return module.parse(flags)
     if module.__name__ == "train_sr":
         return from_cli(module.Config, load=module.load_flags, **how)
     if module.__name__ == "train_ae":

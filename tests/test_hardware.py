@@ -6,8 +6,7 @@ import pytest
 
 from data_utils import launch
 from data_utils.errors import UsageError
-from data_utils.hardware import Hardware
-from data_utils.launch import share_cores
+from data_utils.launch import check_torchrun, share_cores
 
 TORCHRUN = dict(WORLD_SIZE="2", RANK="1", LOCAL_RANK="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="29500")
 
@@ -29,14 +28,14 @@ def test_a_world_size_left_over_from_another_job_is_refused(monkeypatch):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("WORLD_SIZE", "4")
     with pytest.raises(UsageError, match="RANK.*not set.*\ntry: unset WORLD_SIZE"):
-        Hardware("cpu", "fp32")
+        check_torchrun("cpu")
 
 
 def test_one_gpu_for_all_ranks_is_refused(monkeypatch):
     for name, value in TORCHRUN.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(UsageError, match="cuda:1.*one GPU\ntry: --device cuda"):
-        Hardware("cuda:1", "fp32")
+        check_torchrun("cuda:1")
 
 
 @pytest.mark.parametrize("threads, others, count", [("", 0, "10000"), ("", 1, "1000"), ("2", 1, "10000"),

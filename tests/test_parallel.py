@@ -13,10 +13,10 @@ from test_train_sr import TINY
 
 import train_ae
 import train_multimodal
+from data_utils import distributed
 from data_utils.checkpoint import load_checkpoint, read, shared_like, to_plain
 from data_utils.config import from_cli
 from data_utils.errors import UsageError
-from data_utils.hardware import Hardware
 
 HALF, WHOLE = 5, 10  # steps
 
@@ -150,17 +150,15 @@ def test_scripts_without_shared_weights_say_so(script, by, overrides, capsys):
 
 @pytest.mark.parametrize("optimizer", ["muon", "adamw_8bit"])
 def test_optimizers_of_whole_weights_are_refused(optimizer):
-    hardware = Hardware("cpu", "fp32")
-    hardware.fsdp = True
     with pytest.raises(UsageError, match=f"{optimizer}.*\ntry: --optimizer adamw"):
-        hardware.shard(torch.nn.Linear(2, 2), optimizer)
+        distributed.shard(torch.nn.Linear(2, 2), optimizer)
 
 
 def test_without_sharing_nothing_changes():
-    model, hardware, tensor = torch.nn.Linear(2, 2), Hardware("cpu", "fp32"), torch.arange(3.0)
-    hardware.shard(model)
-    with hardware.whole(model) as whole:
-        assert whole is model and not model.training
+    model = torch.nn.Linear(2, 2)
+    tensor = torch.arange(3.0)
+    with distributed.full_weights(model) as full_model:
+        assert full_model is model and not model.training
     assert model.training and shared_like(tensor, model.weight) is tensor
     assert to_plain(dict(a=[tensor, 1]), keep=False) == dict(a=[None, 1])
 

@@ -12,10 +12,10 @@ from conftest import finish, start, start_cold, start_two
 from test_resume import assert_same
 
 from data_utils.checkpoint import load_checkpoint
-from data_utils.config import from_cli
+from data_utils.config import cosmetic_names
 from data_utils.launch import launch
 from data_utils.reasoning.nested_config import flatten
-from train_hrm import HrmConfig, SudokuConfig, SyntheticConfig, main, variant
+from train_hrm import HrmConfig, SudokuConfig, SyntheticConfig, main, parse, variant
 
 VOLATILE = {"seconds", "tokens_per_s", "peak_mb"}  # of a row of metrics
 SIZES = "--d_model 32 --n_heads 2 --batch_size 16 --eval_batch_size 200 --device cpu --mixed_precision none".split()
@@ -123,6 +123,28 @@ def test_going_on_from_an_older_checkpoint_leaves_the_later_branch(tmp_path):
     assert_same(found["final.pt"] | ignored, expected["final.pt"] | ignored)
 
 
+def test_the_same_budget_again_trains_nothing(tmp_path):
+    flags = ["--dataset=synthetic", "--steps=8", "--eval_rows=40", "--segments=2", "--run_name=a", "--log_steps=1"]
+    home = tmp_path / "runs" / "a"
+    final = home / "checkpoints" / "final.pt"
+    out, _ = finish(train(tmp_path, *flags, "--max_steps=3"))
+    assert "step 3 of 3" in out
+    content, rows = final.read_bytes(), (home / "metrics.jsonl").read_text()
+    for budget in (3, 3, 2):  # also a smaller one
+        out, _ = finish(train(tmp_path, *flags, f"--max_steps={budget}"))
+        assert "finished at step 3" in out and "a larger --max_steps goes on" in out
+        assert final.read_bytes() == content and (home / "metrics.jsonl").read_text() == rows
+    expected, _ = results(home)
+    torch.save(load_checkpoint(final, "hrm") | dict(evaluated=0, best_step=0, best_val_loss=float("inf")), final)
+    out, _ = finish(train(tmp_path, *flags, "--max_steps=3"))  # as after a signal in the evaluation
+    assert "step 3 | val" in out and "step 3 of 3" in out
+    assert_same(results(home)[0], expected)
+    out, _ = finish(train(tmp_path, *flags))
+    assert "step 8 of 8" in out
+    out, _ = finish(train(tmp_path, *flags))
+    assert "finished at step 8" in out and "a larger --steps goes on" in out
+
+
 @pytest.mark.parametrize("optimizer, apart", [("adamw", 1e-5), ("muon", 1e-4)])  # muon's steps are rounded to bfloat16
 def test_two_ranks_equal_one(optimizer, apart, puzzles, tmp_path):
     flags = ["--max_seq_len=16", "--core_layers=1", f"--dataset={puzzles}", "--steps=6", "--segments=3", "--no-halting"]
@@ -168,7 +190,8 @@ ERRORS = [
     ("--dataset synthetic --save_best_model", 2, "needs a --run_name"),
     ("--dataset synthetic --run_name ../up", 2, "--run_name ../up"),
     ("--dataset synthetic --run_name nul", 2, "--run_name nul"),
-    ("--dataset synthetic --mixed_precision fp16", 2, "needs CUDA"),
+    ("--dataset synthetic --mixed_precision fp16", 2, "--mixed_precision fp16 needs CUDA"),
+    ("--dataset synthetic --dtype float16 --mixed_precision bf16", 2, "--dtype float16 needs CUDA"),
     ("--dataset synthetic --d_model 30 --n_heads 4", 2, "head dim must be whole and even"),
     ("--dataset synthetic --core plain --segments 2", 2, "--segments 2 needs --core recursive"),
     ("--dataset synthetic --core none --halting", 2, "halting needs core recursive"),
@@ -182,10 +205,7 @@ ERRORS = [
 def test_user_errors(flags, status, words, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as stopped:
-        cfg = from_cli(
-            variant, argv=["--device=cpu", *flags.split()], prog="train_hrm.py", by="dataset", flatten=flatten
-        )
-        launch(main, cfg)
+        launch(main, parse(["--device=cpu", *flags.split()]))
     out, err = capsys.readouterr()
     assert stopped.value.code == status, err
     assert words in err and "Traceback" not in err and len(err.splitlines()) <= 3 and not list(tmp_path.rglob("*.pt"))
@@ -193,8 +213,20 @@ def test_user_errors(flags, status, words, tmp_path, monkeypatch, capsys):
 
 def test_variants():
     assert variant("synthetic") is SyntheticConfig and variant("sudoku") is SudokuConfig and variant("x") is HrmConfig
-    cfg = from_cli(variant, argv=["--dataset", "sudoku", "--lr", "0.1", "--dry_run"], prog="x", by="dataset")
+    cfg = parse(["--dataset", "sudoku", "--lr", "0.1", "--dry_run"])
     assert (cfg.learning_rate, cfg.dry_run, cfg.max_seq_len) == (0.1, "1", 81)
+    assert cosmetic_names(HrmConfig()) == cosmetic_names(SyntheticConfig()) == cosmetic_names(SudokuConfig())
+
+
+ALIASES = dict(learning_rate="lr", lr_min_ratio="min_lr_ratio", epochs="max_epochs", val_every="eval_interval",
+               log_steps="log_interval", checkpoint_limit="keep", dataset_workers="num_workers", save_dir="out",
+               grad_clip="clip")  # fmt: skip
+
+
+@pytest.mark.parametrize("dataset", ["sudoku", "nowhere"])
+@pytest.mark.parametrize("name, common", ALIASES.items())
+def test_the_common_name_of_a_flag_works_too(name, common, dataset):
+    assert getattr(parse([f"--dataset={dataset}", f"--{common}=3"]), name) in (3, "3")
 
 
 def test_nested_and_flat_configurations_agree(tmp_path, capsys):
@@ -212,7 +244,7 @@ def test_nested_and_flat_configurations_agree(tmp_path, capsys):
     for number, content in enumerate((nested, flat)):
         path = tmp_path / f"{number}.yaml"
         path.write_text(yaml.safe_dump(content))
-        found.append(from_cli(variant, argv=["--config", str(path)], prog="x", by="dataset", flatten=flatten))
+        found.append(parse(["--config", str(path)]))
     assert found[0] == found[1]
     with pytest.raises(ValueError, match="core_layers"):
         flatten(dict(hrm=dict(h_layers=1, l_layers=2)))

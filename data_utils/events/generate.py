@@ -33,7 +33,7 @@ from data_utils.events.decay_chain import decay_chain
 from data_utils.events.kinematics import kinematics
 from data_utils.events.reconstruct import AT_ONCE, draw_latents, event_errors, finished, from_latents
 from data_utils.files import begins, check_replaceable, make_room, write_atomic
-from data_utils.hardware import Hardware
+from data_utils.hardware import open_device
 from models.autoencoder import AutoEncoder
 from models.diffusion import NoiseSchedule
 
@@ -51,8 +51,8 @@ def generate_events(cfg):
         raise UsageError(f"--out {cfg.out}: --mode {cfg.mode} writes {ending}\ntry: --out {Path(cfg.out).stem}{ending}")
     if cfg.mode == "decode" and not cfg.data:
         raise UsageError("--mode decode: no latents named\ntry: --data FILE.npz, which --mode encode writes")
-    hardware = Hardware(cfg.device, "fp32")
-    run = load_run(cfg.model, hardware.device)
+    device = open_device(cfg.device)
+    run = load_run(cfg.model, device)
     out = cfg.out or str(run.path.parent / f"{cfg.mode}{ending}")
     check_replaceable(out, cfg.fresh, made_here, inputs=[cfg.data, run.config.get("data", "")])
     run.steps = cfg.ddim_steps or run.config.get("ddim_steps", 0)

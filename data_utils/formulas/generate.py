@@ -19,7 +19,7 @@ from data_utils.formulas.model_files import load_model
 from data_utils.formulas.problems import problems, read_table, score, terms
 from data_utils.formulas.search import Network, Prior, find_formula, predict
 from data_utils.formulas.skeletons import PoolConfig, check_pool
-from data_utils.hardware import Hardware
+from data_utils.hardware import open_device
 from models.formula_model import check_sampling
 
 # of the files that write_rows makes: candidates of a table, runs of a suite
@@ -39,8 +39,8 @@ def find(cfg):
     inputs = [cfg.data, *cfg.suite]
     check_replaceable(cfg.out, cfg.fresh, made_here, inputs=inputs)
     check_replaceable(cfg.plot, cfg.fresh, is_marked, flag="--plot", inputs=inputs)
-    hardware = Hardware(cfg.device, "fp32")
-    model = load_model(cfg.model).to(hardware.device) if cfg.model else None
+    device = open_device(cfg.device)
+    model = load_model(cfg.model).to(device) if cfg.model else None
     if model and cfg.max_len > model.max_seq_len:
         raise UsageError(f"--max_len {cfg.max_len}: the model was built for at most {model.max_seq_len}")
     pool = PoolConfig(**dict(operators=tuple(model.alphabet.operators), variables=tuple(model.alphabet.variables))

@@ -17,7 +17,7 @@ from data_utils.checkpoint import canonical_keys, first_good, load_checkpoint
 from data_utils.config import at_least
 from data_utils.errors import CheckpointError, UsageError
 from data_utils.files import check_replaceable, is_marked, warn
-from data_utils.hardware import Hardware
+from data_utils.hardware import open_device
 from data_utils.pages import arc
 from data_utils.pages.evaluate import STEPS
 from data_utils.pages.mazes import GOAL, OPEN, START, WALL, WAY, search, ways
@@ -47,7 +47,7 @@ def answer_pages(cfg, choose):
     at_least(cfg, 0, "paths", "noise", "steps", "temperature", "seed")
     at_least(cfg, 1, "votes")
     check_replaceable(cfg.png, cfg.fresh, is_marked, flag="--png", inputs=[cfg.input])
-    hardware = Hardware(cfg.device, "fp32")
+    device = open_device(cfg.device)
     model, config = load_model(cfg.checkpoint)
     task = choose_task(cfg.task, model.tasks)
     if cfg.paths > len(model.starts) and not cfg.noise:
@@ -55,13 +55,13 @@ def answer_pages(cfg, choose):
                          "try: --noise 0.2 with it")  # fmt: skip
     text = read_input(cfg.input)
     questions = arc_questions(text, task, config, cfg.votes) if task.ids else [Question(read_page(text, task)[None])]
-    model.to(hardware.device)
+    model.to(device)
     last = cfg.steps or model.limit(task.name)
     steps = [*(step for step in STEPS if cfg.png and step < last), last]
-    draws = torch.Generator(hardware.device).manual_seed(cfg.seed)
+    draws = torch.Generator(device).manual_seed(cfg.seed)
     how = dict(paths=cfg.paths, noise=cfg.noise, seed=cfg.seed)
     for number, question in enumerate(questions):
-        batch = to_batch(question, task, model.augment, cfg.seed, hardware.device)
+        batch = to_batch(question, task, model.augment, cfg.seed, device)
         answers, q = think(model, batch, steps, lambda x: choose(x, cfg.temperature, 0, 1.0, draws)[:, 0], **how)
         said, about = words_of(question, task, answers[-1], q[-1])
         print("\n" * (number > 0) + said, flush=True)
