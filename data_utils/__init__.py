@@ -17,7 +17,7 @@ files.py        atomic writes, locks, backups; no file of the user's is replaced
 config.py       a dataclass becomes the command line
 overrides.py    KEY=VALUE, named bundles, the jobs of a sweep
 checkpoint.py   verified checkpoints, and how a run resumes from them
-hardware.py     device, precision and processes of a run
+hardware.py     the device of programs that use a trained model
 distributed.py  numbers and weights over several processes
 metrics.py      metrics.jsonl, bits per byte, Weights & Biases
 figures.py      style of figures, their files, the losses of runs; needs matplotlib
