@@ -250,9 +250,19 @@ def main(cfg):
         backend = "nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, store=store, rank=rank, world_size=world)
     log = say if rank == 0 else lambda *_: None
-    log(f"{device}, {dtype}, {world} process{'es' * (world > 1)}")
+    hardware = f"{device}, {dtype}"
+    if device.type == "cuda" and fast_bf16:
+        hardware += ", TF32"
+    if world > 1:
+        hardware += f", {world} processes"
+    log(hardware)
     torch.manual_seed(cfg.seed)
     # The marked lines end here.
+    if cfg.fsdp and world == 1:
+        raise UsageError(
+            "--fsdp shares a model among processes, and this is the only one\n"
+            f"try: torchrun --standalone --nproc-per-node 2 {' '.join(sys.argv)}"
+        )
 
     # --- data -----------------------------------------------------------------------------
     folder = Path(cfg.checkpoint_dir)

@@ -328,8 +328,9 @@ def speed(cfg, name, precision, compiled=False):
 
 def precision_of(log):
     """The precision that a run took, as the first line of its log says."""
-    line = re.search(r"^\S+, (bf16|fp16|fp32) \(", log.read_text(errors="replace"), re.M)
-    return line[1] if line else "an unknown precision"
+    line = re.search(r"^\S+, (bfloat16|float16|float32)\b", log.read_text(errors="replace"), re.M)
+    names = dict(bfloat16="bf16", float16="fp16", float32="fp32")
+    return names[line[1]] if line else "an unknown precision"
 
 
 def needs(cfg, system):

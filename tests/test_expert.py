@@ -103,7 +103,7 @@ def test_early_stop_rotation_and_budgets(toy, tmp_path):
                   f"--checkpoint_dir={tmp_path / 'still'}")  # fmt: skip
     short = start("train_expert.py", *common, "--max_seconds=0.001", "--eval_interval=2", "--amp_dtype=fp16",
                   f"--checkpoint_dir={tmp_path / 'short'}")  # fmt: skip
-    assert "cpu, fp32" in finish(short)[0] and len(rows(tmp_path / "short", "val")) == 1
+    assert "cpu, float32" in finish(short)[0] and len(rows(tmp_path / "short", "val")) == 1
     finish(still)
     assert len(rows(tmp_path / "still", "val")) == 3  # one that improves on nothing, two that do not improve
     assert [p.name for p in (tmp_path / "still").glob("*epoch*.pt")] == ["transformer_expert_epoch3.pt"]

@@ -218,6 +218,6 @@ def test_a_card_without_bf16_gets_no_rows_in_it(tmp_path, monkeypatch, capsys):
 
 def test_the_precision_that_a_run_took_is_read_from_its_log(tmp_path):
     log = tmp_path / "log"
-    for line, precision in (("cuda:0, fp16 (CUDA capability 7.5)", "fp16"), ("cpu, fp32 (cpu without units)", "fp32")):
+    for line, precision in (("cuda:0, float16", "fp16"), ("cpu, float32, 2 processes", "fp32")):
         log.write_text(f"before\n{line}\nafter\n")
         assert gpu_check.precision_of(log) == precision

@@ -187,7 +187,7 @@ def test_without_a_main_under_way_nothing_is_called_at_the_end():
 
 
 def test_a_second_interrupt_leaves_a_notebook_alive(monkeypatch):
-    monkeypatch.setitem(sys.modules, "__main__", ModuleType("__main__"))
+    monkeypatch.setitem(sys.modules, "ipykernel", ModuleType("ipykernel"))
     with pytest.raises(KeyboardInterrupt), Stop() as stop:
         signal.raise_signal(signal.SIGINT)
         assert stop

@@ -24,7 +24,7 @@ from data_utils.formulas.expressions import OPERATORS, Alphabet
 from data_utils.formulas.simplify import simplify
 from data_utils.formulas.skeletons import PoolConfig, check_pool, make_chunk, sample_arities, sample_trees
 
-ROOT = Path(skeletons.__file__).parent.parent
+ROOT = Path(skeletons.__file__).parents[2]
 NEAR_MISSES = """cos x1|+ x1 pow4 x1|+ pow2 x1 pow4 x1|+ x1 exp x1|+ sin x1 cos x1|* sin x1 cos pow2 x1|tan + x1 x2
 + x1 + pow3 x1 pow4 x1|+ sin x1 cos pow2 x2|* cos x1 cos x2|pow x1 + x1 x2|+ log x1 log + x1 pow2 x1|sin log x1
 + pow2 x1 pow3 x2|exp inv x1|pow1_2 + x1 pow3 x2|- exp x1 x2|* x1 tanh x2|+ sin x1 sin pow3 x2|* pow2 x1 log x2"""

@@ -21,7 +21,7 @@ from data_utils.formulas.dataset import DataConfig, FlashANSRDataset
 from data_utils.formulas.expressions import OPERATORS, SPECIAL, Alphabet
 from data_utils.formulas.skeletons import PoolConfig, check_pool
 
-ROOT = Path(sr_data.__file__).parent.parent
+ROOT = Path(sr_data.__file__).parents[2]
 NEVER = dict(operators=("log",), operator_weights="", constant_probability=0.0, max_operators=1,
              support_prior="interval(constant(-3),constant(-2))")  # fmt: skip
 SMALL = dict(max_operators=5, holdout_pools=(), n_support_prior="log_int(8,40)")

@@ -89,10 +89,10 @@ def everything():
 
 
 DEVICES = [
-    ("cuda", (7, 5), six_scripts, "cuda:0, fp16 (CUDA capability 7.5)"),
-    ("cuda", (8, 0), everything, "cuda:0, bf16 (CUDA capability 8.0, TF32)"),
-    ("cuda", (9, 0), lambda: six_scripts(resume=False), "cuda:0, bf16 (CUDA capability 9.0, TF32)"),
-    ("mps", (0, 0), everything, "mps, fp32"),
+    ("cuda", (7, 5), six_scripts, "cuda:0, float16"),
+    ("cuda", (8, 0), everything, "cuda:0, bfloat16, TF32"),
+    ("cuda", (9, 0), lambda: six_scripts(resume=False), "cuda:0, bfloat16, TF32"),
+    ("mps", (0, 0), everything, "mps, float32"),
 ]
 
 REFUSED = """
