@@ -228,6 +228,7 @@ def main(cfg):
     log(hardware)
     torch.manual_seed(cfg.seed)
     # The marked lines end here.
+    # Differs: no --fsdp, since a frozen expert is needed whole on each rank.
 
     # --- data -----------------------------------------------------------------------------
     folder = Path(cfg.checkpoint_dir)

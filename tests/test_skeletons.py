@@ -235,7 +235,7 @@ def test_no_test_set_skeleton_in_many_draws(held):
 
 def test_processes_agree_on_chunks():
     code = (
-        "import hashlib, numpy as np; from data_utils import holdout, skeletons as s;"
+        "import hashlib, numpy as np; from data_utils.formulas import holdout, skeletons as s;"
         "p = s.PoolConfig(max_operators=5);"
         "import sys; s.make_chunk(np.random.default_rng(4), int(sys.argv[1]), s.check_pool(p), p);"
         "c, r = s.make_chunk(np.random.default_rng(3), 1500, s.check_pool(p), p, holdout.hold_out(p));"
