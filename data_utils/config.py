@@ -376,6 +376,3 @@ def as_flags(path, parser, flatten, load):
         else:
             flags += [f"{flag}={value}"]
     return flags
-
-
-# bundles of several files: a train.yaml that names a model.yaml, and so on
