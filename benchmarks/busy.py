@@ -5,7 +5,7 @@
 
 Each script trains for a few seconds in a process of its own, with as many threads as there are cores: alone, beside
 one process that never waits, and beside two. The baseline is libgomp's own spin count, 300,000, which the scripts
-lower before they import torch (data_utils/config.share_cores). Sides take turns; a figure is the median of the rounds.
+lower before they import torch (data_utils/launch.share_cores). Sides take turns; a figure is the median of the rounds.
 """
 
 import contextlib
@@ -31,10 +31,11 @@ EXPERTS = " ".join(f"--{name}_ckpt {{experts}}/{name}_expert.pt" for name in ("t
 SCRIPTS = dict(  # row: (flags, file with the rates, name of the rate there)
     expert=(f"train_expert.py --expert transformer --n_layers 4 {TEXT}",
             "transformer_expert_metrics.jsonl", "tokens_per_s"),
-    mla=(f"train_mla.py --n_layers 2 {TEXT} {EXPERTS}", "nanothink_mla_metrics.jsonl", "tokens_per_s"),
+    mla=(f"train_mla.py --n_layers 2 {TEXT} --grad_accum_steps 1 {EXPERTS}",
+         "nanothink_mla_metrics.jsonl", "tokens_per_s"),
     sr=("train_sr.py --validate_interval 100000 --val_size 16 --log_interval 1 --output_dir {folder}/run",
         "run/metrics.jsonl", "samples_per_s"),
-    ae=("train_ae.py events=2000 epochs=1000 make_plots=false latent_space=none out={folder}/run",
+    ae=("train_ae.py events=500 epochs=1000 make_plots=false latent_space=none out={folder}/run",
         "run/facts/scalars.csv", "throughput"),
     hrm=("train_hrm.py --dataset sudoku --eval_rows 16 --log_steps 1 --steps 100000 --save_dir {folder}",
          "metrics.jsonl", "tokens_per_s"),
@@ -91,19 +92,26 @@ def train(script, args, work, count, environment):
 
 def of_script(script, args, work):
     """Yield the figures of one script: alone against the baseline, and beside others against alone."""
-    sides = [(count, environment) for count in (0, 1, 2) for environment in ({}, BASELINE)]
-    rounds = [[train(script, args, work, *side) for side in sides] for _ in range(args.times)]
+    default = {}
+    sides = dict(alone=(0, default), spinning=(0, BASELINE), beside_1=(1, default), beside_2=(2, default))
+    if args.spinning:
+        sides |= dict(spinning_1=(1, BASELINE), spinning_2=(2, BASELINE))
+    rounds = {side: [] for side in sides}
+    for _ in range(args.times):
+        for side, settings in sides.items():
+            rounds[side].append(train(script, args, work, *settings))
     unit = SCRIPTS[script][2].replace("_per_", "/").replace("throughput", "events/s")
     head = f"train_{script}.py, {cores()} threads, {unit}"
-    columns = list(zip(*rounds, strict=True))
-    alone = columns[0]
-    yield figure(f"{head}, alone, against torch's own spinning", ">= 0.97", list(zip(alone, columns[1], strict=True)))
+    pairs = list(zip(rounds["alone"], rounds["spinning"], strict=True))
+    yield figure(f"{head}, alone, against torch's own spinning", ">= 0.97", pairs)
     for count in (1, 2):
-        ours, baseline = columns[2 * count], columns[2 * count + 1]
+        rates = rounds[f"beside_{count}"]
         beside = f"{head}, beside {count} busy process{'es' * (count > 1)}"
         share = cores() / (cores() + count) - 0.25
-        yield figure(f"{beside}, against torch's own spinning", "> 1", list(zip(ours, baseline, strict=True)))
-        yield figure(f"{beside}, against alone", f">= {share:.2f}", list(zip(ours, alone, strict=True)))
+        if args.spinning:
+            pairs = list(zip(rates, rounds[f"spinning_{count}"], strict=True))
+            yield figure(f"{beside}, against torch's own spinning", "> 1", pairs)
+        yield figure(f"{beside}, against alone", f">= {share:.2f}", list(zip(rates, rounds["alone"], strict=True)))
 
 
 def prepare(work, rows):
@@ -119,7 +127,8 @@ def prepare(work, rows):
 def main():
     parser = command_line(__doc__, SCRIPTS, "busy")
     parser.add_argument("--times", type=int, default=3, help="rounds of each side")
-    parser.add_argument("--seconds", type=float, default=15, help="of each training")
+    parser.add_argument("--seconds", type=float, default=20, help="of each training, its start included")
+    parser.add_argument("--spinning", action="store_true", help="torch's own spinning beside busy processes, too")
     parser.add_argument("--quick", action="store_true", help="one short round, only to see that it runs")
     args = parser.parse_args()
     args.threads = cores()
@@ -128,7 +137,10 @@ def main():
     with tempfile.TemporaryDirectory() as work:
         prepare(Path(work), args.rows.split(","))
         rows = {script: lambda args, script=script: of_script(script, args, Path(work)) for script in SCRIPTS}
-        measure(args, rows, lambda row: f" --times {args.times} --seconds {args.seconds:g}")
+        flags = f" --times {args.times} --seconds {args.seconds:g}"
+        if args.spinning:
+            flags += " --spinning"
+        measure(args, rows, lambda row: flags)
 
 
 if __name__ == "__main__":
