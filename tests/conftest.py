@@ -1,105 +1,13 @@
-"""Toy data and tiny runs that several test files share."""
+"""Fixtures that several test files share: toy data, and experts trained on it for a few steps."""
 
-import os
 import signal
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
-import torch
-import warm
 
-from data_utils.config import from_cli
+from tests.helpers import SIZES, finish, start, train_flags
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job starts with it ignored, and its children
 signal.signal(signal.SIGHUP, signal.SIG_DFL)  # and with this one what nohup starts
-
-ROOT = Path(__file__).parents[1]
-TINY = """--tokenizer bytes --d_model 32 --n_heads 2 --n_layers 1 --max_seq_len 32 --batch_size 8 --lr 3e-3 --device cpu
---log_interval 5 --eval_windows 40""".split()
-MLA = ["--n_layers=2", "--kv_latent_dim=16", "--rope_dim=8", "--grad_accum_steps=1", "--max_vectors=1500"]
-SIZES = dict(transformer=["--ffn_mult=2"], state_space=["--d_inner=32", "--d_state=4", "--dt_rank=4"], diffuser=[])
-
-
-THREADS = os.environ.get("PETRI_TEST_THREADS", "1")  # of each script under test
-PARENTS = []  # of warm processes; sets are in another order in each, so that no result may depend on it
-
-
-def environment(**more):
-    return os.environ | dict(OMP_NUM_THREADS=THREADS, PYTHONPATH=str(ROOT), PYTHONFAULTHANDLER="1") | more
-
-
-def start(script, *flags, cwd=".", **env):
-    """Start a script of the repo as a user would, with its output caught, but warm: see warm.py."""
-    if not PARENTS:
-        PARENTS.extend(warm.parent(environment(PYTHONHASHSEED=seed)) for seed in "12")
-    PARENTS.reverse()
-    return warm.Warm(PARENTS[0], [str(ROOT / script), *map(str, flags)], Path(cwd).absolute(), environment(**env))
-
-
-def start_two(script, *flags, **more):
-    """The same on two processes, with what torchrun tells them."""
-    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # on a free port
-    told = dict(WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(store.port))
-    told |= dict(TORCHELASTIC_USE_AGENT_STORE="True", TORCHELASTIC_RUN_ID="none")
-    ranks = [start(script, *flags, RANK=str(rank), LOCAL_RANK=str(rank), **told, **more) for rank in range(2)]
-    ranks[0].store = store  # lives as long as they do
-    return ranks
-
-
-def start_cold(script, *flags, **more):
-    """Start a script in an interpreter of its own, as one test of each script does."""
-    return launch([sys.executable, str(ROOT / script), *map(str, flags)], **more)
-
-
-def torchrun(script, *flags, **more):
-    """The same on two processes, by torchrun."""
-    launcher = "import sys, torch.distributed.run as r; r.main(sys.argv[1:])"
-    words = [sys.executable, "-c", launcher, "--standalone", "--nproc-per-node=2", str(ROOT / script)]
-    return launch([*words, *map(str, flags)], **more)
-
-
-def launch(words, **more):
-    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    return subprocess.Popen(words, env=environment(), start_new_session=True, **pipes, **more)
-
-
-def finish(process, status=0):
-    """Wait, check the exit status, return (stdout, stderr). What hangs says where."""
-    try:
-        out, err = process.communicate(timeout=200)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGABRT)  # on which each Python writes its stacks
-        out, err = process.communicate(timeout=20)
-        raise AssertionError(f"no end after 200 s\n{out}\n{err}") from None
-    assert process.returncode == status, err or out
-    return out, err
-
-
-def train_flags(name, toy, experts):
-    """Script and flags of a tiny run on toy data: an expert, mla, or mla_store."""
-    flags = [f"--data_dir={toy}", f"--transformer_ckpt={experts}/transformer_expert.pt", *TINY]
-    if name in SIZES:
-        return ["train_expert.py", f"--expert={name}", *flags, *SIZES[name]]
-    flags += [f"--{other}_ckpt={experts}/{other}_expert.pt" for other in ("state_space", "diffuser")]
-    return ["train_mla.py", *flags, *MLA, *["--use_vector_store"] * (name == "mla_store")]
-
-
-def settings(module, flags):
-    """The settings that a training script, imported, reads from its flags, as it does when it is started."""
-    how = dict(argv=flags, prog=f"{module.__name__}.py")
-    if module.__name__ == "train_expert":
-        return from_cli(module.CONFIGS, by="expert", **how)
-    if module.__name__ == "train_hrm":
-        return module.parse(flags)
-    if module.__name__ == "train_sr":
-        return from_cli(module.Config, load=module.load_flags, **how)
-    if module.__name__ == "train_ae":
-        return module.parse(flags)
-    if module.__name__ == "train_multimodal":
-        return from_cli({"multimodal": module.Config}, overrides=module.PICTURES, **how)
-    return from_cli(module.Config, **how)
 
 
 @pytest.fixture(scope="session")

@@ -1,13 +1,14 @@
 """fp16 on two ranks, of which one overflows: all skip that step together, and their weights stay equal and finite.
 
-The scripts run on CPUs with what an older GPU has, see overflow.py: pytest tests/safety/test_overflow.py
+The scripts run on CPUs with what an older GPU has, see overflow.py
 """
 
 import json
 
 import pytest
-from conftest import finish, start, start_two
 from test_simulated_device import AE, EXPERTS, HRM, PAGES, SR, TEXT
+
+from tests.helpers import finish, start, start_two
 
 EXPERT = f"train_expert.py --expert transformer {TEXT} {EXPERTS['transformer']} --max_steps 5".replace("128", "8")
 AGAINST_JUDGES = f"{AE} loop=gan_ae latent_space=linear out=gan max_steps=5 batch_size=4 dtype=bfloat16"

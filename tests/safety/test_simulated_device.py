@@ -1,11 +1,12 @@
-"""Six scripts and generate.py on a simulated GPU, a few steps each: pytest tests/safety/test_simulated_device.py
+"""Six scripts and generate.py on a simulated GPU, a few steps each.
 
 simulated_device.py says what is simulated. Each kind of device is one process, which imports torch once.
 """
 
 import pytest
-from conftest import finish, start
 from simulated_device import build, simulate
+
+from tests.helpers import finish, start
 
 TEXT = """--data_dir {data}/toy --domains code --tokenizer bytes --d_model 16 --n_heads 2 --max_seq_len 16
 --batch_size 128 --lr 3e-3 --eval_windows 8 --log_interval 2 --checkpoint_dir text

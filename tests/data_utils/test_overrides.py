@@ -1,0 +1,222 @@
+"""KEY=VALUE is a flag under other names; bundles have an order; --multirun is a list of command lines."""
+
+import shlex
+from dataclasses import asdict, replace
+
+import pytest
+import yaml
+
+import train_ae
+from data_utils.config import from_cli
+from data_utils.overrides import Jobs, values
+from tests.helpers import ROOT
+from train_ae import AeConfig, DiffusionAeConfig, GanAeConfig
+
+VARIANTS = {name: cls for name, (cls, _) in train_ae.LOOPS.items()}
+TABLE = train_ae.GUIDE
+
+
+def read(line, table=TABLE):
+    words = shlex.split(line) if isinstance(line, str) else line
+    return from_cli(VARIANTS, "doc", words, "train_ae.py", by="loop", overrides=table)
+
+
+def refused(line, capsys, table=TABLE):
+    with pytest.raises(SystemExit) as stop:
+        read(line, table)
+    lines = capsys.readouterr().err.splitlines()
+    assert stop.value.code == 2 and lines[0].startswith("error: ") and len(lines) <= 3
+    return "\n".join(lines)
+
+
+@pytest.mark.parametrize(
+    "line, flags",
+    [
+        ("", ""),
+        ("phase1.trainer.epochs=20 phase1/latent_space=vq", "--epochs 20 --latent-space vq"),
+        ("loop=gan_ae", "--loop gan_ae"),
+        ("loop=diffusion_ae ddim_steps=5", "--loop=diffusion_ae --ddim-steps 5"),
+        ("phase1.loop=test_mlp task=binary", "--loop test_mlp --task binary"),
+        ("phase1.trainer.lr=0.001 phase1.trainer.seed=43 data.batch_size=256", "--seed 43 --batch-size 256"),
+        ("phase1/encoder=gnn phase1/decoder=diffusion", "--encoder gnn --decoder diffusion"),
+        ("logging.save_artifacts=false logging.make_plots=no", "--no-save-artifacts --no-make-plots"),
+        ("logging.save_artifacts=1 compile=True", "--compile"),
+        ("logging.families.losses.enabled=0 logging.families.recon.enabled=yes", "--no-plot-losses --plot-recon"),
+        ("phase1.encoder.hidden=[64,32]", "--hidden 64 32"),
+        ("phase1.decoder.hidden=64", "--hidden 64"),
+        ("labels=[] features=[E,'pT']", "--labels --features E pT"),
+        ("revive=-1 labels=[-1,2]", "--revive -1 --labels -1 2"),
+        ("phase1.latent_space.codebook_size=64 data.path=a=b.npz", "--codebook_size 64 --data a=b.npz"),
+        ("hydra=experiment hydra.job.name=latent_comparison", "--name latent_comparison"),
+        ("batch-size=3 name=", "--batch_size 3 --name="),
+        ("epochs=3 --lr 2 epochs=4 --epochs=5 hidden=[1,2] hidden=[3]", "--epochs 5 --lr 2 --hidden 3"),
+        ("--hidden 1 2 epochs=4 hidden=[3]", "--epochs 4 --hidden 3"),
+        ("--name epochs=4 --resume epochs=7", "--name epochs=4 --epochs 7 --resume latest"),
+        ("--no-save-artifacts seed=1", "--no-save-artifacts --seed 1"),
+    ],
+)
+def test_an_override_is_a_flag_under_another_name(line, flags):
+    cls = next((VARIANTS[w.partition("loop=")[2]] for w in line.split() if "loop=" in w), AeConfig)
+    assert read(line) == from_cli(cls, argv=shlex.split(flags)) and type(read(line)) is cls
+
+
+def test_the_loop_picks_class_and_defaults():
+    assert read("loop=diffusion_ae") == DiffusionAeConfig()
+    assert read("--loop gan_ae adv_weight=1") == GanAeConfig(adv_weight=1.0)
+    assert read("encoder=gnn loop=diffusion_ae latent_dim=3").level == "event"
+
+
+@pytest.mark.parametrize(
+    "line, words",
+    [
+        ("phase2.trainer.epochs=3", ["unknown key phase2.trainer.epochs", "phase1.trainer.epochs?"]),
+        ("hid=3", ["keys like it: phi, hidden;"]),
+        ("latent=3", ["keys like it: latent_dim, latent_space, latent_adv_weight; alone or after phase1.trainer. "]),
+        ("phase1.trainer.epoch=3", ["phase1.trainer.epochs?"]),
+        ("epoch=3", ["unknown key epoch (did you mean epochs?)"]),
+        ("logging.families.loss.enabled=true", ["logging.families.losses.enabled?"]),
+        ("phase1.trainer.epochs 20", ["phase1.trainer.epochs needs =value", "phase1.trainer.epochs=20"]),
+        ("--compile epochs 20", ["epochs needs =value"]),
+        ("stray", ["stray: expected KEY=VALUE or --flag"]),
+        ("latent_space=none,vq", ["latent_space=none,vq", "--multirun"]),
+        ("hidden=64,64", ["hidden=[64,64]", "--multirun"]),
+        ("loop=gan", ["unknown loop gan (did you mean gan_ae?)", "ae, gan_ae, diffusion_ae, test_mlp"]),
+        ("phase1/encoder=gnnn", ["--encoder", "'mlp', 'gnn', 'gan', 'diffusion'", "did you mean gnn?"]),
+        ("latent_space=qv", ["qv", "none", "linear", "vq"]),
+        ("epochs=x", ["--epochs", "x", "int"]),
+        ("hidden=[64,x]", ["--hidden", "x"]),
+        ("compile=maybe", ["compile=maybe", "true or false"]),
+        ("adv_weight=1", ["adv_weight=1", "loop=gan_ae", "not ae"]),
+        ("--task binary", ["loop=test_mlp"]),
+        ("--epoch 3", ["--epoch", "did you mean --epochs?"]),
+        ("env=clusterr", ["env=clusterr", "did you mean cluster?", "local"]),
+        ("logging=plots", ["plots_minimal", "plots_standard", "plots_full"]),
+        ("--config-name=phase1/experiment/compare", ["experiment/compare_vq_vs_none"]),
+        ("--config nowhere.yaml", ["nowhere.yaml"]),
+    ],
+)
+def test_a_slip_names_the_key_and_the_nearest(line, words, capsys):
+    message = refused(line, capsys)
+    assert all(word.replace("'", "") in message.replace("'", "") for word in words), message
+    assert message.count("\n") <= 3 and max(map(len, message.splitlines())) < 200
+
+
+# ---- bundles ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def table(tmp_path):
+    """A table whose bundles lie in tmp_path."""
+    (tmp_path / "env").mkdir()
+    for name in ("env/local", "env/far", "some", "figures"):
+        (tmp_path / f"{name}.yaml").write_text("")
+    return replace(TABLE, folder=str(tmp_path))
+
+
+def test_precedence(table, tmp_path):
+    (tmp_path / "env" / "far.yaml").write_text("epochs: 1\nseed: 1\nlr: 1\nclip: 1\nhidden: [1, 1]")
+    (tmp_path / "some.yaml").write_text("env: far\nseed: 2\nlr: 2\nclip: 2\nhidden: [2]\nloop: gan_ae")
+    (tmp_path / "figures.yaml").write_text("lr: 3\nclip: 3\nmake_plots: false")
+    cfg = read("clip=5 logging=figures --config-name=phase1/some clip=4 --make-plots", table)
+    assert (cfg.epochs, cfg.seed, cfg.lr, cfg.clip, cfg.hidden) == (1, 2, 3.0, 4.0, (2,))
+    assert cfg.make_plots and cfg.loop == "gan_ae" and cfg.env == "far" and cfg.logging == "figures"
+    cfg = read(f"config={tmp_path}/some.yaml env=local loop=ae hidden=[3]", table)
+    assert (cfg.epochs, cfg.seed, cfg.hidden, cfg.env, type(cfg)) == (10, 2, (3,), "local", AeConfig)
+
+
+def test_a_mistake_in_a_bundle_names_the_file(table, tmp_path, capsys):
+    (tmp_path / "some.yaml").write_text("epoch: 3")
+    message = refused("--config-name some", capsys, table)
+    assert "some.yaml" in message and "did you mean --epochs?" in message
+    (tmp_path / "some.yaml").write_text("latent_space: none,vq")
+    assert "some.yaml" in refused("--config-name some", capsys, table)
+    assert read("--config-name some latent_space=vq", table).latent_space == "vq"
+
+
+def test_a_run_that_is_resumed_brings_its_flags(table, tmp_path):
+    (tmp_path / "env" / "local.yaml").write_text("seed: 9")
+    (tmp_path / "run" / ".hydra").mkdir(parents=True)
+    (tmp_path / "run" / ".hydra" / "config.yaml").write_text("loop: diffusion_ae\nseed: 5\nlr: 2")
+    cfg = read(f"resume={tmp_path}/run lr=3", table)
+    assert type(cfg) is DiffusionAeConfig and (cfg.seed, cfg.lr) == (5, 3.0)
+    assert read("resume=auto", table).seed == 9
+
+
+def test_what_a_run_keeps_of_its_flags_is_a_bundle(table, tmp_path):
+    cfg = read("loop=gan_ae labels=[] hidden=[3,4] lr=1e-7 revive=-1 --no-make-plots")
+    kept = {n: list(v) if isinstance(v, tuple) else v for n, v in asdict(cfg).items() if n not in ("env", "config")}
+    (tmp_path / "kept.yaml").write_text(yaml.safe_dump(kept | dict(sweep_job=7)))
+    assert replace(read(["--config", f"{tmp_path}/kept.yaml"], table), config="", sweep_job=-1) == cfg
+    assert len(read(["--config", f"{tmp_path}/kept.yaml", "-m", "epochs=1,2"], table).words) == 2
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs" / "ae").glob("**/*.yaml")), ids=lambda p: p.stem)
+def test_the_bundles_that_come_along_repeat_no_default(path):
+    found = read(["--config", str(path)])
+    cfg = found.configs[0] if isinstance(found, Jobs) else found
+    text = [line.partition(":")[0] for line in path.read_text().splitlines() if line and line[0] != "#"]
+    default = asdict(type(cfg)()) | dict(multirun=False)
+    given = asdict(cfg) | dict(multirun=found.multirun)
+    assert [name for name in text if given[name] == default[name] and name != "latent_space"] == []
+
+
+# ---- sweeps ----------------------------------------------------------------------------------------------------------
+
+
+def test_values():
+    assert values("a,b") == ["a", "b"] and values("[1,2],[3],4") == ["[1,2]", "[3]", "4"] and values("a") == ["a"]
+
+
+def test_the_last_key_changes_fastest():
+    jobs = read("-m hydra=experiment phase1/latent_space=none,vq --seed 3 hidden=[8,8],[4] name=two")
+    assert jobs.words == [
+        [f"phase1/latent_space={space}", "--seed", "3", f"hidden={hidden}", "name=two"]
+        for space in ("none", "vq")
+        for hidden in ("[8,8]", "[4]")
+    ]
+    assert [(cfg.latent_space, cfg.hidden) for cfg in jobs.configs] == [
+        ("none", (8, 8)), ("none", (4,)), ("vq", (8, 8)), ("vq", (4,))
+    ]  # fmt: skip
+    assert all(cfg.seed == 3 and not cfg.multirun for cfg in jobs.configs) and jobs.multirun
+    assert len(read("--multirun").words) == 1
+
+
+def test_a_bundle_may_hold_a_sweep():
+    jobs = read("--config-name=phase1/experiment/compare_vq_vs_none phase1.trainer.epochs=50")
+    assert [cfg.latent_space for cfg in jobs.configs] == ["none", "linear", "vq"]
+    assert {cfg.epochs for cfg in jobs.configs} == {50}
+    jobs = read("--config-name experiment/compare_vq_vs_none latent_space=linear epochs=1,2")
+    assert [(cfg.latent_space, cfg.epochs) for cfg in jobs.configs] == [("linear", 1), ("linear", 2)]
+    loops = read("multirun=true loop=ae,gan_ae,diffusion_ae").configs
+    assert [type(cfg) for cfg in loops] == [AeConfig, GanAeConfig, DiffusionAeConfig]
+
+
+def test_one_job_of_a_sweep(tmp_path):
+    cfg = read("--multirun latent_space=none,vq epochs=1,2 sweep_job=2 out=there")
+    assert cfg == AeConfig(latent_space="vq", epochs=1, sweep_job=2, out="there")
+    rows = [dict(overrides=[f"epochs={i}"], run_dir=f"runs/{i}", status="done") for i in range(1, 4)]
+    (tmp_path / "sweep.yaml").write_text(yaml.safe_dump(dict(jobs=rows)))
+    cfg = read(f"resume={tmp_path} sweep_job=2 seed=1")
+    assert cfg == AeConfig(epochs=3, sweep_job=2, seed=1, out="runs/3")
+
+
+@pytest.mark.parametrize(
+    "line, words",
+    [
+        ("latent_space=none,qv", ["qv", "did you mean vq?"]),
+        ("latent_space=none,vq epochs=1 phase1/latent_space=vq", ["latent_space", "2 times"]),
+        ("epochs=1,2 out=there", ["out", "outputs=FOLDER"]),
+        ("epochs=1,2 sweep_job=2", ["sweep_job=2", "2 jobs, 0 to 1"]),
+        ("epochs=1,2 sweep_job=two", ["sweep_job=two"]),
+        (f"epochs={','.join('1' * 11)} seed={','.join('1' * 100)}", ["1100", "1000"]),
+        ("epochs 1,2", ["epochs needs =value"]),
+    ],
+)
+def test_what_a_sweep_can_not_have(line, words, capsys):
+    message = refused(f"--multirun {line}", capsys)
+    assert all(word in message for word in words), message
+
+
+def test_no_sweep_under_torchrun(capsys, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert "torchrun" in refused("--multirun epochs=1,2", capsys)

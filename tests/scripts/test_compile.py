@@ -1,0 +1,52 @@
+"""--compile of every script: graphs forward and backward, but run by PyTorch, which takes seconds and not minutes."""
+
+import importlib
+
+import pytest
+import torch
+from test_train_hrm import SIZES
+from test_train_sr import TINY
+
+from tests.helpers import train_flags
+
+AE = "events=200 limit=64 hidden=[8,8] latent_dim=4 codebook_size=8 batch_size=16 epochs=1 device=cpu out={home} "
+AE += "make_plots=false"
+PAGES = "--train_samples=40 --max_steps=4 --wandb=disabled --data_paths={data} --checkpoint_path={home}"
+FLAGS = dict(
+    train_hrm=[*SIZES, *"--dataset=synthetic --run_name=run --eval_rows=100 --steps=4 --val_every=2".split()],
+    train_sr=[*TINY, *"--steps=4 -vi 2 -o {home}".split()],
+    train_ae=AE.split(),
+    train_multimodal=f"--arch=smoke --tasks continue sudoku4 {PAGES}".split(),
+)
+
+
+def traced(model=None, *, mode=None, by=torch.compile, **how):
+    """torch.compile as far as graphs."""
+    return by(model, backend="aot_eager", **how)
+
+
+@pytest.mark.parametrize(
+    "case", ["transformer", "state_space", "diffuser", "mla_store", "train_hrm", "train_sr", "train_ae loop=gan_ae",
+             "train_ae loop=diffusion_ae", "train_ae loop=test_mlp", "train_multimodal"]
+)  # fmt: skip
+def test_a_compiled_run_is_the_same_run(case, toy, experts, tmp_path, monkeypatch):
+    name, *more = case.split()
+    if name not in FLAGS:
+        script, *flags = train_flags(name, toy, experts)
+        name, flags = script.removesuffix(".py"), [*flags, "--checkpoint_dir={home}", "--max_steps=4"]
+    else:
+        flags = [*FLAGS[name], *more]
+    module = importlib.import_module(name)
+    monkeypatch.setattr(torch, "compile", traced)
+    found = []
+    for i, more in enumerate(([], ["--compile"])):
+        torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
+        home = tmp_path / str(i)
+        home.mkdir()
+        monkeypatch.chdir(home)
+        words = [word.format(home=home / "run", data=tmp_path / "data") for word in flags] + more
+        found.append(module.main(module.parse(words)))
+    assert sum(torch._dynamo.utils.counters["stats"].values()), "nothing was compiled"
+    plain, compiled = (result.get("best_score", result.get("best_val_loss")) for result in found)
+    assert compiled == pytest.approx(plain, rel=1e-4) and found[1]["step"] == found[0]["step"] > 0

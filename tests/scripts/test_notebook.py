@@ -1,0 +1,92 @@
+"""The quickstart runs from its first cell to its last; `python tests/scripts/test_notebook.py` renews its outputs."""
+
+import json
+import re
+import shutil
+
+import pytest
+
+from tests.helpers import ROOT
+
+nbformat = pytest.importorskip("nbformat", reason="pip install -r requirements-dev.txt")
+NotebookClient = pytest.importorskip("nbclient", reason="pip install -r requirements-dev.txt").NotebookClient
+
+QUICKSTART = ROOT / "notebooks" / "quickstart.ipynb"
+WORK = 'WORK = "notebooks/work"'
+MEASURED = [  # what another machine, or another minute, would say otherwise
+    (r" \(cpu with[^)]*\)", ""),
+    (r", \d+ s, peak \d+ MB", ""),
+    (r" \| eta [\d:]+ \| [\d.]+ it/s", ""),
+    (r"(\d+ candidates), [\d.]+ s", r"\1"),
+]
+
+
+def run(work=None):
+    """Return the notebook, executed as by a person who opens it in its folder; its files go to `work`."""
+    notebook = nbformat.read(QUICKSTART, as_version=4)
+    sources = "".join(cell.source for cell in notebook.cells)
+    assert sources.count(WORK) == 1
+    if work:
+        for cell in notebook.cells:
+            cell.source = cell.source.replace(WORK, f"WORK = {str(work)!r}")
+    where = dict(metadata=dict(path=str(QUICKSTART.parent)))
+    return NotebookClient(notebook, timeout=300, kernel_name="python3", resources=where).execute()
+
+
+def scrubbed(notebook):
+    """Return the notebook without what tells of the machine: timings, warnings, times of execution."""
+    for number, cell in enumerate(cell for cell in notebook.cells if cell.cell_type == "code"):
+        cell.execution_count = number + 1
+        cell.metadata.pop("execution", None)
+        cell.outputs = [
+            out for out in cell.outputs if out.get("name") != "stderr" and out.output_type != "execute_result"
+        ]
+        cell.outputs = merged(cell.outputs)
+        for out in cell.outputs:
+            for pattern, text in MEASURED if out.output_type == "stream" else ():
+                out.text = re.sub(pattern, text, out.text)
+    return notebook
+
+
+def merged(outputs):
+    """Return outputs with the text between two pictures as one, however it came."""
+    kept = []
+    for out in outputs:
+        if kept and out.output_type == kept[-1].output_type == "stream":
+            kept[-1].text += out.text
+        else:
+            kept.append(out)
+    return kept
+
+
+def pictures(notebook):
+    outputs = [out for cell in notebook.cells for out in cell.get("outputs", ())]
+    return [out for out in outputs if "image/png" in out.get("data", {})]
+
+
+def test_the_quickstart_runs_and_shows_its_pictures(tmp_path, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    notebook = run(tmp_path)  # raises on an error in a cell
+    assert len(pictures(notebook)) == 6
+    text = "".join(out.get("text", "") for cell in notebook.cells for out in cell.get("outputs", ()))
+    for script in ("transformer_expert: step 60", "nanothink_mla: step 30", "sums: step 300", "formulas: step 40",
+                   "events: epoch 5", "sudoku4: step 120"):  # fmt: skip
+        assert script in text
+
+
+def test_the_quickstart_as_it_is_kept_is_small_has_pictures_and_tells_of_no_machine():
+    text = QUICKSTART.read_text(encoding="utf-8")
+    notebook = nbformat.reads(text, as_version=4)
+    assert len(text) < 300_000 and len(pictures(notebook)) == 6
+    assert scrubbed(nbformat.reads(text, as_version=4)) == notebook
+    assert not re.search(r"(?<!notebooks)/(home|root|tmp|work|Users|content)/", json.dumps(notebook))
+
+
+def test_each_code_cell_of_the_quickstart_follows_a_line_of_explanation():
+    kinds = [cell.cell_type for cell in nbformat.read(QUICKSTART, as_version=4).cells]
+    assert kinds == ["markdown", "code"] * (len(kinds) // 2) + ["markdown"]
+
+
+if __name__ == "__main__":
+    shutil.rmtree(QUICKSTART.parent / "work", ignore_errors=True)
+    nbformat.write(scrubbed(run()), QUICKSTART)

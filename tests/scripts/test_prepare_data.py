@@ -1,0 +1,133 @@
+"""prepare_data.py through the real command line: statuses, the toy corpus, tokenizer, check, repeated bytes."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+
+import prepare_data
+from data_utils.text import corpus
+from data_utils.text.windows import DomainText
+from data_utils.tokenizer import load_tokenizer
+from tests.helpers import ROOT
+
+
+def call(*arguments):
+    command = [sys.executable, str(ROOT / "prepare_data.py"), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+
+
+def files(root):
+    return {p.relative_to(root).as_posix(): p.read_bytes() for p in sorted(root.rglob("*")) if p.is_file()}
+
+
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory):
+    root = tmp_path_factory.mktemp("toy") / "data"
+    found = call("expert", "--toy", "--data_dir", root)
+    assert found.returncode == 0, found.stderr
+    return root
+
+
+def test_listing_help_and_typos():
+    for arguments in [], ["--help"], ["-h"]:
+        found = call(*arguments)
+        assert found.returncode == 0 and all(name in found.stdout for name in prepare_data.COMMANDS)
+    start = time.perf_counter()
+    found = call("expert", "--help")
+    assert found.returncode == 0 and "--data_dir" in found.stdout and time.perf_counter() - start < 3
+    found = call("experts")
+    assert found.returncode == 2 and "no command experts" in found.stderr and "tokenizer" in found.stderr
+    found = call("expert", "--toyy")
+    assert found.returncode == 2 and "--toy" in found.stderr and "prepare_data.py expert --help" in found.stderr
+
+
+def test_help_imports_nothing_heavy():
+    code = "import sys, prepare_data; prepare_data.run([]); assert not {'torch', 'numpy', 'yaml'} & set(sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True).returncode == 0
+
+
+def test_commands_and_their_processes_start_without_torch_and_the_program(tmp_path):
+    code = "import sys; from data_utils.reasoning import normalize_qa, prepare, rows; assert 'torch' not in sys.modules"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True).returncode == 0
+    program = tmp_path / "program.py"
+    program.write_text("from data_utils.workers import in_order\nprint('imported')\n"
+                       "if __name__ == '__main__':\n    print(list(in_order(abs, [-3, 2, -1], 2)))\n")  # fmt: skip
+    environment = os.environ | dict(PYTHONPATH=str(ROOT))
+    found = subprocess.run([sys.executable, program], env=environment, capture_output=True, text=True)
+    assert found.stdout.split("\n") == ["imported", "[3, 2, 1]", ""], found.stderr
+
+
+def test_toy_is_small_enough_large_enough_and_repeats(toy, tmp_path):
+    found = files(toy)
+    assert {name.split("/")[0] for name in found} == {*corpus.TOY, "SOURCES.md"}
+    assert 60_000 < sum(map(len, found.values())) < 120_000
+    prepare_data.expert(prepare_data.ExpertConfig(str(tmp_path / "again"), toy=True))
+    assert files(tmp_path / "again") == found
+    assert all(domain in found["SOURCES.md"].decode() for domain in corpus.TOY)
+    rows = [json.loads(line) for line in found["code/toy.jsonl"].splitlines()]
+    assert all(set(row) == {"text", "source", "id"} for row in rows)
+    options = dict(domains=(), val_split=0.1, window=64, cache_dir=tmp_path, say=lambda line: None)
+    data = DomainText(toy, load_tokenizer("bytes"), **options)
+    assert min(stream.windows for split in data.streams.values() for stream in split) >= 4
+
+
+def test_check(toy, tmp_path):
+    found = call("check", "--data_dir", toy)
+    assert found.returncode == 0 and all(domain in found.stdout for domain in corpus.TOY)
+    (tmp_path / "data" / "a").mkdir(parents=True)
+    (tmp_path / "data" / "a" / "x.jsonl").write_bytes(b'{"text": "fine"}\n\n{"text": 1}\nno\n')
+    found = call("check", "--data_dir", tmp_path / "data")
+    assert found.returncode == 1 and "2 malformed lines" in found.stderr and "Traceback" not in found.stderr
+    assert "x.jsonl:3:" in found.stdout and "x.jsonl:4:" in found.stdout and "blank line" in found.stdout
+    found = call("check", "--data_dir", tmp_path / "none")
+    assert found.returncode == 1 and "prepare_data.py expert" in found.stderr
+
+
+def test_tokenizer(toy, tmp_path):
+    out = tmp_path / "bpe.json"
+    found = call("tokenizer", "--data_dir", toy, "--vocab_size", 400, "--out", out)
+    assert found.returncode == 0, found.stderr
+    tokenizer = load_tokenizer(f"bpe:{out}")
+    assert tokenizer.vocab_size == 400 and tokenizer.decode(tokenizer.encode("Thy mercy 👍")) == "Thy mercy 👍"
+    assert call("tokenizer", "--data_dir", toy, "--vocab_size", 10, "--out", out).returncode == 2
+
+
+def test_sources_absent_are_skipped_and_texts_cleaned(tmp_path, monkeypatch, capsys):
+    def absent():
+        raise FileNotFoundError("package nothing is not installed")
+        yield
+
+    long = "some words " * 30
+    sources = {
+        ("a", "x"): (absent, "nothing", "none"),
+        ("b", "y"): (lambda: iter([("1", f" {long}\n"), ("2", long), ("3", "short")]), "something", "MIT"),
+    }
+    monkeypatch.setattr(corpus, "SOURCES", sources)
+    prepare_data.expert(prepare_data.ExpertConfig(str(tmp_path)))
+    shown = capsys.readouterr()
+    assert shown.err.count("\n") == 1 and "a/x skipped: package nothing is not installed" in shown.err
+    assert set(files(tmp_path)) == {"b/y.jsonl", "SOURCES.md"}
+    assert json.loads((tmp_path / "b" / "y.jsonl").read_text()) == {"text": long.strip(), "source": "y", "id": "1"}
+    assert "| b | y | something | 1 | 0.00 | MIT |" in shown.out
+    assert "MIT" in (tmp_path / "SOURCES.md").read_text()
+    monkeypatch.setattr(corpus, "SOURCES", {("a", "x"): (absent, "nothing", "none")})
+    with pytest.raises(prepare_data.DataError, match="requirements-data.txt.*--toy"):
+        prepare_data.expert(prepare_data.ExpertConfig(str(tmp_path)))
+
+
+@pytest.mark.parametrize("source", ["speeches", "king_james", "stoics"])
+def test_installed_sources_read_as_documents(source):
+    try:
+        documents = list(getattr(corpus, source)())
+    except FileNotFoundError:
+        pytest.skip("package not installed")
+    names, texts = zip(*documents, strict=True)
+    assert len(documents) > 100 and len(set(names)) == len(names)
+    assert max(map(len, texts)) < 500_000
+    if source == "king_james":
+        assert len(documents) == 1189 and texts[0].startswith("In the beginning God created")
+        assert "[" not in "".join(texts) and dict(documents)["66022"].rstrip().endswith("Amen.")
