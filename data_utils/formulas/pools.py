@@ -11,7 +11,7 @@ import numpy as np
 
 from data_utils.errors import DataError, UsageError
 from data_utils.files import root
-from data_utils.formulas.expressions import OPERATORS, Alphabet, from_text, structure
+from data_utils.formulas.expressions import OPERATORS, Alphabet, parse_formula, structure
 from data_utils.formulas.skeletons import Pool
 
 EVERY = Alphabet(OPERATORS, [f"x{i + 1}" for i in range(64)])  # any skeleton fits it
@@ -56,7 +56,7 @@ def _formula(row):
     variables = row["variables"].split()
     if len(row["ranges"].split()) != len(variables):
         raise DataError(f"{len(variables)} variables, {len(row['ranges'].split())} ranges")
-    prefix, values = from_text(row["formula"], variables)
+    prefix, values = parse_formula(row["formula"], variables)
     return Formula(row["name"], prefix, values, variables, row)
 
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from data_utils.formulas.expressions import OPERATORS, Alphabet, evaluate, from_text
+from data_utils.formulas.expressions import OPERATORS, Alphabet, evaluate, parse_formula
 from data_utils.formulas.simplify import NotReal, simplify
 
 ALPHABET = Alphabet(OPERATORS, ["x1", "x2", "x3"])
@@ -218,7 +218,7 @@ UNKNOWN = [[side.strip() for side in line.split("|")] for line in UNKNOWN.strip(
 
 @pytest.mark.parametrize("text, expected", PAIRS)
 def test_pairs(text, expected):
-    prefix, values = from_text(text, ["x1", "x2", "x3"])
+    prefix, values = parse_formula(text, ["x1", "x2", "x3"])
     short, numbers = simplify(prefix, values)
     if "1 + 1" in expected:
         assert (short, numbers) == (["<constant>"], [2.0])
@@ -230,7 +230,7 @@ def test_pairs(text, expected):
 
 @pytest.mark.parametrize("text, expected", UNKNOWN)
 def test_pairs_with_unknown_constants(text, expected):
-    prefix, _ = from_text(text.replace("c", "1.5").replace("1.5os", "cos"), ["x1", "x2", "x3"])
+    prefix, _ = parse_formula(text.replace("c", "1.5").replace("1.5os", "cos"), ["x1", "x2", "x3"])
     assert " ".join(simplify(prefix)[0]).replace("<constant>", "c") == expected
 
 
@@ -245,7 +245,7 @@ def test_values_follow_their_constants():
 @pytest.mark.parametrize("text", ["log(-1)", "sqrt(-2)*x1", "1/(x1 - x1)", "asin(2)", "log(-abs(x1))", "exp(1000) + x1",
                                   "x1/0", "acosh(0) - x1", "sqrt(-exp(x1))", "pow(0, -1)"])  # fmt: skip
 def test_what_has_no_finite_value_raises(text):
-    prefix, values = from_text(text, ["x1"])
+    prefix, values = parse_formula(text, ["x1"])
     with pytest.raises(NotReal):
         simplify(prefix, values)
 
