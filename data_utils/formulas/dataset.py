@@ -17,7 +17,7 @@ import numpy as np
 from data_utils.config import at_least
 from data_utils.errors import DataError, UsageError
 from data_utils.formulas import skeletons
-from data_utils.formulas.distributions import parse
+from data_utils.formulas.distributions import parse_distribution
 from data_utils.formulas.expressions import Program, structure
 from data_utils.workers import begin
 
@@ -237,7 +237,7 @@ def _check(alphabet, pool, data):
         if not 0 <= getattr(data, f"{name}_probability") <= 1:
             raise UsageError(f"--{name}_probability {getattr(data, f'{name}_probability')}: expected 0 to 1")
     for name in ("noise_level", "allowed_actual", "allowed_generated", "include_count", "exclude_count", "term_length"):
-        parse(getattr(data, name))
+        parse_distribution(getattr(data, name))
 
 
 def _begin(context, settings, i, workers, start, steps):
@@ -297,7 +297,7 @@ def propose(rng, rows, alphabet, pool):
     Returns rows (n, L), constants (n, L) float32, supports (n, D, 3) and the `structure` of the rows, n <= N, in the
     order of the rows; each has max_tries tries.
     """
-    literals, supports = parse(pool.literal_prior), parse(pool.support_prior, support=True)
+    literals, supports = parse_distribution(pool.literal_prior), parse_distribution(pool.support_prior, support=True)
     N, D = len(rows), len(alphabet.variables)
     constants, intervals = np.zeros(rows.shape, np.float32), np.zeros((N, D, 3))
     pending, width = np.arange(N), int((rows == alphabet.constant).sum(1).max(initial=0))
@@ -328,7 +328,7 @@ def make_samples(rng, proposed, M, alphabet, pool, padding="zero", wanted=lambda
     y = program(constants, values)
     x = np.zeros((len(rows), len(alphabet.variables), M), np.float32)
     if padding == "random":
-        supports = parse(pool.support_prior, support=True)
+        supports = parse_distribution(pool.support_prior, support=True)
         x[:] = points(rng, supports(rng, x.shape[0] * x.shape[1]), M).reshape(x.shape)
     x[program.uses] = values
     good = np.flatnonzero(usable(y, pool))
@@ -381,7 +381,7 @@ def usable(y, pool):
 
 def add_noise(rng, y, data):
     """Add normal noise to a share of y (B, M, 1), its standard deviation a multiple of theirs."""
-    level = parse(data.noise_level)(rng, len(y)) * (rng.random(len(y)) < data.noise_probability)
+    level = parse_distribution(data.noise_level)(rng, len(y)) * (rng.random(len(y)) < data.noise_probability)
     noise, noisy, found = rng.standard_normal(y.shape, np.float32), np.flatnonzero(level), y.copy()
     clean = y[noisy, :, 0].astype(np.float64)
     finite = np.isfinite(clean)
@@ -438,7 +438,7 @@ def make_prompt(rng, prefix, others, alphabet, data):
 
 
 def _count(rng, text):
-    return int(parse(text)(rng, ()))
+    return int(parse_distribution(text)(rng, ()))
 
 
 def subtrees(prefix, alphabet):
@@ -455,7 +455,7 @@ def subtrees(prefix, alphabet):
 
 def _terms(rng, found, count, longest, data):
     """Draw up to `count` different terms, each no longer than `longest` and a draw of its own."""
-    limits = np.minimum(parse(data.term_length)(rng, count), longest)
+    limits = np.minimum(parse_distribution(data.term_length)(rng, count), longest)
     chosen, left = [], [found[i] for i in rng.permutation(len(found))]
     for limit in limits:
         term = next((term for term in left if len(term) <= limit), None)

@@ -17,7 +17,7 @@ import numpy as np
 
 from data_utils.config import at_least
 from data_utils.errors import DataError, UsageError
-from data_utils.formulas.distributions import parse
+from data_utils.formulas.distributions import parse_distribution
 from data_utils.formulas.expressions import OPERATORS, Alphabet
 from data_utils.formulas.simplify import NotReal, simplify
 
@@ -75,13 +75,13 @@ def check_pool(pool):
     alphabet = Alphabet(pool.operators, pool.variables)
     operator_weights(alphabet, pool)
     point_counts(pool)
-    parse(pool.literal_prior), parse(pool.support_prior, support=True)
+    parse_distribution(pool.literal_prior), parse_distribution(pool.support_prior, support=True)
     return alphabet
 
 
 def point_counts(pool):
     """Return the numbers of points that occur, at most 8 from the least to the largest: few shapes to compile."""
-    draws = parse(pool.n_support_prior)(np.random.default_rng(0), 4096)
+    draws = parse_distribution(pool.n_support_prior)(np.random.default_rng(0), 4096)
     counts = np.unique(np.rint(np.quantile(draws, np.linspace(0, 1, 8))).astype(int))
     if counts[0] < 2:
         raise UsageError(f"--n_support_prior {pool.n_support_prior}: {counts[0]} points, expected 2 or more")

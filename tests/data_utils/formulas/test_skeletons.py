@@ -18,7 +18,7 @@ from data_utils.formulas import holdout, skeletons
 from data_utils.formulas import pools as pool_files
 from data_utils.formulas import prepare as pools
 from data_utils.formulas.bundle_files import build, load_config, save_config
-from data_utils.formulas.distributions import parse
+from data_utils.formulas.distributions import parse_distribution
 from data_utils.formulas.expressions import OPERATORS, Alphabet
 from data_utils.formulas.simplify import simplify
 from data_utils.formulas.skeletons import PoolConfig, check_pool, make_chunk, sample_arities, sample_trees
@@ -61,19 +61,19 @@ def test_distributions_against_what_they_say():
              ("triangular(1,4,10)", 1, 10, 5), ("log(1,100)", 1, 100, 99 / np.log(100)), ("log_int(3,3)", 3, 3, 3),
              ("0.5*int(0,0)|1.5*constant(4)", 0, 4, 3)]  # fmt: skip
     for text, low, high, mean in cases:
-        y = parse(text)(rng, (100, 200))
+        y = parse_distribution(text)(rng, (100, 200))
         assert y.shape == (100, 200) and y.min() >= low and y.max() <= high and abs(y.mean() - mean) < 0.3, text
-    y = parse("normal(1,2)")(rng, 20000)
+    y = parse_distribution("normal(1,2)")(rng, 20000)
     assert abs(y.mean() - 1) < 0.1 and abs(y.std() - 2) < 0.1
-    assert abs(np.median(parse("cauchy(5,1)")(rng, 20000)) - 5) < 0.1
-    y = parse("signed_log(1e-2,1e2)")(rng, 20000)
+    assert abs(np.median(parse_distribution("cauchy(5,1)")(rng, 20000)) - 5) < 0.1
+    y = parse_distribution("signed_log(1e-2,1e2)")(rng, 20000)
     assert 0.48 < (y > 0).mean() < 0.52 and abs(np.median(np.abs(y)) - 1) < 0.1
-    assert Counter(parse("log_int(1,3)")(rng, 20000).tolist()).keys() == {1.0, 2.0, 3.0}
-    ends = parse("interval(normal(0,50),constant(2))", support=True)(rng, (50, 40)).reshape(-1, 3)
+    assert Counter(parse_distribution("log_int(1,3)")(rng, 20000).tolist()).keys() == {1.0, 2.0, 3.0}
+    ends = parse_distribution("interval(normal(0,50),constant(2))", support=True)(rng, (50, 40)).reshape(-1, 3)
     assert (ends[:, 0] <= ends[:, 1]).all() and np.abs(ends).max() == 30 and (ends[:, 2] == 0).all()
-    low, high, _ = parse("textbook(constant(2))", support=True)(rng, 900).T
+    low, high, _ = parse_distribution("textbook(constant(2))", support=True)(rng, 900).T
     assert {*zip(low.tolist(), high.tolist(), strict=True)} == {(0, 2), (-2, 2), (2, 10)}
-    low, high, kind = parse("decade(-6,6)", support=True)(rng, 900).T
+    low, high, kind = parse_distribution("decade(-6,6)", support=True)(rng, 900).T
     assert low.min() >= 1e-6 and high.max() <= 1e6 and {*kind} == {-1, 1, 2}
     assert {*np.rint(np.log10(high / low)).tolist()} == {1, 2}
 
@@ -86,9 +86,9 @@ def test_distributions_against_what_they_say():
     ("interval(decade(1,2),1)", 10, "one of", True), ("normal(__import__('os'),1)", 8, "number", False)])  # fmt: skip
 def test_bad_distributions_name_the_column(text, column, word, support):
     with pytest.raises(UsageError, match=rf"column {column}: .*{word}"):
-        parse(text, support)
+        parse_distribution(text, support)
     with pytest.raises(UsageError, match="characters"):
-        parse("1|" * 600)
+        parse_distribution("1|" * 600)
 
 
 @cache
