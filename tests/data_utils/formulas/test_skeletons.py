@@ -14,10 +14,8 @@ import numpy as np
 import pytest
 
 from data_utils.errors import DataError, UsageError
-from data_utils.formulas import holdout, skeletons
-from data_utils.formulas import pools as pool_files
-from data_utils.formulas import prepare as pools
-from data_utils.formulas.bundle_files import build, load_config, save_config
+from data_utils.formulas import holdout, pools, prepare, skeletons
+from data_utils.formulas.bundles import build_settings, load_config, save_config
 from data_utils.formulas.distributions import parse_distribution
 from data_utils.formulas.expressions import OPERATORS, Alphabet
 from data_utils.formulas.simplify import simplify
@@ -159,7 +157,7 @@ def test_test_sets_are_recognised_renamed_reordered_and_with_constants(held):
     draw, alphabet = random.Random(0), Alphabet(OPERATORS, [f"x{i + 1}" for i in range(9)])
     missed = []
     for name in ("nguyen", "feynman", "fastsrb"):
-        for formula in pool_files.read_formulas(ROOT / f"configs/test_set/{name}.csv"):
+        for formula in pools.read_formulas(ROOT / f"configs/test_set/{name}.csv"):
             assert len(tree(formula.prefix)) > 1
             k = len(formula.variables)
             if k > 5:
@@ -221,7 +219,7 @@ def test_no_test_set_skeleton_in_many_draws(held):
     tests, bare_tests = set(), set()
     with np.errstate(all="ignore"):
         for name in ("nguyen", "feynman", "fastsrb"):
-            for formula in pool_files.read_formulas(ROOT / f"configs/test_set/{name}.csv"):
+            for formula in pools.read_formulas(ROOT / f"configs/test_set/{name}.csv"):
                 orders = [*itertools.permutations(range(3))] if len(formula.variables) <= 3 else []
                 normal = tree(simplify(formula.prefix)[0])
                 tests |= {signature(tree(formula.prefix), x[list(order)]) for order in orders}
@@ -265,17 +263,17 @@ def test_saved_pools(tmp_path):
     alphabet = check_pool(pool)
     found = skeletons.draw_pool(300, alphabet, pool, None, seed=1, split=1)
     assert len({bytes(row) for row in found.tokens}) == 300
-    pool_files.save_pool(tmp_path / "a", found, alphabet, pool)
-    pool_files.save_pool(tmp_path / "b", found, alphabet, pool)
+    pools.save_pool(tmp_path / "a", found, alphabet, pool)
+    pools.save_pool(tmp_path / "b", found, alphabet, pool)
     for name in ("skeletons.npz", "skeleton_pool.yaml"):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
-    loaded, old = pool_files.load_pool(tmp_path / "a")
+    loaded, old = pools.load_pool(tmp_path / "a")
     new = Alphabet(list(pool.operators)[::-1], [*pool.variables, "x4"])
-    moved = pool_files.translate(loaded, old, new)
+    moved = pools.translate(loaded, old, new)
     assert [new.decode(row) for row in moved.tokens] == [alphabet.decode(row) for row in found.tokens]
     assert (moved.counts == found.counts).all()
     with pytest.raises(UsageError, match="lacks"):
-        pool_files.translate(loaded, old, Alphabet(["+"], ["x1"]))
+        pools.translate(loaded, old, Alphabet(["+"], ["x1"]))
     closed = holdout.HoldOut([alphabet.decode(row) for row in found.tokens])
     assert closed(found.tokens, alphabet).all()
     other = dataclasses.replace(pool, holdout_pools=(str(tmp_path / "a"),))
@@ -298,8 +296,8 @@ def test_strict_leaves_out_what_constants_make_a_held_out_formula(tmp_path):
         out = str(tmp_path / f"strict-{strict}")
         cfg = SimpleNamespace(config=str(tmp_path / "pool.yaml"), output_dir=out, size=400, strict=strict, seed=0,
                               fresh=False, verbose=False)  # fmt: skip
-        pools.generate(cfg)
-        found, alphabet = pool_files.load_pool(out)
+        prepare.generate_skeleton_pool(cfg)
+        found, alphabet = pools.load_pool(out)
         kept[strict] = [alphabet.decode(row) for row in found.tokens]
         counts[strict] = dict(zip(map(tuple, kept[strict]), found.counts.tolist(), strict=True))
         assert len(kept[strict]) == 400
@@ -320,7 +318,7 @@ def test_strict_leaves_out_what_constants_make_a_held_out_formula(tmp_path):
     assert sum(verdicts.values()) > 5 and len(verdicts) > 150
     assert not any(verdicts.get(prefix) for prefix in counts[True])
     assert dropped and all(verdicts.get(prefix, True) for prefix in dropped)
-    assert not any({*pool_files.EVERY.variables[:3]} <= {*prefix} for prefix in dropped)  # nor is c, of three, fitted
+    assert not any({*pools.EVERY.variables[:3]} <= {*prefix} for prefix in dropped)  # nor is c, of three, fitted
 
 
 def with_constants(t, x, constants):
@@ -339,24 +337,24 @@ def with_constants(t, x, constants):
 def test_damaged_pools_are_refused(tmp_path):
     pool = small()
     alphabet = check_pool(pool)
-    pool_files.save_pool(tmp_path, skeletons.draw_pool(50, alphabet, pool, None, seed=1, split=1), alphabet, pool)
+    pools.save_pool(tmp_path, skeletons.draw_pool(50, alphabet, pool, None, seed=1, split=1), alphabet, pool)
     npz = (tmp_path / "skeletons.npz").read_bytes()
     good = dict(np.load(tmp_path / "skeletons.npz"))
     for damage in (npz[:-30], npz[:100], b"", npz[:90] + bytes([npz[90] ^ 255]) + npz[91:]):
         (tmp_path / "skeletons.npz").write_bytes(damage)
         with pytest.raises(DataError, match="skeletons.npz"):
-            pool_files.load_pool(tmp_path)
+            pools.load_pool(tmp_path)
     hostile = [dict(tokens=np.array([{}], object)), dict(tokens=good["tokens"].astype(int)), dict(counts=np.zeros(50)),
                dict(tokens=good["tokens"] + np.uint8(200)), dict(tokens=good["tokens"][:, ::-1])]  # fmt: skip
     for change in hostile:
         np.savez(tmp_path / "skeletons.npz", **(good | change))
         with pytest.raises(DataError, match="skeletons.npz"):
-            pool_files.load_pool(tmp_path)
+            pools.load_pool(tmp_path)
     np.savez(tmp_path / "skeletons.npz", **good)
     for text in ("!!python/object/apply:os.system [ls]", "operators: [", "operators: 5", "[" * 4000):
         (tmp_path / "skeleton_pool.yaml").write_text(text)
         with pytest.raises(DataError, match="skeleton_pool.yaml"):
-            pool_files.load_pool(tmp_path)
+            pools.load_pool(tmp_path)
 
 
 def test_exhausted_pool_says_how_many_exist(monkeypatch):
@@ -387,10 +385,10 @@ def test_bad_csv_names_the_line(tmp_path):
                        (head + "a,x+1,x,0:1 0:1\n", "1 variables, 2 ranges")]:  # fmt: skip
         path.write_text(text)
         with pytest.raises(DataError) as e:
-            pool_files.read_formulas(str(path))
+            pools.read_formulas(str(path))
         assert word in str(e.value), e.value
     with pytest.raises(DataError, match="import_test_sets"):
-        pool_files.read_formulas(str(tmp_path / "none.csv"))
+        pools.read_formulas(str(tmp_path / "none.csv"))
 
 
 def run(*arguments):
@@ -402,7 +400,7 @@ def test_commands(tmp_path):
     (tmp_path / "pool.yaml").write_text("max_operators: 3\nholdout_pools: ['{{ROOT}}/configs/test_set/nguyen.csv']\n")
     first = run("generate-skeleton-pool", "-c", tmp_path / "pool.yaml", "-o", tmp_path / "out", "-s", 40, "-v")
     assert first.returncode == 0 and "40 skeletons" in first.stdout, first.stderr
-    assert len(pool_files.load_pool(tmp_path / "out")[0].tokens) == 40
+    assert len(pools.load_pool(tmp_path / "out")[0].tokens) == 40
     assert run("generate-skeleton-pool", "-c", tmp_path / "pool.yaml", "-o", tmp_path / "out").returncode == 2
     (tmp_path / "pool.yaml").write_text("max_operator: 3\n")
     typo = run("generate-skeleton-pool", "-c", tmp_path / "pool.yaml", "-o", tmp_path / "new")
@@ -412,14 +410,14 @@ def test_commands(tmp_path):
                               base_skeleton_pool="configs/test/skeleton_pool_val.yaml", fresh=False,
                               output_dir=str(tmp_path / name))  # fmt: skip
         cfg.input, cfg.base_skeleton_pool = (str(ROOT / path) for path in (cfg.input, cfg.base_skeleton_pool))
-        pools.import_data(cfg)
-        assert pool_files.load_pool(tmp_path / name)[0].counts.sum() == number
+        prepare.import_data(cfg)
+        assert pools.load_pool(tmp_path / name)[0].counts.sum() == number
 
 
 def test_bundles_load_build_and_save(tmp_path):
     for name in ("test", "sr-cpu", "v23.0-3M"):
         config = load_config(ROOT / "configs" / name / "train.yaml")
-        pool = build(PoolConfig, config["train_dataset"]["skeleton_pool"], name)
+        pool = build_settings(PoolConfig, config["train_dataset"]["skeleton_pool"], name)
         tokenizer = config["train_dataset"]["tokenizer"]
         alphabet = Alphabet(tokenizer["operators"], tokenizer["variables"], tokenizer["special_tokens"])
         assert alphabet.tokens == check_pool(pool).tokens
@@ -428,7 +426,7 @@ def test_bundles_load_build_and_save(tmp_path):
         assert len(list((tmp_path / name).iterdir())) == 7 and load_config(tmp_path / name / "train.yaml") == config
         assert "{{ROOT}}" in (tmp_path / name / "skeleton_pool_val.yaml").read_text()
     cpu = load_config(ROOT / "configs/sr-cpu/skeleton_pool_train.yaml", resolve_paths=False)
-    given = build(PoolConfig, cpu, "sr-cpu")
+    given = build_settings(PoolConfig, cpu, "sr-cpu")
     assert given == PoolConfig()
 
 
@@ -452,5 +450,5 @@ def test_bad_bundles(tmp_path):
     for values, word in [(dict(max_opertors=3), "max_operators"), (dict(max_operators="many"), "int"),
                          (dict(simplify=1), "bool"), (dict(leaf_prior="x"), "counted or distinct")]:  # fmt: skip
         with pytest.raises(UsageError, match=word):
-            build(PoolConfig, values, "pool.yaml")
-    assert build(PoolConfig, dict(y_limit="1e30", holdout_pools="none"), "").holdout_pools == ("none",)
+            build_settings(PoolConfig, values, "pool.yaml")
+    assert build_settings(PoolConfig, dict(y_limit="1e30", holdout_pools="none"), "").holdout_pools == ("none",)
