@@ -31,9 +31,9 @@ def random_prefix(rng, operators):
     if operators == 0:
         return [str(rng.choice([*VARIABLES, *VARIABLES, "<constant>", "<constant>", *LITERALS]))]
     name = str(rng.choice(list(OPERATORS)))
-    left = operators - 1 if OPERATORS[name].arity == 1 else int(rng.integers(operators))
-    rest = [] if OPERATORS[name].arity == 1 else random_prefix(rng, operators - 1 - left)
-    return [name, *random_prefix(rng, left), *rest]
+    in_left = operators - 1 if OPERATORS[name].arity == 1 else int(rng.integers(operators))
+    right = [] if OPERATORS[name].arity == 1 else random_prefix(rng, operators - 1 - in_left)
+    return [name, *random_prefix(rng, in_left), *right]
 
 
 def naive(prefix, constants, X):
@@ -172,14 +172,14 @@ def test_text_means_what_python_means(text):
 
 def test_text_of_random_formulas_reads_back(formulas):
     prefixes, constants, X = formulas
-    kept = [(p, c[: p.count("<constant>")].tolist(), x) for p, c, x in zip(prefixes, constants, X, strict=True)]
-    kept = [(p, c, x) for p, c, x in kept if len(p) < 15]
-    read = [parse_formula(format_formula(p, c), VARIABLES) for p, c, _ in kept]
+    short = [(p, c[: p.count("<constant>")].tolist(), x) for p, c, x in zip(prefixes, constants, X, strict=True)]
+    short = [(p, c, x) for p, c, x in short if len(p) < 15]
+    read = [parse_formula(format_formula(p, c), VARIABLES) for p, c, _ in short]
     for values in read:
         values[1].extend([0.0] * (20 - len(values[1])))
-    X = np.stack([x for _, _, x in kept])
+    X = np.stack([x for _, _, x in short])
     y = evaluate(ALPHABET, rows([p for p, _ in read]), np.array([c for _, c in read]), X)
-    expected = np.stack([naive(*formula) for formula in kept])
+    expected = np.stack([naive(*formula) for formula in short])
     with np.errstate(all="ignore"):
         same = np.isclose(y, expected, rtol=1e-6, equal_nan=True).all(1)
     assert same.mean() > 0.99  # brackets of sums and products are left out: they round in another order

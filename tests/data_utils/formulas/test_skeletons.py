@@ -44,9 +44,9 @@ def tree(prefix):
         token = next(tokens)
         return [token, *(read() for _ in range(arity(token)))]
 
-    found = read()
+    nested = read()
     assert next(tokens, None) is None
-    return found
+    return nested
 
 
 def flat(t):
@@ -101,10 +101,10 @@ def count(empty, n):
 def test_trees_are_uniform(n, shapes):
     assert count(1, n) == shapes
     rows = sample_arities(np.random.default_rng(n), np.full(40000, n))
-    found = Counter(tuple(a for a in row if a >= 0) for row in rows.tolist())
-    assert len(found) == shapes and all(sum(a - 1 for a in shape) == -1 for shape in found)
+    counts = Counter(tuple(a for a in row if a >= 0) for row in rows.tolist())
+    assert len(counts) == shapes and all(sum(a - 1 for a in shape) == -1 for shape in counts)
     expected = len(rows) / shapes
-    chi = sum((times - expected) ** 2 / expected for times in found.values())
+    chi = sum((times - expected) ** 2 / expected for times in counts.values())
     assert chi < shapes - 1 + 5 * (2 * (shapes - 1)) ** 0.5
     assert (sample_arities(np.random.default_rng(0), np.full(50, n), unary=False) != 1).all()
     assert (sample_arities(np.random.default_rng(0), np.full(50, n), binary=False) != 2).all()
@@ -193,12 +193,12 @@ def bare(t):
     operands = [bare(operand) for operand in t[1:]]
     if not operands:
         return t if t[0].startswith("x") else None
-    left = [operand for operand in operands if operand]
-    if t[0] == "/" and left == operands[1:]:
-        return ["inv", *left]
-    if len(left) < 2 and (len(operands) == 2 or t[0][:3] in ("mul", "div", "neg")) or not left:
-        return left[0] if left else None
-    return ["+" if t[0] == "-" else t[0], *left]
+    remaining = [operand for operand in operands if operand]
+    if t[0] == "/" and remaining == operands[1:]:
+        return ["inv", *remaining]
+    if len(remaining) < 2 and (len(operands) == 2 or t[0][:3] in ("mul", "div", "neg")) or not remaining:
+        return remaining[0] if remaining else None
+    return ["+" if t[0] == "-" else t[0], *remaining]
 
 
 def signature(t, x):
@@ -212,8 +212,8 @@ def test_no_test_set_skeleton_in_many_draws(held):
     """With the chunks of a run: no formula of a test set, and none that differs from one by constants alone."""
     pool = PoolConfig(max_operators=5)
     alphabet = check_pool(pool)
-    found, rejected = make_chunk(np.random.default_rng(5), 200_000, alphabet, pool, held)
-    assert rejected["held out"] > 20_000 and found.counts.sum() + sum(rejected.values()) == 200_000
+    chunk, rejected = make_chunk(np.random.default_rng(5), 200_000, alphabet, pool, held)
+    assert rejected["held out"] > 20_000 and chunk.counts.sum() + sum(rejected.values()) == 200_000
     x = np.random.default_rng(1).uniform(0.3, 2.2, (3, 16))
     x[:, 10:] *= [[-1, -1, -1, 1, 1, -1], [1, -1, 1, -1, -1, 1], [-1, 1, 1, -1, 1, -1]]
     tests, bare_tests = set(), set()
@@ -224,7 +224,7 @@ def test_no_test_set_skeleton_in_many_draws(held):
                 normal = tree(simplify(formula.prefix)[0])
                 tests |= {signature(tree(formula.prefix), x[list(order)]) for order in orders}
                 bare_tests |= {signature(bare(normal), x[list(order)]) for order in orders}
-        for row in found.tokens[:6000]:  # the most frequent are among the first
+        for row in chunk.tokens[:6000]:  # the most frequent are among the first
             t = tree(alphabet.decode(row))
             assert signature(t, x) not in tests - {None}, flat(t)
             assert signature(bare(t), x) not in bare_tests - {None}, flat(t)
@@ -238,18 +238,18 @@ def test_processes_agree_on_chunks():
         "c, r = s.make_chunk(np.random.default_rng(3), 1500, s.check_pool(p), p, holdout.hold_out(p));"
         "print(hashlib.sha256(c.tokens.tobytes() + c.counts.tobytes()).hexdigest(), sorted(r.items()))"
     )
-    found = {subprocess.run([sys.executable, "-c", code, str(1000 * seed)], cwd=ROOT, capture_output=True, text=True,
+    outputs = {subprocess.run([sys.executable, "-c", code, str(1000 * seed)], cwd=ROOT, capture_output=True, text=True,
                             env=os.environ | {"PYTHONHASHSEED": str(seed)}, check=True).stdout
              for seed in (1, 2)}  # fmt: skip
-    assert len(found) == 1 and "held out" in found.pop()
+    assert len(outputs) == 1 and "held out" in outputs.pop()
 
 
 def test_chunks_hold_distinct_normal_forms(held):
     pool = PoolConfig(max_length=12)
     alphabet = check_pool(pool)
-    found, _ = make_chunk(np.random.default_rng(0), 3000, alphabet, pool, held)
-    assert len({bytes(row) for row in found.tokens}) == len(found.tokens) and found.tokens.shape[1] == 12
-    for row in found.tokens[:300]:
+    chunk, _ = make_chunk(np.random.default_rng(0), 3000, alphabet, pool, held)
+    assert len({bytes(row) for row in chunk.tokens}) == len(chunk.tokens) and chunk.tokens.shape[1] == 12
+    for row in chunk.tokens[:300]:
         prefix = alphabet.decode(row)
         assert simplify(prefix)[0] == prefix and {*prefix} & {*pool.variables}
 
@@ -261,25 +261,25 @@ def small(**changes):
 def test_saved_pools(tmp_path):
     pool = small()
     alphabet = check_pool(pool)
-    found = skeletons.draw_pool(300, alphabet, pool, None, seed=1, split=1)
-    assert len({bytes(row) for row in found.tokens}) == 300
-    pools.save_pool(tmp_path / "a", found, alphabet, pool)
-    pools.save_pool(tmp_path / "b", found, alphabet, pool)
+    drawn = skeletons.draw_pool(300, alphabet, pool, None, seed=1, split=1)
+    assert len({bytes(row) for row in drawn.tokens}) == 300
+    pools.save_pool(tmp_path / "a", drawn, alphabet, pool)
+    pools.save_pool(tmp_path / "b", drawn, alphabet, pool)
     for name in ("skeletons.npz", "skeleton_pool.yaml"):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
     loaded, old = pools.load_pool(tmp_path / "a")
     new = Alphabet(list(pool.operators)[::-1], [*pool.variables, "x4"])
     moved = pools.translate(loaded, old, new)
-    assert [new.decode(row) for row in moved.tokens] == [alphabet.decode(row) for row in found.tokens]
-    assert (moved.counts == found.counts).all()
+    assert [new.decode(row) for row in moved.tokens] == [alphabet.decode(row) for row in drawn.tokens]
+    assert (moved.counts == drawn.counts).all()
     with pytest.raises(UsageError, match="lacks"):
         pools.translate(loaded, old, Alphabet(["+"], ["x1"]))
-    closed = holdout.HoldOut([alphabet.decode(row) for row in found.tokens])
-    assert closed(found.tokens, alphabet).all()
+    closed = holdout.HoldOut([alphabet.decode(row) for row in drawn.tokens])
+    assert closed(drawn.tokens, alphabet).all()
     other = dataclasses.replace(pool, holdout_pools=(str(tmp_path / "a"),))
-    assert holdout.hold_out(other)(found.tokens, alphabet).all()
+    assert holdout.hold_out(other)(drawn.tokens, alphabet).all()
     again, _ = make_chunk(np.random.default_rng(9), 3000, alphabet, pool, closed)
-    assert not {bytes(row) for row in again.tokens} & {bytes(row) for row in found.tokens}
+    assert not {bytes(row) for row in again.tokens} & {bytes(row) for row in drawn.tokens}
     with pytest.raises(DataError, match="nothing"):
         holdout.hold_out(dataclasses.replace(pool, holdout_pools=(str(tmp_path / "nothing"),)))
 
@@ -291,29 +291,29 @@ def test_strict_leaves_out_what_constants_make_a_held_out_formula(tmp_path):
     )
     settings = "operators: ['+', '*', pow2]\nmax_operators: 5\nmax_length: 11\nconstant_probability: 0.4\n"
     (tmp_path / "pool.yaml").write_text(settings + f"holdout_pools: ['{tmp_path}/held.csv']\n")
-    kept, counts = {}, {}
+    prefixes, counts = {}, {}
     for strict in (False, True):
         out = str(tmp_path / f"strict-{strict}")
         cfg = SimpleNamespace(config=str(tmp_path / "pool.yaml"), output_dir=out, size=400, strict=strict, seed=0,
                               fresh=False, verbose=False)  # fmt: skip
         prepare.generate_skeleton_pool(cfg)
-        found, alphabet = pools.load_pool(out)
-        kept[strict] = [alphabet.decode(row) for row in found.tokens]
-        counts[strict] = dict(zip(map(tuple, kept[strict]), found.counts.tolist(), strict=True))
-        assert len(kept[strict]) == 400
+        saved, alphabet = pools.load_pool(out)
+        prefixes[strict] = [alphabet.decode(row) for row in saved.tokens]
+        counts[strict] = dict(zip(map(tuple, prefixes[strict]), saved.counts.tolist(), strict=True))
+        assert len(prefixes[strict]) == 400
     x = np.random.default_rng(3).uniform(1, 2, (2, 30))
     laws = {1: [x[0] ** 3 + x[0] ** 2 + x[0]], 2: [x[0] * x[1] + x[1], x[0] * x[1] + x[0]]}
     verdicts = {}
-    for prefix in {*map(tuple, kept[False]), *map(tuple, kept[True])}:
+    for prefix in {*map(tuple, prefixes[False]), *map(tuple, prefixes[True])}:
         names, k = sorted({*prefix} & {"x1", "x2", "x3"}), prefix.count("<constant>")
         t = tree(dict(zip(names, ("x1", "x2", "x3"), strict=False)).get(token, token) for token in prefix)
         if k and len(names) <= 2:
             origin, *columns = (with_constants(t, x, c) for c in [np.zeros(k), *np.eye(k)])
             columns = np.stack(columns, 1) - origin[:, None]
             if np.allclose(with_constants(t, x, np.arange(2.0, 2 + k)), origin + columns @ np.arange(2.0, 2 + k)):
-                left = [y - origin for y in laws[1] * (len(names) == 1) + laws[2]]
-                rest = [y - columns @ np.linalg.lstsq(columns, y, rcond=None)[0] for y in left]
-                verdicts[prefix] = min(map(np.std, rest)) < 1e-8
+                targets = [y - origin for y in laws[1] * (len(names) == 1) + laws[2]]
+                residuals = [y - columns @ np.linalg.lstsq(columns, y, rcond=None)[0] for y in targets]
+                verdicts[prefix] = min(map(np.std, residuals)) < 1e-8
     dropped = counts[False].keys() - counts[True].keys()
     assert sum(verdicts.values()) > 5 and len(verdicts) > 150
     assert not any(verdicts.get(prefix) for prefix in counts[True])
@@ -444,8 +444,8 @@ def test_bad_bundles(tmp_path):
     (tmp_path / "sub").mkdir()
     (tmp_path / "sub" / "b.yaml").write_text("pool: ../saved\nroot: '{{ROOT}}/x'\nplain: data/x\n")
     path.write_text("b: ./sub/b.yaml")
-    found = load_config(path)["b"]
-    assert found == dict(pool=str(tmp_path / "saved"), root=f"{ROOT}/x", plain="data/x")
+    bundle = load_config(path)["b"]
+    assert bundle == dict(pool=str(tmp_path / "saved"), root=f"{ROOT}/x", plain="data/x")
     assert load_config(path, resolve_paths=False) == dict(b="./sub/b.yaml")
     for values, word in [(dict(max_opertors=3), "max_operators"), (dict(max_operators="many"), "int"),
                          (dict(simplify=1), "bool"), (dict(leaf_prior="x"), "counted or distinct")]:  # fmt: skip
