@@ -22,16 +22,16 @@ from data_utils.formulas.samples import points, uniform
 from data_utils.formulas.skeletons import PoolConfig, check_pool
 from tests.helpers import ROOT
 
-NEVER = dict(operators=("log",), operator_weights="", constant_probability=0.0, max_operators=1,
-             support_prior="interval(constant(-3),constant(-2))")  # fmt: skip
+NEVER = dict(operators=("log",), operator_weights="", constant_probability=0.0, max_operators=1)
+NEVER |= dict(support_prior="interval(constant(-3),constant(-2))")  # where log has no values
 SMALL = dict(max_operators=5, holdout_pools=(), n_support_prior="log_int(8,40)")
 
 
 def dataset(pool=None, data=None, **settings):
     pool = PoolConfig(**(SMALL | (pool or {})))
     settings = dict(seed=0, split="train", batch_size=4) | settings
-    return FlashANSRDataset(settings.pop("alphabet", None) or check_pool(pool), pool, DataConfig(**(data or {})),
-                            **settings)  # fmt: skip
+    alphabet = settings.pop("alphabet", None) or check_pool(pool)
+    return FlashANSRDataset(alphabet, pool, DataConfig(**(data or {})), **settings)
 
 
 def same(a, b):
@@ -73,8 +73,8 @@ def test_y_is_f_of_x_and_sequences_are_the_formula():
             assert np.isfinite(y).all() and np.abs(y).max() <= 1e4 and np.ptp(y) >= 1e-4 * np.abs(y).max()
             for j in range(D):
                 assert (f"x{j + 1}" in prefix) == bool(x[:, j].any())
-            assert alphabet.decode(b["input_ids"][i].tolist()) == [
-                "<bos>", "<expression>", *prefix, "</expression>", "<eos>"]  # fmt: skip
+            sequence = ["<bos>", "<expression>", *prefix, "</expression>", "<eos>"]
+            assert alphabet.decode(b["input_ids"][i].tolist()) == sequence
             labels, ids = b["labels"][i].tolist(), b["input_ids"][i].tolist()
             n = len(prefix)
             assert labels == [-100, *ids[2 : n + 4], *[-100] * (T - n - 4)]
@@ -89,8 +89,11 @@ def test_noise_is_on_y_only():
     for a, b in pairs:
         assert torch.equal(b["y_tensors"], b["y_clean"]) and not torch.equal(a["y_tensors"], b["y_tensors"])
         assert all(torch.equal(a[name], b[name]) for name in a if name != "y_tensors")
-    ratio = torch.cat([(a["y_tensors"] - b["y_clean"]).double().std(1) / b["y_clean"].double().std(1, correction=0)
-                       for a, b in pairs])[:, 0]  # fmt: skip
+    ratios = []
+    for a, b in pairs:
+        noise = (a["y_tensors"] - b["y_clean"]).double()
+        ratios.append(noise.std(1) / b["y_clean"].double().std(1, correction=0))
+    ratio = torch.cat(ratios)[:, 0]
     changed = ratio > 0
     assert 0.4 < changed.float().mean() < 0.6 and 0.09 < ratio[changed].mean() < 0.11
 
@@ -160,8 +163,9 @@ if __name__ == "__main__":
 @pytest.mark.parametrize("way", ["exit", "exception", "SIGTERM"])
 def test_no_child_outlives_the_parent(way, tmp_path):
     (tmp_path / "script.py").write_text(SCRIPT)
-    parent = subprocess.Popen([sys.executable, tmp_path / "script.py", way], stdout=subprocess.PIPE, text=True,
-                              stderr=subprocess.DEVNULL, env=os.environ | {"PYTHONPATH": str(ROOT)})  # fmt: skip
+    command = [sys.executable, tmp_path / "script.py", way]
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    parent = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=env)
     children = [int(pid) for pid in parent.stdout.readline().split()]
     assert len(children) == 2
     if way.startswith("SIG"):
@@ -225,8 +229,9 @@ def test_prompts():
         place = tokens.index("<float>")
         assert numbers == [len(prefix) if j == place else 0 for j in range(len(numbers))]
         text, present = " ".join(tokens[2:end]), subtrees(prefix)
-        terms = {name: [part.partition(f" </{name}>")[0] for part in text.split(f"<{name}> ")[1:]]
-                 for name in ("allowed_term", "include_term", "exclude_term")}  # fmt: skip
+        terms = {}
+        for name in ("allowed_term", "include_term", "exclude_term"):
+            terms[name] = [part.partition(f" </{name}>")[0] for part in text.split(f"<{name}> ")[1:]]
         actual = present & {*terms["allowed_term"]}
         assert actual and {*terms["include_term"]} <= actual
         assert not {*terms["exclude_term"]} & (present | {*terms["allowed_term"]})

@@ -103,8 +103,8 @@ def test_without_values_it_is_never_longer_and_final(trees):
         if short is not None:
             assert short[1] is None and len(short[0]) <= len(prefix)
             assert simplify(short[0]) == short
-            assert not any(t == "<constant>" and set(short[0][i + 2 : i + 3]) == {"<constant>"}
-                           for i, t in enumerate(short[0][1:-1]) if short[0][i] in "+*/")  # fmt: skip
+            triples = zip(short[0], short[0][1:], short[0][2:], strict=False)
+            assert not any(a in "+*/" and b == c == "<constant>" for a, b, c in triples)
 
 
 def test_operands_in_another_order_have_the_same_form(trees):
@@ -235,8 +235,8 @@ def test_pairs_with_unknown_constants(text, expected):
 
 
 def test_values_follow_their_constants():
-    assert simplify(["+", "*", "<constant>", "x2", "*", "<constant>", "x1"], [2.5, 7.0]) == (
-        ["+", "*", "<constant>", "x1", "*", "<constant>", "x2"], [7.0, 2.5])  # fmt: skip
+    swapped = simplify(["+", "*", "<constant>", "x2", "*", "<constant>", "x1"], [2.5, 7.0])
+    assert swapped == (["+", "*", "<constant>", "x1", "*", "<constant>", "x2"], [7.0, 2.5])
     tiny = simplify(["*", "<constant>", "x1"], [1e-13])
     assert tiny == (["*", "<constant>", "x1"], [1e-13])  # not 0
     assert simplify(["*", "<constant>", "x1"], [6.62607015e-34]) == (["*", "<constant>", "x1"], [6.62607015e-34])

@@ -238,9 +238,11 @@ def test_processes_agree_on_chunks():
         "c, r = s.make_chunk(np.random.default_rng(3), 1500, s.check_pool(p), p, holdout.hold_out(p));"
         "print(hashlib.sha256(c.tokens.tobytes() + c.counts.tobytes()).hexdigest(), sorted(r.items()))"
     )
-    outputs = {subprocess.run([sys.executable, "-c", code, str(1000 * seed)], cwd=ROOT, capture_output=True, text=True,
-                            env=os.environ | {"PYTHONHASHSEED": str(seed)}, check=True).stdout
-             for seed in (1, 2)}  # fmt: skip
+    outputs = set()
+    for seed in (1, 2):
+        command = [sys.executable, "-c", code, str(1000 * seed)]
+        env = os.environ | {"PYTHONHASHSEED": str(seed)}
+        outputs.add(subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=env, check=True).stdout)
     assert len(outputs) == 1 and "held out" in outputs.pop()
 
 
@@ -294,8 +296,8 @@ def test_strict_leaves_out_what_constants_make_a_held_out_formula(tmp_path):
     prefixes, counts = {}, {}
     for strict in (False, True):
         out = str(tmp_path / f"strict-{strict}")
-        cfg = SimpleNamespace(config=str(tmp_path / "pool.yaml"), output_dir=out, size=400, strict=strict, seed=0,
-                              fresh=False, verbose=False)  # fmt: skip
+        flags = dict(config=str(tmp_path / "pool.yaml"), output_dir=out, size=400, strict=strict)
+        cfg = SimpleNamespace(**flags, seed=0, fresh=False, verbose=False)
         prepare.generate_skeleton_pool(cfg)
         saved, alphabet = pools.load_pool(out)
         prefixes[strict] = [alphabet.decode(row) for row in saved.tokens]
@@ -406,10 +408,15 @@ def test_commands(tmp_path):
     typo = run("generate-skeleton-pool", "-c", tmp_path / "pool.yaml", "-o", tmp_path / "new")
     assert typo.returncode == 2 and "max_operators" in typo.stderr and "pool.yaml" in typo.stderr
     for name, number in (("nguyen", 12), ("fastsrb", 120)):
-        cfg = SimpleNamespace(input=f"configs/test_set/{name}.csv", parser=name, skip_bad_lines=False, verbose=True,
-                              base_skeleton_pool="configs/test/skeleton_pool_val.yaml", fresh=False,
-                              output_dir=str(tmp_path / name))  # fmt: skip
-        cfg.input, cfg.base_skeleton_pool = (str(ROOT / path) for path in (cfg.input, cfg.base_skeleton_pool))
+        cfg = SimpleNamespace(
+            input=str(ROOT / f"configs/test_set/{name}.csv"),
+            base_skeleton_pool=str(ROOT / "configs/test/skeleton_pool_val.yaml"),
+            output_dir=str(tmp_path / name),
+            parser=name,
+            skip_bad_lines=False,
+            verbose=True,
+            fresh=False,
+        )
         prepare.import_data(cfg)
         assert pools.load_pool(tmp_path / name)[0].counts.sum() == number
 
