@@ -32,18 +32,8 @@ from fractions import Fraction
 
 from data_utils.formulas.expressions import OPERATORS
 
-INVERSES = {  # f, g with f(g(x)) = x
-    ("log", "exp"),
-    ("exp", "log"),
-    ("sin", "asin"),
-    ("cos", "acos"),
-    ("tan", "atan"),
-    ("sinh", "asinh"),
-    ("asinh", "sinh"),
-    ("cosh", "acosh"),
-    ("tanh", "atanh"),
-    ("atanh", "tanh"),
-}
+INVERSES = "log exp|exp log|sin asin|cos acos|tan atan|sinh asinh|asinh sinh|cosh acosh|tanh atanh|atanh tanh"
+INVERSES = {tuple(pair.split()) for pair in INVERSES.split("|")}  # (f, g) with f(g(x)) = x
 ODD = {"sin", "tan", "asin", "atan", "sinh", "tanh", "asinh", "atanh"}
 EVEN = {"cos", "cosh", "abs"}
 NOT_NEGATIVE = {"abs", "exp", "cosh", "acos", "acosh"}

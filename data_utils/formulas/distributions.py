@@ -20,9 +20,10 @@ low to high, 1 and -1 are log-uniform with that sign, and 2 draws a sign for eac
 | decade(a,b) | one or two decades between 10^a and 10^b, of positive, of negative or of either sign |
 """
 
+import ast
 import difflib
 import functools
-import re
+import math
 from collections import namedtuple
 
 import numpy as np
@@ -32,8 +33,6 @@ from data_utils.errors import UsageError
 
 CLIP = 30.0  # ends of an interval
 LONGEST = 1000  # characters of a text
-TOKEN = re.compile(r"\s*(?:([+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)|([A-Za-z_]\w*)|(\S))")
-END, NUMBER, NAME, SIGN = range(4)  # kinds of tokens: the groups of TOKEN
 
 # draw(rng, *arguments, shape); how many arguments; allowed(*numbers), None where they are distributions of numbers;
 # the condition of `allowed` in words.
@@ -112,94 +111,79 @@ def parse_distribution(text, support=False):
 
     Numbers have that shape, supports (*shape, 3). Raises UsageError, with the column, for any other text.
     """
-    return _parse(str(text), support)
+    return _parse(" ".join(str(text).split()), support)
 
 
 @functools.cache  # every batch asks for the same few texts
 def _parse(text, support):
-    return _Parser(text).read(SUPPORTS if support else NUMBERS)
+    if len(text) > LONGEST:
+        raise UsageError(f"a distribution of {len(text)} characters: expected {LONGEST} or fewer")
+    try:
+        tree = ast.parse(text, mode="eval").body  # the notation is that of Python; nothing is executed
+    except (SyntaxError, ValueError, MemoryError, RecursionError) as e:
+        column = getattr(e, "offset", 1) or 1
+        raise UsageError(
+            f"distribution {text!r}, column {column}: expected terms like 0.5*normal(0,1), joined by |"
+        ) from e
+    return _mixture(text, tree, SUPPORTS if support else NUMBERS)
 
 
-class _Parser:
-    """Read a text from left to right; `place` is the next of its tokens (text, kind, column)."""
+def _fail(text, node, expected):
+    source = ast.get_source_segment(text, node)
+    raise UsageError(f"distribution {text!r}, column {node.col_offset + 1}: expected {expected}, found {source}")
 
-    def __init__(self, text):
-        if len(text) > LONGEST:
-            raise UsageError(f"a distribution of {len(text)} characters: expected {LONGEST} or fewer")
-        self.text = text
-        self.place = 0
-        matches = TOKEN.finditer(text.rstrip())
-        self.tokens = [(m[m.lastindex], m.lastindex, m.start(m.lastindex) + 1) for m in matches]
-        self.tokens.append(("the end", END, len(text.rstrip()) + 1))
 
-    def read(self, table):
-        """Return the function of the whole text, of terms in `table`."""
-        function = self.mixture(table)
-        if self.tokens[self.place][1] != END:
-            self.fail("| and another term, or the end")
-        return function
+def _mixture(text, tree, table):
+    """Return the function of terms joined by |, each of a name in `table`."""
+    terms = []
+    node = tree
+    while isinstance(node, ast.BinOp) and isinstance(node.op, ast.BitOr):
+        terms.append(node.right)
+        node = node.left
+    terms.append(node)
+    weights, functions = zip(*(_term(text, term, table) for term in reversed(terms)), strict=True)
+    weights = np.array(weights)
+    if weights.min() < 0 or not weights.sum() > 0:
+        _fail(text, tree, "weights of 0 or more that are not all 0")
+    return _mix(weights / weights.sum(), functions) if len(functions) > 1 else functions[0]
 
-    def fail(self, expected, place=None):
-        token, _, column = self.tokens[self.place if place is None else place]
-        raise UsageError(f"distribution {self.text!r}, column {column}: expected {expected}, found {token}")
 
-    def take(self, sign):
-        """Return whether the next token is `sign`, and step over it."""
-        token, kind, _ = self.tokens[self.place]
-        matches = kind == SIGN and token == sign
-        self.place += matches
-        return matches
+def _term(text, node, table):
+    """Return (weight, function) of one term."""
+    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Mult):
+        return _number(text, node.left), _call(text, node.right, table)
+    if table is NUMBERS and not isinstance(node, ast.Call):
+        value = _number(text, node)
+        return 1.0, lambda rng, shape: np.full(shape, value)
+    return 1.0, _call(text, node, table)
 
-    def number(self):
-        token, kind, _ = self.tokens[self.place]
-        if kind != NUMBER or not np.isfinite(float(token)):
-            self.fail("a number")
-        self.place += 1
-        return float(token)
 
-    def mixture(self, table):
-        start = self.place
-        terms = [self.term(table)]
-        while self.take("|"):
-            terms.append(self.term(table))
-        weights = np.array([weight for weight, _ in terms])
-        if len(terms) == 1 and weights[0] > 0:
-            return terms[0][1]
-        if weights.min() < 0 or not weights.sum() > 0:
-            self.fail("weights of 0 or more that are not all 0", start)
-        return _mix(weights / weights.sum(), [function for _, function in terms])
+def _number(text, node):
+    try:
+        value = ast.literal_eval(node)
+        if type(value) in (int, float) and math.isfinite(value):
+            return float(value)
+    except (ValueError, OverflowError):
+        pass
+    _fail(text, node, "a number")
 
-    def term(self, table):
-        """Return (weight, function) of one term."""
-        weight = 1.0
-        if self.tokens[self.place][1] == NUMBER:
-            weight = self.number()
-            if not self.take("*"):
-                if table is SUPPORTS:
-                    self.fail("*")
-                return 1.0, lambda rng, shape: np.full(shape, weight)
-        return weight, self.call(table)
 
-    def call(self, table):
-        start = self.place
-        name, kind, _ = self.tokens[start]
-        if kind != NAME or name not in table:
-            near = difflib.get_close_matches(name, table, 1) if kind == NAME else []
-            self.fail(f"perhaps {near[0]}" if near else f"one of {' '.join(table)}")
-        draw, count, allowed, words = table[name]
-        self.place += 1
-        if not self.take("("):
-            self.fail("(")
-        arguments = []
-        for i in range(count):
-            if i and not self.take(","):
-                self.fail(f"a comma: {name} takes {count}")
-            arguments.append(self.number() if allowed else self.mixture(NUMBERS))
-        if not self.take(")"):
-            self.fail(f"): {name} takes {count}")
-        if allowed and not allowed(*arguments):
-            self.fail(f"{name} with {words}", start)
-        return lambda rng, shape: draw(rng, *arguments, _tuple(shape))
+def _call(text, node, table):
+    """Return the function of a call like normal(0,1)."""
+    name = node.func.id if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) else ""
+    if name not in table:
+        near = difflib.get_close_matches(name, table, 1)
+        _fail(text, node, f"perhaps {near[0]}" if near else f"one of {' '.join(table)}")
+    draw, count, allowed, words = table[name]
+    if len(node.args) != count or node.keywords:
+        _fail(text, node, f"{name} with {count} arguments")
+    if allowed:
+        arguments = [_number(text, argument) for argument in node.args]
+    else:
+        arguments = [_mixture(text, argument, NUMBERS) for argument in node.args]
+    if allowed and not allowed(*arguments):
+        _fail(text, node, f"{name} with {words}")
+    return lambda rng, shape: draw(rng, *arguments, _tuple(shape))
 
 
 def _mix(weights, functions):
