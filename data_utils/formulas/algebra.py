@@ -59,7 +59,7 @@ class Node:
 nodes = {}  # {(kind, a, b): Node}
 
 
-def node(kind, a, b=None):
+def node(kind: str, a, b=None) -> Node:
     """Return the only node of this kind and these parts."""
     identity = kind, a, b
     n = nodes.get(identity)
@@ -77,7 +77,7 @@ def _all_unknown(n):
 
 
 # Numbers: those with a value are rounded to the integer or fraction beside them; unknown ones keep their identity.
-def snap(v):
+def snap(v: float) -> float:
     """Return the integer, fraction, pi or e that v is up to rounding, else v. Raises NotReal for infinity."""
     if v == 1 or v == 0 or v == -1 or v != v:
         return v
@@ -137,7 +137,7 @@ def exponent(e):
     return e.numerator if type(e) is Fraction and e.denominator == 1 else e
 
 
-def odd_root(e):
+def odd_root(e) -> bool:
     """Return whether x ** e is real for x < 0: e is an integer, or a fraction with an odd denominator."""
     return type(e) is int or type(e) is Fraction and e.denominator % 2 == 1
 
@@ -190,7 +190,7 @@ def _number_and_rest(n):
     return (n.b[0][1], n.b[0][0]) if n.kind == "s" and n.a == 0 and len(n.b) == 1 else (1.0, n)
 
 
-def scale(n, c):
+def scale(n: Node, c: float) -> Node:
     """Return the node of c * n."""
     if c == 1:
         return n

@@ -30,7 +30,7 @@ REFERENCES = {  # {file of a bundle: {key: the file that it names}}
 NOT_IN_BUNDLE = "config output_dir verbose resume_from resume_step fresh skeleton_pool".split()
 
 
-def load_config(path, resolve_paths=True):
+def load_config(path, resolve_paths=True) -> dict:
     """Read a YAML file of flat keys -> dict. A value that ends in .yaml becomes the dict of that file.
 
     {{ROOT}} is the folder of the training scripts. Values that begin with ./ or ../ are relative to their file. With
@@ -94,7 +94,7 @@ def _read_flat(path, above=()):
     return values
 
 
-def save_config(config, folder, name="train"):
+def save_config(config: dict, folder, name="train"):
     """Write a config as `load_config` returns it into `folder`: <name>.yaml and the files that it refers to.
 
     References are written with ./, and paths below the folder of the scripts with {{ROOT}}: the bundle can be moved.
@@ -119,7 +119,7 @@ def save_config(config, folder, name="train"):
     write_atomic(Path(folder, f"{name}.yaml"), lambda file: file.write(text.encode("utf-8")))
 
 
-def build_settings(cls, values, path):
+def build_settings(cls, values: dict, path):
     """Return the dataclass cls(**values), with lists as tuples.
 
     Raises UsageError, with `path`, for a value of another type and for an unknown key, with the nearest known one.
@@ -147,7 +147,7 @@ def build_settings(cls, values, path):
     return cls(**settings)
 
 
-def load_flags(path):
+def load_flags(path) -> dict:
     """Return {flag: value} of a train.yaml, of its model, its training data and their skeleton pool."""
     flags = {}
     parts = [load_config(path)]

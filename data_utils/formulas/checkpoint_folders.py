@@ -35,7 +35,7 @@ def save_folder(path, content):
         for name, part in parts.items():
             _save(temporary / f"{name}.pt", part)
         hashes = {f"{name}.pt": _hash(temporary / f"{name}.pt") for name in parts}
-        _save(temporary / STATE, state | dict(files=hashes))
+        _save(temporary / STATE, to_plain(state | dict(files=hashes)))
         save_config(bundle, temporary)
         if path.exists():  # of this very step, before a resume
             if _has_only_saved_files(path):
@@ -50,7 +50,6 @@ def save_folder(path, content):
 
 
 def _save(path, state):
-    state = to_plain(state)
     files.write_atomic(path, lambda file: torch.save(state, file))
 
 
@@ -58,7 +57,7 @@ def _hash(path):
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def load_folder(path, kind, names):
+def load_folder(path, kind: str, names) -> tuple[dict, dict]:
     """Return (training state, {name: state dict}) of a checkpoint folder, on the CPU. Absent parts are left out.
 
     Raises CheckpointError for damaged files, and for files that were not saved together.
@@ -112,7 +111,7 @@ def find_folder(resume_from, fresh, out, kind, names):
         raise UsageError(f"{e}\nno fallback for a named checkpoint; its output folder takes the newest good one") from e
 
 
-def step_of(path, state, given):
+def step_of(path, state: dict, given: int) -> int:
     """Return the step of a checkpoint: `given` if 0 or more, else the saved one, else that of its folder's name."""
     if given >= 0:
         return given

@@ -168,7 +168,7 @@ class FlashANSRDataset:
 
     # Batches
 
-    def arrays(self, index):
+    def arrays(self, index: int) -> dict[str, np.ndarray]:
         """Return batch `index` as numpy arrays."""
         B = self.batch_size
         pool = self.chunk(index // CHUNK)
@@ -224,7 +224,7 @@ class FlashANSRDataset:
         sequence = [ids["<bos>"], *prompt, ids["<expression>"], *prefix, ids["</expression>"], ids["<eos>"]]
         return sequence, len(prompt), {place + 1: number for place, number in numbers.items()}
 
-    def batch(self, index):
+    def batch(self, index: int) -> dict:
         """Return batch `index` as a dict of tensors."""
         return self.collate(self.arrays(index))
 

@@ -106,7 +106,7 @@ SUPPORTS = {
 }
 
 
-def parse_distribution(text, support=False):
+def parse_distribution(text: str | float, support: bool = False):
     """Return the function (rng, shape) -> float64 array that `text` describes.
 
     Numbers have that shape, supports (*shape, 3). Raises UsageError, with the column, for any other text.

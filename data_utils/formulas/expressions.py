@@ -114,7 +114,7 @@ class Alphabet:
     tokens.
     """
 
-    def __init__(self, operators, variables, special=SPECIAL):
+    def __init__(self, operators: list[str], variables: list[str], special: list[str] = SPECIAL):
         self.operators = list(operators)
         self.variables = list(variables)
         self.tokens = [*special, *self.operators, *self.variables]
@@ -140,14 +140,14 @@ class Alphabet:
             if token in self.ids:
                 self.arity[self.ids[token]] = OPERATORS[token].arity if token in OPERATORS else 0
 
-    def encode(self, tokens):
+    def encode(self, tokens: list[str]) -> list[int]:
         """Return the ids of a list of tokens. Raises DataError for a token that isn't in the alphabet."""
         unknown = [token for token in tokens if token not in self.ids]
         if unknown:
             raise DataError(f"token {unknown[0]!r} is not in this alphabet: {' '.join(self.tokens[1:])}")
         return [self.ids[token] for token in tokens]
 
-    def decode(self, ids):
+    def decode(self, ids) -> list[str]:
         """Return the tokens of a row of ids, without its padding."""
         return [self.tokens[i] for i in map(int, ids) if i]
 
@@ -163,7 +163,7 @@ def _buffer(name, rows, columns, dtype):
     return array[: rows * columns].reshape(rows, columns)
 
 
-def structure(arity):
+def structure(arity: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return size (tokens) and height of the subtree at each prefix position: two (N, L + 2) arrays.
 
     arity: (N, L), -1 for padding. Raises ValueError where a row is not exactly one formula.
@@ -320,7 +320,7 @@ class Program:
             level = np.flatnonzero(np.isin(above, level))
             self.levels.append((level, above[level]))
 
-    def gradient(self, constants):
+    def gradient(self, constants) -> tuple[np.ndarray, np.ndarray]:
         """Return y (N, M) and dy / dconstants (N, C, M) for constants (N, C), in float64. Only with X.
 
         In a tree the derivative by a constant is the product along the one path to it: all cost as much as one. It is
@@ -341,7 +341,7 @@ class Program:
         return y, jacobian
 
 
-def evaluate(alphabet, tokens, constants, X):
+def evaluate(alphabet, tokens, constants, X) -> np.ndarray:
     """Return the values y (N, M) of N formulas, each on its own points, in the dtype of X: float32 or float64.
 
     tokens (N, L), constants (N, C), X (N, M, D). Values that aren't finite stay so, without a warning. Raises
@@ -356,7 +356,7 @@ def evaluate(alphabet, tokens, constants, X):
     return y
 
 
-def parse_formula(text, variables):
+def parse_formula(text: str, variables: list[str]) -> tuple[list[str], list[float]]:
     """Return (prefix tokens, values of its "<constant>"s) of a formula as people type it. None of it is executed.
 
     variables: the names that may occur; the i-th becomes the token x<i + 1>. Numbers become "<constant>", pi and e
@@ -451,7 +451,7 @@ def _fold(tree):
     return None
 
 
-def format_formula(prefix, values=None, names=None, precision=0):
+def format_formula(prefix: list[str], values=None, names=None, precision=0) -> str:
     """Return prefix tokens as infix text that `parse_formula` reads back, with few brackets.
 
     values: of the "<constant>"s (None: c1, c2, ...); names[i]: of variable x<i + 1>; precision: digits, 0 = exact.

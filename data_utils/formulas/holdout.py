@@ -150,7 +150,7 @@ def _images(tokens):
     return hashes
 
 
-def hold_out(pool, excluded=()):
+def hold_out(pool, excluded=()) -> HoldOut:
     """Return the HoldOut of the holdout_pools of a PoolConfig, and of `excluded`, token lists."""
     prefixes = list(excluded)
     for path in _paths(pool):
@@ -167,7 +167,7 @@ def _paths(pool):
     return [path.replace("{{ROOT}}", str(root())) for path in pool.holdout_pools if path != "none"]
 
 
-def skeleton_of(formula):
+def skeleton_of(formula) -> list[str]:
     """Return the prefix of a Formula, simplified with the values of its constants."""
     try:
         return simplify(formula.prefix, formula.values)[0]

@@ -15,7 +15,7 @@ from models.formula_model import ARGUMENTS, FlashANSRModel
 CONFIG, TOKENIZER, WEIGHTS = "model.yaml", "tokenizer.yaml", "state_dict.pt"
 
 
-def build_model(alphabet, model_args):
+def build_model(alphabet: Alphabet, model_args: dict) -> FlashANSRModel:
     """Return a new FlashANSRModel. Raises UsageError, with the flags, for sizes that don't fit together."""
     try:
         return FlashANSRModel(alphabet, **model_args)
@@ -23,7 +23,7 @@ def build_model(alphabet, model_args):
         raise UsageError(re.sub(rf"\b({'|'.join(ARGUMENTS)})\b", r"--\1", str(e))) from e
 
 
-def save_model(model, folder, weights=None, **more):
+def save_model(model: FlashANSRModel, folder, weights: dict | None = None, **more):
     """Write a model into `folder`. more: further keys of model.yaml; weights: a state_dict in place of the model's.
 
     The weights are written last: with them the folder counts as finished.
@@ -38,7 +38,7 @@ def save_model(model, folder, weights=None, **more):
     write_atomic(Path(folder) / WEIGHTS, lambda file: torch.save(weights, file))
 
 
-def load_model(folder):
+def load_model(folder) -> FlashANSRModel:
     """Return the model that `save_model` wrote into `folder`, on the CPU, for inference.
 
     Raises UsageError for files that are missing or of another model, DataError for damaged ones.

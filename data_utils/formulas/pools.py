@@ -22,7 +22,7 @@ LARGEST = 2**32  # bytes of the arrays of a pool: a small zip file can hold arra
 REMEDY = "try: ./scripts/import_test_sets.sh, or the right path in holdout_pools"
 
 
-def read_formulas(path, skip_bad_lines=False, warn=lambda message: None, columns=COLUMNS):
+def read_formulas(path, skip_bad_lines=False, warn=lambda message: None, columns=COLUMNS) -> list[Formula]:
     """Read a test set, a csv file with a header -> list of Formula(name, prefix, values, variables, row as a dict).
 
     Raises DataError with file:line and the reason. With skip_bad_lines a bad line is only passed to `warn`.
@@ -62,7 +62,7 @@ def _formula(row):
     return Formula(row["name"], prefix, values, variables, row)
 
 
-def save_pool(folder, skeletons, alphabet, pool):
+def save_pool(folder, skeletons: Pool, alphabet: Alphabet, pool):
     """Write the Pool `skeletons` as skeletons.npz (tokens, lengths, counts) and skeleton_pool.yaml.
 
     pool: the PoolConfig that they were drawn with.
@@ -107,7 +107,7 @@ def _is_settings(path):
 MADE_HERE = {"skeleton_pool.yaml": _is_settings, "skeletons.npz": _is_pool}
 
 
-def load_pool(folder):
+def load_pool(folder) -> tuple[Pool, Alphabet]:
     """Return (Pool, Alphabet) of a saved pool. Raises DataError for a pool that is missing or damaged."""
     import yaml
 
@@ -137,7 +137,7 @@ def load_pool(folder):
     return Pool(tokens, counts), alphabet
 
 
-def translate(skeletons, old, new):
+def translate(skeletons: Pool, old: Alphabet, new: Alphabet) -> Pool:
     """Return a Pool in ids of the Alphabet `old` as one in ids of `new`. Raises UsageError where `new` lacks tokens."""
     table = np.array([new.ids.get(token, 0) for token in old.tokens], np.uint8)
     missing = [old.tokens[i] for i in np.unique(skeletons.tokens).tolist() if i and not table[i]]

@@ -43,7 +43,7 @@ def make_prompt(rng, prefix, others, alphabet, data):
     return [*prompt, ids["</prompt>"]], numbers
 
 
-def subtrees(prefix, alphabet):
+def subtrees(prefix, alphabet) -> list[tuple[int, ...]]:
     """Return the distinct sub-expressions of the ids `prefix`, itself included, as tuples in their order."""
     ends = []  # of the sub-expressions to the right, the nearest last
     terms = []

@@ -43,7 +43,7 @@ def propose(rng, rows, alphabet, pool):
     return rows[good], constants[good], supports[good], size[good], height[good]
 
 
-def make_samples(rng, proposed, M, alphabet, pool, padding="zero", select=lambda rows: slice(None)):
+def make_samples(rng, proposed, M, alphabet, pool, padding="zero", select=lambda rows: slice(None)) -> dict:
     """Draw M points for each of the proposals and keep the samples whose y are usable.
 
     proposed: the result of `propose`. select(rows): indices of those to keep among the usable ones. padding: x of

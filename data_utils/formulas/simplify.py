@@ -240,7 +240,7 @@ def _in_order(prefix, values):
     return stack[0][0], values and stack[0][1]
 
 
-def simplify(prefix, values=None, operators=None):
+def simplify(prefix: list[str], values: list[float] | None = None, operators=None):
     """Return (tokens, values or None) of the shortest known form of prefix tokens.
 
     values: of the "<constant>"s. With values these are numbers like any other. Without, each "<constant>" is unknown:

@@ -61,7 +61,7 @@ class Pool(namedtuple("Pool", "tokens counts")):
     """Distinct skeletons (N, L) uint8, and how often each was drawn (N,)."""
 
 
-def check_pool(pool):
+def check_pool(pool: PoolConfig) -> Alphabet:
     """Return the Alphabet of a PoolConfig. Raises UsageError for settings that can't be drawn from."""
     at_least(pool, 0, "min_operators", "variable_decay")
     at_least(pool, 1, "max_operators", "max_length", "max_tries")
@@ -82,7 +82,7 @@ def check_pool(pool):
     return alphabet
 
 
-def point_counts(pool):
+def point_counts(pool: PoolConfig) -> np.ndarray:
     """Return the numbers of points that occur, ascending: at most 8, so that few shapes are compiled."""
     draws = parse_distribution(pool.n_support_prior)(np.random.default_rng(0), 4096)
     counts = np.unique(np.rint(np.quantile(draws, np.linspace(0, 1, 8))).astype(int))
@@ -211,7 +211,7 @@ def _without_gc():
             gc.enable()
 
 
-def make_chunk(rng, draws, alphabet, pool, held=None):
+def make_chunk(rng, draws, alphabet, pool, held=None) -> tuple[Pool, Counter]:
     """Draw, simplify and hold out -> Pool of the distinct skeletons, Counter of the rejected draws by reason.
 
     held: HoldOut of skeletons to leave out.
