@@ -88,7 +88,7 @@ def _read_flat(path, above=()):
                 place = f"{place}.{name}"
             raise UsageError(f"{path}: {place}: keys are flat here: write {name}: {value}")
         if keys.count(str(key)) > 1:
-            raise UsageError(f"{path}: {key} stands there {keys.count(str(key))} times")
+            raise UsageError(f"{path}: {key} appears {keys.count(str(key))} times")
         if isinstance(value, list) and any(isinstance(v, (dict, list)) for v in value):
             raise UsageError(f"{path}: {key}: expected a list of plain values")
     return values

@@ -12,7 +12,7 @@ import itertools
 import multiprocessing
 import queue
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass, fields
 from typing import Literal
 
 import numpy as np
@@ -21,6 +21,8 @@ from data_utils.config import at_least
 from data_utils.errors import DataError, UsageError
 from data_utils.formulas import skeletons
 from data_utils.formulas.distributions import parse_distribution
+from data_utils.formulas.expressions import Alphabet
+from data_utils.formulas.holdout import HoldOut
 from data_utils.formulas.prompts import TAGS, make_prompt
 from data_utils.formulas.samples import add_noise, make_samples, propose
 from data_utils.workers import begin
@@ -54,14 +56,12 @@ class DataConfig:
     max_relative_length: float = 0.45  # longest term, as a share of the expression
 
 
+@dataclass(eq=False, repr=False)
 class FlashANSRDataset:
     """An endless stream of batches; batch(index) depends on (seed, split, index) and the settings only.
 
     `index` counts steps, micro-batches and ranks: two ranks together see what one sees with an accumulation of 2.
-
-    pool, data: have the fields of PoolConfig and DataConfig. saved: a Pool in ids of `alphabet`; without one, skeletons
-    are drawn. held: HoldOut of skeletons that are never drawn. max_seq_len: longer sequences are replaced, and counted
-    in `skipped`. Raises UsageError for settings that can't be, DataError where too few skeletons can be used.
+    Raises UsageError for settings that can't be, DataError where too few skeletons can be used.
 
     | entry of a batch | shape | type | is |
     | --- | --- | --- | --- |
@@ -75,43 +75,26 @@ class FlashANSRDataset:
     | y_clean | (B, M, 1) | float32 | y without noise, for checks |
     """
 
-    def __init__(
-        self,
-        alphabet,
-        pool,
-        data,
-        *,
-        seed,
-        split,
-        batch_size,
-        rank=0,
-        world=1,
-        accumulation=1,
-        num_workers=0,
-        max_seq_len=64,
-        saved=None,
-        held=None,
-    ):
-        _check(alphabet, pool, data)
-        self.settings = dict(  # arguments of the same dataset in a worker
-            alphabet=alphabet,
-            pool=pool,
-            data=data,
-            seed=seed,
-            split=split,
-            batch_size=batch_size,
-            rank=rank,
-            world=world,
-            accumulation=accumulation,
-            max_seq_len=max_seq_len,
-            saved=saved,
-            held=held,
-        )
-        vars(self).update(self.settings)
-        self.num_workers = num_workers
-        self.sizes = skeletons.point_counts(pool)
-        self.share = batch_size + batch_size // 8 + 2  # proposals for a batch: some fail on more points
-        self.block = 2 ** max(0, min(4, (1024 // batch_size).bit_length() - 1))  # batches of a block
+    alphabet: Alphabet
+    pool: skeletons.PoolConfig  # or anything with its fields
+    data: DataConfig  # likewise
+    _: KW_ONLY
+    seed: int
+    split: Literal["train", "val", "test"]
+    batch_size: int
+    rank: int = 0
+    world: int = 1  # ranks
+    accumulation: int = 1  # batches per step and rank
+    num_workers: int = 0  # processes that make batches; 0 = this one
+    max_seq_len: int = 64  # longer sequences are replaced, and counted in `skipped`
+    saved: skeletons.Pool = None  # skeletons to draw from, in ids of `alphabet`; None = new ones are drawn
+    held: HoldOut = None  # skeletons that are never drawn
+
+    def __post_init__(self):
+        _check(self.alphabet, self.pool, self.data)
+        self.sizes = skeletons.point_counts(self.pool)
+        self.share = self.batch_size + self.batch_size // 8 + 2  # proposals for a batch: some fail on more points
+        self.block = 2 ** max(0, min(4, (1024 // self.batch_size).bit_length() - 1))  # batches of a block
         self.skipped = Counter()
         self.workers = []
         self.chunks = {}
@@ -253,11 +236,12 @@ class FlashANSRDataset:
             return
         self.shutdown()
         context = multiprocessing.get_context("spawn")  # a fork would keep locks, and break after torch
+        settings = {f.name: getattr(self, f.name) for f in fields(self)} | dict(num_workers=0)
         workers = self.workers = []
         atexit.register(self.shutdown)
         try:
             for i in range(self.num_workers):
-                workers.append(_begin(context, self.settings, i, self.num_workers, start, steps))
+                workers.append(_begin(context, settings, i, self.num_workers, start, steps))
             for index in self.indices(start, steps):
                 arrays, skipped = _take(*workers[index // CHUNK % self.num_workers])
                 self.skipped += skipped

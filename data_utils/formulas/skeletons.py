@@ -1,4 +1,4 @@
-"""Skeletons, formulas with blank constants: drawn as trees and simplified, as many as one likes.
+"""Skeletons, formulas with blank constants: drawn as trees and simplified, as many as needed.
 
 N rows of prefix token ids, uint8, padded with 0; D variables. All trees with n operators are equally likely, as Lample
 and Charton (arXiv 1912.01412) count them. Here the cycle lemma (Dershowitz and Zaks 1990) draws all rows at once.

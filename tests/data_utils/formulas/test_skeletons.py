@@ -453,7 +453,7 @@ def test_bad_bundles(tmp_path):
     path = tmp_path / "train.yaml"
     cases = [("model: ./none.yaml", "none.yaml"), ("model: ./train.yaml", "refers to itself"), ("- 1", "list"),
              ("optimizer: {kwargs: {lr: 1}}", "optimizer.kwargs.lr: keys are flat here: write lr"),
-             ("a: 1\na: 2", "a stands there 2 times"), ("a: !!python/name:os.system", "python"),
+             ("a: 1\na: 2", "a appears 2 times"), ("a: !!python/name:os.system", "python"),
              ("a: [[1]]", "plain values")]  # fmt: skip
     for text, word in cases:
         path.write_text(text)
