@@ -375,16 +375,16 @@ def events(cfg):
 
 def generate_skeleton_pool(cfg):
     """Draw skeletons of formulas, none of a test set, and save them as a pool for train_sr.py."""
-    from data_utils.formulas import prepare as pools
+    from data_utils.formulas import prepare
 
-    return pools.generate(cfg)
+    return prepare.generate_skeleton_pool(cfg)
 
 
 def import_data(cfg):
     """Save the formulas of a csv file as a pool of skeletons, to be held out or evaluated."""
-    from data_utils.formulas import prepare as pools
+    from data_utils.formulas import prepare
 
-    return pools.import_data(cfg)
+    return prepare.import_data(cfg)
 
 
 COMMANDS = {

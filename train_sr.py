@@ -33,8 +33,7 @@ from data_utils.config import (
     from_cli,
 )
 from data_utils.errors import DataError, UsageError
-from data_utils.formulas.bundle_files import save_config
-from data_utils.formulas.bundles import load_flags
+from data_utils.formulas.bundles import load_flags, save_config
 from data_utils.formulas.dataset import DataConfig
 from data_utils.formulas.skeletons import PoolConfig
 from data_utils.launch import check_torchrun, ends_cleanly, launch

@@ -1,10 +1,30 @@
 """Algebra of formulas in normal form: sums and products as multisets, numbers folded, operands sorted.
 
-Nodes are interned: equal subtrees are one object, so that comparing costs nothing and no subtree is treated twice.
-Kinds (a, b): "c" value | "v" token | "f" name, argument | "w" base, exponent of a general power | "s" constant,
-((term, coefficient), ...) | "p" ((base, exponent), ...). A factor c of a product is a coefficient of a sum.
-Exponents are int, Fraction, or float. A constant without a value is a nan, told apart from others by identity; what is
-computed from several is one of them. So sin(c1 x) + sin(c2 x) keeps its two terms, and c1 x + c2 x becomes c1 x.
+A formula is a tree of nodes. Equal subtrees are one object ("interned"), so that comparing costs nothing and no
+subtree is treated twice. Each node has a kind and two parts, a and b:
+
+| kind | a | b | means |
+| --- | --- | --- | --- |
+| c | value | | a number |
+| v | token | | a variable |
+| f | name | argument | a function |
+| w | base | exponent | a general power |
+| s | constant | ((term, coefficient), ...) | constant + sum of coefficient * term |
+| p | ((base, exponent), ...) | | product of base ** exponent |
+| t | tokens | | text that is written as it stands (simplify.py) |
+
+A product has no number of its own: the number is the coefficient of a sum of one term. Exponents are int, Fraction or
+float. A constant without a value ("unknown") is a nan, and nans differ by identity. A number computed from several
+unknown ones is one of them: c1 x + c2 x becomes c1 x, but sin(c1 x) + sin(c2 x) keeps its two terms. `v != v` asks
+whether v is unknown.
+
+Example: x1 * sin(-x2) / x1 + 3 sin(x2)
+
+    sin(-x2)            sin is odd: s(0, ((sin x2, -1),))
+    x1 * sin(-x2) / x1  number -1, powers x1: 1 - 1 = 0 and sin x2: 1, so s(0, ((sin x2, -1),))
+    ... + 3 sin(x2)     coefficients of the same term add up: s(0, ((sin x2, 2),))
+
+simplify.py writes this as `mult2 sin x2`. RULES maps each operator to the function that does such a step.
 """
 
 import math
@@ -12,8 +32,8 @@ from fractions import Fraction
 
 from data_utils.formulas.expressions import OPERATORS
 
-INVERSES = {("log", "exp"), ("exp", "log"), ("sin", "asin"), ("cos", "acos"), ("tan", "atan"), ("sinh", "asinh"),
-            ("asinh", "sinh"), ("cosh", "acosh"), ("tanh", "atanh"), ("atanh", "tanh")}  # fmt: skip
+INVERSES = "log exp|exp log|sin asin|cos acos|tan atan|sinh asinh|asinh sinh|cosh acosh|tanh atanh|atanh tanh"
+INVERSES = {tuple(pair.split()) for pair in INVERSES.split("|")}  # (f, g) with f(g(x)) = x
 ODD = {"sin", "tan", "asin", "atan", "sinh", "tanh", "asinh", "atanh"}
 EVEN = {"cos", "cosh", "abs"}
 NOT_NEGATIVE = {"abs", "exp", "cosh", "acos", "acosh"}
@@ -27,42 +47,50 @@ class NotReal(ValueError):
 
 
 class Node:
+    """A node of kind `kind` with the parts a and b; see the table above.
+
+    key: what operands are sorted by. text: its tokens, once written. free: whether a sign before it can move into its
+    unknown constants, as in -sin(c x).
+    """
+
     __slots__ = ("kind", "a", "b", "key", "text", "free")
 
 
-nodes = {}
+nodes = {}  # {(kind, a, b): Node}
 
 
-def node(kind, a, b=None):
+def node(kind: str, a, b=None) -> Node:
     """Return the only node of this kind and these parts."""
-    which = kind, a, b
-    found = nodes.get(which)
-    if found is None:
-        found = nodes[which] = Node()
-        found.kind, found.a, found.b, found.key, found.text = kind, a, b, None, None
-        found.free = kind == "f" and a in ODD and _all_unknown(b)  # a sign before it is in its constants too
-    return found
+    identity = kind, a, b
+    n = nodes.get(identity)
+    if n is None:
+        n = nodes[identity] = Node()
+        n.kind, n.a, n.b = identity
+        n.key = n.text = None
+        n.free = kind == "f" and a in ODD and _all_unknown(b)
+    return n
 
 
 def _all_unknown(n):
+    """Return whether n is a sum whose numbers are all unknown, its constant unknown or 0."""
     return n.kind == "s" and (n.a == 0 or n.a != n.a) and all(k != k for _, k in n.b)
 
 
-# numbers: known ones are rounded to the integers and fractions beside them, unknown ones stay who they are
-def snap(v):
-    """Return the integer, fraction, pi or e that v is but for rounding, else v; NotReal for an infinite one."""
+# Numbers: those with a value are rounded to the integer or fraction beside them; unknown ones keep their identity.
+def snap(v: float) -> float:
+    """Return the integer, fraction, pi or e that v is up to rounding, else v. Raises NotReal for infinity."""
     if v == 1 or v == 0 or v == -1 or v != v:
         return v
     if not -math.inf < v < math.inf:
         raise NotReal("a number beyond the range of floats")
-    whole = round(v) if abs(v) < 1e15 else 0
-    if whole and abs(v - whole) < 1e-11 * abs(v):
-        return float(whole)
+    integer = round(v) if abs(v) < 1e15 else 0
+    if integer and abs(v - integer) < 1e-11 * abs(v):
+        return float(integer)
     if 0.15 < abs(v) < 0.6 and abs(v * round(1 / v) - 1) < 1e-11:
         return 1 / round(1 / v)
-    for known in (math.pi, math.e):
-        if abs(v - known) < 1e-11:
-            return known
+    for number in (math.pi, math.e):
+        if abs(v - number) < 1e-11:
+            return number
     return v
 
 
@@ -75,13 +103,17 @@ def _plus(a, b):
 def _times(a, b):
     if a == 0 or b == 0:
         return 0.0
-    return a if a != a else b if b != b else a * b
+    if a != a:
+        return a
+    return b if b != b else a * b
 
 
 def _power(c, e):
-    """c ** e, real for odd roots of negative numbers."""
+    """Return c ** e, real for odd roots of negative numbers."""
     if c != c or e != e:
-        return 1.0 if c == 1 else c if c != c else e
+        if c == 1:
+            return 1.0
+        return c if c != c else e
     if c == 0 and e < 0:
         raise NotReal("division by 0")
     if c < 0 and odd_root(e):
@@ -92,20 +124,21 @@ def _power(c, e):
 
 
 def exponent(e):
-    """An exponent as int where it is one, or as the fraction that a root is.
+    """Return an exponent as int where it is one, or as the fraction that a root is.
 
-    1.5 is a fraction too: as keys of nodes the two are equal, and one that behaves otherwise must not take its place.
+    1.5 becomes a fraction too. As keys of nodes 1.5 and 3/2 are equal, so only one of them may occur.
     """
     if type(e) is float and e == e and 4 * e == int(4 * e):
         e = Fraction(e)
     if type(e) is float and e == e:
-        e = Fraction(1, round(1 / e)) if e and round(1 / e) in SMALLEST_LAST and 1 / round(1 / e) == e else e
+        if e and round(1 / e) in SMALLEST_LAST and 1 / round(1 / e) == e:
+            e = Fraction(1, round(1 / e))
         return int(e) if e == int(e) and abs(e) < 2**53 else e
     return e.numerator if type(e) is Fraction and e.denominator == 1 else e
 
 
-def odd_root(e):
-    """Whether x ** e is real for x < 0: integers, and fractions of odd denominator."""
+def odd_root(e) -> bool:
+    """Return whether x ** e is real for x < 0: e is an integer, or a fraction with an odd denominator."""
     return type(e) is int or type(e) is Fraction and e.denominator % 2 == 1
 
 
@@ -113,8 +146,9 @@ def _constant(v):
     return node("c", snap(v))
 
 
-# order: by the key without numbers, so that a formula with and without values is sorted alike; numbers break ties
+# Order: by a key without numbers, so that a formula is sorted alike with and without values. Numbers break ties.
 def _key(n):
+    """Return (key without numbers, key of the numbers), two strings."""
     if n.key is None:
         kind, a, b = n.kind, n.a, n.b
         if kind == "c":
@@ -125,40 +159,39 @@ def _key(n):
             inner = _key(b)
             n.key = f"3{a}({inner[0]})", inner[1]
         elif kind == "w":
-            inner = _key(a), _key(b)
-            n.key = f"5({inner[0][0]}^{inner[1][0]})", f"{inner[0][1]}^{inner[1][1]}"
+            base, power = _key(a), _key(b)
+            n.key = f"5({base[0]}^{power[0]})", f"{base[1]}^{power[1]}"
+        elif kind == "p":
+            pairs = [(*_key(x), e) for x, e in a]
+            n.key = "2(" + " ".join(f"{x}^{e}" for x, _, e in pairs) + ")", ",".join(x for _, x, _ in pairs)
         else:
-            pairs = [(*_key(x), k) for x, k in (a if kind == "p" else b)]
-            if kind == "p":
-                n.key = "2(" + " ".join(f"{x}^{e}" for x, _, e in pairs) + ")", ",".join(x for _, x, _ in pairs)
-            else:
-                n.key = (
-                    "4(" + " ".join(x for x, _, _ in pairs) + ")",
-                    f"{a}," + ",".join(f"{x}{k}" for _, x, k in pairs),
-                )
+            pairs = [(*_key(x), k) for x, k in b]
+            numbers = ",".join(f"{x}{k}" for _, x, k in pairs)
+            n.key = "4(" + " ".join(x for x, _, _ in pairs) + ")", f"{a},{numbers}"
     return n.key
 
 
 def _sorted(pairs):
+    """Return the pairs of {node: number} in their order, as a tuple."""
     if len(pairs) == 1:
         return tuple(pairs.items())
-    if len(pairs) == 2:
-        a, b = pairs.items()
-        if _key(a[0]) != _key(b[0]):
-            return (a, b) if _key(a[0]) < _key(b[0]) else (b, a)
+    if len(pairs) == 2:  # most of the others
+        first, second = pairs.items()
+        if _key(first[0]) != _key(second[0]):
+            return (first, second) if _key(first[0]) < _key(second[0]) else (second, first)
     return tuple(sorted(pairs.items(), key=lambda pair: (*_key(pair[0]), str(pair[1]))))
 
 
-# sums
-def _split(n):
-    """n = number * rest."""
+# Sums
+def _number_and_rest(n):
+    """Return (number, node) with n = number * node."""
     if n.kind == "c":
         return n.a, node("c", 1.0)
     return (n.b[0][1], n.b[0][0]) if n.kind == "s" and n.a == 0 and len(n.b) == 1 else (1.0, n)
 
 
-def scale(n, c):
-    """Return c n."""
+def scale(n: Node, c: float) -> Node:
+    """Return the node of c * n."""
     if c == 1:
         return n
     if n.kind == "c":
@@ -167,9 +200,10 @@ def scale(n, c):
         return _sum(0.0, {n: c})
     if c == c:
         return _sum(_times(n.a, c), {t: _times(k, c) for t, k in n.b})
-    # an unknown factor merges with unknown coefficients; what has known ones stays together behind it
+    # An unknown factor merges with unknown coefficients. Terms of known ones stay together behind it.
     known = {t: k for t, k in n.b if k == k}
-    terms, constant = {t: k for t, k in n.b if k != k}, n.a if n.a != n.a else 0.0
+    terms = {t: k for t, k in n.b if k != k}
+    constant = n.a if n.a != n.a else 0.0
     number = n.a if n.a == n.a else 0.0
     if len(known) + (number != 0) > 1:
         lead = _sum(number, known).b[0][1]
@@ -181,26 +215,31 @@ def scale(n, c):
     return _sum(constant, terms)
 
 
-def _sum(c, terms):
-    if len(terms) > 1:
-        for t in [t for t in terms if t.kind == "p" and len(t.a) == 1 and t.a[0][1] == 2 and t.a[0][0].a == "sin"]:
-            other = node("p", ((node("f", "cos", t.a[0][0].b), 2),))
-            if t in terms and terms.get(other) == terms[t]:  # sin^2 + cos^2
-                c += terms.pop(other)
-                terms.pop(t)
-    given, terms, c = terms, {}, snap(c)
-    for t, k in given.items():
+def _sum(c, coefficients):
+    """Return the node of c + sum of coefficient * term, for {term: coefficient}."""
+    if len(coefficients) > 1:
+        for t in list(coefficients):
+            if t.kind == "p" and len(t.a) == 1 and t.a[0][1] == 2 and t.a[0][0].a == "sin":
+                other = node("p", ((node("f", "cos", t.a[0][0].b), 2),))
+                if t in coefficients and coefficients.get(other) == coefficients[t]:  # sin^2 + cos^2 = 1
+                    c += coefficients.pop(other)
+                    coefficients.pop(t)
+    c = snap(c)
+    terms = {}
+    for t, k in coefficients.items():
         if (k := snap(k)) != 0:
             terms[t] = abs(k) if t.free else k
     for t, k in terms.items():
-        if k != k and t.kind == "p" and any(_loose(b) and e == e for b, e in t.a):
-            return _add(_sum(c, {x: y for x, y in terms.items() if x is not t}), _product((node("c", k), 1), (t, 1)))
-    for group in [t for t in terms if t.kind == "s"]:  # unknown * (x + 1) + unknown = unknown * x + unknown
-        left = {t: k for t, k in group.b if t not in terms or terms[t] == terms[t]}
+        if k != k and t.kind == "p" and any(_is_loose(b) and e == e for b, e in t.a):
+            rest = {x: y for x, y in terms.items() if x is not t}
+            return _add(_sum(c, rest), _product((node("c", k), 1), (t, 1)))
+    # unknown * (x + 1) + unknown = unknown * x + unknown
+    for group in [t for t in terms if t.kind == "s"]:
+        inner = {t: k for t, k in group.b if t not in terms or terms[t] == terms[t]}
         number = group.a if c == c else 0.0
-        if len(left) < len(group.b) or number != group.a:
+        if len(inner) < len(group.b) or number != group.a:
             factor = terms.pop(group)
-            return _add(_sum(c, terms), scale(_sum(number, left), factor)) if left or number else _sum(c, terms)
+            return _add(_sum(c, terms), scale(_sum(number, inner), factor)) if inner or number else _sum(c, terms)
     if not terms:
         return node("c", c)
     if c == 0 and len(terms) == 1:
@@ -211,7 +250,9 @@ def _sum(c, terms):
 
 
 def _add(a, b, sign=1.0):
-    c, terms = 0.0, {}
+    """Return the node of a + sign * b."""
+    c = 0.0
+    terms = {}
     for n, s in ((a, 1.0), (b, sign)):
         if n.kind == "c":
             c = _plus(c, _times(s, n.a))
@@ -224,8 +265,9 @@ def _add(a, b, sign=1.0):
     return _sum(c, terms)
 
 
-# products
+# Products
 def _not_negative(n):
+    """Return whether n is certainly 0 or more."""
     if n.kind == "p":
         return all(_not_negative(b) or e == e and (not odd_root(e) or e.numerator % 2 == 0) for b, e in n.a)
     if n.kind == "s":
@@ -234,38 +276,44 @@ def _not_negative(n):
 
 
 def _over_lead(n):
-    """A sum of unknown first coefficient over that one, or over the one before several known terms."""
+    """Divide a sum by its unknown first coefficient, or by the unknown one before a group of known terms."""
     i = len(n.b) - 1 if n.b[-1][0].kind == "s" else 0
     t, u = n.b[i]
     return _add(t, scale(_sum(n.a, dict(n.b[:i] + n.b[i + 1 :])), u))
 
 
 def _lead(n):
-    """The first known coefficient of a sum, or an unknown one."""
+    """Return the first known coefficient of a sum, else its first."""
     return next((k for _, k in n.b if k == k), n.b[0][1])
 
 
-def _loose(n):
-    """Whether an unknown factor before powers of this sum takes the place of its unknown first coefficient."""
-    unknown = sum(k != k for _, k in n.b) if n.kind == "s" and n.b[0][1] != n.b[0][1] else 0
-    return unknown and len(n.b) - unknown + (n.a == n.a and n.a != 0) < 2
+def _is_loose(n):
+    """Return whether an unknown factor before powers of this sum can replace its unknown first coefficient."""
+    if n.kind != "s" or n.b[0][1] == n.b[0][1]:
+        return False
+    unknown = sum(k != k for _, k in n.b)
+    return len(n.b) - unknown + (n.a == n.a and n.a != 0) < 2
 
 
 def _factors(n, e):
-    """n ** e = number * product of (base, exponent)."""
-    c, r = _split(n)
+    """Return (number, [(base, exponent), ...]) whose product is n ** e."""
+    c, r = _number_and_rest(n)
     if r.kind == "s":
         k = _lead(r)
         if k == k and k != 1:
             r, c = scale(r, 1 / k), _times(c, k)
         elif k != k and _all_unknown(r):
             r, c = _over_lead(r), k
-    inner = r.a if r.kind == "p" else [(r, 1)] if r.kind != "c" else []
+    if r.kind == "p":
+        inner = r.a
+    else:
+        inner = [(r, 1)] if r.kind != "c" else []
     if odd_root(e) or not inner:
         return _power(c, e), [(b, exponent(_times(x, e))) for b, x in inner]
     if c != c or e != e and (c != 1 or len(inner) > 1):
         return 1.0, [(n, e)]
-    outside, inside = [], []  # of an even root: what is never negative, and the rest
+    # An even root: factors that are never negative leave it, the others stay inside together.
+    outside, inside = [], []
     for b, x in inner:
         if not odd_root(x) or _not_negative(b):
             outside.append((b, exponent(_times(x, e))))
@@ -274,7 +322,8 @@ def _factors(n, e):
         else:
             inside.append((b, x))
     if len(inside) == 1:
-        outside.append((scale(inside[0][0], math.copysign(1.0, c)), exponent(_times(inside[0][1], e))))
+        b, x = inside[0]
+        outside.append((scale(b, math.copysign(1.0, c)), exponent(_times(x, e))))
     elif inside:
         outside.append((scale(_product(*inside), 1.0 if c > 0 else -1.0), e))
     elif c < 0:
@@ -282,8 +331,8 @@ def _factors(n, e):
     return _power(abs(c), e), outside
 
 
-def _open(b, e):
-    """Whether b ** e isn't one factor yet."""
+def _is_composite(b, e):
+    """Return whether b ** e can still be split into factors."""
     if b.kind == "f":
         return b.a == "abs" and odd_root(e) and e.numerator % 2 == 0
     if b.kind == "s":
@@ -293,8 +342,9 @@ def _open(b, e):
 
 
 def _product(*parts):
-    """Product of n ** e over the parts (n, e)."""
-    c, powers = 1.0, {}
+    """Return the node of the product of n ** e over the parts (n, e)."""
+    c = 1.0
+    powers = {}
     for n, e in parts:
         k, factors = _factors(n, e)
         c = _times(c, k)
@@ -302,7 +352,7 @@ def _product(*parts):
             powers[b] = exponent(_plus(powers[b], x)) if b in powers else x
     if c == 0:
         return node("c", 0.0)
-    again = []
+    again = []  # factors that have changed: the product is then taken once more
     functions = [b for b in powers if b.kind == "f"]
     exponentials = [b for b in functions if b.a == "exp"]
     if len(exponentials) > 1 or exponentials and powers[exponentials[0]] != 1:
@@ -318,11 +368,11 @@ def _product(*parts):
     powers = {b: e for b, e in powers.items() if e != 0}
     for b, e in list(powers.items()):
         if b.a in QUOTIENTS and e == e and powers.get(other := node("f", QUOTIENTS[b.a][0], b.b), 0) == -e:
-            again.append((node("f", QUOTIENTS[b.a][1], b.b), e))  # sin / cos
+            again.append((node("f", QUOTIENTS[b.a][1], b.b), e))  # sin / cos is tan
             del powers[b], powers[other]
-        elif b in powers and _open(b, e):
+        elif b in powers and _is_composite(b, e):
             again.append((b.b if b.a == "abs" else b, powers.pop(b)))
-        elif c != c and _loose(b) and e == e:
+        elif c != c and _is_loose(b) and e == e:
             again.append((_over_lead(b), powers.pop(b)))
     if again:
         return _product((_constant(c), 1), *powers.items(), *again)
@@ -335,8 +385,9 @@ def _product(*parts):
     return scale(node("p", _sorted(powers)), snap(c))
 
 
-# functions
+# Functions
 def _function(name, a):
+    """Return the node of the function `name` of a."""
     if a.kind == "c":
         try:
             return a if a.a != a.a else _constant(getattr(math, name, abs)(a.a))
@@ -344,7 +395,8 @@ def _function(name, a):
             raise NotReal(f"{name}({a.a})") from e
     sign = 1.0
     if (name in ODD or name in EVEN) and a.kind == "s" and a.b[0][1] < 0:
-        a, sign = scale(a, -1.0), -1.0 if name in ODD else 1.0
+        a = scale(a, -1.0)
+        sign = -1.0 if name in ODD else 1.0
     if a.kind == "f" and (name, a.a) in INVERSES:
         return scale(a.b, sign)
     if name == "abs":
@@ -366,11 +418,12 @@ def _absolute(a):
     if _not_negative(a):
         return a
     c, factors = _factors(a, 1)
+    size = c if c != c else abs(c)
     if len(factors) == 1 and factors[0][1] == 1:
         b = factors[0][0]
-        return scale(b if _not_negative(b) else node("f", "abs", b), c if c != c else abs(c))
+        return scale(b if _not_negative(b) else node("f", "abs", b), size)
     parts = [(_absolute(b) if odd_root(e) else b, e) for b, e in factors]
-    return scale(_product(*parts), c if c != c else abs(c))
+    return scale(_product(*parts), size)
 
 
 def _logarithm(a):
@@ -399,18 +452,16 @@ def _general_power(a, b):
     return node("w", a, b)
 
 
-RULES = (
-    {
-        "+": _add,
-        "-": lambda a, b: _add(a, b, -1.0),
-        "*": lambda a, b: _product((a, 1), (b, 1)),
-        "/": lambda a, b: _product((a, 1), (b, -1)),
-        "pow": _general_power,
-        "neg": lambda a: scale(a, -1.0),
-        "inv": lambda a: _product((a, -1)),
-    }
-    | {f"pow{k}": lambda a, k=k: _product((a, k)) for k in SMALLEST_LAST}
-    | {f"pow1_{k}": lambda a, k=k: _product((a, Fraction(1, k))) for k in SMALLEST_LAST}
-    | {name: lambda a, k=k: scale(a, k) for k, name in SCALES.items()}
-)
+RULES = {  # {operator: function of the nodes of its operands}
+    "+": _add,
+    "-": lambda a, b: _add(a, b, -1.0),
+    "*": lambda a, b: _product((a, 1), (b, 1)),
+    "/": lambda a, b: _product((a, 1), (b, -1)),
+    "pow": _general_power,
+    "neg": lambda a: scale(a, -1.0),
+    "inv": lambda a: _product((a, -1)),
+}
+RULES |= {f"pow{k}": lambda a, k=k: _product((a, k)) for k in SMALLEST_LAST}
+RULES |= {f"pow1_{k}": lambda a, k=k: _product((a, Fraction(1, k))) for k in SMALLEST_LAST}
+RULES |= {name: lambda a, k=k: scale(a, k) for k, name in SCALES.items()}
 RULES |= {name: lambda a, name=name: _function(name, a) for name in OPERATORS if name not in RULES}

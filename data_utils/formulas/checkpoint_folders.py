@@ -1,4 +1,4 @@
-"""Checkpoints that are folders of several files: whole or absent, verified by the hashes that one of them holds."""
+"""Checkpoints that are folders of several files: complete or absent, verified by the hashes that one of them holds."""
 
 import hashlib
 import os
@@ -11,21 +11,22 @@ import torch
 from data_utils import files
 from data_utils.checkpoint import first_good, load_checkpoint, numbered_files, read, to_plain, writes
 from data_utils.errors import CheckpointError, DataError, UsageError
-from data_utils.files import set_aside, write_atomic
-from data_utils.formulas.bundle_files import REFERENCES, save_config
+from data_utils.formulas.bundles import REFERENCES, save_config
 
 FOLDER = r"checkpoint_(\d+)"
 STATE = "training_state.pt"
-BUNDLE = {"train.yaml", *(f"{file}.yaml" for files in REFERENCES.values() for file in files.values())}
+BUNDLE = {"train.yaml", *(f"{file}.yaml" for references in REFERENCES.values() for file in references.values())}
 
 
 def save_folder(path, content):
-    """Write content: ({name: state dict} as name.pt each, state with their hashes as training_state.pt, the bundle).
+    """Write a checkpoint folder. All ranks call this, as they call save_checkpoint.
 
-    Called as save_checkpoint is.
+    content: ({name: state dict}, training state, bundle). Each state dict goes to <name>.pt, the training state with
+    the hashes of these files to training_state.pt, the bundle to its YAML files.
     """
-    path, (parts, state, config) = Path(path), content
-    parts = to_plain(parts, keep=writes())  # before anything can fail, since all processes take part
+    path = Path(path)
+    parts, state, bundle = content
+    parts = to_plain(parts, keep=writes())  # before anything can fail, since all ranks take part
     if not writes():
         return
     temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
@@ -33,11 +34,14 @@ def save_folder(path, content):
         shutil.rmtree(temporary, ignore_errors=True)
         for name, part in parts.items():
             _save(temporary / f"{name}.pt", part)
-        files = {f"{name}.pt": _hash(temporary / f"{name}.pt") for name in parts}
-        _save(temporary / STATE, state | dict(files=files))
-        save_config(config, temporary)
+        hashes = {f"{name}.pt": _hash(temporary / f"{name}.pt") for name in parts}
+        _save(temporary / STATE, to_plain(state | dict(files=hashes)))
+        save_config(bundle, temporary)
         if path.exists():  # of this very step, before a resume
-            shutil.rmtree(path) if _saved_alone(path) else set_aside([path])
+            if _has_only_saved_files(path):
+                shutil.rmtree(path)
+            else:
+                files.set_aside([path])
         temporary.rename(path)
     except OSError as e:
         raise CheckpointError(f"{path} was not written: {e.strerror or e}") from e
@@ -46,21 +50,21 @@ def save_folder(path, content):
 
 
 def _save(path, state):
-    state = to_plain(state)
-    write_atomic(path, lambda file: torch.save(state, file))
+    files.write_atomic(path, lambda file: torch.save(state, file))
 
 
 def _hash(path):
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def load_folder(path, kind, names):
-    """Return (training state, {name: state}) of a checkpoint folder, on the CPU; absent parts are left out.
+def load_folder(path, kind: str, names) -> tuple[dict, dict]:
+    """Return (training state, {name: state dict}) of a checkpoint folder, on the CPU. Absent parts are left out.
 
-    Raises CheckpointError for damage, or files that were not saved together.
+    Raises CheckpointError for damaged files, and for files that were not saved together.
     """
-    path, parts = Path(path), {}
+    path = Path(path)
     state = load_checkpoint(path / STATE, kind) if (path / STATE).exists() else {}
+    parts = {}
     for name in names:
         file = path / f"{name}.pt"
         if file.exists():
@@ -73,10 +77,16 @@ def load_folder(path, kind, names):
 
 
 def find_folder(resume_from, fresh, out, kind, names):
-    """Return (folder, training state, parts) as --resume-from and --fresh say; (None, {}, {}) to begin.
+    """Return (folder, training state, parts) that --resume-from and --fresh ask for; (None, {}, {}) to begin.
 
-    "" or none begins. latest must find a good checkpoint folder in `out` and takes the newest, auto takes it if there
-    is one. An output folder means its own newest good one. Anything else is a checkpoint folder, without fallback.
+    | resume_from | takes |
+    | --- | --- |
+    | "", none | nothing: the run begins |
+    | auto | the newest good checkpoint folder in `out`, if there is one |
+    | latest | the same, which must exist |
+    | an output folder | its newest good checkpoint folder |
+    | a checkpoint folder | that one, without a fallback |
+
     Raises UsageError or DataError.
     """
     if fresh and resume_from not in ("", "none", "latest", "auto"):
@@ -84,9 +94,9 @@ def find_folder(resume_from, fresh, out, kind, names):
     if fresh or resume_from in ("", "none"):
         return None, {}, {}
     folder = Path(out if resume_from in ("latest", "auto") else resume_from)
-    there = numbered_files(folder, FOLDER)
-    if resume_from in ("latest", "auto") or there:
-        path, content = first_good(there, lambda path: load_folder(path, kind, names))
+    checkpoints = numbered_files(folder, FOLDER)
+    if resume_from in ("latest", "auto") or checkpoints:
+        path, content = first_good(checkpoints, lambda path: load_folder(path, kind, names))
         if path:
             return path, *content
         if resume_from == "latest":
@@ -101,30 +111,30 @@ def find_folder(resume_from, fresh, out, kind, names):
         raise UsageError(f"{e}\nno fallback for a named checkpoint; its output folder takes the newest good one") from e
 
 
-def step_of(path, state, given):
-    """Return the step of a checkpoint: as given (>= 0), else as saved, else as its folder is named."""
-    named = re.fullmatch(FOLDER, Path(path).name)
-    found = state.get("step", int(named[1]) if named else -1)
+def step_of(path, state: dict, given: int) -> int:
+    """Return the step of a checkpoint: `given` if 0 or more, else the saved one, else that of its folder's name."""
     if given >= 0:
         return given
-    if found < 0:
+    name = re.fullmatch(FOLDER, Path(path).name)
+    step = state.get("step", int(name[1]) if name else -1)
+    if step < 0:
         raise UsageError(f"{path} does not say its step\ntry: --resume-step N")
-    return found
+    return step
 
 
 def prune(out, interval):
     """Remove all but the newest of the rolling checkpoint folders.
 
-    Those that this run or an earlier one was asked to keep stay. Each folder holds the flags of the run that wrote it,
-    so its own interval counts as well as `interval`, steps between checkpoints that stay (0: none). A folder that does
-    not say, or that holds other files, stays.
+    Checkpoints that this run or an earlier one was asked to keep stay: those at `interval`, steps between kept
+    checkpoints (0: none), and at the interval of the run that wrote them. A folder that does not hold its flags, or
+    holds other files, stays as well.
     """
     for path in numbered_files(out, FOLDER)[1:]:
-        if not _asked_for(path, interval) and _saved_alone(path):
+        if not _at_interval(path, interval) and _has_only_saved_files(path):
             shutil.rmtree(path)
 
 
-def _asked_for(path, interval):
+def _at_interval(path, interval):
     """Return whether the step of a checkpoint folder is at the interval of this run, or of the one that wrote it."""
     step = int(re.fullmatch(FOLDER, path.name)[1])
     try:
@@ -134,17 +144,17 @@ def _asked_for(path, interval):
     return any(every and step % every == 0 for every in (interval, earlier))
 
 
-def _saved_alone(path):
+def _has_only_saved_files(path):
     """Return whether a checkpoint folder holds nothing but what save_folder wrote."""
     try:
-        files = {STATE, *BUNDLE, *read(path / STATE)["files"]}
+        names = {STATE, *BUNDLE, *read(path / STATE)["files"]}
     except (CheckpointError, KeyError, TypeError):
         return False
-    return all(entry.name in files for entry in path.iterdir())
+    return all(entry.name in names for entry in path.iterdir())
 
 
 def sweep(out):
-    """Remove what a killed process left half written: checkpoint folders, and the files of a run beside them."""
+    """Remove what a killed process left half written: checkpoint folders, and files of the run beside them."""
     for torn in Path(out).glob("checkpoint_*.tmp-*"):
         if torn.is_dir() and re.fullmatch(FOLDER + files.TORN, torn.name):
             shutil.rmtree(torn, ignore_errors=True)

@@ -13,7 +13,7 @@ import torch
 from data_utils.config import at_least
 from data_utils.errors import UsageError
 from data_utils.files import begins, check_replaceable, is_marked, make_room, write_atomic
-from data_utils.formulas.expressions import to_text
+from data_utils.formulas.expressions import format_formula
 from data_utils.formulas.holdout import hold_out
 from data_utils.formulas.model_files import load_model
 from data_utils.formulas.problems import problems, read_table, score, terms
@@ -98,7 +98,7 @@ def solve(cfg, model, alphabet, pool):
     found, tried = search(cfg, model, alphabet, pool, X, y, np.random.default_rng(cfg.seed), names)
     if not found:
         raise UsageError(f"none of {tried} candidates fits {cfg.data}\ntry: more --choices, or --max_seconds 60")
-    texts = [to_text(alphabet.decode(c.prefix), c.constants, names, cfg.precision) for c in found]
+    texts = [format_formula(alphabet.decode(c.prefix), c.constants, names, cfg.precision) for c in found]
     print(f"{target} = {texts[0]}")
     print(f"{'FVU':>9} {'R2':>9} {'length':>6} {'score':>7}  formula", file=sys.stderr)
     for candidate, text in list(zip(found, texts, strict=True))[: cfg.top]:
@@ -133,7 +133,9 @@ def measure(cfg, model, alphabet, pool):
                 row = dict(suite=suite, name=problem.name, seed=seed, noise=cfg.noise, method=cfg.method) | spent
                 if found:
                     row |= score(alphabet, found[0], problem)
-                    row["formula"] = to_text(alphabet.decode(found[0].prefix), found[0].constants, None, cfg.precision)
+                    row["formula"] = format_formula(
+                        alphabet.decode(found[0].prefix), found[0].constants, None, cfg.precision
+                    )
                 rows.append(row)
                 verdict = "recovered" if row.get("recovered") else "fits" if row.get("vnrr") else ""
                 words = f"{problem.name:14} seed {seed} FVU {row.get('fvu_val', np.inf):8.1e} {verdict:9}"

@@ -13,10 +13,10 @@ import numpy as np
 
 from data_utils.errors import DataError, UsageError
 from data_utils.files import root
-from data_utils.formulas.dataset import propose
-from data_utils.formulas.expressions import evaluate, from_text
+from data_utils.formulas.expressions import evaluate, parse_formula
 from data_utils.formulas.fit import fit
 from data_utils.formulas.pools import EVERY, Formula, load_pool, read_formulas
+from data_utils.formulas.samples import propose
 from data_utils.formulas.search import SOLVED, fvu, predict
 from data_utils.formulas.skeletons import PoolConfig
 
@@ -172,7 +172,7 @@ def terms(alphabet, texts, names):
     """Formulas that a user typed about columns `names` -> lists of ids."""
     found = []
     for text in texts:
-        prefix, _ = from_text(text, names)
+        prefix, _ = parse_formula(text, names)
         unknown = [t for t in prefix if t not in alphabet.ids]
         if unknown:
             raise UsageError(f"{text}: the model has no {unknown[0]}")

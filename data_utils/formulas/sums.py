@@ -6,9 +6,9 @@ powers, its square a root, its inverse a fraction. K parts, M points, W sets in 
 
 import numpy as np
 
-from data_utils.formulas.dataset import subtrees
 from data_utils.formulas.expressions import Program
 from data_utils.formulas.fit import EXACT
+from data_utils.formulas.prompts import subtrees
 
 LONGEST, MOST, LARGEST = 7, 3000, 1e12  # tokens of a part, parts of a library, what a part may be
 DRAWN, PAIRS, TERMS, WIDTH = 64, 32, 6, 16  # parts of a search and products of them, parts of a sum, sets in the beam

@@ -283,7 +283,8 @@ def test_a_pool_is_not_written_over_a_bundle_of_the_user(tmp_path):
     before = mine.read_bytes()
 
     def call(given=mine, **more):
-        pools.generate(config("generate-skeleton-pool", config=str(given), output_dir=str(tmp_path), size=5, **more))
+        flags = dict(config=str(given), output_dir=str(tmp_path), size=5) | more
+        pools.generate_skeleton_pool(config("generate-skeleton-pool", **flags))
 
     assert refused(call, "reads")[0] == "--output_dir"
     refused(lambda: call(fresh=True), "reads")

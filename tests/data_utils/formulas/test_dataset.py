@@ -15,23 +15,23 @@ import pytest
 import torch
 
 from data_utils.errors import DataError, UsageError
-from data_utils.formulas import dataset as sr_data
 from data_utils.formulas import holdout, skeletons
 from data_utils.formulas.dataset import DataConfig, FlashANSRDataset
 from data_utils.formulas.expressions import OPERATORS, SPECIAL, Alphabet
+from data_utils.formulas.samples import points, uniform
 from data_utils.formulas.skeletons import PoolConfig, check_pool
 from tests.helpers import ROOT
 
-NEVER = dict(operators=("log",), operator_weights="", constant_probability=0.0, max_operators=1,
-             support_prior="interval(constant(-3),constant(-2))")  # fmt: skip
+NEVER = dict(operators=("log",), operator_weights="", constant_probability=0.0, max_operators=1)
+NEVER |= dict(support_prior="interval(constant(-3),constant(-2))")  # where log has no values
 SMALL = dict(max_operators=5, holdout_pools=(), n_support_prior="log_int(8,40)")
 
 
 def dataset(pool=None, data=None, **settings):
     pool = PoolConfig(**(SMALL | (pool or {})))
     settings = dict(seed=0, split="train", batch_size=4) | settings
-    return FlashANSRDataset(settings.pop("alphabet", None) or check_pool(pool), pool, DataConfig(**(data or {})),
-                            **settings)  # fmt: skip
+    alphabet = settings.pop("alphabet", None) or check_pool(pool)
+    return FlashANSRDataset(alphabet, pool, DataConfig(**(data or {})), **settings)
 
 
 def same(a, b):
@@ -41,10 +41,10 @@ def same(a, b):
 @np.errstate(all="ignore")
 def value(prefix, constants, x):
     """Values of a prefix token list on points x (M, D), float32, read from the right."""
-    stack, left = [], list(constants)[: prefix.count("<constant>")]
+    stack, numbers = [], list(constants)[: prefix.count("<constant>")]
     for token in reversed(prefix):
         if token == "<constant>":
-            stack.append(np.full(len(x), left.pop(), np.float32))
+            stack.append(np.full(len(x), numbers.pop(), np.float32))
         elif token in OPERATORS:
             operands = [stack.pop() for _ in range(OPERATORS[token].arity)]
             stack.append(OPERATORS[token].function(*operands, np.empty(len(x), np.float32)))
@@ -73,8 +73,8 @@ def test_y_is_f_of_x_and_sequences_are_the_formula():
             assert np.isfinite(y).all() and np.abs(y).max() <= 1e4 and np.ptp(y) >= 1e-4 * np.abs(y).max()
             for j in range(D):
                 assert (f"x{j + 1}" in prefix) == bool(x[:, j].any())
-            assert alphabet.decode(b["input_ids"][i].tolist()) == [
-                "<bos>", "<expression>", *prefix, "</expression>", "<eos>"]  # fmt: skip
+            sequence = ["<bos>", "<expression>", *prefix, "</expression>", "<eos>"]
+            assert alphabet.decode(b["input_ids"][i].tolist()) == sequence
             labels, ids = b["labels"][i].tolist(), b["input_ids"][i].tolist()
             n = len(prefix)
             assert labels == [-100, *ids[2 : n + 4], *[-100] * (T - n - 4)]
@@ -89,8 +89,11 @@ def test_noise_is_on_y_only():
     for a, b in pairs:
         assert torch.equal(b["y_tensors"], b["y_clean"]) and not torch.equal(a["y_tensors"], b["y_tensors"])
         assert all(torch.equal(a[name], b[name]) for name in a if name != "y_tensors")
-    ratio = torch.cat([(a["y_tensors"] - b["y_clean"]).double().std(1) / b["y_clean"].double().std(1, correction=0)
-                       for a, b in pairs])[:, 0]  # fmt: skip
+    ratios = []
+    for a, b in pairs:
+        noise = (a["y_tensors"] - b["y_clean"]).double()
+        ratios.append(noise.std(1) / b["y_clean"].double().std(1, correction=0))
+    ratio = torch.cat(ratios)[:, 0]
     changed = ratio > 0
     assert 0.4 < changed.float().mean() < 0.6 and 0.09 < ratio[changed].mean() < 0.11
 
@@ -102,8 +105,8 @@ def test_batches_depend_on_seed_split_and_index_only():
     assert all(same(again.batch(i), batches[i]) for i in (5, 0, 3))
     assert not any(same(a, b) for a, b in zip(batches, batches[1:], strict=False))
     assert not same(dataset(seed=1).batch(0), batches[0]) and not same(dataset(split="val").batch(0), batches[0])
-    whole = [*dataset(accumulation=2).iterate(0, 3)]
-    assert all(same(a, b) for a, b in zip(whole, batches, strict=True))
+    stream = [*dataset(accumulation=2).iterate(0, 3)]
+    assert all(same(a, b) for a, b in zip(stream, batches, strict=True))
     ranks = [[*dataset(rank=rank, world=2).iterate(0, 3)] for rank in (0, 1)]
     assert all(same(ranks[i % 2][i // 2], batches[i]) for i in range(6))
     assert same(next(dataset(accumulation=2).iterate(2, 1)), batches[4])
@@ -115,9 +118,9 @@ def test_workers_make_the_same_stream():
     expected = [*dataset().iterate(start, steps)]
     for workers in (1, 2):
         with dataset(num_workers=workers) as d:
-            found = [*d.iterate(start, steps)]
-            assert not d.workers and len(found) == steps
-            assert all(same(a, b) for a, b in zip(found, expected, strict=True))
+            batches = [*d.iterate(start, steps)]
+            assert not d.workers and len(batches) == steps
+            assert all(same(a, b) for a, b in zip(batches, expected, strict=True))
     with dataset(num_workers=1) as d:
         for batch in d.iterate(start + 3, 100):
             assert same(batch, expected[3])
@@ -135,9 +138,9 @@ def test_a_new_process_makes_the_same_batch():
         "b = FlashANSRDataset(check_pool(p), p, DataConfig(), seed=0, split='train', batch_size=4).arrays(7);"
         "print(hashlib.sha256(b''.join(b[k].tobytes() for k in sorted(b))).hexdigest())"
     )
-    found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    output = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     b = dataset().arrays(7)
-    assert found.strip() == hashlib.sha256(b"".join(b[k].tobytes() for k in sorted(b))).hexdigest()
+    assert output.strip() == hashlib.sha256(b"".join(b[k].tobytes() for k in sorted(b))).hexdigest()
 
 
 SCRIPT = """
@@ -160,8 +163,9 @@ if __name__ == "__main__":
 @pytest.mark.parametrize("way", ["exit", "exception", "SIGTERM"])
 def test_no_child_outlives_the_parent(way, tmp_path):
     (tmp_path / "script.py").write_text(SCRIPT)
-    parent = subprocess.Popen([sys.executable, tmp_path / "script.py", way], stdout=subprocess.PIPE, text=True,
-                              stderr=subprocess.DEVNULL, env=os.environ | {"PYTHONPATH": str(ROOT)})  # fmt: skip
+    command = [sys.executable, tmp_path / "script.py", way]
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    parent = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=env)
     children = [int(pid) for pid in parent.stdout.readline().split()]
     assert len(children) == 2
     if way.startswith("SIG"):
@@ -195,14 +199,14 @@ def test_what_goes_wrong_in_a_worker_is_said():
 
 
 def subtrees(prefix):
-    found = set()
+    terms = set()
     for i in range(len(prefix)):
-        end, left = i, 1
-        while left:
-            left += (OPERATORS[prefix[end]].arity if prefix[end] in OPERATORS else 0) - 1
+        end, missing = i, 1
+        while missing:
+            missing += (OPERATORS[prefix[end]].arity if prefix[end] in OPERATORS else 0) - 1
             end += 1
-        found.add(" ".join(prefix[i:end]))
-    return found
+        terms.add(" ".join(prefix[i:end]))
+    return terms
 
 
 def test_prompts():
@@ -224,17 +228,18 @@ def test_prompts():
         assert mask == [0 < j <= end for j in range(len(mask))]
         place = tokens.index("<float>")
         assert numbers == [len(prefix) if j == place else 0 for j in range(len(numbers))]
-        text, own = " ".join(tokens[2:end]), subtrees(prefix)
-        terms = {name: [part.partition(f" </{name}>")[0] for part in text.split(f"<{name}> ")[1:]]
-                 for name in ("allowed_term", "include_term", "exclude_term")}  # fmt: skip
-        actual = own & {*terms["allowed_term"]}
+        text, present = " ".join(tokens[2:end]), subtrees(prefix)
+        terms = {}
+        for name in ("allowed_term", "include_term", "exclude_term"):
+            terms[name] = [part.partition(f" </{name}>")[0] for part in text.split(f"<{name}> ")[1:]]
+        actual = present & {*terms["allowed_term"]}
         assert actual and {*terms["include_term"]} <= actual
-        assert not {*terms["exclude_term"]} & (own | {*terms["allowed_term"]})
+        assert not {*terms["exclude_term"]} & (present | {*terms["allowed_term"]})
         assert all(len(term.split()) <= max(1, 0.45 * len(prefix)) for term in actual)
-        for name, found in terms.items():
-            assert len({*found}) == len(found)
-            counts[name] += len(found)
-        counts["decoys"] += len({*terms["allowed_term"]} - own)
+        for name, listed in terms.items():
+            assert len({*listed}) == len(listed)
+            counts[name] += len(listed)
+        counts["decoys"] += len({*terms["allowed_term"]} - present)
     assert 50 < prompted < 86 and min(counts.values()) > 20 and len(counts) == 4
     short = dataset(data=dict(prompt_probability=1), batch_size=32, max_seq_len=40)
     assert short.batch(0)["input_ids"].shape[1] <= 40
@@ -262,12 +267,12 @@ def test_padding_repeats_intervals_and_limits():
 def test_supports_give_the_points_they_say():
     rng = np.random.default_rng(0)
     supports = np.array([[2, 5, 0], [0.01, 1, 1], [0.01, 1, -1], [0.01, 1, 2], [-4, -4, 0]], float)
-    x = sr_data.points(rng, supports, 4000)
+    x = points(rng, supports, 4000)
     assert x.dtype == np.float32 and (x[0] >= 2).all() and (x[0] <= 5).all() and abs(x[0].mean() - 3.5) < 0.05
     assert (x[1] > 0).all() and (x[2] < 0).all() and 0.45 < (x[3] > 0).mean() < 0.55 and (x[4] == -4).all()
     size = np.log10(np.abs(x[1:4]))
     assert size.min() > -2.001 and size.max() < 0.001 and np.abs(size.mean(1) + 1).max() < 0.05
-    u = sr_data.uniform(rng, (3, 5001))
+    u = uniform(rng, (3, 5001))
     assert u.dtype == np.float32 and u.min() >= 0 and u.max() < 1 and abs(u.mean() - 0.5) < 0.01
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from data_utils.errors import UsageError
-from data_utils.formulas.expressions import OPERATORS, Alphabet, evaluate, from_text
+from data_utils.formulas.expressions import OPERATORS, Alphabet, evaluate, parse_formula
 from data_utils.formulas.fit import fit, refine, tidy, wrap
 
 ALPHABET = Alphabet(OPERATORS, ["x1", "x2"])
@@ -28,7 +28,7 @@ FORMULAS = {  # starts near these constants find them
 
 def rows(texts):
     """(N, L) tokens, (N, C) constants of the formulas."""
-    read = [from_text(text, ["x1", "x2"]) for text in texts]
+    read = [parse_formula(text, ["x1", "x2"]) for text in texts]
     width, most = (max(len(x[i]) for x in read) for i in (0, 1))
     tokens = np.array([ALPHABET.encode(p) + [0] * (width - len(p)) for p, _ in read], np.uint8)
     return tokens, np.array([v + [0.0] * (most - len(v)) for _, v in read])
@@ -95,7 +95,7 @@ def test_linear_constants_take_one_step():
 
 
 def test_affine_constants_are_those_of_the_wrapped_formula():
-    prefix, values = from_text("exp(-1.5*x1)", ["x1", "x2"])
+    prefix, values = parse_formula("exp(-1.5*x1)", ["x1", "x2"])
     y = 3 - 7 * np.exp(-1.5 * points()[:, 0])
     tokens = np.array([ALPHABET.encode(prefix)], np.uint8)
     constants, fvu = fit(ALPHABET, tokens, points(), y, 4, np.random.default_rng(0), affine=True)
@@ -154,7 +154,7 @@ def test_tidy_restores_plain_numbers_under_noise(text, expected):
     X, rng = points(200), np.random.default_rng(3)
     law = text.replace("2*x1", "2.0*x1").replace("x2/2", "0.5*x2").replace("pi*x1", "3.1415926535897931*x1")
     law = law.replace("x1**2/4", "0.25*x1**2").replace("-x1", "-1.0*x1")
-    prefix, truth = from_text(law, ["x1", "x2"])
+    prefix, truth = parse_formula(law, ["x1", "x2"])
     tokens = np.array([ALPHABET.encode(prefix)], np.uint8)
     y = evaluate(ALPHABET, tokens, np.array([truth]), X[None])[0]
     y += 0.01 * y.std() * rng.normal(size=len(y))
@@ -167,7 +167,7 @@ def test_tidy_restores_plain_numbers_under_noise(text, expected):
 
 def test_tidy_keeps_what_it_must():
     X = points(50)
-    prefix, truth = from_text("1.2345*x1 + 0.777", ["x1", "x2"])
+    prefix, truth = parse_formula("1.2345*x1 + 0.777", ["x1", "x2"])
     y = 1.2345 * X[:, 0] + 0.777
     prefix, values, fvu = tidy(ALPHABET, prefix, truth, X, y)
     assert " ".join(prefix) == "+ * <constant> x1 <constant>" and fvu < 1e-20

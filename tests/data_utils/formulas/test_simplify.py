@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from data_utils.formulas.expressions import OPERATORS, Alphabet, evaluate, from_text
+from data_utils.formulas.expressions import OPERATORS, Alphabet, evaluate, parse_formula
 from data_utils.formulas.simplify import NotReal, simplify
 
 ALPHABET = Alphabet(OPERATORS, ["x1", "x2", "x3"])
@@ -15,9 +15,9 @@ def random_prefix(rng, operators, names):
     if operators == 0:
         return [str(rng.choice(LEAVES, p=SHARES))]
     name = names[int(rng.integers(len(names)))]
-    left = operators - 1 if OPERATORS[name].arity == 1 else int(rng.integers(operators))
-    rest = [] if OPERATORS[name].arity == 1 else random_prefix(rng, operators - 1 - left, names)
-    return [name, *random_prefix(rng, left, names), *rest]
+    in_left = operators - 1 if OPERATORS[name].arity == 1 else int(rng.integers(operators))
+    right = [] if OPERATORS[name].arity == 1 else random_prefix(rng, operators - 1 - in_left, names)
+    return [name, *random_prefix(rng, in_left, names), *right]
 
 
 @pytest.fixture(scope="module")
@@ -45,23 +45,23 @@ def attempt(prefix, values):
 
 
 def test_with_values_it_is_equal_never_longer_and_final(trees):
-    found = [(tree, attempt(*tree)) for tree in trees]
-    kept = [(tree, short) for tree, short in found if short is not None]
-    assert 0.9 < len(kept) / len(trees)
-    assert all(len(short[0]) <= len(tree[0]) for tree, short in kept)
-    assert np.mean([len(s[0]) for _, s in kept]) < 0.8 * np.mean([len(t[0]) for t, _ in kept])
-    for _, (prefix, values) in kept:
+    attempts = [(tree, attempt(*tree)) for tree in trees]
+    pairs = [(tree, short) for tree, short in attempts if short is not None]
+    assert 0.9 < len(pairs) / len(trees)
+    assert all(len(short[0]) <= len(tree[0]) for tree, short in pairs)
+    assert np.mean([len(s[0]) for _, s in pairs]) < 0.8 * np.mean([len(t[0]) for t, _ in pairs])
+    for _, (prefix, values) in pairs:
         again = simplify(prefix, values)
         assert again[0] == prefix and np.allclose(again[1], values, rtol=1e-9)
     rng = np.random.default_rng(1)
-    X = rng.normal(size=(len(kept), 24, 3)) * 10 ** rng.uniform(-1, 0.7, (len(kept), 1, 1))
+    X = rng.normal(size=(len(pairs), 24, 3)) * 10 ** rng.uniform(-1, 0.7, (len(pairs), 1, 1))
     X[::3], X[1::3] = abs(X[::3]), -abs(X[1::3])
-    originals = [tree for tree, _ in kept]
-    y, made = values_of(originals, X), values_of([short for _, short in kept], X)
+    originals = [tree for tree, _ in pairs]
+    y, y_short = values_of(originals, X), values_of([short for _, short in pairs], X)
     with np.errstate(all="ignore"):
         finite = np.isfinite(y) & (abs(y) < 1e10)
         size = np.maximum(abs(y), np.nanmedian(np.where(finite, abs(y), 0), 1, keepdims=True)) + 1e-9
-        off = finite & ~(abs(made - y) < 1e-6 * size)
+        off = finite & ~(abs(y_short - y) < 1e-6 * size)
         doubtful = np.flatnonzero(off.any(1))  # few: cancellation, sin(1e9), 1 / infinity
         wrong = []
         for i in doubtful:
@@ -70,9 +70,9 @@ def test_with_values_it_is_equal_never_longer_and_final(trees):
                 near = X[i] * (1 + 1e-13 * rng.normal(size=X[i].shape))
                 constants = [v * (1 + 1e-13 * rng.normal()) for v in originals[i][1]]
                 moved = np.fmax(moved, abs(values_of([(originals[i][0], constants)], near[None])[0] - y[i]))
-            if (off[i] & ~(abs(made[i] - y[i]) <= 1000 * moved) & all_finite(*originals[i], X[i])).any():
-                wrong.append((originals[i], kept[i][1]))
-    assert np.mean(finite.any(1)) > 0.85 and len(doubtful) < 0.02 * len(kept)
+            if (off[i] & ~(abs(y_short[i] - y[i]) <= 1000 * moved) & all_finite(*originals[i], X[i])).any():
+                wrong.append((originals[i], pairs[i][1]))
+    assert np.mean(finite.any(1)) > 0.85 and len(doubtful) < 0.02 * len(pairs)
     assert wrong == []
 
 
@@ -103,8 +103,8 @@ def test_without_values_it_is_never_longer_and_final(trees):
         if short is not None:
             assert short[1] is None and len(short[0]) <= len(prefix)
             assert simplify(short[0]) == short
-            assert not any(t == "<constant>" and set(short[0][i + 2 : i + 3]) == {"<constant>"}
-                           for i, t in enumerate(short[0][1:-1]) if short[0][i] in "+*/")  # fmt: skip
+            triples = zip(short[0], short[0][1:], short[0][2:], strict=False)
+            assert not any(a in "+*/" and b == c == "<constant>" for a, b, c in triples)
 
 
 def test_operands_in_another_order_have_the_same_form(trees):
@@ -218,7 +218,7 @@ UNKNOWN = [[side.strip() for side in line.split("|")] for line in UNKNOWN.strip(
 
 @pytest.mark.parametrize("text, expected", PAIRS)
 def test_pairs(text, expected):
-    prefix, values = from_text(text, ["x1", "x2", "x3"])
+    prefix, values = parse_formula(text, ["x1", "x2", "x3"])
     short, numbers = simplify(prefix, values)
     if "1 + 1" in expected:
         assert (short, numbers) == (["<constant>"], [2.0])
@@ -230,13 +230,13 @@ def test_pairs(text, expected):
 
 @pytest.mark.parametrize("text, expected", UNKNOWN)
 def test_pairs_with_unknown_constants(text, expected):
-    prefix, _ = from_text(text.replace("c", "1.5").replace("1.5os", "cos"), ["x1", "x2", "x3"])
+    prefix, _ = parse_formula(text.replace("c", "1.5").replace("1.5os", "cos"), ["x1", "x2", "x3"])
     assert " ".join(simplify(prefix)[0]).replace("<constant>", "c") == expected
 
 
 def test_values_follow_their_constants():
-    assert simplify(["+", "*", "<constant>", "x2", "*", "<constant>", "x1"], [2.5, 7.0]) == (
-        ["+", "*", "<constant>", "x1", "*", "<constant>", "x2"], [7.0, 2.5])  # fmt: skip
+    swapped = simplify(["+", "*", "<constant>", "x2", "*", "<constant>", "x1"], [2.5, 7.0])
+    assert swapped == (["+", "*", "<constant>", "x1", "*", "<constant>", "x2"], [7.0, 2.5])
     tiny = simplify(["*", "<constant>", "x1"], [1e-13])
     assert tiny == (["*", "<constant>", "x1"], [1e-13])  # not 0
     assert simplify(["*", "<constant>", "x1"], [6.62607015e-34]) == (["*", "<constant>", "x1"], [6.62607015e-34])
@@ -245,7 +245,7 @@ def test_values_follow_their_constants():
 @pytest.mark.parametrize("text", ["log(-1)", "sqrt(-2)*x1", "1/(x1 - x1)", "asin(2)", "log(-abs(x1))", "exp(1000) + x1",
                                   "x1/0", "acosh(0) - x1", "sqrt(-exp(x1))", "pow(0, -1)"])  # fmt: skip
 def test_what_has_no_finite_value_raises(text):
-    prefix, values = from_text(text, ["x1"])
+    prefix, values = parse_formula(text, ["x1"])
     with pytest.raises(NotReal):
         simplify(prefix, values)
 

@@ -14,11 +14,9 @@ import numpy as np
 import pytest
 
 from data_utils.errors import DataError, UsageError
-from data_utils.formulas import holdout, skeletons
-from data_utils.formulas import pools as pool_files
-from data_utils.formulas import prepare as pools
-from data_utils.formulas.bundle_files import build, load_config, save_config
-from data_utils.formulas.distributions import parse
+from data_utils.formulas import holdout, pools, prepare, skeletons
+from data_utils.formulas.bundles import build_settings, load_config, save_config
+from data_utils.formulas.distributions import parse_distribution
 from data_utils.formulas.expressions import OPERATORS, Alphabet
 from data_utils.formulas.simplify import simplify
 from data_utils.formulas.skeletons import PoolConfig, check_pool, make_chunk, sample_arities, sample_trees
@@ -46,9 +44,9 @@ def tree(prefix):
         token = next(tokens)
         return [token, *(read() for _ in range(arity(token)))]
 
-    found = read()
+    nested = read()
     assert next(tokens, None) is None
-    return found
+    return nested
 
 
 def flat(t):
@@ -61,34 +59,46 @@ def test_distributions_against_what_they_say():
              ("triangular(1,4,10)", 1, 10, 5), ("log(1,100)", 1, 100, 99 / np.log(100)), ("log_int(3,3)", 3, 3, 3),
              ("0.5*int(0,0)|1.5*constant(4)", 0, 4, 3)]  # fmt: skip
     for text, low, high, mean in cases:
-        y = parse(text)(rng, (100, 200))
+        y = parse_distribution(text)(rng, (100, 200))
         assert y.shape == (100, 200) and y.min() >= low and y.max() <= high and abs(y.mean() - mean) < 0.3, text
-    y = parse("normal(1,2)")(rng, 20000)
+    y = parse_distribution("normal(1,2)")(rng, 20000)
     assert abs(y.mean() - 1) < 0.1 and abs(y.std() - 2) < 0.1
-    assert abs(np.median(parse("cauchy(5,1)")(rng, 20000)) - 5) < 0.1
-    y = parse("signed_log(1e-2,1e2)")(rng, 20000)
+    assert abs(np.median(parse_distribution("cauchy(5,1)")(rng, 20000)) - 5) < 0.1
+    y = parse_distribution("signed_log(1e-2,1e2)")(rng, 20000)
     assert 0.48 < (y > 0).mean() < 0.52 and abs(np.median(np.abs(y)) - 1) < 0.1
-    assert Counter(parse("log_int(1,3)")(rng, 20000).tolist()).keys() == {1.0, 2.0, 3.0}
-    ends = parse("interval(normal(0,50),constant(2))", support=True)(rng, (50, 40)).reshape(-1, 3)
+    assert Counter(parse_distribution("log_int(1,3)")(rng, 20000).tolist()).keys() == {1.0, 2.0, 3.0}
+    ends = parse_distribution("interval(normal(0,50),constant(2))", support=True)(rng, (50, 40)).reshape(-1, 3)
     assert (ends[:, 0] <= ends[:, 1]).all() and np.abs(ends).max() == 30 and (ends[:, 2] == 0).all()
-    low, high, _ = parse("textbook(constant(2))", support=True)(rng, 900).T
+    low, high, _ = parse_distribution("textbook(constant(2))", support=True)(rng, 900).T
     assert {*zip(low.tolist(), high.tolist(), strict=True)} == {(0, 2), (-2, 2), (2, 10)}
-    low, high, kind = parse("decade(-6,6)", support=True)(rng, 900).T
+    low, high, kind = parse_distribution("decade(-6,6)", support=True)(rng, 900).T
     assert low.min() >= 1e-6 and high.max() <= 1e6 and {*kind} == {-1, 1, 2}
     assert {*np.rint(np.log10(high / low)).tolist()} == {1, 2}
 
 
-@pytest.mark.parametrize("text, column, word, support", [
-    ("", 1, "one of", False), ("normal(0", 9, "comma", False), ("nomal(0,1)", 1, "normal", False),
-    ("normal(0,1)|", 13, "one of", False), ("0*normal(0,1)", 1, "weights", False), ("int(1.5,2)", 1, "integers", False),
-    ("log(0,1)", 1, "low", False), ("normal(0,1) x", 13, "found x", False), ("1e999", 1, "number", False),
-    ("decade(1,2)", 1, "one of", False), ("normal(0,1)", 1, "one of", True),
-    ("interval(decade(1,2),1)", 10, "one of", True), ("normal(__import__('os'),1)", 8, "number", False)])  # fmt: skip
+@pytest.mark.parametrize(
+    "text, column, word, support",
+    [
+        ("", 1, "terms like", False),
+        ("normal(0", 7, "terms like", False),
+        ("nomal(0,1)", 1, "normal", False),
+        ("normal(0,1,2)", 1, "2 arguments", False),
+        ("0*normal(0,1)", 1, "weights", False),
+        ("int(1.5,2)", 1, "integers", False),
+        ("log(0,1)", 1, "low", False),
+        ("normal(0,1) x", 13, "terms like", False),
+        ("1e999", 1, "number", False),
+        ("decade(1,2)", 1, "one of", False),
+        ("normal(0,1)", 1, "one of", True),
+        ("interval(decade(1,2),1)", 10, "one of", True),
+        ("normal(__import__('os'),1)", 8, "number", False),
+    ],
+)
 def test_bad_distributions_name_the_column(text, column, word, support):
     with pytest.raises(UsageError, match=rf"column {column}: .*{word}"):
-        parse(text, support)
+        parse_distribution(text, support)
     with pytest.raises(UsageError, match="characters"):
-        parse("1|" * 600)
+        parse_distribution("1|" * 600)
 
 
 @cache
@@ -103,10 +113,10 @@ def count(empty, n):
 def test_trees_are_uniform(n, shapes):
     assert count(1, n) == shapes
     rows = sample_arities(np.random.default_rng(n), np.full(40000, n))
-    found = Counter(tuple(a for a in row if a >= 0) for row in rows.tolist())
-    assert len(found) == shapes and all(sum(a - 1 for a in shape) == -1 for shape in found)
+    counts = Counter(tuple(a for a in row if a >= 0) for row in rows.tolist())
+    assert len(counts) == shapes and all(sum(a - 1 for a in shape) == -1 for shape in counts)
     expected = len(rows) / shapes
-    chi = sum((times - expected) ** 2 / expected for times in found.values())
+    chi = sum((times - expected) ** 2 / expected for times in counts.values())
     assert chi < shapes - 1 + 5 * (2 * (shapes - 1)) ** 0.5
     assert (sample_arities(np.random.default_rng(0), np.full(50, n), unary=False) != 1).all()
     assert (sample_arities(np.random.default_rng(0), np.full(50, n), binary=False) != 2).all()
@@ -159,7 +169,7 @@ def test_test_sets_are_recognised_renamed_reordered_and_with_constants(held):
     draw, alphabet = random.Random(0), Alphabet(OPERATORS, [f"x{i + 1}" for i in range(9)])
     missed = []
     for name in ("nguyen", "feynman", "fastsrb"):
-        for formula in pool_files.read_formulas(ROOT / f"configs/test_set/{name}.csv"):
+        for formula in pools.read_formulas(ROOT / f"configs/test_set/{name}.csv"):
             assert len(tree(formula.prefix)) > 1
             k = len(formula.variables)
             if k > 5:
@@ -195,12 +205,12 @@ def bare(t):
     operands = [bare(operand) for operand in t[1:]]
     if not operands:
         return t if t[0].startswith("x") else None
-    left = [operand for operand in operands if operand]
-    if t[0] == "/" and left == operands[1:]:
-        return ["inv", *left]
-    if len(left) < 2 and (len(operands) == 2 or t[0][:3] in ("mul", "div", "neg")) or not left:
-        return left[0] if left else None
-    return ["+" if t[0] == "-" else t[0], *left]
+    remaining = [operand for operand in operands if operand]
+    if t[0] == "/" and remaining == operands[1:]:
+        return ["inv", *remaining]
+    if len(remaining) < 2 and (len(operands) == 2 or t[0][:3] in ("mul", "div", "neg")) or not remaining:
+        return remaining[0] if remaining else None
+    return ["+" if t[0] == "-" else t[0], *remaining]
 
 
 def signature(t, x):
@@ -214,19 +224,19 @@ def test_no_test_set_skeleton_in_many_draws(held):
     """With the chunks of a run: no formula of a test set, and none that differs from one by constants alone."""
     pool = PoolConfig(max_operators=5)
     alphabet = check_pool(pool)
-    found, rejected = make_chunk(np.random.default_rng(5), 200_000, alphabet, pool, held)
-    assert rejected["held out"] > 20_000 and found.counts.sum() + sum(rejected.values()) == 200_000
+    chunk, rejected = make_chunk(np.random.default_rng(5), 200_000, alphabet, pool, held)
+    assert rejected["held out"] > 20_000 and chunk.counts.sum() + sum(rejected.values()) == 200_000
     x = np.random.default_rng(1).uniform(0.3, 2.2, (3, 16))
     x[:, 10:] *= [[-1, -1, -1, 1, 1, -1], [1, -1, 1, -1, -1, 1], [-1, 1, 1, -1, 1, -1]]
     tests, bare_tests = set(), set()
     with np.errstate(all="ignore"):
         for name in ("nguyen", "feynman", "fastsrb"):
-            for formula in pool_files.read_formulas(ROOT / f"configs/test_set/{name}.csv"):
+            for formula in pools.read_formulas(ROOT / f"configs/test_set/{name}.csv"):
                 orders = [*itertools.permutations(range(3))] if len(formula.variables) <= 3 else []
                 normal = tree(simplify(formula.prefix)[0])
                 tests |= {signature(tree(formula.prefix), x[list(order)]) for order in orders}
                 bare_tests |= {signature(bare(normal), x[list(order)]) for order in orders}
-        for row in found.tokens[:6000]:  # the most frequent are among the first
+        for row in chunk.tokens[:6000]:  # the most frequent are among the first
             t = tree(alphabet.decode(row))
             assert signature(t, x) not in tests - {None}, flat(t)
             assert signature(bare(t), x) not in bare_tests - {None}, flat(t)
@@ -240,18 +250,20 @@ def test_processes_agree_on_chunks():
         "c, r = s.make_chunk(np.random.default_rng(3), 1500, s.check_pool(p), p, holdout.hold_out(p));"
         "print(hashlib.sha256(c.tokens.tobytes() + c.counts.tobytes()).hexdigest(), sorted(r.items()))"
     )
-    found = {subprocess.run([sys.executable, "-c", code, str(1000 * seed)], cwd=ROOT, capture_output=True, text=True,
-                            env=os.environ | {"PYTHONHASHSEED": str(seed)}, check=True).stdout
-             for seed in (1, 2)}  # fmt: skip
-    assert len(found) == 1 and "held out" in found.pop()
+    outputs = set()
+    for seed in (1, 2):
+        command = [sys.executable, "-c", code, str(1000 * seed)]
+        env = os.environ | {"PYTHONHASHSEED": str(seed)}
+        outputs.add(subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=env, check=True).stdout)
+    assert len(outputs) == 1 and "held out" in outputs.pop()
 
 
 def test_chunks_hold_distinct_normal_forms(held):
     pool = PoolConfig(max_length=12)
     alphabet = check_pool(pool)
-    found, _ = make_chunk(np.random.default_rng(0), 3000, alphabet, pool, held)
-    assert len({bytes(row) for row in found.tokens}) == len(found.tokens) and found.tokens.shape[1] == 12
-    for row in found.tokens[:300]:
+    chunk, _ = make_chunk(np.random.default_rng(0), 3000, alphabet, pool, held)
+    assert len({bytes(row) for row in chunk.tokens}) == len(chunk.tokens) and chunk.tokens.shape[1] == 12
+    for row in chunk.tokens[:300]:
         prefix = alphabet.decode(row)
         assert simplify(prefix)[0] == prefix and {*prefix} & {*pool.variables}
 
@@ -263,25 +275,25 @@ def small(**changes):
 def test_saved_pools(tmp_path):
     pool = small()
     alphabet = check_pool(pool)
-    found = skeletons.draw_pool(300, alphabet, pool, None, seed=1, split=1)
-    assert len({bytes(row) for row in found.tokens}) == 300
-    pool_files.save_pool(tmp_path / "a", found, alphabet, pool)
-    pool_files.save_pool(tmp_path / "b", found, alphabet, pool)
+    drawn = skeletons.draw_pool(300, alphabet, pool, None, seed=1, split=1)
+    assert len({bytes(row) for row in drawn.tokens}) == 300
+    pools.save_pool(tmp_path / "a", drawn, alphabet, pool)
+    pools.save_pool(tmp_path / "b", drawn, alphabet, pool)
     for name in ("skeletons.npz", "skeleton_pool.yaml"):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
-    loaded, old = pool_files.load_pool(tmp_path / "a")
+    loaded, old = pools.load_pool(tmp_path / "a")
     new = Alphabet(list(pool.operators)[::-1], [*pool.variables, "x4"])
-    moved = pool_files.translate(loaded, old, new)
-    assert [new.decode(row) for row in moved.tokens] == [alphabet.decode(row) for row in found.tokens]
-    assert (moved.counts == found.counts).all()
+    moved = pools.translate(loaded, old, new)
+    assert [new.decode(row) for row in moved.tokens] == [alphabet.decode(row) for row in drawn.tokens]
+    assert (moved.counts == drawn.counts).all()
     with pytest.raises(UsageError, match="lacks"):
-        pool_files.translate(loaded, old, Alphabet(["+"], ["x1"]))
-    closed = holdout.HoldOut([alphabet.decode(row) for row in found.tokens])
-    assert closed(found.tokens, alphabet).all()
+        pools.translate(loaded, old, Alphabet(["+"], ["x1"]))
+    closed = holdout.HoldOut([alphabet.decode(row) for row in drawn.tokens])
+    assert closed(drawn.tokens, alphabet).all()
     other = dataclasses.replace(pool, holdout_pools=(str(tmp_path / "a"),))
-    assert holdout.hold_out(other)(found.tokens, alphabet).all()
+    assert holdout.hold_out(other)(drawn.tokens, alphabet).all()
     again, _ = make_chunk(np.random.default_rng(9), 3000, alphabet, pool, closed)
-    assert not {bytes(row) for row in again.tokens} & {bytes(row) for row in found.tokens}
+    assert not {bytes(row) for row in again.tokens} & {bytes(row) for row in drawn.tokens}
     with pytest.raises(DataError, match="nothing"):
         holdout.hold_out(dataclasses.replace(pool, holdout_pools=(str(tmp_path / "nothing"),)))
 
@@ -293,34 +305,34 @@ def test_strict_leaves_out_what_constants_make_a_held_out_formula(tmp_path):
     )
     settings = "operators: ['+', '*', pow2]\nmax_operators: 5\nmax_length: 11\nconstant_probability: 0.4\n"
     (tmp_path / "pool.yaml").write_text(settings + f"holdout_pools: ['{tmp_path}/held.csv']\n")
-    kept, counts = {}, {}
+    prefixes, counts = {}, {}
     for strict in (False, True):
         out = str(tmp_path / f"strict-{strict}")
-        cfg = SimpleNamespace(config=str(tmp_path / "pool.yaml"), output_dir=out, size=400, strict=strict, seed=0,
-                              fresh=False, verbose=False)  # fmt: skip
-        pools.generate(cfg)
-        found, alphabet = pool_files.load_pool(out)
-        kept[strict] = [alphabet.decode(row) for row in found.tokens]
-        counts[strict] = dict(zip(map(tuple, kept[strict]), found.counts.tolist(), strict=True))
-        assert len(kept[strict]) == 400
+        flags = dict(config=str(tmp_path / "pool.yaml"), output_dir=out, size=400, strict=strict)
+        cfg = SimpleNamespace(**flags, seed=0, fresh=False, verbose=False)
+        prepare.generate_skeleton_pool(cfg)
+        saved, alphabet = pools.load_pool(out)
+        prefixes[strict] = [alphabet.decode(row) for row in saved.tokens]
+        counts[strict] = dict(zip(map(tuple, prefixes[strict]), saved.counts.tolist(), strict=True))
+        assert len(prefixes[strict]) == 400
     x = np.random.default_rng(3).uniform(1, 2, (2, 30))
     laws = {1: [x[0] ** 3 + x[0] ** 2 + x[0]], 2: [x[0] * x[1] + x[1], x[0] * x[1] + x[0]]}
     verdicts = {}
-    for prefix in {*map(tuple, kept[False]), *map(tuple, kept[True])}:
+    for prefix in {*map(tuple, prefixes[False]), *map(tuple, prefixes[True])}:
         names, k = sorted({*prefix} & {"x1", "x2", "x3"}), prefix.count("<constant>")
         t = tree(dict(zip(names, ("x1", "x2", "x3"), strict=False)).get(token, token) for token in prefix)
         if k and len(names) <= 2:
             origin, *columns = (with_constants(t, x, c) for c in [np.zeros(k), *np.eye(k)])
             columns = np.stack(columns, 1) - origin[:, None]
             if np.allclose(with_constants(t, x, np.arange(2.0, 2 + k)), origin + columns @ np.arange(2.0, 2 + k)):
-                left = [y - origin for y in laws[1] * (len(names) == 1) + laws[2]]
-                rest = [y - columns @ np.linalg.lstsq(columns, y, rcond=None)[0] for y in left]
-                verdicts[prefix] = min(map(np.std, rest)) < 1e-8
+                targets = [y - origin for y in laws[1] * (len(names) == 1) + laws[2]]
+                residuals = [y - columns @ np.linalg.lstsq(columns, y, rcond=None)[0] for y in targets]
+                verdicts[prefix] = min(map(np.std, residuals)) < 1e-8
     dropped = counts[False].keys() - counts[True].keys()
     assert sum(verdicts.values()) > 5 and len(verdicts) > 150
     assert not any(verdicts.get(prefix) for prefix in counts[True])
     assert dropped and all(verdicts.get(prefix, True) for prefix in dropped)
-    assert not any({*pool_files.EVERY.variables[:3]} <= {*prefix} for prefix in dropped)  # nor is c, of three, fitted
+    assert not any({*pools.EVERY.variables[:3]} <= {*prefix} for prefix in dropped)  # nor is c, of three, fitted
 
 
 def with_constants(t, x, constants):
@@ -339,24 +351,24 @@ def with_constants(t, x, constants):
 def test_damaged_pools_are_refused(tmp_path):
     pool = small()
     alphabet = check_pool(pool)
-    pool_files.save_pool(tmp_path, skeletons.draw_pool(50, alphabet, pool, None, seed=1, split=1), alphabet, pool)
+    pools.save_pool(tmp_path, skeletons.draw_pool(50, alphabet, pool, None, seed=1, split=1), alphabet, pool)
     npz = (tmp_path / "skeletons.npz").read_bytes()
     good = dict(np.load(tmp_path / "skeletons.npz"))
     for damage in (npz[:-30], npz[:100], b"", npz[:90] + bytes([npz[90] ^ 255]) + npz[91:]):
         (tmp_path / "skeletons.npz").write_bytes(damage)
         with pytest.raises(DataError, match="skeletons.npz"):
-            pool_files.load_pool(tmp_path)
+            pools.load_pool(tmp_path)
     hostile = [dict(tokens=np.array([{}], object)), dict(tokens=good["tokens"].astype(int)), dict(counts=np.zeros(50)),
                dict(tokens=good["tokens"] + np.uint8(200)), dict(tokens=good["tokens"][:, ::-1])]  # fmt: skip
     for change in hostile:
         np.savez(tmp_path / "skeletons.npz", **(good | change))
         with pytest.raises(DataError, match="skeletons.npz"):
-            pool_files.load_pool(tmp_path)
+            pools.load_pool(tmp_path)
     np.savez(tmp_path / "skeletons.npz", **good)
     for text in ("!!python/object/apply:os.system [ls]", "operators: [", "operators: 5", "[" * 4000):
         (tmp_path / "skeleton_pool.yaml").write_text(text)
         with pytest.raises(DataError, match="skeleton_pool.yaml"):
-            pool_files.load_pool(tmp_path)
+            pools.load_pool(tmp_path)
 
 
 def test_exhausted_pool_says_how_many_exist(monkeypatch):
@@ -387,10 +399,10 @@ def test_bad_csv_names_the_line(tmp_path):
                        (head + "a,x+1,x,0:1 0:1\n", "1 variables, 2 ranges")]:  # fmt: skip
         path.write_text(text)
         with pytest.raises(DataError) as e:
-            pool_files.read_formulas(str(path))
+            pools.read_formulas(str(path))
         assert word in str(e.value), e.value
     with pytest.raises(DataError, match="import_test_sets"):
-        pool_files.read_formulas(str(tmp_path / "none.csv"))
+        pools.read_formulas(str(tmp_path / "none.csv"))
 
 
 def run(*arguments):
@@ -402,24 +414,29 @@ def test_commands(tmp_path):
     (tmp_path / "pool.yaml").write_text("max_operators: 3\nholdout_pools: ['{{ROOT}}/configs/test_set/nguyen.csv']\n")
     first = run("generate-skeleton-pool", "-c", tmp_path / "pool.yaml", "-o", tmp_path / "out", "-s", 40, "-v")
     assert first.returncode == 0 and "40 skeletons" in first.stdout, first.stderr
-    assert len(pool_files.load_pool(tmp_path / "out")[0].tokens) == 40
+    assert len(pools.load_pool(tmp_path / "out")[0].tokens) == 40
     assert run("generate-skeleton-pool", "-c", tmp_path / "pool.yaml", "-o", tmp_path / "out").returncode == 2
     (tmp_path / "pool.yaml").write_text("max_operator: 3\n")
     typo = run("generate-skeleton-pool", "-c", tmp_path / "pool.yaml", "-o", tmp_path / "new")
     assert typo.returncode == 2 and "max_operators" in typo.stderr and "pool.yaml" in typo.stderr
     for name, number in (("nguyen", 12), ("fastsrb", 120)):
-        cfg = SimpleNamespace(input=f"configs/test_set/{name}.csv", parser=name, skip_bad_lines=False, verbose=True,
-                              base_skeleton_pool="configs/test/skeleton_pool_val.yaml", fresh=False,
-                              output_dir=str(tmp_path / name))  # fmt: skip
-        cfg.input, cfg.base_skeleton_pool = (str(ROOT / path) for path in (cfg.input, cfg.base_skeleton_pool))
-        pools.import_data(cfg)
-        assert pool_files.load_pool(tmp_path / name)[0].counts.sum() == number
+        cfg = SimpleNamespace(
+            input=str(ROOT / f"configs/test_set/{name}.csv"),
+            base_skeleton_pool=str(ROOT / "configs/test/skeleton_pool_val.yaml"),
+            output_dir=str(tmp_path / name),
+            parser=name,
+            skip_bad_lines=False,
+            verbose=True,
+            fresh=False,
+        )
+        prepare.import_data(cfg)
+        assert pools.load_pool(tmp_path / name)[0].counts.sum() == number
 
 
 def test_bundles_load_build_and_save(tmp_path):
     for name in ("test", "sr-cpu", "v23.0-3M"):
         config = load_config(ROOT / "configs" / name / "train.yaml")
-        pool = build(PoolConfig, config["train_dataset"]["skeleton_pool"], name)
+        pool = build_settings(PoolConfig, config["train_dataset"]["skeleton_pool"], name)
         tokenizer = config["train_dataset"]["tokenizer"]
         alphabet = Alphabet(tokenizer["operators"], tokenizer["variables"], tokenizer["special_tokens"])
         assert alphabet.tokens == check_pool(pool).tokens
@@ -428,7 +445,7 @@ def test_bundles_load_build_and_save(tmp_path):
         assert len(list((tmp_path / name).iterdir())) == 7 and load_config(tmp_path / name / "train.yaml") == config
         assert "{{ROOT}}" in (tmp_path / name / "skeleton_pool_val.yaml").read_text()
     cpu = load_config(ROOT / "configs/sr-cpu/skeleton_pool_train.yaml", resolve_paths=False)
-    given = build(PoolConfig, cpu, "sr-cpu")
+    given = build_settings(PoolConfig, cpu, "sr-cpu")
     assert given == PoolConfig()
 
 
@@ -436,7 +453,7 @@ def test_bad_bundles(tmp_path):
     path = tmp_path / "train.yaml"
     cases = [("model: ./none.yaml", "none.yaml"), ("model: ./train.yaml", "refers to itself"), ("- 1", "list"),
              ("optimizer: {kwargs: {lr: 1}}", "optimizer.kwargs.lr: keys are flat here: write lr"),
-             ("a: 1\na: 2", "a stands there 2 times"), ("a: !!python/name:os.system", "python"),
+             ("a: 1\na: 2", "a appears 2 times"), ("a: !!python/name:os.system", "python"),
              ("a: [[1]]", "plain values")]  # fmt: skip
     for text, word in cases:
         path.write_text(text)
@@ -446,11 +463,11 @@ def test_bad_bundles(tmp_path):
     (tmp_path / "sub").mkdir()
     (tmp_path / "sub" / "b.yaml").write_text("pool: ../saved\nroot: '{{ROOT}}/x'\nplain: data/x\n")
     path.write_text("b: ./sub/b.yaml")
-    found = load_config(path)["b"]
-    assert found == dict(pool=str(tmp_path / "saved"), root=f"{ROOT}/x", plain="data/x")
+    bundle = load_config(path)["b"]
+    assert bundle == dict(pool=str(tmp_path / "saved"), root=f"{ROOT}/x", plain="data/x")
     assert load_config(path, resolve_paths=False) == dict(b="./sub/b.yaml")
     for values, word in [(dict(max_opertors=3), "max_operators"), (dict(max_operators="many"), "int"),
                          (dict(simplify=1), "bool"), (dict(leaf_prior="x"), "counted or distinct")]:  # fmt: skip
         with pytest.raises(UsageError, match=word):
-            build(PoolConfig, values, "pool.yaml")
-    assert build(PoolConfig, dict(y_limit="1e30", holdout_pools="none"), "").holdout_pools == ("none",)
+            build_settings(PoolConfig, values, "pool.yaml")
+    assert build_settings(PoolConfig, dict(y_limit="1e30", holdout_pools="none"), "").holdout_pools == ("none",)
