@@ -1,7 +1,7 @@
 """A diffusion language model over the embeddings of a trained transformer, with a causal mode that has a likelihood.
 
 B batch, T time, C width, V vocabulary, N positions, K = training_steps, k noise level of a token in 0..K, t time of a
-sequence in [0, 1], x clean latent of a token, r_k noise scale of level k, z = x + r_k eps noisy latent, h hidden states.
+sequence in [0, 1], x clean latent of a token, r_k noise scale of level k, z = x + r_k eps noisy latent, h hidden state.
 DDPM (arXiv 2006.11239), DDIM (2010.02502), word embeddings as latents: Diffusion-LM (2205.14217), cross-entropy instead
 of squared error: CDCD (2211.15089) and Plaid (2305.18619), one noise level per token: AR-Diffusion (2305.09515). With
 a steep ramp the model comes close to masked diffusion, MDLM (2406.07524).
@@ -69,7 +69,7 @@ class Diffuser(nn.Module):
     def __init__(self, *, vocab_size, d_model, max_seq_len, n_heads, dropout, rope_base, n_layers, ffn_mult,
                  encoder_layers, training_steps, inference_steps, objective, schedule, latent_layer, noise_scale, ramp,
                  next_weight, next_share):  # fmt: skip
-        """Arguments as in train_expert.DiffuserConfig; sizes up to ffn_mult and encoder_layers are the transformer's.
+        """Arguments as in train_expert.DiffuserConfig; all other sizes, with encoder_layers, are the transformer's.
 
         forward: ids (B, T) -> logits of the next token (B, T, V), with T <= max_seq_len.
         """

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from models.memory import Memory, resized
+from models.memory import Memory, resize_memory
 from tests.helpers import finish, launch
 
 SIZES = dict(slots=10, key_dim=5, d_model=8, top_k=3)
@@ -116,7 +116,7 @@ def test_a_memory_of_another_size_takes_over_the_newest_entries(slots, count):
     for step in range(count):
         mean, values, _, keep = batch(1, seed=step)
         old.write(mean, values, torch.tensor([step]), keep | True)
-    buffers = resized(dict(old.named_buffers()), slots)
+    buffers = resize_memory(dict(old.named_buffers()), slots)
     new.load_state_dict(old.state_dict() | buffers)
     for step in range(count, 30):
         kept = min(slots, step - max(0, count - 10))

@@ -129,13 +129,13 @@ def test_every_choice_is_built_and_stepped(choice):
 
 
 REFUSED = [
-    (dict(mixer="mlp_t"), "--mixer mlp_t .* --tasks read fill arc have several"),
-    (dict(bottleneck="patches"), "--no-use_vq_codebook"),
-    (dict(tasks=["read"]), "--no-enable_mtp"),
-    (dict(tasks=["sudoku4"], enable_mtp=False, relation_bias=True), "--relation_bias needs one task of grids"),
-    (dict(tasks=["read"], enable_mtp=False, bottleneck="tokens", use_vq_codebook=False, relation_bias=True), "grids"),
+    (dict(mixer="mlp_t"), "mixer mlp_t .* tasks read fill arc\ntry: tasks=read"),
+    (dict(bottleneck="patches"), "try: use_vq_codebook=false"),
+    (dict(tasks=["read"]), "try: enable_mtp=false"),
+    (dict(tasks=["sudoku4"], enable_mtp=False, relation_bias=True), "relation_bias needs a single grid task"),
+    (dict(tasks=["read"], enable_mtp=False, bottleneck="tokens", use_vq_codebook=False, relation_bias=True), "grid"),
     (dict(paths=17), "17 paths in 16 dimensions"),
-    (dict(num_heads=3), "--hidden_size 16 over --num_heads 3"),
+    (dict(num_heads=3), "hidden_size 16 over num_heads 3"),
     (dict(num_heads=16), "even"),
 ]
 

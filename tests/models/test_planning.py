@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from models.planning import pick, put, select, share, starts
+from models.planning import pick, put, select, share_winner, starts
 
 T, B, K, L = 5, 40, 4, 2
 
@@ -72,7 +72,7 @@ def test_picking_putting_sharing():
     for b in range(3):
         for k in range(K):
             assert torch.equal(other[b, k], new[b] if k == path[b] else values[b, k])
-    shared = share(values, path, torch.tensor([True, False, True]))
+    shared = share_winner(values, path, torch.tensor([True, False, True]))
     for b in range(3):
         for k in range(K):
             assert torch.equal(shared[b, k], values[b, k] if b == 1 else picked[b])

@@ -5,7 +5,7 @@ import torch
 
 from models import trm
 from models.transformer import Rotary
-from models.trm import EPS, RELATION_SCALE, Block, Core, attend, boxes, grid, offsets
+from models.trm import EPS, RELATION_SCALE, Core, CoreBlock, attend, boxes, grid, offsets
 
 S, C, HEADS = 16, 16, 4
 SIZES = dict(d_model=C, n_heads=HEADS, core="recursive", core_layers=2, share=True, h_cycles=2, l_steps=3, norm="post",
@@ -121,8 +121,8 @@ def test_gradients_go_as_far_back_as_said(share):
 @pytest.mark.parametrize("grad, calls", [("one_step", 2), ("last_cycle", 4), ("bptt", 8)])
 def test_early_calls_leave_no_graph(grad, calls, monkeypatch):
     with_graph = []
-    forward = Block.forward
-    monkeypatch.setattr(Block, "forward", lambda *a: with_graph.append(forward(*a).requires_grad) or forward(*a))
+    forward = CoreBlock.forward
+    monkeypatch.setattr(CoreBlock, "forward", lambda *a: with_graph.append(forward(*a).requires_grad) or forward(*a))
     core, x = build(grad=grad), normal(2, S, C)
     core(x, *core.start(x), still, None)
     layers = len(core.stacks[0])
