@@ -346,9 +346,10 @@ def main(cfg, begun=None):
     model_args = {name: known[name] for name in inspect.signature(Multimodal).parameters}
     try:
         raw_model = Multimodal(**model_args).to(device)  # saved without _orig_mod.
-    except ValueError as e:  # names arguments: show them as flags, but not in KEY=VALUE
+    except ValueError as e:  # the model names arguments: show them as flags
         names = "|".join(name for name in model_args if hasattr(cfg, name))
-        raise UsageError(re.sub(rf"\b({names})\b(?!=)", r"--\1", str(e))) from e
+        message = re.sub(rf"\b({names})\b(?!=)", r"--\1", str(e))
+        raise UsageError(re.sub(r"\b(\w+)=false\b", r"--no-\1", message)) from e
     agent = None  # learns from rewards when to stop
     if cfg.enable_dqn:
         agent = HaltingAgent(

@@ -128,7 +128,7 @@ class Multimodal(nn.Module):
             raise ValueError(f"mixer mlp_t has one fixed length, found tasks {names}\ntry: tasks={next(iter(tasks))}")
         if use_vq_codebook and not capsules:
             raise ValueError(
-                f"use_vq_codebook needs bottleneck capsules, found {bottleneck}\ntry: use_vq_codebook=false"
+                f"use_vq_codebook needs bottleneck capsules, found bottleneck {bottleneck}\ntry: use_vq_codebook=false"
             )
         if enable_mtp and not causal:
             raise ValueError(f"enable_mtp needs a task with a decoder, found tasks {names}\ntry: enable_mtp=false")
