@@ -162,25 +162,3 @@ class HaltingAgent:
     def load_state_dict(self, state):
         self.target.load_state_dict(state["target"])
         self.ring.load_state_dict(state["ring"])
-
-
-def policies(right, q, values=None, thresholds=21):
-    """Accuracy over mean steps of ways to stop; on the CPU: right (n, T) bool, q (n, T), values (n, T, 2) or None.
-
-    -> rows dict(policy, at, steps, accuracy): `fixed` at each step, `q` at quantiles of q, `dqn` where to halt is worth
-    more, `oracle` as soon as all is right. What does not stop by itself stops at T.
-    """
-    n, T = right.shape
-    step = torch.arange(T)
-    ways = [("fixed", t + 1, (step >= t).expand(n, T)) for t in range(T)]
-    cuts = q.double().flatten().quantile(torch.linspace(0, 1, thresholds, dtype=torch.float64)).unique().tolist()
-    ways += [("q", cut, q.double() >= cut) for cut in cuts]
-    if values is not None:
-        ways.append(("dqn", 0.0, values[..., HALT] > values[..., CONTINUE]))
-    ways.append(("oracle", 0.0, right))
-    rows = []
-    for policy, at, halt in ways:
-        stop = (halt[:, :-1].cumsum(1) == 0).sum(1)  # steps before the first that halts, T - 1 without one
-        accuracy = right.gather(1, stop[:, None]).double().mean().item()
-        rows.append(dict(policy=policy, at=at, steps=stop.double().mean().item() + 1, accuracy=accuracy))
-    return rows
