@@ -34,7 +34,7 @@ from data_utils.pages.shards import Shards
 from data_utils.pages.tasks import DIGIT, Task
 from data_utils.reasoning import sudoku as puzzles
 from models.glyphs import END, HOLE, PADDING, SYMBOLS
-from models.halting import CONTINUE, HALT
+from models.halting import HALT
 from models.multimodal import Multimodal
 from models.planning import select
 
@@ -431,7 +431,7 @@ def policies(right, q, values=None, thresholds=21):
     cuts = q.double().flatten().quantile(torch.linspace(0, 1, thresholds, dtype=torch.float64)).unique().tolist()
     rules += [("q", cut, q.double() >= cut) for cut in cuts]
     if values is not None:
-        rules.append(("dqn", 0.0, values[..., HALT] > values[..., CONTINUE]))
+        rules.append(("dqn", 0.0, values[..., HALT] > values[..., 1 - HALT]))
     rules.append(("oracle", 0.0, right))
     rows = []
     for policy, at, halt in rules:
