@@ -125,9 +125,9 @@ class HaltingAgent:
     def act(self, features, right, last, step, draws):
         """Choose actions (B) int64 from features (B, F), right and last (B) bool.
 
-        draws: (B, 2) uniform in [0, 1), on the host, for the random actions. For the first `warmstart` steps a sample halts when
-        all is right. After that it takes the better action, or a random one with probability epsilon. The last step
-        always halts.
+        draws: (B, 2) uniform in [0, 1), on the host, for the random actions. For the first `warmstart` steps a sample
+        halts when all is right. After that it takes the better action, or a random one with probability epsilon. The
+        last step always halts.
         """
         halt = right
         if step >= self.warmstart:

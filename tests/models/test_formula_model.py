@@ -117,7 +117,7 @@ def test_steps_equal_the_full_forward(rope, shared):
 
 @torch.no_grad()
 def test_rows_in_groups_of_like_length_equal_padded_ones(monkeypatch):
-    monkeypatch.setattr("models.formula_model.ALIKE", 3)
+    monkeypatch.setattr("models.formula_model.CPU_ROWS", 3)
     model, batch = shaken(), batch_of(FORMULAS * 2, prompts=[PROMPT, [], [], [], [], PROMPT, [], []], numbers=range(8))
     data, mask = points(8)
     ids, num = batch["input_ids"], batch["input_num"]

@@ -6,7 +6,7 @@ import struct
 import pytest
 import torch
 
-from models.set_transformer import NORMS, Norm, SetTransformer, bits, bring_into_range, fourier, standardised
+from models.set_transformer import NORMS, Norm, SetTransformer, bring_into_range, fourier, ieee_bits, standardize
 from models.transformer import EPS
 
 SIZES = dict(n_columns=3, float_features="fourier", noise_scale=0.1, dim=16, n_heads=4, n_isab=1, n_sab=1,
@@ -29,7 +29,7 @@ def everything(data):
 
 def test_bits_are_those_of_ieee_754():
     values = torch.tensor([0.0, -0.0, 1.0, -2.5, 1e-40, 3.4e38, math.pi])
-    for value, found in zip(values.tolist(), bits(values), strict=True):
+    for value, found in zip(values.tolist(), ieee_bits(values), strict=True):
         word = "".join(f"{byte:08b}" for byte in struct.pack(">f", value))
         assert found.tolist() == [1.0 if bit == "1" else -1.0 for bit in word]
 
@@ -47,7 +47,7 @@ def test_fourier_features_equal_a_loop():
 def test_standardised_equals_a_loop(scale):
     y, present = scale * points(3, 12), points(3, 12, seed=3) > 0
     present[2] = False
-    found = standardised(y * present, present)
+    found = standardize(y * present, present)
     for row in range(2):
         real = [v / scale for v, there in zip(y[row].tolist(), present[row], strict=True) if there]
         mean = sum(real) / len(real)
@@ -55,7 +55,7 @@ def test_standardised_equals_a_loop(scale):
         plain = torch.tensor([(v - mean) / deviation for v in real])
         torch.testing.assert_close(found[row][present[row]], plain, rtol=1e-4, atol=1e-4)
     assert (found[~present] == 0).all()
-    assert (standardised(torch.full((1, 5), 7.0), everything(torch.zeros(1, 5))).abs() < 1e-6).all()
+    assert (standardize(torch.full((1, 5), 7.0), everything(torch.zeros(1, 5))).abs() < 1e-6).all()
 
 
 @pytest.mark.parametrize("kind", [torch.float32, torch.float64])
