@@ -110,8 +110,8 @@ def test_at_level_event_only_the_shape_of_ids_is_read():
     for decoder in KINDS:
         model = build(decoder=decoder, level="event").eval()
         z = model.encode(x, ids, mask, globals)
-        told, blind = model.decode(z, ids, mask), model.decode(z, 0 * ids, mask & False)
-        assert all(torch.equal(told[name], blind[name]) for name in told)
+        seeing, blind = model.decode(z, ids, mask), model.decode(z, 0 * ids, mask & False)
+        assert all(torch.equal(seeing[name], blind[name]) for name in seeing)
 
 
 @torch.no_grad()

@@ -18,7 +18,7 @@ from benchmarks import ae_speed
 from models.codebook import Codebook
 folder, rank = sys.argv[1], int(sys.argv[2])
 dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
-found = []
+states = []
 for given in torch.load(f"{folder}/given.pt", weights_only=True):
     torch.manual_seed(rank)
     codebook = Codebook(**given["sizes"])
@@ -26,8 +26,8 @@ for given in torch.load(f"{folder}/given.pt", weights_only=True):
     for z, mask in given["batches"]:
         half = slice(rank * len(z) // 2, (rank + 1) * len(z) // 2)
         codebook(z[half], mask[half])
-    found.append(codebook.state_dict())
-torch.save(found, f"{folder}/{rank}.pt")
+    states.append(codebook.state_dict())
+torch.save(states, f"{folder}/{rank}.pt")
 dist.barrier()
 os._exit(0)
 """
@@ -59,8 +59,8 @@ def test_indices_are_those_of_cdist(N, size):
     index = nearest(vectors, codes)
     distance = torch.cdist(vectors.double(), codes.double())
     assert index.shape == (N,) and index.dtype == torch.long
-    found = distance.gather(1, index[:, None]).squeeze(1)
-    assert (found**2 - distance.min(1).values ** 2).abs().sum() <= 1e-6 * max(1, N)
+    chosen = distance.gather(1, index[:, None]).squeeze(1)
+    assert (chosen**2 - distance.min(1).values ** 2).abs().sum() <= 1e-6 * max(1, N)
     assert (index == distance.argmin(1)).sum() >= N - 1
 
 
@@ -180,8 +180,8 @@ def test_lloyd_is_k_means():
     centres = torch.tensor([[0.0, 0.0], [0.0, 50.0], [50.0, 0.0], [50.0, 50.0]])
     vectors = (centres[:, None] + normal(4, 100, 2)).flatten(0, 1)
     codes = torch.cat([vectors[[0, 100, 200]], torch.full((1, 2), 1e4)])
-    found = lloyd(vectors, codes, torch.Generator().manual_seed(1))
-    distance = torch.cdist(vectors.view(4, 100, 2).mean(1), found)
+    means = lloyd(vectors, codes, torch.Generator().manual_seed(1))
+    distance = torch.cdist(vectors.view(4, 100, 2).mean(1), means)
     assert distance.min(1).values.max() < 1e-3
 
 

@@ -31,17 +31,17 @@ def changed(function, target):
 @torch.no_grad()
 def test_a_place_sees_the_symbols_before_it():
     decoder, (target, memory) = build(), given()
-    found = changed(lambda t: decoder.logits(decoder(t, memory)), target)
+    reached = changed(lambda t: decoder.logits(decoder(t, memory)), target)
     i, place = torch.arange(L)[:, None], torch.arange(L)
-    assert torch.equal(found, i < place)
+    assert torch.equal(reached, i < place)
 
 
 @torch.no_grad()
 def test_the_further_guess_sees_one_symbol_more():
     decoder, (target, memory) = build(), given()
-    found = changed(lambda t: decoder.logits(decoder.ahead(decoder(t, memory), t)), target)
+    reached = changed(lambda t: decoder.logits(decoder.ahead(decoder(t, memory), t)), target)
     i, place = torch.arange(L)[:, None], torch.arange(L - 1)  # place i guesses symbol i + 1
-    assert torch.equal(found, i <= place)
+    assert torch.equal(reached, i <= place)
 
 
 @torch.no_grad()
@@ -82,9 +82,9 @@ def test_writing_equals_being_taught(seed):
         seen.append(logits)
         return logits.argmax(-1)
 
-    made = decoder.generate(memory, length=L, end=END, choose=choose)
-    taught = decoder.logits(decoder(made, memory))
-    for b, row in enumerate(made.tolist()):
+    symbols = decoder.generate(memory, length=L, end=END, choose=choose)
+    taught = decoder.logits(decoder(symbols, memory))
+    for b, row in enumerate(symbols.tolist()):
         length = row.index(END) + 1 if END in row else L
         for i in range(length):
             torch.testing.assert_close(seen[i][b], taught[b, i])
@@ -96,8 +96,8 @@ def test_writing_equals_being_taught(seed):
 def test_after_the_end_there_is_nothing():
     decoder, (_, memory) = build(), given(3)
     turns = iter([[1, END, 2], [3, 4, END], [END, 5, 6], [7, 7, 7]])
-    made = decoder.generate(memory, length=L, end=END, choose=lambda logits: torch.tensor(next(turns)))
-    assert made.tolist() == [[1, 3] + [END] * 4, [END] * 6, [2] + [END] * 5]
+    symbols = decoder.generate(memory, length=L, end=END, choose=lambda logits: torch.tensor(next(turns)))
+    assert symbols.tolist() == [[1, 3] + [END] * 4, [END] * 6, [2] + [END] * 5]
     assert next(turns) == [7, 7, 7]  # it stopped once all had ended
 
 

@@ -17,10 +17,10 @@ def build(**changes):
 
 def slots(count, seed, **fixed):
     g = torch.Generator().manual_seed(seed)
-    found = dict(features=torch.randn(count, FEATURES, generator=g), accuracy=torch.rand(count, generator=g))
+    step = dict(features=torch.randn(count, FEATURES, generator=g), accuracy=torch.rand(count, generator=g))
     for name in ("right", "last"):
-        found[name] = torch.rand(count, generator=g) < 0.4
-    return found | dict(action=torch.randint(2, (count,), generator=g)) | fixed
+        step[name] = torch.rand(count, generator=g) < 0.4
+    return step | dict(action=torch.randint(2, (count,), generator=g)) | fixed
 
 
 def test_features():
@@ -80,7 +80,7 @@ def test_the_loss_is_that_of_a_loop(monkeypatch):
     with torch.no_grad():
         for p in agent.target.parameters():
             p.add_(0.1 * torch.randn_like(p))
-    found = agent.loss(16, torch.Generator().manual_seed(5))
+    loss = agent.loss(16, torch.Generator().manual_seed(5))
     total = 0.0
     for row in agent.ring.sample(16, torch.Generator().manual_seed(5)):
         here, after, (reward, gain, action, last) = row[:FEATURES], row[FEATURES:-4], row[-4:]
@@ -88,8 +88,8 @@ def test_the_loss_is_that_of_a_loop(monkeypatch):
         if action == CONTINUE:
             best = HALT if last else int(agent.net(after).argmax())
             total += torch.nn.functional.huber_loss(agent.net(here)[CONTINUE], gain + 0.9 * agent.target(after)[best])
-    torch.testing.assert_close(found, total / 16)
-    found.backward()
+    torch.testing.assert_close(loss, total / 16)
+    loss.backward()
     assert all(p.grad.norm() > 0 for p in agent.net.parameters())
     assert all(p.grad is None for p in agent.target.parameters())
 
@@ -147,8 +147,8 @@ def test_a_ring_of_another_capacity_takes_over_the_newest_rows(capacity, added):
         old.add(row[None])
     new.load_state_dict(old.state_dict())
     for newest in range(added, 16):
-        kept = min(capacity, newest - max(0, added - 7))
-        assert sorted(new.rows[: len(new), 0].tolist()) == list(range(newest - kept, newest))
+        count = min(capacity, newest - max(0, added - 7))
+        assert sorted(new.rows[: len(new), 0].tolist()) == list(range(newest - count, newest))
         new.add(rows[newest][None])
 
 
@@ -161,8 +161,8 @@ def test_it_learns_when_to_stop(monkeypatch):
 
     def at(t, action):
         right = due <= t
-        known = torch.stack([right, due > T], 1).float()
-        features = torch.cat([known, torch.full((400, 1), t / T), torch.zeros(400, FEATURES - 3)], 1)
+        signals = torch.stack([right, due > T], 1).float()
+        features = torch.cat([signals, torch.full((400, 1), t / T), torch.zeros(400, FEATURES - 3)], 1)
         last = torch.full((400,), t == T)
         return dict(features=features, accuracy=right.float(), right=right, last=last, action=action)
 

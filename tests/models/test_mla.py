@@ -50,9 +50,9 @@ def test_absorbed_decoding_equals_the_full_forward(kv_latent_dim, prompt):
     block, rotary = make(kv_latent_dim)
     x = torch.randn(2, T, C)
     full, cache = block(x, rotary), block.init_cache(2, T)
-    found = [block(x[:, :prompt], rotary, cache=cache)]
-    found += [block(x[:, t : t + 1], rotary, cache=cache, start=t) for t in range(prompt, T)]
-    torch.testing.assert_close(torch.cat(found, 1), full, rtol=0, atol=1e-5)
+    outputs = [block(x[:, :prompt], rotary, cache=cache)]
+    outputs += [block(x[:, t : t + 1], rotary, cache=cache, start=t) for t in range(prompt, T)]
+    torch.testing.assert_close(torch.cat(outputs, 1), full, rtol=0, atol=1e-5)
 
 
 def test_cache_holds_what_it_should():

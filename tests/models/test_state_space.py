@@ -104,8 +104,8 @@ def mamba_ssm(monkeypatch):
     state_space._mamba_ssm.cache_clear()
 
 
-def close(found, wanted, tolerance=1e-5):
-    return (found - wanted).abs().max() <= tolerance * wanted.abs().max()
+def close(actual, wanted, tolerance=1e-5):
+    return (actual - wanted).abs().max() <= tolerance * wanted.abs().max()
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -122,8 +122,8 @@ def test_scan_values_and_gradients_equal_the_fp64_loop(T, method):
             loss = (y_ * weight_y.float()).sum() + (h_ * weight_h.float()).sum()
         assert y_.dtype == h_.dtype == torch.float32
         assert close(y_, y) and close(h_, h)
-        for name, found, grad in zip(NAMES, torch.autograd.grad(loss, inputs), wanted, strict=True):
-            assert close(found, grad), (name, chunk)
+        for name, gradient, grad in zip(NAMES, torch.autograd.grad(loss, inputs), wanted, strict=True):
+            assert close(gradient, grad), (name, chunk)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -140,8 +140,8 @@ def test_scan_in_two_pieces_equals_the_whole(cut, method):
         y = torch.cat(y)
         return y, h, *torch.autograd.grad((y * weights).sum() + h.sin().sum(), inputs)
 
-    for found, wanted in zip(run([slice(cut), slice(cut, None)]), run([slice(None)]), strict=True):
-        assert close(found, wanted, 1e-10)
+    for actual, wanted in zip(run([slice(cut), slice(cut, None)]), run([slice(None)]), strict=True):
+        assert close(actual, wanted, 1e-10)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -193,8 +193,8 @@ def test_without_mamba_ssm_a_gpu_scans_in_parallel(monkeypatch):
 def test_a_model_is_the_same_by_every_method(method, bf16, use, mamba_ssm):
     x = tokens(2, 41)
 
-    def run(how):
-        use(how)
+    def run(name):
+        use(name)
         model = build(n_layers=2)
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
             loss, _ = model(x[:, :-1], x[:, 1:])
