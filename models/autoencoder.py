@@ -52,7 +52,8 @@ def loss_sums(output, target, ids, globals, level):
     rec_types: cross-entropy, and type_accuracy: of particles at level token, of all slots at level event; both are
     missing without a type head. revived: codes that were restarted in this batch.
     """
-    mask, counts = ids > 0, denominators(dict(x=target, ids=ids, globals=globals), level)
+    mask = ids > 0
+    counts = denominators(dict(x=target, ids=ids, globals=globals), level)
     error = (output["x_hat"].float() - target).masked_fill(~mask[..., None], 0)
     sums = dict(rec_tokens=error.square().sum(), rec_globals=(output["rec_globals"].float() - globals).square().sum())
     sums["commit"] = output["aux"]["commit"] * counts["commit"]
@@ -70,7 +71,8 @@ def denominators(batch, level):
     """Return {name: count} that divides the sum of each loss over a batch (x, ids, globals; or x, y)."""
     if "ids" not in batch:
         return dict(miss=len(batch["y"]))
-    particles, events = (batch["ids"] > 0).sum(), len(batch["ids"])
+    particles = (batch["ids"] > 0).sum()
+    events = len(batch["ids"])
     slots = particles if level == "token" else batch["ids"].numel()
     features = particles * batch["x"].shape[-1]
     return dict(
@@ -293,7 +295,8 @@ class AutoEncoder(nn.Module):
         z_slot = z[:, None].expand(-1, ids.shape[1], -1) if event else z
         rec_globals = self.globals(z if event else mean_over(z, mask))
         type_logits = None if self.types is None else self.types(torch.cat([z_slot, slots], -1))
-        h, real = z if self.flat_slots else z_slot, mask
+        h = z if self.flat_slots else z_slot
+        real = mask
         if x_t is not None:
             x_t = x_t.masked_fill(~mask[..., None], 0)
         elif event:

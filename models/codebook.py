@@ -45,7 +45,8 @@ def nearest(vectors, codes):
 
     Scores are |c|^2 / 2 - x c, half the squared distance without |x|^2, which is the same for all codes.
     """
-    (N, D), n = vectors.shape, min(ROWS.get(vectors.device.type, MANY_ROWS), len(vectors))
+    N, D = vectors.shape
+    n = min(ROWS.get(vectors.device.type, MANY_ROWS), len(vectors))
     with torch.autocast(vectors.device.type, enabled=False):  # bfloat16 would change 1 % of the codes
         weight = torch.cat([-codes, codes.square().sum(1, keepdim=True) / 2], 1).T  # [x, 1] times this is the score
         rows, scores = vectors.new_ones(n, D + 1), vectors.new_empty(n, len(codes))
@@ -129,7 +130,8 @@ class Codebook(nn.Module):
         """
         if not len(vectors):
             raise ValueError("no vectors to start a codebook from")
-        vectors, size = vectors.float(), len(self.codes)
+        vectors = vectors.float()
+        size = len(self.codes)
         rounds = -(-size // len(vectors))
         order = torch.cat([torch.randperm(len(vectors), generator=generator) for _ in range(rounds)])[:size]
         codes = vectors[order.to(vectors.device)]
@@ -163,7 +165,8 @@ class Codebook(nn.Module):
 
         Nothing changes without vectors, or if one of them is not finite.
         """
-        (size, D), pool = self.codes.shape, vectors if len(vectors) else self.codes
+        size, D = self.codes.shape
+        pool = vectors if len(vectors) else self.codes
         counts, sums = totals(vectors, index, size)
         spare = pool[torch.randint(len(pool), (size,), device=pool.device)]
         if dist.is_initialized() and dist.get_world_size() > 1:

@@ -24,7 +24,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
         for start in range(0, len(targets), CHUNK):
             part = slice(start, start + CHUNK)
             h, y = hidden[part].to(dtype), targets[part]
-            real, rows, y = y >= 0, torch.arange(len(y), device=y.device), y.clamp_min(0)
+            real = y >= 0
+            rows = torch.arange(len(y), device=y.device)
+            y = y.clamp_min(0)
             torch.mm(h, table.T, out=logits[: len(y)])
             p = log_p[: len(y)].copy_(logits[: len(y)])
             if bias is not None:
@@ -56,7 +58,8 @@ def linear_cross_entropy(hidden, weight, targets, weights=None, bias=None):
     """
     kind = hidden.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
-    shape, targets = targets.shape, targets.reshape(-1)
+    shape = targets.shape
+    targets = targets.reshape(-1)
     weights = torch.ones(targets.shape, device=hidden.device) if weights is None else weights.reshape(-1).float()
     with torch.autocast(kind, enabled=False):
         total, nats = _LinearCrossEntropy.apply(

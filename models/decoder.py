@@ -18,7 +18,8 @@ class Decoder(nn.Module):
     def __init__(self, *, symbols, begin, d_model, n_heads, layers, length, mtp):
         """symbols: V. begin: id of the first input. length: L. mtp: add the block for one symbol further ahead."""
         super().__init__()
-        self.begin, sizes = begin, dict(d_model=d_model, n_heads=n_heads)
+        self.begin = begin
+        sizes = dict(d_model=d_model, n_heads=n_heads)
         self.embedding = nn.Embedding(symbols, d_model)
         nn.init.normal_(self.embedding.weight, std=d_model**-0.5)
         self.rotary = Rotary(d_model // n_heads, length, ROPE_BASE)

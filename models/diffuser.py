@@ -207,7 +207,8 @@ class Diffuser(nn.Module):
 
     def init_state(self, batch):
         """Return an empty cache for `advance`: position, and keys and values (layers, 2, B, H, max_seq_len + 1, D)."""
-        (length, D), H = self.rotary.cos.shape, self.blocks[0].attention.n_heads
+        length, D = self.rotary.cos.shape
+        H = self.blocks[0].attention.n_heads
         return 0, self.mean.new_zeros(len(self.encoder) + len(self.blocks), 2, batch, H, length, D)
 
     @torch.no_grad()
@@ -258,7 +259,9 @@ class Diffuser(nn.Module):
 
         Training uses torch's generator. An evaluation uses one generator per window, seeded by its number in `index`.
         """
-        (B, T), C, device = shape, len(self.mean), self.noise.device
+        B, T = shape
+        C = len(self.mean)
+        device = self.noise.device
         if self.training:
             t = (torch.randperm(B, device=device) + torch.rand(1, device=device)) / B  # even over the batch
             rank, eps = torch.rand(B, T, device=device).argsort(1), torch.randn(B, T, C, device=device)
@@ -292,13 +295,15 @@ class Diffuser(nn.Module):
         """
         if y is None:
             return F.linear(self.final(x), self.output)
-        counted, clean = y >= 0, self.latents(x)
+        counted = y >= 0
+        clean = self.latents(x)
         k, eps = self._draw(x.shape, index)
         r = self.noise[k]
         z = clean + r[..., None] * eps
         h = self.hidden_denoise(z, k)
         weights = self._weights(k) * counted
-        target, report = x.masked_fill(~counted, -100), {}
+        target = x.masked_fill(~counted, -100)
+        report = {}
         if self.objective == "mse" or not self.training:
             error = (by_chunk(self._x_hat, h, z, r) - clean).pow(2).mean(-1)
             report["mse"] = error.detach() * counted
@@ -313,7 +318,8 @@ class Diffuser(nn.Module):
             report["loss"] = weights * report["mse"]
             if self.latent_layer:
                 rounding, nats = linear_cross_entropy(h, self.head.weight, target, ROUNDING_WEIGHT * weights)
-                loss, report["loss"] = loss + rounding, report["loss"] + ROUNDING_WEIGHT * weights * nats
+                loss = loss + rounding
+                report["loss"] = report["loss"] + ROUNDING_WEIGHT * weights * nats
         rows = max(1, round(self.next_share * len(x))) if self.training else len(x)
         weight = self.next_weight * len(x) / rows
         next_nats, nats = linear_cross_entropy(self.final(x[:rows]), self.output, y[:rows])
@@ -335,10 +341,12 @@ class Diffuser(nn.Module):
         temperature: of the network's logits, not of the likelihood. prompt: (1, P) first ids, kept clean.
         generator: on the model's device.
         """
-        device, steps = self.noise.device, steps or self.inference_steps
+        device = self.noise.device
+        steps = steps or self.inference_steps
         if prompt is None:
             prompt = torch.empty(1, 0, dtype=torch.long, device=device)
-        P, ancestral = prompt.shape[1], sampler == "ancestral"
+        P = prompt.shape[1]
+        ancestral = sampler == "ancestral"
         prompt_latents = self.latents(prompt) if P else 0.0
         rank = torch.rand(n, length - P, generator=generator, device=device).argsort(1)
         z = self.noise[-1] * torch.randn(n, length, len(self.mean), generator=generator, device=device)
@@ -353,7 +361,8 @@ class Diffuser(nn.Module):
             return torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
 
         for k, after in zip(levels, levels[1:], strict=False):
-            r, h = self.noise[k], self.hidden_denoise(z, k)
+            r = self.noise[k]
+            h = self.hidden_denoise(z, k)
             ids = by_chunk(choose, h, z, r)
             if ancestral and not self.latent_layer:
                 x_hat = self.table[ids]

@@ -33,16 +33,16 @@ class NoiseSchedule(nn.Module):
 
     def __init__(self, diffusion_steps, noise_schedule):
         super().__init__()
-        self.steps, steps, kind = diffusion_steps, diffusion_steps, noise_schedule
+        steps = self.steps = diffusion_steps
         share = torch.arange(steps + 1, dtype=torch.float64) / steps
-        if kind == "cosine":
+        if noise_schedule == "cosine":
             a = torch.cos((share + 0.008) / 1.008 * math.pi / 2) ** 2
             a = a / a[0]
-        elif kind == "linear":
+        elif noise_schedule == "linear":
             beta = torch.linspace(1e-4, 0.02, steps, dtype=torch.float64) * 1000 / steps
             a = torch.cat([torch.ones(1, dtype=torch.float64), (1 - beta.clamp_max(0.999)).cumprod(0)])
         else:
-            raise ValueError(f"noise schedule {kind!r} is neither cosine nor linear")
+            raise ValueError(f"noise_schedule {noise_schedule!r}: expected cosine or linear")
         self.register_buffer("alpha_bar", (LEAST_SIGNAL + (1 - LEAST_SIGNAL) * a).float())
 
     def parts(self, t):
@@ -109,7 +109,8 @@ class DenoisingNetwork(nn.Module):
         c = sinusoid(t, TIME)[:, None]
         if condition is not None:
             c = torch.cat([c.expand(-1, x.shape[1], -1), condition], -1)
-        c, weight = self.context(c), message_weights(mask)
+        c = self.context(c)
+        weight = message_weights(mask)
         h = self.inward(x) + c
         modulations = [modulate(c).chunk(2, -1) for modulate in self.modulate]
         for layer, (gain, shift) in zip(self.layers, modulations[:-1], strict=True):
@@ -137,7 +138,8 @@ def ddim_errors(model, schedule, batch, count, seed, part):
     that ignores latents shows no difference. schedule: NoiseSchedule. The noise of an event depends only on the seed
     and its place in the batch. part: slice of the events that this rank decodes.
     """
-    ids, errors = batch["ids"], {}
+    ids = batch["ids"]
+    errors = {}
     noise = torch.randn(batch["x"].shape, generator=torch.Generator().manual_seed(seed)).to(ids.device)
     same = torch.arange(len(ids), device=ids.device)
     for name, source in (("ddim_mse", same), ("ddim_mse_shuffled", swap_partners((ids > 0).sum(1)))):

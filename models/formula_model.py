@@ -98,7 +98,8 @@ class FlashANSRModel(nn.Module):
         )  # fmt: skip
         self.memory_norm = Norm(decoder_cross_attn_kv_norm, decoder_input_dim)
         V, C = len(alphabet.tokens), decoder_model_dim
-        self.token, self.number = nn.Embedding(V, C), nn.Linear(BITS, C, bias=False)
+        self.token = nn.Embedding(V, C)
+        self.number = nn.Linear(BITS, C, bias=False)
         self.slots = nn.Embedding(decoder_max_seq_len + 1, C)
         rotary = Rotary(C // decoder_n_heads, max(decoder_max_seq_len, encoder_n_seeds), ROPE_BASE)
         self.rotary = rotary if decoder_use_rope_self_attn else _no_rotation
@@ -187,7 +188,8 @@ class FlashANSRModel(nn.Module):
         positions = torch.arange(1, ids.shape[1] + 1)
         lengths, order = (positions * (ids > 0)).amax(1).sort(stable=True)
         ids, data, mask, num = (None if t is None else t[order] for t in (ids, data, mask, num))
-        keys, logits = self.encode(data, mask).keys, []
+        keys = self.encode(data, mask).keys
+        logits = []
         for first in range(0, len(ids), CPU_ROWS):
             rows = slice(first, first + CPU_ROWS)
             longest = max(1, int(lengths[rows][-1]))
@@ -216,7 +218,8 @@ class FlashANSRModel(nn.Module):
 
     def init_state(self, encoded, rows, length):
         """Return an empty state for `step`: `rows` sequences of up to `length` tokens, for one set or one set each."""
-        D, H = encoded.keys[0][0].shape[-1], self.blocks[0].self_attention.n_heads
+        D = encoded.keys[0][0].shape[-1]
+        H = self.blocks[0].self_attention.n_heads
         cache = encoded.keys[0][0].new_empty(len(self.blocks), 2, rows, H, length, D)
         return State(0, cache, torch.zeros(rows, dtype=torch.long, device=cache.device), encoded.keys)
 
@@ -280,7 +283,8 @@ class FlashANSRModel(nn.Module):
             raise ValueError(f"n {n}: expected 1 or more")
         check_sampling(temperature, top_k, top_p)
         logits, state, room = self._begin(encoded, n, max_len, prompt, numbers)
-        V, device = len(self.arity), logits.device
+        V = len(self.arity)
+        device = logits.device
         rows, total = torch.zeros(n, room, dtype=torch.uint8, device=device), torch.zeros(n, device=device)
         going = torch.arange(n, device=device)  # formulas that are not complete
         at = torch.zeros(n, dtype=torch.long, device=device)  # row of the state that each of them continues
@@ -309,7 +313,8 @@ class FlashANSRModel(nn.Module):
         if width < 1:
             raise ValueError(f"width {width}: expected 1 or more")
         logits, state, room = self._begin(encoded, width, max_len, prompt, numbers)
-        V, device = len(self.arity), logits.device
+        V = len(self.arity)
+        device = logits.device
         rows, total = torch.zeros(1, room, dtype=torch.uint8, device=device), torch.zeros(1, device=device)
         ended, scores = rows[:0], total[:0]
         for t in range(room):

@@ -141,7 +141,8 @@ class Judges(nn.Module):
             judge_loss = critic_loss(self.critic(torch.randn_like(z)), self.critic(z.detach()))
             metrics = dict(latent_d_loss=(judge_loss.detach(), 1))
         if self.discriminator:
-            x_hat, rest = output["x_hat"], (batch["ids"], mask, batch["globals"])
+            x_hat = output["x_hat"]
+            rest = (batch["ids"], mask, batch["globals"])
             with frozen(self.discriminator):
                 g_loss = hinge_generator(self.discriminator(x_hat, *rest))
             real, fake = self.discriminator(batch["x"], *rest), self.discriminator(x_hat.detach(), *rest)

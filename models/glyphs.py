@@ -81,7 +81,8 @@ def to_images(pages, face=0):
 
     B, R, C = pages.shape
     face = face.view(-1, 1, 1) if torch.is_tensor(face) else face
-    index, table = (pages.int() + SYMBOLS * face).reshape(B * R, C), _rows(pages.device)
+    index = (pages.int() + SYMBOLS * face).reshape(B * R, C)
+    table = _rows(pages.device)
     drawn = torch.empty(B * R, CELL_HEIGHT, C, dtype=torch.int64, device=pages.device)
     part = B * R if pages.is_cuda else max(1, CACHED // C)
     for cells, out in zip(index.split(part), drawn.split(part), strict=True):

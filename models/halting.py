@@ -52,7 +52,8 @@ class Ring:
     """The newest `capacity` rows of `width` numbers in float16; memory is allocated block by block."""
 
     def __init__(self, capacity, width, device):
-        self.capacity, self.added = capacity, 0
+        self.capacity = capacity
+        self.added = 0
         self.rows = torch.zeros(0, width, dtype=torch.float16, device=device)
 
     def __len__(self):
@@ -112,7 +113,8 @@ class HaltingAgent:
 
         epsilon: initial share of random actions. warmstart: steps that act by the labels. step_cost: of continuing.
         """
-        self.net, self.target = net, copy.deepcopy(net).requires_grad_(False)
+        self.net = net
+        self.target = copy.deepcopy(net).requires_grad_(False)
         self.gamma, self.tau, self.epsilon, self.warmstart, self.step_cost = gamma, tau, epsilon, warmstart, step_cost
         self.ring = Ring(capacity, 2 * FEATURES + 4, net.projection.device)
 

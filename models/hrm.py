@@ -102,7 +102,9 @@ class HRM(nn.Module):
                 "positions grid needs decoder_layers 0"
             )
         self.max_seq_len, self.positions = max_seq_len, positions
-        self.halting, self.halting_weight, self.cells = halting, halting_weight, not decoder_layers
+        self.halting = halting
+        self.halting_weight = halting_weight
+        self.cells = not decoder_layers
         self.embedding = nn.Embedding(vocab_size, d_model)
         self.rotary = Rotary(d_model // n_heads, max_seq_len, ROPE_BASE) if positions == "rope" else NoRotation()
         if positions == "ends":
@@ -142,7 +144,8 @@ class HRM(nn.Module):
         B, S = ids.shape
         if S > self.max_seq_len:
             raise ValueError(f"prompt of {S} tokens, the model was built for max_seq_len {self.max_seq_len}")
-        x, bias = self.embedding(ids), None
+        x = self.embedding(ids)
+        bias = None
         if self.positions == "ends":
             place = torch.arange(S, device=ids.device)
             length = S if mask is None else mask.sum(1, keepdim=True)
@@ -171,7 +174,8 @@ class HRM(nn.Module):
         """Return the hidden states that the head reads: of the cells (B, S, C), or of the decoder (B, T, C)."""
         if self.cells:
             return z_H
-        memory, h = self.memory(x, z_H), self.embedding(decoder_input_ids)
+        memory = self.memory(x, z_H)
+        h = self.embedding(decoder_input_ids)
         if h.shape[1] > self.max_seq_len:
             raise ValueError(f"answer of {h.shape[1]} tokens, the model was built for max_seq_len {self.max_seq_len}")
         if self.positions == "ends":
@@ -203,7 +207,8 @@ class HRM(nn.Module):
         z_H, z_L = self.core(x, *(carry or self.start(x)), self.rotary, bias)
         h = self.answer(x, z_H, bias, batch.get("decoder_input_ids"))
         total, nats = linear_cross_entropy(h, self.head.weight, labels)
-        loss, report = total / (targets or (labels >= 0).sum()), dict(nats=nats)
+        loss = total / (targets or (labels >= 0).sum())
+        report = dict(nats=nats)
         if self.halting:
             logit = self.confidence(z_H, mask)
             right = ((self.guess(h.detach()) == labels) | (labels < 0)).all(1)
@@ -219,7 +224,8 @@ class HRM(nn.Module):
         """
         x, bias = self.encode(ids, mask)
         z_H, z_L = self.start(x)
-        last, used = torch.empty_like(x), torch.zeros(len(x), dtype=torch.long, device=x.device)
+        last = torch.empty_like(x)
+        used = torch.zeros(len(x), dtype=torch.long, device=x.device)
         going = torch.arange(len(x), device=x.device)
         for _ in range(segments):
             z_H, z_L = self.core(x[going], z_H, z_L, self.rotary, bias if bias is None else bias[going])
@@ -241,7 +247,8 @@ class HRM(nn.Module):
         """
         mask, labels = batch.get("encoder_mask"), batch["labels"]
         x, bias = self.encode(batch["encoder_ids"], mask)
-        (z_H, z_L), scores = self.start(x), {}
+        z_H, z_L = self.start(x)
+        scores = {}
         scored = labels >= 0 if not self.cells else batch["encoder_ids"] == 0
         for _ in range(segments):
             z_H, z_L = self.core(x, z_H, z_L, self.rotary, bias)
@@ -312,7 +319,8 @@ class HRM(nn.Module):
         after max_new_tokens or at max_seq_len.
         """
         x, bias, z_H, used = self.think(ids, mask, segments, threshold)
-        state, answers = self.init_state(x, z_H, bias), [[] for _ in ids]
+        state = self.init_state(x, z_H, bias)
+        answers = [[] for _ in ids]
         going = torch.arange(len(ids), device=ids.device)
         token = torch.full_like(ids[:, :1], bos_id)
         for _ in range(min(max_new_tokens, self.max_seq_len)):

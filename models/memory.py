@@ -101,7 +101,8 @@ class Memory(nn.Module):
     @contextmanager
     def shuffled(self, generator):
         """Permute the values of the entries inside the `with`; a gain that remains does not come from their content."""
-        original, fill = self.values.clone(), self.entries()
+        original = self.values.clone()
+        fill = self.entries()
         order = torch.randperm(fill, generator=generator, device=generator.device)
         self.values[:fill] = original[order.to(original.device)]
         try:
@@ -112,7 +113,8 @@ class Memory(nn.Module):
 
 def resize_memory(state, slots):
     """Return the buffers {name: tensor} of a memory with `slots` slots, which keeps the newest entries of `state`."""
-    old_slots, fill = len(state["keys"]), min(int(state["fill"]), slots)
+    old_slots = len(state["keys"])
+    fill = min(int(state["fill"]), slots)
     newest = (int(state["cursor"]) - fill + torch.arange(fill)) % old_slots  # the entries that stay, oldest first
     buffers = {}
     for name, empty in dict(keys=0, values=0, samples=-1).items():

@@ -84,7 +84,9 @@ def adapt_checkpoint(weights, old, new):
     Only arguments that need no new training follow `new`: a memory of another size keeps its newest entries, fewer
     paths keep the first ones, and gradient checkpointing goes on or off. All other arguments stay as in `old`.
     """
-    weights, args, prefix = dict(weights), dict(old), "memory."
+    weights = dict(weights)
+    args = dict(old)
+    prefix = "memory."
     args["enable_gradient_checkpointing"] = new["enable_gradient_checkpointing"]
     if old["enable_memory"] and new["enable_memory"] and old["memory_slots"] != new["memory_slots"]:
         buffers = {name.removeprefix(prefix): x for name, x in weights.items() if name.startswith(prefix)}
@@ -123,7 +125,8 @@ class Multimodal(nn.Module):
         self.tasks, self.bottleneck, self.augment, self.loss = tasks, bottleneck, augment, loss
         self.planning_depth, self.num_capsules = latent_planning_depth, num_capsules
         self.limits = dict(grid=supervision_steps, text=text_supervision_steps)
-        capsules, causal = bottleneck == "capsules", [task for task in tasks.values() if task["causal"]]
+        capsules = bottleneck == "capsules"
+        causal = [task for task in tasks.values() if task["causal"]]
         if mixer == "mlp_t" and others:
             raise ValueError(f"mixer mlp_t has one fixed length, found tasks {names}\ntry: tasks={next(iter(tasks))}")
         if use_vq_codebook and not capsules:
@@ -226,7 +229,9 @@ class Multimodal(nn.Module):
 
         The two dicts are empty without a codebook.
         """
-        task, losses, codes = self.tasks[batch["task"]], {}, {}
+        task = self.tasks[batch["task"]]
+        losses = {}
+        codes = {}
         x = self.see(batch)
         if self.bottleneck == "capsules":
             x = self.capsules(x)
@@ -275,10 +280,13 @@ class Multimodal(nn.Module):
 
         A dict of z_H, z_L (B, K, N, D), steps, halted (B), and the last answer (B, L).
         """
-        task, B, device = self.tasks[batch["task"]], len(batch["page"]), batch["page"].device
+        task = self.tasks[batch["task"]]
+        B = len(batch["page"])
+        device = batch["page"].device
         z = torch.zeros(B, len(self.starts), self.length_of(task), self.starts.shape[1], device=device)
         answer = torch.zeros(B, task["length"], dtype=torch.uint8, device=device)
-        steps, halted = torch.zeros(B, dtype=torch.long, device=device), torch.ones(B, dtype=torch.bool, device=device)
+        steps = torch.zeros(B, dtype=torch.long, device=device)
+        halted = torch.ones(B, dtype=torch.bool, device=device)
         return dict(z_H=z, z_L=z.clone(), steps=steps, halted=halted, answer=answer)
 
     def fresh(self, carry, dtype):
@@ -301,7 +309,8 @@ class Multimodal(nn.Module):
         scored = target != PADDING
         x, losses, metrics = self.perceive(batch)
         z_H, z_L, steps = self.fresh(carry, x.dtype)
-        (B, K), path = z_H.shape[:2], torch.zeros_like(steps)
+        B, K = z_H.shape[:2]
+        path = torch.zeros_like(steps)
         if K == 1:
             winner = self.core(x, z_H[:, 0], z_L[:, 0], self.rotary, None)
             z_H, z_L = (z.detach()[:, None] for z in winner)
@@ -321,7 +330,8 @@ class Multimodal(nn.Module):
         logits, h = self.answer(name, x, winner[0], target)
         losses["ce"] = (self.nats(name, logits, target).sum(1) / scored.sum(1)).mean()
         with torch.no_grad():
-            answer, hit = logits.argmax(-1).to(torch.uint8), self.hits(logits, target)
+            answer = logits.argmax(-1).to(torch.uint8)
+            hit = self.hits(logits, target)
             right = hit.all(1)[:, None].expand(-1, K) if K == 1 else put(metrics["paths_right"], path, hit.all(1))
             length = scored.sum(1)
             metrics |= dict(
@@ -360,7 +370,8 @@ class Multimodal(nn.Module):
         of the last step (B, K, N, D).
         """
         x, _, codes = self.perceive(batch)
-        K, name = paths or len(self.starts), batch["task"]
+        K = paths or len(self.starts)
+        name = batch["task"]
         first = self.starts[torch.arange(K, device=x.device) % len(self.starts)]
         z_H = self.core.start_H.to(x.dtype).expand(len(x), K, *x.shape[1:])
         z_L = first[:, None].to(x.dtype).expand_as(z_H)

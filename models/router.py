@@ -31,7 +31,8 @@ def static_mixture(nats, tolerance=1e-6):
     Stops when an iteration improves the mean nats by less than `tolerance`.
     """
     p = (nats.min(1, keepdim=True).values - nats).cpu().double().exp()  # relative to the likeliest expert
-    weights, last = torch.full_like(p[0], 1 / p.shape[1]), math.inf
+    weights = torch.full_like(p[0], 1 / p.shape[1])
+    last = math.inf
     while True:
         joint = weights * p
         mean_nats = -joint.sum(1).log().mean().item()
@@ -57,7 +58,8 @@ class NanoThink(nn.Module):
         experts: {family: keyword arguments of that model}. forward: ids (B, T) -> log-probabilities (B, T, V).
         """
         super().__init__()
-        self.max_seq_len, self.store = max_seq_len, None
+        self.max_seq_len = max_seq_len
+        self.store = None
         self.entropy_reg, self.balance_reg, self.z_reg = entropy_reg, balance_reg, z_reg
         self.rotary = Rotary(rope_dim if kv_latent_dim else d_model // n_heads, max_seq_len, rope_base)
         self.embedding = nn.Embedding(vocab_size, d_model)
@@ -184,7 +186,8 @@ class NanoThink(nn.Module):
         if self.store is not None:
             p_memory = (share * (tokens == y[..., None])).sum(-1)
             nll = -((1 - recalled) * (-nll).exp() + recalled * p_memory).clamp_min(TINY).log() * counted
-        n, E = counted.sum(), len(self.experts)
+        n = counted.sum()
+        E = len(self.experts)
         w, z = weights[counted], logits[counted].logsumexp(-1)  # (n, E), (n)
         mean = w.mean(0)
         chosen = F.one_hot(w.argmax(-1), E).float().mean(0)

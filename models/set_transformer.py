@@ -167,7 +167,8 @@ class SetTransformer(nn.Module):
         recompute blocks in the backward pass.
         """
         super().__init__()
-        self.n_columns, self.ieee = n_columns, float_features == "ieee"
+        self.n_columns = n_columns
+        self.ieee = float_features == "ieee"
         self.noise_scale, self.use_checkpointing = noise_scale, use_checkpointing
         sizes = dict(dim=dim, n_heads=n_heads, ffn_hidden_dim=ffn_hidden_dim, dropout=dropout, attn_norm=attn_norm,
                      ffn_norm=ffn_norm)  # fmt: skip

@@ -48,7 +48,9 @@ class _SelectiveScan(torch.autograd.Function):
     @staticmethod
     def forward(ctx, u, dt, A, B, C, h0, chunk):
         T, (batch, N, E) = len(u), h0.shape
-        rate, y, h = A / math.log(2), torch.empty_like(u), h0
+        rate = A / math.log(2)
+        y = torch.empty_like(u)
+        h = h0
         entering = h0.new_empty(-(-T // chunk), batch, N, E)
         decay, states = (h0.new_empty(min(chunk, T), batch, N, E) for _ in range(2))
         for i, start in enumerate(range(0, T, chunk)):
@@ -64,7 +66,9 @@ class _SelectiveScan(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, d_y, carry):
         u, dt, A, B, C, entering = ctx.saved_tensors
-        T, rate, d_y = len(u), A / math.log(2), d_y.contiguous()
+        T = len(u)
+        rate = A / math.log(2)
+        d_y = d_y.contiguous()
         d_u, d_dt, d_A, d_B, d_C = (torch.empty_like(t) for t in (u, dt, A, B, C))  # gradients of the inputs
         d_A.zero_()
         size = min(ctx.chunk, T)
@@ -128,7 +132,8 @@ class _ParallelScan(torch.autograd.Function):
     @staticmethod
     def forward(ctx, u, dt, A, B, C, h0, chunk):
         T, rate = len(u), A / math.log(2)
-        y, h = torch.empty_like(u), h0
+        y = torch.empty_like(u)
+        h = h0
         entering = h0.new_empty(-(-T // chunk), *h0.shape)
         for i, start in enumerate(range(0, T, chunk)):
             part = slice(start, start + chunk)
@@ -212,7 +217,8 @@ def selective_scan(u, dt, A, B, C, D, h0, chunk=None, method=None):
     with torch.autocast(u.device.type, enabled=False):
         dtype = torch.promote_types(dt.dtype, torch.float32)
         u, dt, A, B, C, D = (t.to(dtype) for t in (u, dt, A, B, C, D))
-        fresh, N = h0 is None, A.shape[1]
+        fresh = h0 is None
+        N = A.shape[1]
         h = u.new_zeros(*u.shape[1:], N) if fresh else h0.to(dtype)
         method = method or choose_method(u.device, dtype, N, fresh)
         if len(u) == 1:  # generation: the bookkeeping of a chunk would take longer than the step
@@ -304,7 +310,8 @@ class StateSpace(nn.Module):
 
     def _run(self, x, state):
         """x: (B, T) ids -> (residual stream (T, B, C) after as many blocks as `state` has, their new state)."""
-        h, after = self.dropout(self.embedding(x.T)), []
+        h = self.dropout(self.embedding(x.T))
+        after = []
         for block, (tail, hidden) in zip(self.blocks[: len(state)], state, strict=True):
             h, *new = block(h, tail, hidden)
             after.append(new)

@@ -169,7 +169,9 @@ class Core(nn.Module):
     def __init__(self, *, d_model, n_heads, core, core_layers, share, h_cycles, l_steps, grad, ffn_dim, relation,
                  mixer, norm, length, recompute):  # fmt: skip
         super().__init__()
-        self.recursive, self.calls, self.l_steps = core == "recursive", h_cycles * (l_steps + 1), l_steps
+        self.recursive = core == "recursive"
+        self.calls = h_cycles * (l_steps + 1)
+        self.l_steps = l_steps
         self.without_grad = self.calls - dict(bptt=self.calls, last_cycle=l_steps + 1, one_step=2)[grad]
         self.recompute = recompute
         sizes = dict(d_model=d_model, n_heads=n_heads, ffn_dim=ffn_dim, mixer=mixer, norm=norm, length=length)

@@ -27,7 +27,9 @@ class VectorStore:
     """
 
     def __init__(self, d_model, top_k, max_vectors):
-        self.top_k, self.index, self.count = top_k, None, 0
+        self.top_k = top_k
+        self.index = None
+        self.count = 0
         self._keys = np.zeros((max_vectors, d_model), np.float32)
         self.tokens, self.documents = np.zeros(max_vectors, np.int64), np.zeros(max_vectors, np.int64)
 
@@ -46,15 +48,20 @@ class VectorStore:
 
     def build(self):
         """Index the entries; none can be added afterwards."""
-        faiss, n, C = _faiss(), len(self), self._keys.shape[1]
-        self.index, keys = faiss.IndexFlatIP(C), self._keys[:n]
+        faiss = _faiss()
+        n = len(self)
+        C = self._keys.shape[1]
+        self.index = faiss.IndexFlatIP(C)
+        keys = self._keys[:n]
         if n > FLAT:
             lists = int(4 * n**0.5)
             self.index = faiss.IndexIVFFlat(self.index, C, lists, faiss.METRIC_INNER_PRODUCT)
             self.index.cp.seed, self.index.nprobe = 42, PROBES
             self.index.train(keys)
         self.index.add(keys)
-        self.tokens, self.documents, self._keys = self.tokens[:n], self.documents[:n], None
+        self.tokens = self.tokens[:n]
+        self.documents = self.documents[:n]
+        self._keys = None
 
     @torch.compiler.disable  # FAISS and numpy can't be part of a graph
     def search(self, keys, documents=None):
@@ -86,8 +93,11 @@ class VectorStore:
 
         Check the hash of the file first: faiss does not validate the bytes of an index.
         """
-        faiss, store = _faiss(), cls.__new__(cls)
-        store.index, store._keys, store.top_k = faiss.deserialize_index(arrays["index"]), None, int(arrays["top_k"])
+        faiss = _faiss()
+        store = cls.__new__(cls)
+        store.index = faiss.deserialize_index(arrays["index"])
+        store._keys = None
+        store.top_k = int(arrays["top_k"])
         store.tokens, store.documents = arrays["tokens"], arrays["documents"]
         store.count = len(store.tokens)
         return store

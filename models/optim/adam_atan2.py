@@ -54,7 +54,8 @@ def advance_compiled(value, gradient, m, v, beta1, beta2, correction, keep, rate
     v.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
     d, size = v.sqrt() * correction, m.abs()
     t = torch.minimum(size, d) / torch.maximum(size, d).clamp_min(torch.finfo(d.dtype).tiny)  # 0 for 0 / 0
-    square, angle = t * t, ARCTAN[-1]
+    square = t * t
+    angle = ARCTAN[-1]
     for factor in ARCTAN[-2::-1]:
         angle = angle * square + factor
     angle = angle * t
@@ -73,7 +74,8 @@ class Flat:
         if any(p.dtype != like.dtype or p.device != like.device for p in params):
             raise ValueError("the parameters of a group need one type and one device")
         sizes = [p.numel() + -p.numel() % ALIGN for p in params]
-        self.params, self.starts = params, [sum(sizes[:i]) for i in range(len(sizes))]
+        self.params = params
+        self.starts = [sum(sizes[:i]) for i in range(len(sizes))]
         self.values, self.gradients, self.m, self.v = torch.zeros(4, sum(sizes), dtype=like.dtype, device=like.device)
         for p, value, gradient in zip(params, self.views(self.values), self.views(self.gradients), strict=True):
             value.copy_(p.data)
@@ -168,7 +170,8 @@ class AdamAtan2(Plain):
 
     def load_state_dict(self, state_dict):
         """Load a state; raise ValueError unless its names and shapes are those of this optimizer."""
-        state, moments = list(state_dict["state"].values()), self._moments()
+        state = list(state_dict["state"].values())
+        moments = self._moments()
         if state_dict["names"] != self._names():
             raise ValueError("the optimizer's state is of parameters of other names, or in another order")
         if state and [s["m"].shape for s in state] != [m.shape for m, _ in moments]:

@@ -61,7 +61,9 @@ class AdamW8bit(torch.optim.Optimizer):
         for group in self.param_groups:
             beta1, beta2 = group["betas"]
             for p in (p for p in group["params"] if p.grad is not None):
-                state, g, small = self.state[p], p.grad, p.numel() < SMALLEST
+                state = self.state[p]
+                g = p.grad
+                small = p.numel() < SMALLEST
                 t = state.get("step", 0) + 1
                 if p.device not in generators:
                     generators[p.device] = torch.Generator(p.device).manual_seed(self.seed + 1_000_003 * t)

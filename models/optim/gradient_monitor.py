@@ -59,7 +59,8 @@ class Monitor:
     def never_trained(self):
         """Return the names of parameters whose gradient was 0 or absent at every step, except the `late` ones."""
         if self._largest is not None:
-            norms, self._largest = self._largest.tolist(), None
+            norms = self._largest.tolist()
+            self._largest = None
             self.untrained = {
                 name: p for (name, p), norm in zip(self.untrained.items(), norms, strict=True) if not norm
             }
