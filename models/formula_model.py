@@ -97,6 +97,8 @@ class FlashANSRModel(nn.Module):
             use_checkpointing=use_checkpointing,
         )  # fmt: skip
         self.memory_norm = Norm(decoder_cross_attn_kv_norm, decoder_input_dim)
+
+        # decoder: embeddings of tokens, numbers and open slots, blocks, head
         V, C = len(alphabet.tokens), decoder_model_dim
         self.token = nn.Embedding(V, C)
         self.number = nn.Linear(BITS, C, bias=False)
@@ -113,6 +115,8 @@ class FlashANSRModel(nn.Module):
         )  # fmt: skip
         self.norm = Norm(decoder_output_norm, C)
         self.head = nn.Sequential(nn.Linear(C, C), nn.GELU(), nn.Dropout(decoder_dropout), nn.Linear(C, V))
+
+        # grammar
         arity = torch.from_numpy(alphabet.arity).long()
         self.register_buffer("arity", arity, persistent=False)
         opens = torch.where(arity >= 0, arity - 1, 0)

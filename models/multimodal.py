@@ -52,8 +52,8 @@ class Places(nn.Module):
 class Quantizer(nn.Module):
     """Replace each capsule by `groups` codes of one codebook: (B, N, D) -> (B, N, D).
 
-    In training some samples skip the codes. At first capsules hardly differ between pages; codes would remove even that
-    difference, and the decoder would never learn to read them. (Mimi, arXiv 2410.00037, skips half of them.)
+    In training half of the samples skip the codes, as in Mimi (arXiv 2410.00037). At first capsules hardly differ
+    between pages. Codes would remove even that difference, and the rest of the model would never learn to read them.
     """
 
     def __init__(self, *, d_model, size, dim, groups, beta):
@@ -140,6 +140,8 @@ class Multimodal(nn.Module):
                 "relation_bias needs a single grid task without rules, bottleneck patches or tokens, and mixer "
                 f"attention, found tasks {names}, bottleneck {bottleneck}, mixer {mixer}\ntry: relation_bias=false"
             )
+
+        # input: symbols or patches, their places, the task and its rules
         kinds = {task["kind"]: task["cells"] for task in tasks.values()}
         if bottleneck == "tokens":
             self.embedding = nn.Embedding(SYMBOLS, D)
@@ -156,6 +158,8 @@ class Multimodal(nn.Module):
         if rules := max(task["ids"] for task in tasks.values()):
             self.rules = nn.Embedding(rules, D, sparse=True)
             nn.init.zeros_(self.rules.weight)
+
+        # reasoning: encoder of capsules and core; lengths only matter to mlp_t, which has a single task
         sizes = dict(d_model=D, n_heads=num_heads, core="recursive", core_layers=L_layers, share=True, mixer=mixer,
                      norm=norm, h_cycles=H_cycles, l_steps=L_cycles, grad="last_cycle", ffn_dim=inner_width(D),
                      recompute=enable_gradient_checkpointing)  # fmt: skip
@@ -170,10 +174,14 @@ class Multimodal(nn.Module):
         self.core = Core(**sizes, relation=relation, length=lengths[0])
         self.rotary = NoRotation() if relation_bias else Rotary(D // num_heads, max(seen + lengths), ROPE_BASE)
         self.register_buffer("starts", starts(self.core.start_L, paths))
+
+        # optional parts between encoder and core
         if use_vq_codebook:
             self.quantizer = Quantizer(d_model=D, size=vq_size, dim=vq_dim, groups=vq_groups, beta=vq_beta)
         if enable_memory:
             self.memory = Memory(slots=memory_slots, key_dim=memory_dim, d_model=D, top_k=memory_top_k)
+
+        # output: head of slots, decoder of text, logits of when to stop
         if len(causal) < len(tasks):
             self.head = nn.Linear(D, SYMBOLS, bias=False)
             nn.init.normal_(self.head.weight, std=D**-0.5)
