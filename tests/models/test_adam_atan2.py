@@ -59,7 +59,7 @@ def train(model, optimizer, steps, scale=1.0, seed=0):
 
 
 def reference(params, gradients, decays, lr, betas):
-    """The formula, number by number in double precision; gradients: a list of lists."""
+    """Apply the formula number by number in double precision; gradients: a list of lists."""
     values = [p.detach().double().clone() for p in params]
     ms, vs = [torch.zeros_like(x) for x in values], [torch.zeros_like(x) for x in values]
     for t, step in enumerate(gradients, 1):

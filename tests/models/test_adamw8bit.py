@@ -19,7 +19,7 @@ def normal(*shape, seed=0):
 
 
 def parameters():
-    """A tensor of whole blocks, one with a rest, one that stays fp32."""
+    """Return a tensor of full blocks, one with a partial block, and one that stays fp32."""
     shapes = (BLOCK, 32), (SMALLEST + 5,), (40,)
     return [torch.nn.Parameter(normal(*shape, seed=i)) for i, shape in enumerate(shapes)]
 

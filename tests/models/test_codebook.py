@@ -74,7 +74,7 @@ def test_least_is_the_first_of_equals():
 def test_output_and_gradient(with_mask):
     codebook, mask = build().eval(), torch.rand(3, 7, generator=torch.Generator().manual_seed(0)) < 0.6
     z, pull = normal(3, 7, 8), normal(3, 7, 8, seed=3)
-    leaf = z.masked_fill(~mask[..., None], float("nan")) if with_mask else z.clone()  # what is padded does not matter
+    leaf = z.masked_fill(~mask[..., None], float("nan")) if with_mask else z.clone()  # padding must not matter
     real = (mask if with_mask else torch.ones_like(mask))[..., None]
     out, index, commit = codebook(leaf.requires_grad_(), mask if with_mask else None)
     q = codebook.codes[torch.cdist(z, codebook.codes).argmin(-1)]
@@ -176,7 +176,7 @@ def test_start():
 
 
 def test_lloyd_is_k_means():
-    """Four far clusters: each mean is found, though two codes start in one cluster and one far from all."""
+    """Of four distant clusters k-means finds each mean, though two codes start in one cluster and one far away."""
     centres = torch.tensor([[0.0, 0.0], [0.0, 50.0], [50.0, 0.0], [50.0, 50.0]])
     vectors = (centres[:, None] + normal(4, 100, 2)).flatten(0, 1)
     codes = torch.cat([vectors[[0, 100, 200]], torch.full((1, 2), 1e4)])
@@ -193,7 +193,7 @@ def test_rules_and_usage():
 
 
 def test_two_ranks(tmp_path):
-    """With half of every batch each they are one that has all of it, and revive the same codes."""
+    """Two ranks with half of every batch each equal one with the full batch, and revive the same codes."""
     one, far = build(), build()
     far.codes += 100
     far.sums.copy_(far.codes)
@@ -203,7 +203,7 @@ def test_two_ranks(tmp_path):
     used = torch.zeros(128, dtype=torch.long)
     for seed in range(6):
         z, mask = normal(60, 5, 8, seed=seed), normal(60, 5, seed=seed + 100) > 0
-        mask[:30] &= seed != 5  # the first rank has none in the last batch
+        mask[:30] &= seed != 5  # the first rank has no vector in the last batch
         for case in cases:
             case["batches"].append((z, mask))
         used += torch.bincount(one(z, mask)[1][mask], minlength=128)

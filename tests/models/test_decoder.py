@@ -1,4 +1,4 @@
-"""The decoder: what each place sees, and that writing equals being taught."""
+"""The decoder: which symbols each place sees, and that generation equals teacher forcing."""
 
 import pytest
 import torch
@@ -19,7 +19,7 @@ def given(count=2, seed=1):
 
 
 def changed(function, target):
-    """(L, places) bool: which places of `function(target)` change with which symbol."""
+    """Return which places of `function(target)` change with which symbol: (L, places) bool."""
     before, rows = function(target), []
     for i in range(L):
         other = target.clone()
@@ -40,7 +40,7 @@ def test_a_place_sees_the_symbols_before_it():
 def test_the_further_guess_sees_one_symbol_more():
     decoder, (target, memory) = build(), given()
     reached = changed(lambda t: decoder.logits(decoder.ahead(decoder(t, memory), t)), target)
-    i, place = torch.arange(L)[:, None], torch.arange(L - 1)  # place i guesses symbol i + 1
+    i, place = torch.arange(L)[:, None], torch.arange(L - 1)  # place i predicts symbol i + 1
     assert torch.equal(reached, i <= place)
 
 
@@ -75,7 +75,7 @@ def test_all_of_the_memory_is_seen_in_any_order():
 @torch.no_grad()
 def test_writing_equals_being_taught(seed):
     decoder, (_, memory) = build(), given(5, seed)
-    torch.nn.init.normal_(decoder.embedding.weight)  # so that some end early
+    torch.nn.init.normal_(decoder.embedding.weight)  # so that some answers end early
     seen = []
 
     def choose(logits):

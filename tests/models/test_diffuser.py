@@ -12,7 +12,7 @@ SIZES = dict(vocab_size=V, d_model=C, max_seq_len=T, n_heads=2, dropout=0.0, rop
 
 
 def tokens(batch, length=T, seed=0):
-    """Some ids come more often than others, as in text."""
+    """Draw ids of unequal frequency, as in text."""
     drawn = torch.rand(batch, length, generator=torch.Generator().manual_seed(seed))
     return (drawn.pow(2) * V).long()
 
@@ -39,7 +39,7 @@ def fit(model, x, y, steps, lr):
 
 
 def unigram(model):
-    """Make the network say nothing but the unigram prior."""
+    """Make the network predict only the unigram prior."""
     with torch.no_grad():
         model.head.weight.zero_()
         model.head.weight[:, 0] = model.log_prior

@@ -19,7 +19,7 @@ def test_noise_grows_from_none_to_almost_all(kind, steps):
 def test_linear_is_that_of_ddpm():
     beta = torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)
     a = (1 - beta).cumprod(0)
-    assert (NoiseSchedule(1000, "linear").alpha_bar[1:] - a).abs().max() < 1.1e-3  # lifted by what is left at the end
+    assert (NoiseSchedule(1000, "linear").alpha_bar[1:] - a).abs().max() < 1.1e-3  # lifted by LEAST_SIGNAL
     with pytest.raises(ValueError, match="cosine"):
         NoiseSchedule(10, "quadratic")
 
@@ -96,7 +96,7 @@ def test_network():
 
 
 def test_it_learns_to_denoise():
-    """Two points on a line, told apart by the condition."""
+    """The condition tells two points on a line apart."""
     torch.manual_seed(0)
     schedule = NoiseSchedule(100, "cosine")
     net = DenoisingNetwork(inputs=1, condition=1, width=16, layers=1, outputs=1)

@@ -1,4 +1,4 @@
-"""The formula model: what it may know, its cache, its grammar, its files."""
+"""The formula model: which tokens it sees, its cache, its grammar, its files."""
 
 import itertools
 import math
@@ -39,7 +39,7 @@ def build(alphabet=WHOLE, **changes):
 
 
 def shaken(alphabet=WHOLE, **changes):
-    """Away from the start, where every token is equally likely."""
+    """Move the model away from its initial weights, where every token is equally likely."""
     model = build(alphabet, **changes)
     for parameter in model.head.parameters():
         torch.nn.init.normal_(parameter, std=0.5)
@@ -102,7 +102,7 @@ def test_steps_equal_the_full_forward(rope, shared):
     encoded = model.encode(data[:1], mask[:1]) if shared else model.encode(data, mask)
     state = model.init_state(encoded, 3, ids.shape[1])
     if shared:
-        logits, state = model.step(ids[:1, :1], state)  # the first token is that of all
+        logits, state = model.step(ids[:1, :1], state)  # all rows share the first token
         state, start = model._fork(state, torch.zeros(3, dtype=torch.long)), 1
         torch.testing.assert_close(logits, full[:1, 0], rtol=1e-5, atol=1e-5)
     else:
@@ -198,7 +198,7 @@ def test_loss_counts_formula_and_end_only():
     torch.testing.assert_close(total, plain)
     assert report["counted"].sum() == count and not report["loss"][~report["counted"]].any()
     padded = model.loss(batch | dict(labels=batch["labels"].clamp_min(0)))[0]
-    assert padded == total  # 0 and negative labels are padding alike
+    assert padded == total  # labels of 0 and below are padding
 
 
 def test_first_loss_is_that_of_equally_likely_tokens():
@@ -251,7 +251,7 @@ def test_samples_of_an_untrained_model_parse_and_fit():
         rows, log_p = model.sample(encoded, n, **PLAIN, max_len=max_len)
         assert rows.dtype == torch.uint8 and len(rows) == n and rows.shape[1] <= max_len - 4
         arity = WHOLE.arity[rows.numpy()]
-        structure(arity)  # raises where a row is not one formula
+        structure(arity)  # raises if a row is not exactly one formula
         assert ((arity >= 0) == (rows.numpy() > 0)).all() and not (rows == WHOLE.ids["x2"]).any()
         assert (log_p < 0).all() and len({bytes(row) for row in rows.numpy()}) > (n / 4 if max_len > 5 else 7)
 

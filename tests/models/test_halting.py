@@ -39,7 +39,7 @@ def test_the_oracle_acts_first_then_the_better_column():
     draws = torch.rand(64, 2)
     never, right = torch.zeros(64, dtype=torch.bool), now["right"]
     assert ((agent.act(now["features"], right, never, 9, draws) == HALT) == right).all()
-    with torch.no_grad():  # to halt is always worth more
+    with torch.no_grad():  # halting is always worth more
         agent.net.layers[2].weight.zero_()
         agent.net.layers[2].bias.copy_(torch.tensor([1.0, 0.0]))
     assert (agent.act(now["features"], right, never, 10, draws) == HALT).all()
@@ -153,11 +153,11 @@ def test_a_ring_of_another_capacity_takes_over_the_newest_rows(capacity, added):
 
 
 def test_it_learns_when_to_stop(monkeypatch):
-    """Answers come right at a step that the features tell: the learnt policy goes on until then, and stops there."""
+    """The features tell at which step an answer becomes right: the learned policy continues until then and stops."""
     monkeypatch.setattr(halting, "LEARN_FROM", 100)
     agent, g, T = build(capacity=5000, gamma=0.99, tau=0.05), torch.Generator().manual_seed(0), 6
     optimizer = torch.optim.Adam(agent.net.parameters(), lr=3e-3)
-    due = torch.randint(1, T + 3, (400,), generator=g)  # of some not within T steps
+    due = torch.randint(1, T + 3, (400,), generator=g)  # some later than T
 
     def at(t, action):
         right = due <= t
@@ -180,4 +180,4 @@ def test_it_learns_when_to_stop(monkeypatch):
         (halt[:, :-1].cumsum(1) == 0).sum(1) for halt in (values[..., HALT] > values[..., CONTINUE], right)
     )
     assert torch.equal(right.gather(1, learned[:, None]), right.gather(1, oracle[:, None]))
-    assert learned.sum() < oracle.sum()  # it gives up on the hopeless at once
+    assert learned.sum() < oracle.sum()  # it stops at once where no step is right

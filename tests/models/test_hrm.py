@@ -45,7 +45,7 @@ HEADS = dict(rope=({}, pairs), ends=(dict(positions="ends"), pairs), cells=(CELL
 
 
 def wake(model):
-    """Away from the start, where the halting head says the same of all samples."""
+    """Move the model away from its initial weights, where the halting head gives all samples the same logit."""
     for p in model.parameters():
         torch.nn.init.normal_(p, std=0.3) if p.ndim == 2 else None
     if model.halting:
@@ -191,7 +191,7 @@ def test_a_batch_is_answered_as_its_prompts_alone(head):
     for i, length in enumerate(mask.sum(1).tolist()):
         alone, one = model.generate(prompts[i : i + 1, :length], None, segments=4, threshold=threshold, **ANSWER)
         assert alone == [answers[i]] and one.tolist() == [used[i]]
-        inputs = torch.tensor([[1, *answers[i]]])[:, :16]  # what a decoder without a cache says
+        inputs = torch.tensor([[1, *answers[i]]])[:, :16]  # the decoder without a cache
         x, bias, z_H, _ = model.think(prompts[i : i + 1, :length], None, 4, threshold)
         guess = model.guess(model.answer(x, z_H, bias, inputs))[0].tolist()
         assert guess[: len(answers[i])] == answers[i] and guess[len(answers[i]) :] in ([], [2])

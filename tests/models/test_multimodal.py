@@ -47,7 +47,7 @@ def build(tasks=("read", "fill", "arc"), **changes):
 
 
 def batch(model, name, count=3, seed=1):
-    """Random pages and answers, of which the last one of a text is shorter."""
+    """Build random pages and answers; the last answer of a text is shorter."""
     task, g = KNOWN[name], torch.Generator().manual_seed(seed)
     low, high = (0, COLOUR) if task.kind == "text" else (COLOUR, HOLE)
     page = torch.randint(low, high, (count, task.rows, task.cols), generator=g, dtype=torch.uint8)
@@ -64,7 +64,7 @@ def total(aux):
 
 
 def fill_memory(model):
-    """Entries of samples that no batch here has."""
+    """Add entries of samples that occur in no batch here."""
     g = torch.Generator().manual_seed(5)
     x, values = torch.randn(2, 5, model.starts.shape[1], generator=g)
     model.memory.write(x, values, torch.arange(-9, -4), torch.ones(5, dtype=torch.bool))
@@ -74,7 +74,7 @@ def fill_memory(model):
 
 
 def without_gradient(model):
-    """Names of the parameters that have none after two steps of each task, as train_multimodal.py does them."""
+    """Return the names of parameters without a gradient after two steps of each task, as in train_multimodal.py."""
     agent = HaltingAgent(model.agent, **AGENT) if hasattr(model, "agent") else None
     for name in model.tasks:
         here, carry, before = batch(model, name), None, None
@@ -205,7 +205,7 @@ def test_the_losses_are_means_over_symbols_then_samples():
     torch.testing.assert_close(aux["accuracy"], expected)
     assert aux["right"].tolist() == [bool(h[s].all()) for h, s in zip(hit, scored, strict=True)]
     assert set(aux) >= {"ce", "halt_loss", "vq_loss", "mtp_loss", "acceptance", "codes", "confidence", "changed"}
-    # what is not scored changes nothing before it, but which path wins, which is settled here
+    # unscored symbols can only change which path wins, and `explore` fixes that here
     here |= dict(explore=outputs["path"])
     here["target"][-1, -3:] = PADDING
     shorter = model(model.initial_carry(here), here)[1]["logits"]
@@ -276,7 +276,7 @@ def test_the_cheapest_path_wins_and_is_followed():
         carry, outputs = model(carry, here)
         assert torch.equal(outputs["path"], best)
         same = all(torch.equal(carry["z_H"][:, k], pick(carry["z_H"], best)) for k in range(3))
-        assert same == (step == 1)  # after every second step all go on from it
+        assert same == (step == 1)  # after every second step all paths continue from it
         assert not torch.equal(carry["z_L"][:, 0], carry["z_L"][:, 1])
 
 
@@ -288,7 +288,7 @@ def test_a_trace_is_what_steps_make():
         here, steps = batch(model, name), model.limit(name)
         trace, carry = model.trace(here, steps=steps), model.initial_carry(here)
         for step in range(steps):
-            path = trace["halt"][step].argmax(1)  # which evaluation goes on from
+            path = trace["halt"][step].argmax(1)  # from which evaluation continues
             carry, outputs = model(carry, here | dict(explore=path))
             torch.testing.assert_close(outputs["q_halt"], pick(trace["halt"][step], path))
             assert torch.equal(carry["answer"], pick(trace["answers"][step], path))
@@ -408,7 +408,7 @@ def test_answers_that_are_written():
 
 
 def sudokus(blanks, count):
-    """Samples of 4 x 4 puzzles, with one blank each if `blanks` is 1, else as they are made."""
+    """Build samples of 4 x 4 puzzles, with one blank each if `blanks` is 1, otherwise as generated."""
     source = open_tasks(["sudoku4"], page_rows=2, page_cols=24, text_source="stories", stories="", code_dir="",
                         arc_set="agi1", arc_side=4)["sudoku4"]  # fmt: skip
     samples = [source.make(i, "train", 0) for i in range(count)]
@@ -420,13 +420,13 @@ def sudokus(blanks, count):
 
 
 def words(count):
-    """Pages of random letters, to be read."""
+    """Build pages of random letters to read."""
     page = torch.randint(65, 91, (count, 2, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     return page, page.flatten(1)
 
 
 def learn(name, page, target, steps, **changes):
-    """The model after so many steps on these samples, and what it answers after each of 16 steps more than it has."""
+    """Train on the samples -> whether each answer is right after the last trained step and each of 16 more steps."""
     sizes = dict(paths=1, hidden_size=64, num_heads=4, H_cycles=1, loss="softmax", supervision_steps=4)
     model = build([name], **PLAIN | sizes | changes)
     samples = dict(page=page, target=target, id=torch.zeros(len(page), dtype=torch.long))

@@ -1,4 +1,4 @@
-"""Paths: where they begin, and which one is believed."""
+"""Paths: their starts, and which one answers."""
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ def traces(seed):
 
 
 def plain(answers, halt, rule, step, b):
-    """The path believed by one sample after a step."""
+    """Choose the path that answers one sample after a step."""
     logits = halt[step, b].tolist()
     best = logits.index(max(logits))
     if rule == "first_to_halt":
@@ -37,7 +37,7 @@ def test_selection_equals_a_loop(rule):
     for step in range(T):
         for b in range(B):
             wanted = plain(answers, halt, rule, step, b)
-            if rule == "vote":  # of equal answers any path will do
+            if rule == "vote":  # any path with the same answer is right
                 assert torch.equal(answers[step, b, path[step, b]], answers[step, b, wanted]), (step, b)
             else:
                 assert path[step, b] == wanted, (step, b)

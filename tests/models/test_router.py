@@ -28,7 +28,7 @@ EXPERTS = dict(
 
 
 def make(store=False, kv_latent_dim=8, dropout=0.0, settled=True):
-    """A model over random experts; settled: with a router and a correction that say something."""
+    """Build a model over random experts; settled: with a trained-like router and correction."""
     torch.manual_seed(0)
     experts = {name: FAMILIES[name](**args) for name, args in EXPERTS.items()}
     for expert in experts.values():
@@ -164,7 +164,7 @@ def test_gradients_and_frozen_experts(kv_latent_dim, store):
 
 
 def test_gradients_where_neighbours_are_few():
-    """Entries of the query's own document among the top k, and queries without any neighbour."""
+    """Gradients are finite with entries of the query's own document in the top k, and without any neighbour."""
     model = make().train()
     x, y = tokens()
     store = VectorStore(C, top_k=8, max_vectors=100)
@@ -212,7 +212,7 @@ def test_store_keeps_the_newest_and_takes_no_more():
     with pytest.raises(RuntimeError, match="built"):
         store.add(keys[:1], [0], [0])
     once = VectorStore(C, top_k=4, max_vectors=100)
-    once.add(keys, np.arange(250), np.arange(250))  # more at once than there is room for
+    once.add(keys, np.arange(250), np.arange(250))  # more at once than the store can hold
     once.build()
     assert set(once.tokens) == set(range(150, 250))
 

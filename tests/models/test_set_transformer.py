@@ -1,4 +1,4 @@
-"""The point encoder against plain loops, and what must not matter to a set."""
+"""The point encoder against plain loops, and invariance to order and padding."""
 
 import math
 import struct

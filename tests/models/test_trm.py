@@ -26,7 +26,7 @@ def normal(*shape, seed=0):
 
 
 def padding():
-    """Bias of the keys: the second of two samples has 4 fewer."""
+    """Return a bias of the keys; the second of two samples has 4 fewer keys."""
     bias = torch.zeros(2, 1, 1, S, dtype=torch.float64)
     bias[1, ..., -4:] = -torch.inf
     return bias
@@ -37,7 +37,7 @@ def plain_rms(h):
 
 
 def plain_block(block, h, relation, bias):
-    """One sample h (S, C), position by position; relation (heads, 8) or None, bias (S)."""
+    """Run a block on one sample h (S, C), position by position; relation (heads, 8) or None, bias (S)."""
     place, D, new = grid(S).tolist(), C // HEADS, []
     before, after = (plain_rms, torch.clone) if block.pre else (torch.clone, plain_rms)
     seen = torch.stack([before(row) for row in h])
@@ -232,4 +232,4 @@ def test_recursion_does_not_begin_in_chaos(mixer, norm):
     core = build(mixer=mixer, norm=norm, length=S, h_cycles=3, l_steps=6, ffn_dim=4 * C)
     x, nudge = normal(2, S, C), 1e-6 * normal(2, S, C, seed=1)
     far = core(x + nudge, *core.start(x), still, None)[0] - core(x, *core.start(x), still, None)[0]
-    assert far.norm() < 50 * nudge.norm()  # thousands of times it, where the mixer across positions begins at 1
+    assert far.norm() < 50 * nudge.norm()  # with ACROSS_START 1 it is thousands of times the nudge
