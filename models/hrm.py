@@ -62,7 +62,7 @@ class DecoderBlock(nn.Module):
         self.ffn = ReluSquared(d_model=d_model)
 
     def split_heads(self, x):
-        """(B, T, n C) -> (B, n heads, T, D)."""
+        """Split the last dimension into heads: (B, T, n C) -> (B, n heads, T, D)."""
         B, T, _ = x.shape
         return x.view(B, T, -1, self.query.in_features // self.attention.n_heads).transpose(1, 2)
 
