@@ -18,8 +18,8 @@ EPS = 1e-5  # added to the mean square
 MATMUL_KEYS = 200  # up to this many keys a CPU is faster without the fused attention, whose bf16 backward is slow
 RELATION_SCALE = 5.0  # the relation bias is this times its parameter, so it learns this many times as fast
 RELATION_START = 2.0  # initial logit for cells of the same row, column or box: 7 times the attention of other cells
-# Initial logit for one neighbour: nine tenths of a head's attention among a hundred cells. Chosen on mazes, of which
-# some are then solved after 400 steps.
+# Initial logit for one neighbour: nine tenths of a head's attention among a hundred cells. Chosen on mazes:
+# with this and loss softmax some are solved after 400 steps.
 NEIGHBOUR_START = 7.0
 # Scale of the initial weights of the MLP mixer. At full scale the recursion starts chaotically: on `sudoku9` the first
 # gradient in bf16 has nothing in common with that in fp32.
