@@ -200,7 +200,7 @@ from data_utils.progress import Progress, say
 from data_utils.stop import Stop
 from models.autoencoder import AutoEncoder, Regressor, denominators, loss_sums, regression_sums
 from models.codebook import decay_for, revive_for, usage_and_perplexity
-from models.diffusion import NoiseSchedule, denoised
+from models.diffusion import NoiseSchedule, ddim_errors
 from models.gan import Judges
 
 BAD_STEPS = 20  # steps in a row without a finite loss and gradient that end a run
@@ -480,7 +480,7 @@ def main(cfg):
         if noises and not stop:
             batch = take(columns, slice(DENOISED))
             mine = slice(rank, None, world)
-            add(sums, denoised(raw_model, noises, batch, cfg.ddim_steps, cfg.seed, mine))
+            add(sums, ddim_errors(raw_model, noises, batch, cfg.ddim_steps, cfg.seed, mine))
         raw_model.train()
         shards = distributed.gather((bool(stop), sums, code_counts))
         if any(stopped for stopped, _, _ in shards):

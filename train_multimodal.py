@@ -19,6 +19,7 @@ optimizer step.
 import inspect
 import math
 import os
+import re
 import sys
 import time
 from collections import Counter
@@ -233,7 +234,7 @@ from data_utils.pages.shards import Stopped, build_pages, open_pages
 from data_utils.progress import Log, Progress, peak_mb
 from data_utils.stop import Stop
 from models.halting import HaltingAgent
-from models.multimodal import LATE, TABLES, Multimodal, adapted
+from models.multimodal import LATE, TABLES, Multimodal, adapt_checkpoint
 from models.optim.adam_atan2 import AdamAtan2, SignRows, moved
 from models.optim.ema import Average
 from models.optim.gradient_monitor import Monitor, warnings
@@ -345,8 +346,10 @@ def main(cfg, begun=None):
     model_args = {name: known[name] for name in inspect.signature(Multimodal).parameters}
     try:
         raw_model = Multimodal(**model_args).to(device)  # saved without _orig_mod.
-    except ValueError as e:
-        raise UsageError(str(e)) from e
+    except ValueError as e:  # the model names arguments: show them as flags
+        names = "|".join(name for name in model_args if hasattr(cfg, name))
+        message = re.sub(rf"\b({names})\b(?!=)", r"--\1", str(e))
+        raise UsageError(re.sub(r"\b(\w+)=false\b", r"--no-\1", message)) from e
     agent = None  # learns from rewards when to stop
     if cfg.enable_dqn:
         agent = HaltingAgent(
@@ -402,7 +405,7 @@ def main(cfg, begun=None):
     if saved:
         saved = checkpoint.canonical_keys(saved)
         # A memory of another size or fewer paths than before are no other model.
-        fitting = adapted(saved["model_state"], saved["model_args"], model_args)
+        fitting = adapt_checkpoint(saved["model_state"], saved["model_args"], model_args)
         checkpoint.load_parts(parts, saved | fitting, resumed_from, header, cfg.allow_partial)
         state = RunState(**{name: saved[name] for name in vars(state)})
         same_data = saved["data_hash"] == data.hash

@@ -34,7 +34,7 @@ from data_utils.events.kinematics import kinematics, w_share
 from data_utils.events.reconstruct import decoded
 from models.autoencoder import build_encoder
 from models.codebook import Codebook, lloyd, nearest, usage_and_perplexity
-from models.diffusion import denoised
+from models.diffusion import ddim_errors
 
 HERE = Path(__file__).resolve().parent
 REFERENCE = dict(phi="raw", type_weight=0.0, globals_beta=0.0)
@@ -197,7 +197,7 @@ def diffusion(args):
     for seed in range(args.seeds):
         run = fit(args, "diffusion", seed, loop="diffusion_ae")
         some = take(run.data["test"], slice(1024))
-        sums = denoised(run.model, run.noises, some, run.cfg.ddim_steps, seed, slice(None))
+        sums = ddim_errors(run.model, run.noises, some, run.cfg.ddim_steps, seed, slice(None))
         found.append([(total / count).item() for total, count in sums.values()])
     worst = f"worst ratio {min(other / own for own, other in found):.3g}"
     own, other = zip(*found, strict=True)

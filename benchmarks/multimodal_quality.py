@@ -34,7 +34,7 @@ from data_utils.pages.shards import Shards
 from data_utils.pages.tasks import DIGIT, Task
 from data_utils.reasoning import sudoku as puzzles
 from models.glyphs import END, HOLE, PADDING, SYMBOLS
-from models.halting import policies
+from models.halting import HALT
 from models.multimodal import Multimodal
 from models.planning import select
 
@@ -416,6 +416,29 @@ def thoughts(trained, held):
             carry["halted"] = torch.zeros_like(carry["halted"])
         parts.append([torch.stack(column, 1) for column in zip(*steps, strict=True)])
     return [torch.cat(column) for column in zip(*parts, strict=True)]
+
+
+def policies(right, q, values=None, thresholds=21):
+    """Accuracy and mean steps of several ways to stop; on the CPU.
+
+    right (n, T) bool, q (n, T), values (n, T, 2) or None -> rows dict(policy, at, steps, accuracy): `fixed` stops at
+    each step, `q` at quantiles of q, `dqn` where halting is worth more, `oracle` as soon as all is right. A sample that
+    no step stops ends at T.
+    """
+    n, T = right.shape
+    step = torch.arange(T)
+    rules = [("fixed", t + 1, (step >= t).expand(n, T)) for t in range(T)]
+    cuts = q.double().flatten().quantile(torch.linspace(0, 1, thresholds, dtype=torch.float64)).unique().tolist()
+    rules += [("q", cut, q.double() >= cut) for cut in cuts]
+    if values is not None:
+        rules.append(("dqn", 0.0, values[..., HALT] > values[..., 1 - HALT]))
+    rules.append(("oracle", 0.0, right))
+    rows = []
+    for policy, at, halt in rules:
+        stop = (halt[:, :-1].cumsum(1) == 0).sum(1)  # steps before the first that halts, T - 1 without one
+        accuracy = right.gather(1, stop[:, None]).double().mean().item()
+        rows.append(dict(policy=policy, at=at, steps=stop.double().mean().item() + 1, accuracy=accuracy))
+    return rows
 
 
 def stopped(right, q, cut):

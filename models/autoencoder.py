@@ -1,8 +1,8 @@
 """Autoencoders of events: an encoder, a latent space and a decoder, each of several kinds, in any combination.
 
-B events, T slots, F features of a slot, G globals of an event, D latent width. x (B, T, F) features, ids (B, T) types
-with 0 for an empty slot, mask = ids != 0, globals (B, G). At level `token` a latent is one of each particle,
-z (B, T, D); at level `event` there is one of all of them, z (B, D).
+B events, T slots, F features of a slot, G globals of an event, C width, D latent width. x (B, T, F) features, ids
+(B, T) types with 0 for an empty slot, mask = ids != 0, globals (B, G). At level `token` each particle has a latent,
+z (B, T, D); at level `event` each event has one, z (B, D).
 Vector-quantized latents: arXiv 1711.00937; particles as tokens: OmniJet-alpha (2403.05618); decoders that denoise:
 diffusion autoencoders (2111.15640).
 """
@@ -16,71 +16,80 @@ from models.diffusion import DenoisingNetwork, sinusoid
 from models.messages import MessageNetwork, message_weights
 
 EMBEDDED = 8  # width of the embeddings of type and slot
-READOUT = 128  # hidden width behind message layers
+READOUT = 128  # hidden width of the MLP after message layers
 HEADS = 64, 32  # hidden widths of the heads of types and globals
-NOISED = 32  # width of x_t and of t beside a latent, for decoders that are told of them
-LAST_STEP = 1000  # the t of a diffusion decoder that runs once, from x_T = 0
-POOLED = 4.0  # sums over particles are divided by it
+NOISED = 32  # width of the embeddings of x_t and of t, which decoders other than `diffusion` read beside the latent
+LAST_STEP = 1000  # t of a diffusion decoder that runs once, from x_T = 0
+POOLED = 4.0  # divisor of sums over particles
 ACTIVATIONS = dict(relu=nn.ReLU, gelu=nn.GELU, silu=nn.SiLU)
 
 
 def mlp(widths, activation, dropout):
-    """Linears between `widths`, an activation and dropout after each but the last."""
+    """Build an MLP with Linears between `widths`, and activation and dropout after all but the last."""
     parts = []
     for inputs, outputs in zip(widths[:-1], widths[1:], strict=True):
         parts += [nn.Linear(inputs, outputs), ACTIVATIONS[activation](), nn.Dropout(dropout)]
     return nn.Sequential(*parts[:-2])
 
 
-def beside_noise(h, width, training):
-    """[h, n] with n ~ N(0, 1) of some width in training, 0 else."""
+def append_noise(h, width, training):
+    """Append `width` noise inputs to h (..., C): N(0, 1) in training, otherwise 0 -> (..., C + width)."""
     noise = h.new_zeros(*h.shape[:-1], width)
     return torch.cat([h, noise.normal_() if training else noise], -1)
 
 
 def mean_over(h, mask):
-    """Mean over particles: h (B, T, C), mask (B, T) -> (B, C), 0 without any."""
+    """Return the mean over particles: h (B, T, C), mask (B, T) -> (B, C), 0 without particles."""
     real = mask[..., None].to(h.dtype)
     return (h * real).sum(1) / real.sum(1).clamp_min(1)
 
 
 def loss_sums(output, target, ids, globals, level):
-    """What `AutoEncoder` gave, against the targets -> {name: (sum, count)}, float32 scalars.
+    """Compare the output of an AutoEncoder with the targets -> {name: (sum, count)}, float32 scalars.
 
-    Both are to be added over batches and ranks before one is divided by the other. rec_tokens: squared error of x, or
-    of v if `target` is that, per feature of a particle; rec_globals per global; commit per latent; rec_types:
-    cross-entropy, and type_accuracy, of particles at level token, of all slots at level event, missing without a type
-    head; revived: codes that began again in this batch.
+    Add sums and counts over batches and ranks before dividing them. target (B, T, F): x, or v for a denoiser.
+    rec_tokens: squared error per feature of a particle. rec_globals: squared error per global. commit: per latent.
+    rec_types: cross-entropy, and type_accuracy: of particles at level token, of all slots at level event; both are
+    missing without a type head. revived: codes that were restarted in this batch.
     """
-    mask, counts = ids > 0, denominators(dict(x=target, ids=ids, globals=globals), level)
+    mask = ids > 0
+    counts = denominators(dict(x=target, ids=ids, globals=globals), level)
     error = (output["x_hat"].float() - target).masked_fill(~mask[..., None], 0)
     sums = dict(rec_tokens=error.square().sum(), rec_globals=(output["rec_globals"].float() - globals).square().sum())
     sums["commit"] = output["aux"]["commit"] * counts["commit"]
     if output["type_logits"] is not None:
-        judged, logits = torch.ones_like(mask) if level == "event" else mask, output["type_logits"].float()
+        logits = output["type_logits"].float()
+        scored = torch.ones_like(mask) if level == "event" else mask
         nats = F.cross_entropy(logits.flatten(0, 1), ids.flatten(), reduction="none").view_as(ids)
-        sums["rec_types"] = (nats * judged).sum()
-        sums["type_accuracy"] = ((logits.argmax(-1) == ids) & judged).sum().float()
+        sums["rec_types"] = (nats * scored).sum()
+        sums["type_accuracy"] = ((logits.argmax(-1) == ids) & scored).sum().float()
     pairs = {name: (number, counts[name]) for name, number in sums.items()}
     return pairs | {name: (value, 1) for name, value in output["aux"].items() if name == "revived"}
 
 
 def denominators(batch, level):
-    """{name: by what the sum of a loss over a batch (x, ids, globals; or x, y) is divided}."""
+    """Return {name: count} that divides the sum of each loss over a batch (x, ids, globals; or x, y)."""
     if "ids" not in batch:
         return dict(miss=len(batch["y"]))
-    particles, events = (batch["ids"] > 0).sum(), len(batch["ids"])
+    particles = (batch["ids"] > 0).sum()
+    events = len(batch["ids"])
     slots = particles if level == "token" else batch["ids"].numel()
     features = particles * batch["x"].shape[-1]
-    return dict(rec_tokens=features, eps_loss=features, rec_globals=batch["globals"].numel(), rec_types=slots,
-                type_accuracy=slots, commit=particles if level == "token" else events)  # fmt: skip
+    return dict(
+        rec_tokens=features,
+        eps_loss=features,
+        rec_globals=batch["globals"].numel(),
+        rec_types=slots,
+        type_accuracy=slots,
+        commit=particles if level == "token" else events,
+    )
 
 
 class Slots(nn.Module):
-    """What is known of slots beside features: ids (B, T) -> embeddings of type and of place (B, T, width)."""
+    """Embeddings of the type and the place of each slot: ids (B, T) -> (B, T, width)."""
 
     def __init__(self, *, num_types, n_tokens):
-        """0 types or 0 tokens: without that embedding."""
+        """num_types 0 or n_tokens 0 leaves out that embedding."""
         super().__init__()
         self.type_embedding = nn.Embedding(num_types, EMBEDDED) if num_types else None
         self.slot_embedding = nn.Embedding(n_tokens, EMBEDDED) if n_tokens else None
@@ -95,7 +104,7 @@ class Slots(nn.Module):
 
 # --- encoders: x, ids, mask, globals -> z -----------------------------------------------------
 class MlpEncoder(nn.Module):
-    """`mlp` and `gan`: each particle alone; at level event all of them and the globals. gan: with inputs of noise."""
+    """`mlp` and `gan`: an MLP of each particle; at level event of all particles and globals. gan adds noise inputs."""
 
     def __init__(self, *, level, cont_dim, n_tokens, num_types, n_globals, latent_dim, hidden, activation, dropout,
                  noise_dim):  # fmt: skip
@@ -109,11 +118,11 @@ class MlpEncoder(nn.Module):
     def forward(self, x, ids, mask, globals):
         h = torch.cat([x, self.slots(ids)], -1)
         h = h if self.level == "token" else torch.cat([h.flatten(1), globals], -1)
-        return self.net(beside_noise(h, self.noise_dim, self.training))
+        return self.net(append_noise(h, self.noise_dim, self.training))
 
 
 class SetEncoder(nn.Module):
-    """`gnn`: message layers; `diffusion`: the denoising network at t = 0. Then an MLP of each particle, or of all."""
+    """`gnn`: message layers; `diffusion`: the denoising network at t = 0. Then an MLP per particle or of their pool."""
 
     def __init__(self, *, level, denoising, cont_dim, n_tokens, num_types, n_globals, latent_dim, gnn_dim, gnn_layers,
                  activation, dropout):  # fmt: skip
@@ -138,15 +147,15 @@ class SetEncoder(nn.Module):
 
 
 def build_encoder(kind, *, hidden, gnn_dim, gnn_layers, noise_dim, **sizes):
-    """The encoder `kind` as a module (x, ids, mask, globals) -> z; x is 0 in empty slots."""
+    """Build the encoder `kind`, a module (x, ids, mask, globals) -> z; x must be 0 in empty slots."""
     if kind in ("mlp", "gan"):
         return MlpEncoder(hidden=hidden, noise_dim=noise_dim if kind == "gan" else 0, **sizes)
     return SetEncoder(denoising=kind == "diffusion", gnn_dim=gnn_dim, gnn_layers=gnn_layers, **sizes)
 
 
-# --- decoders: h, mask, x_t, t -> features; h holds the latent and what else is known -----------
+# --- decoders: h, mask, x_t, t -> features; h is the latent with other inputs of the decoder ------
 class MlpDecoder(nn.Module):
-    """`mlp` and `gan`: h (..., inputs) -> (..., outputs), each row alone. gan: with inputs of noise."""
+    """`mlp` and `gan`: an MLP of each row, h (..., inputs) -> (..., outputs). gan adds noise inputs."""
 
     def __init__(self, *, inputs, outputs, hidden, activation, dropout, noise_dim):
         super().__init__()
@@ -155,7 +164,7 @@ class MlpDecoder(nn.Module):
         self.last = self.net[-1]
 
     def forward(self, h, mask, x_t, t):
-        return self.net(beside_noise(h, self.noise_dim, self.training))
+        return self.net(append_noise(h, self.noise_dim, self.training))
 
 
 class GraphDecoder(nn.Module):
@@ -172,9 +181,9 @@ class GraphDecoder(nn.Module):
 
 
 class DiffusionDecoder(nn.Module):
-    """`diffusion`: x_t and t under the condition h (B, T, inputs) -> (B, T, outputs), at first 0.
+    """`diffusion`: the denoising network of x_t and t with condition h (B, T, inputs) -> (B, T, outputs), first 0.
 
-    x_t None: it runs once, from x_T = 0 at the last step.
+    With x_t None it runs once, from x_T = 0 at the last step.
     """
 
     def __init__(self, *, inputs, outputs, gnn_dim, gnn_layers):
@@ -193,7 +202,7 @@ class DiffusionDecoder(nn.Module):
 
 
 def build_decoder(kind, *, hidden, gnn_dim, gnn_layers, activation, dropout, noise_dim, **sizes):
-    """The decoder `kind` as a module (h, mask, x_t, t) -> features, with its last Linear as `last`."""
+    """Build the decoder `kind`, a module (h, mask, x_t, t) -> features, with its last Linear as attribute `last`."""
     if kind in ("mlp", "gan"):
         noise_dim = noise_dim if kind == "gan" else 0
         return MlpDecoder(hidden=hidden, activation=activation, dropout=dropout, noise_dim=noise_dim, **sizes)
@@ -203,17 +212,18 @@ def build_decoder(kind, *, hidden, gnn_dim, gnn_layers, activation, dropout, noi
 
 
 class AutoEncoder(nn.Module):
-    """x, ids, mask, globals -> dict(z_e, z_q, indices, aux, x_hat, type_logits, rec_globals).
-
-    encoder, decoder: mlp, gnn, gan, diffusion. latent_space: none, linear, vq. side_info: the decoder is told types and
-    slots, and does not guess types (type_logits is None). denoise: the decoder is also told x_t and t, and x_hat is
-    what it takes for v, as of models/diffusion.py; empty slots are then left out at level event too. Without it the
-    decoder of an event guesses all slots: which are empty is for type_logits to say.
-    """
+    """Encode events, quantize their latents, and decode features, types and globals."""
 
     def __init__(self, *, encoder, decoder, latent_space, level, cont_dim, n_tokens, num_types, n_globals, latent_dim,
                  hidden, gnn_dim, gnn_layers, activation, dropout, side_info, noise_dim, codebook_size, beta, ema_decay,
                  revive, denoise):  # fmt: skip
+        """Arguments as in train_ae.AeConfig.
+
+        encoder, decoder: mlp, gnn, gan or diffusion. latent_space: none, linear or vq. side_info: the decoder reads
+        types and slots, and type_logits is None. denoise: the decoder also reads x_t and t, and x_hat is its v (see
+        diffusion.py). At level event a decoder predicts all slots, and type_logits tell the empty ones; with denoise
+        empty slots are left out.
+        """
         super().__init__()
         self.level, self.latent_space, self.cont_dim = level, latent_space, cont_dim
         widths = dict(hidden=hidden, gnn_dim=gnn_dim, gnn_layers=gnn_layers, noise_dim=noise_dim,
@@ -223,79 +233,97 @@ class AutoEncoder(nn.Module):
         if latent_space == "linear":
             self.latent = nn.Linear(latent_dim, latent_dim)
         if latent_space == "vq":
-            self.latent = Codebook(size=codebook_size, dim=latent_dim, beta=beta, decay=ema_decay, revive=revive,
-                                   eps=1e-5)  # fmt: skip
+            vectors = dict(size=codebook_size, dim=latent_dim)
+            self.latent = Codebook(**vectors, beta=beta, decay=ema_decay, revive=revive, eps=1e-5)
         self.slots = Slots(num_types=num_types if side_info else 0, n_tokens=n_tokens)
-        self.whole = level == "event" and decoder in ("mlp", "gan")  # all slots in one row
+        self.flat_slots = level == "event" and decoder in ("mlp", "gan")  # one row holds all slots
         self.sees_slots = side_info or decoder in ("gnn", "diffusion")
-        rows = n_tokens if self.whole else 1
-        widened = denoise and decoder != "diffusion"
-        self.noised = nn.Linear(rows * cont_dim, NOISED) if widened else None
-        inputs = latent_dim + 2 * NOISED * widened + rows * self.slots.width * self.sees_slots
+        rows = n_tokens if self.flat_slots else 1
+        reads_noised = denoise and decoder != "diffusion"
+        self.noised = nn.Linear(rows * cont_dim, NOISED) if reads_noised else None
+        inputs = latent_dim
+        if reads_noised:
+            inputs += 2 * NOISED  # x_t and t
+        if self.sees_slots:
+            inputs += rows * self.slots.width
         self.decoder = build_decoder(decoder, inputs=inputs, outputs=rows * cont_dim, **widths)
         self.types = None if side_info else mlp([latent_dim + EMBEDDED, HEADS[0], num_types], activation, dropout)
         self.globals = mlp([latent_dim, HEADS[1], n_globals], activation, dropout)
 
     def last_weight(self):
-        """Weight of the last Linear that x_hat went through: gan.adaptive_weight compares gradients there."""
+        """Return the weight of the last Linear before x_hat, where gan.adaptive_weight compares gradients."""
         return self.decoder.last.weight
 
     @torch.no_grad()
     def start(self, batch, vq_init, seed):
-        """Start the codes from latents of a batch (x, ids, globals): kmeans, or random ones. The same on every rank."""
+        """Initialize the codes from the latents of a batch (x, ids, globals), by kmeans or at random.
+
+        The same batch and seed give the same codes on every rank.
+        """
         z = self.encode(batch["x"], batch["ids"], batch["ids"] > 0, batch["globals"])
         z = z[batch["ids"] > 0] if self.level == "token" else z
         self.latent.start(z, vq_init == "kmeans", torch.Generator().manual_seed(seed))
 
     def encode(self, x, ids, mask, globals):
-        """-> z_e (B, T, D), 0 in empty slots, or (B, D). What x holds in empty slots does not matter."""
+        """Encode x, ids, mask, globals -> z_e (B, T, D), 0 in empty slots, or (B, D). x of empty slots is ignored."""
         z = self.encoder(x.masked_fill(~mask[..., None], 0), ids, mask, globals)
         return z.masked_fill(~mask[..., None], 0) if self.level == "token" else z
 
     def quantize(self, z_e, mask):
-        """z_e -> (z_q like it, indices, {"commit": loss}).
+        """Pass z_e through the latent space -> (z_q of the same shape, indices, {"commit": loss}).
 
-        indices: (B, T) with -1 in empty slots, or (B), of vq; else None.
+        indices: codes (B, T), -1 in empty slots, or (B); None unless vq. In training vq also returns `revived`.
         """
         if self.latent_space == "vq":
             z_q, indices, commit = self.latent(z_e, mask if self.level == "token" else None)
-            return z_q, indices, dict(commit=commit) | (dict(revived=self.latent.revived) if self.training else {})
+            aux = dict(commit=commit)
+            if self.training:
+                aux["revived"] = self.latent.revived
+            return z_q, indices, aux
         z_q = self.latent(z_e) if self.latent_space == "linear" else z_e
         z_q = z_q.masked_fill(~mask[..., None], 0) if self.level == "token" else z_q
         return z_q, None, dict(commit=z_q.new_zeros(()))
 
     def decode(self, z, ids, mask, x_t=None, t=None):
-        """z as `quantize` gave it, x_t (B, T, F) and t (B) with `denoise` -> dict(x_hat, type_logits, rec_globals).
+        """Decode latents z (B, T, D) or (B, D) -> dict(x_hat (B, T, F), type_logits (B, T, types), rec_globals (B, G)).
 
-        At level event ids and mask are read with side_info or x_t alone, otherwise only their shape.
+        x_t (B, T, F), t (B): only with `denoise`. At level event ids and mask matter only with side_info or x_t;
+        otherwise only their shape is used.
         """
         event = self.level == "event"
-        slots, z_slot = self.slots(ids), z[:, None].expand(-1, ids.shape[1], -1) if event else z
+        slots = self.slots(ids)
+        z_slot = z[:, None].expand(-1, ids.shape[1], -1) if event else z
         rec_globals = self.globals(z if event else mean_over(z, mask))
         type_logits = None if self.types is None else self.types(torch.cat([z_slot, slots], -1))
-        h, real = z if self.whole else z_slot, mask
+        h = z if self.flat_slots else z_slot
+        real = mask
         if x_t is not None:
             x_t = x_t.masked_fill(~mask[..., None], 0)
         elif event:
             real = torch.ones_like(mask)
         if self.noised is not None:
             time = sinusoid(t, NOISED)
-            noised = self.noised(x_t.flatten(1) if self.whole else x_t)
-            h = torch.cat([h, noised, time if self.whole else time[:, None].expand(-1, ids.shape[1], -1)], -1)
+            noised = self.noised(x_t.flatten(1) if self.flat_slots else x_t)
+            h = torch.cat([h, noised, time if self.flat_slots else time[:, None].expand(-1, ids.shape[1], -1)], -1)
         if self.sees_slots:
-            h = torch.cat([h, slots.flatten(1) if self.whole else slots], -1)
+            h = torch.cat([h, slots.flatten(1) if self.flat_slots else slots], -1)
         x_hat = self.decoder(h, real, x_t, t)
-        x_hat = x_hat.unflatten(-1, (ids.shape[1], -1)) if self.whole else x_hat
+        if self.flat_slots:
+            x_hat = x_hat.unflatten(-1, (ids.shape[1], -1))
         return dict(x_hat=x_hat, type_logits=type_logits, rec_globals=rec_globals)
 
     def forward(self, x, ids, mask, globals, x_t=None, t=None):
+        """x (B, T, F), ids, mask (B, T), globals (B, G) -> results of encode, quantize and decode in one dict.
+
+        Its keys: z_e, z_q, indices, aux, x_hat, type_logits, rec_globals.
+        """
         z_e = self.encode(x, ids, mask, globals)
         z_q, indices, aux = self.quantize(z_e, mask)
         return dict(z_e=z_e, z_q=z_q, indices=indices, aux=aux, **self.decode(z_q, ids, mask, x_t, t))
 
 
 class Regressor(nn.Module):
-    """The MLP of loop test_mlp: x (B, cont_dim) -> (B)."""
+    """The MLP that train_ae.py trains with loop test_mlp: x (B, cont_dim) -> (B)."""
 
     latent_space = "none"
 
@@ -308,9 +336,12 @@ class Regressor(nn.Module):
 
 
 def regression_sums(guess, y, task):
-    """Its guess (B) against y (B) -> {name: (sum, count)}: `miss`, squared, or cross-entropy in nats if y is 0 or 1."""
+    """Compare guess (B) with y (B) -> {name: (sum, count)}.
+
+    miss: squared error for task `regression`, otherwise the cross-entropy in nats of y in {0, 1}, with `accuracy`.
+    """
     guess, y = guess.float(), y.float()
     if task == "regression":
         return dict(miss=((guess - y).square().sum(), len(y)))
-    wrong = F.binary_cross_entropy_with_logits(guess, y, reduction="sum")
-    return dict(miss=(wrong, len(y)), accuracy=(((guess > 0) == (y > 0)).sum(), len(y)))
+    nats = F.binary_cross_entropy_with_logits(guess, y, reduction="sum")
+    return dict(miss=(nats, len(y)), accuracy=(((guess > 0) == (y > 0)).sum(), len(y)))

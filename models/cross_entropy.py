@@ -1,4 +1,4 @@
-"""Cross-entropy straight from hidden states: the (B T, V) logits of a large vocabulary never exist.
+"""Cross-entropy directly from hidden states, without building the (B T, V) logits of a large vocabulary.
 
 N positions, C width, V vocabulary.
 """
@@ -10,7 +10,7 @@ CHUNK = 512  # positions whose logits exist at a time
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
-    """The gradient is made in the forward, while a chunk's logits are at hand, and only scaled in the backward."""
+    """Compute the gradient in the forward, while the logits of a chunk exist; the backward only scales it."""
 
     @staticmethod
     def forward(ctx, hidden, weight, targets, weights, bias, dtype, train):
@@ -24,7 +24,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
         for start in range(0, len(targets), CHUNK):
             part = slice(start, start + CHUNK)
             h, y = hidden[part].to(dtype), targets[part]
-            real, rows, y = y >= 0, torch.arange(len(y), device=y.device), y.clamp_min(0)
+            real = y >= 0
+            rows = torch.arange(len(y), device=y.device)
+            y = y.clamp_min(0)
             torch.mm(h, table.T, out=logits[: len(y)])
             p = log_p[: len(y)].copy_(logits[: len(y)])
             if bias is not None:
@@ -43,20 +45,21 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad, _):
         d_hidden, d_weight = ctx.grads
-        del ctx.grads  # scaled in their own memory: a second backward has nothing to scale
+        del ctx.grads  # they are scaled in place, so that a second backward must fail
         return d_hidden.mul_(grad), d_weight.mul_(grad), None, None, None, None, None
 
 
 def linear_cross_entropy(hidden, weight, targets, weights=None, bias=None):
     """Return (sum of weights * nats, nats) of softmax(hidden @ weight.T), CHUNK positions at a time.
 
-    hidden: (..., C), weight: (V, C), targets: (...) ids, negative = not counted, weights: (...), 1 if absent.
+    hidden: (..., C), weight: (V, C), targets: (...) ids, negative = not counted, weights: (...), 1 by default.
     bias: function of a slice of the flattened positions -> (chunk, V), a constant added to their logits.
-    nats: (...), detached, 0 where not counted. Matrix products in the autocast type, softmax in fp32.
+    nats: (...), detached, 0 where not counted. Matrix products use the autocast type, the softmax fp32.
     """
     kind = hidden.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
-    shape, targets = targets.shape, targets.reshape(-1)
+    shape = targets.shape
+    targets = targets.reshape(-1)
     weights = torch.ones(targets.shape, device=hidden.device) if weights is None else weights.reshape(-1).float()
     with torch.autocast(kind, enabled=False):
         total, nats = _LinearCrossEntropy.apply(
@@ -68,11 +71,11 @@ def linear_cross_entropy(hidden, weight, targets, weights=None, bias=None):
 def by_chunk(function, *tensors):
     """Apply a function of positions (N, ...) -> (N, ...) to (B, T, ...) tensors, CHUNK positions at a time.
 
-    For functions that make (N, V) on their way: the backward does each chunk again instead of keeping that.
+    For functions with an intermediate result of (N, V): the backward recomputes each chunk instead of storing it.
     """
     parts = zip(*(t.flatten(0, 1).split(CHUNK) for t in tensors), strict=True)
     if torch.is_grad_enabled():
-        found = [checkpoint(function, *part, use_reentrant=False) for part in parts]
+        outputs = [checkpoint(function, *part, use_reentrant=False) for part in parts]
     else:
-        found = [function(*part) for part in parts]
-    return torch.cat(found).unflatten(0, tensors[0].shape[:2])
+        outputs = [function(*part) for part in parts]
+    return torch.cat(outputs).unflatten(0, tensors[0].shape[:2])

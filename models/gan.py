@@ -1,7 +1,7 @@
-"""Networks that judge: are these particles real, is this latent drawn from N(0, I).
+"""Adversarial networks: a discriminator of events, a critic of latents, and their losses.
 
-B events, T slots, F features, N latents, D latent width. Hinge losses and the adaptive weight: VQGAN (arXiv 2012.09841,
-eq. 7), spectral norm (1802.05957), adversarial autoencoders (1511.05644).
+B events, T slots, F features, G globals of an event, N latents, D latent width. Hinge losses and the adaptive weight:
+VQGAN (arXiv 2012.09841, eq. 7), spectral norm (1802.05957), adversarial autoencoders (1511.05644).
 """
 
 import contextlib
@@ -17,12 +17,12 @@ from models.messages import MessageNetwork, message_weights
 
 EMBEDDED = 8  # width of the embeddings of type and slot
 CRITIC = 64  # width of the critic of latents
-RAMP = 0.1  # share of the steps over which a discriminator comes to count
+RAMP = 0.1  # share of the steps over which the weight of the discriminator rises to full
 
 
 @contextlib.contextmanager
 def frozen(judge):
-    """Within, no gradient reaches the weights of `judge`; what it judges still gets its own."""
+    """Inside the `with` no gradient reaches the weights of `judge`; its inputs still get gradients."""
     judge.requires_grad_(False)
     try:
         yield judge
@@ -31,27 +31,30 @@ def frozen(judge):
 
 
 def hinge_discriminator(real, fake):
-    """Loss of a discriminator from its scores (B) of real and of generated events: a scalar."""
+    """Return the loss of a discriminator from its scores (B) of real and of generated events: a scalar."""
     return (F.relu(1 - real).mean() + F.relu(1 + fake).mean()) / 2
 
 
 def hinge_generator(fake):
-    """Loss of the generator from the scores (B) of what it made: a scalar."""
+    """Return the loss of the generator from the scores (B) of its events: a scalar."""
     return -fake.mean()
 
 
 def critic_loss(drawn, encoded):
-    """Loss of a critic from its logits (N) of draws from N(0, I) and of latents: binary cross-entropy, a scalar."""
+    """Return the binary cross-entropy of a critic from its logits (N) of draws from N(0, I) and of latents."""
     return F.softplus(-drawn).mean() + F.softplus(encoded).mean()
 
 
 def critic_pull(encoded):
-    """Loss of the encoder from the logits (N) of its latents, non-saturating (arXiv 1406.2661, section 3): a scalar."""
+    """Return the loss of the encoder from the critic's logits (N) of its latents: a scalar.
+
+    This is the non-saturating loss (arXiv 1406.2661, section 3).
+    """
     return F.softplus(-encoded).mean()
 
 
 def gradient_norms(rec, adv, last_weight):
-    """Norms of the gradients of two losses with respect to `last_weight`, averaged over ranks: (2), detached."""
+    """Return the norms of the gradients of two losses at `last_weight`, averaged over ranks: (2), detached."""
     norms = [torch.autograd.grad(loss, last_weight, retain_graph=True)[0].float().norm() for loss in (rec, adv)]
     norms = torch.stack(norms).detach()
     if dist.is_initialized() and dist.get_world_size() > 1:
@@ -61,15 +64,18 @@ def gradient_norms(rec, adv, last_weight):
 
 
 def adaptive_weight(rec, adv, last_weight, scale):
-    """Weight of the loss `adv` at which it pulls at `last_weight` `scale` times as hard as `rec`: a detached scalar."""
+    """Return the weight of loss `adv` that makes its gradient at `last_weight` `scale` times that of `rec`.
+
+    A detached scalar, at most 1e4 times `scale`.
+    """
     rec, adv = gradient_norms(rec, adv, last_weight)
     return scale * (rec / (adv + 1e-4)).clamp(0, 1e4)
 
 
 class Discriminator(nn.Module):
-    """How real an event looks: message layers over [x, type, slot], mean, globals -> a score; all spectrally normed.
+    """Score how real an event looks: message layers over [x, type, slot], mean, globals, MLP; all spectrally normed.
 
-    Features are judged, not types: real and generated events are given the same ones.
+    Only features are judged: real and generated events have the same types.
     """
 
     def __init__(self, *, cont_dim, n_tokens, num_types, n_globals, width, layers):
@@ -92,7 +98,7 @@ class Discriminator(nn.Module):
 
 
 class LatentCritic(nn.Sequential):
-    """Is a latent drawn from N(0, I) or encoded: z (N, D) -> logit (N)."""
+    """Tell draws from N(0, I) from encoded latents: z (N, D) -> logit (N)."""
 
     def __init__(self, dim):
         super().__init__(nn.Linear(dim, CRITIC), nn.GELU(), nn.Linear(CRITIC, CRITIC), nn.GELU(), nn.Linear(CRITIC, 1))
@@ -102,44 +108,49 @@ class LatentCritic(nn.Sequential):
 
 
 class Judges(nn.Module):
-    """Who judges an autoencoder while it trains: a discriminator of its events, a critic of the latents of encoder gan.
+    """The adversaries of an autoencoder: a discriminator of its events, and a critic of the latents of encoder `gan`.
 
-    They lower their own loss, and what the model pays for being found out: neither gradient reaches the other side.
+    They compute two losses, one for themselves and one for the model. Neither gradient reaches the other side.
     """
 
     def __init__(self, *, discriminator, encoder, level, cont_dim, n_tokens, num_types, n_globals, latent_dim, gnn_dim,
                  gnn_layers, adv_weight, adv_start, latent_adv_weight):  # fmt: skip
+        """Arguments as in train_ae.AeConfig. forward: a batch and the model's output -> two losses and metrics."""
         super().__init__()
-        self.level, self.adv_weight, self.adv_start, self.latent_adv_weight = (
-            level, adv_weight, adv_start, latent_adv_weight)  # fmt: skip
+        self.level, self.adv_weight, self.adv_start = level, adv_weight, adv_start
+        self.latent_adv_weight = latent_adv_weight
         sizes = dict(cont_dim=cont_dim, n_tokens=n_tokens, num_types=num_types, n_globals=n_globals)
-        judge = Discriminator(**sizes, width=gnn_dim, layers=gnn_layers) if discriminator else None
-        self.discriminator, self.critic = judge, LatentCritic(latent_dim) if encoder == "gan" else None
-        graphs.donated_buffer = False  # else a compiled model goes backward once, and adaptive_weight needs more
+        self.discriminator = Discriminator(**sizes, width=gnn_dim, layers=gnn_layers) if discriminator else None
+        self.critic = LatentCritic(latent_dim) if encoder == "gan" else None
+        graphs.donated_buffer = False  # a compiled model must go backward several times for adaptive_weight
 
     def forward(self, batch, output, loss, last_weight, progress):
-        """Judge the model's output on a batch (x, ids, globals) -> own loss, cost to the model, {name: (sum, count)}.
+        """Judge the output for a batch (x, ids, globals) -> (loss of the judges, loss for the model, metrics).
 
-        loss: the model's, which the adaptive weight compares with. progress: share of the steps that are done; from
-        adv_start on the discriminator counts, in full after a tenth of the steps.
+        output: of AutoEncoder. loss: the model's reconstruction loss, to which the adaptive weight compares. progress:
+        share of the steps done. The weight of the discriminator rises from 0 at adv_start to its full value RAMP later.
+        metrics: {name: (sum, count)}.
         """
-        own, cost, said, mask = 0.0, 0.0, {}, batch["ids"] > 0
+        mask = batch["ids"] > 0
+        judge_loss, model_loss, metrics = 0.0, 0.0, {}
         if self.critic:
             z = output["z_e"].float()
             z = z[mask] if self.level == "token" else z
             with frozen(self.critic):
-                cost = self.latent_adv_weight * critic_pull(self.critic(z))
-            own = critic_loss(self.critic(torch.randn_like(z)), self.critic(z.detach()))
-            said = dict(latent_d_loss=(own.detach(), 1))
+                model_loss = self.latent_adv_weight * critic_pull(self.critic(z))
+            judge_loss = critic_loss(self.critic(torch.randn_like(z)), self.critic(z.detach()))
+            metrics = dict(latent_d_loss=(judge_loss.detach(), 1))
         if self.discriminator:
-            about, made = (batch["ids"], mask, batch["globals"]), output["x_hat"]
+            x_hat = output["x_hat"]
+            rest = (batch["ids"], mask, batch["globals"])
             with frozen(self.discriminator):
-                fooled = hinge_generator(self.discriminator(made, *about))
-            real, fake = self.discriminator(batch["x"], *about), self.discriminator(made.detach(), *about)
-            judged = hinge_discriminator(real, fake)
+                g_loss = hinge_generator(self.discriminator(x_hat, *rest))
+            real, fake = self.discriminator(batch["x"], *rest), self.discriminator(x_hat.detach(), *rest)
+            d_loss = hinge_discriminator(real, fake)
             ramp = min(1.0, max(0.0, progress - self.adv_start) / RAMP)
-            weight = ramp * adaptive_weight(loss, fooled, last_weight, self.adv_weight) if ramp else real.new_zeros(())
-            own, cost = own + judged, cost + weight * fooled
-            rights = dict(d_acc_real=((real > 0).sum(), len(real)), d_acc_fake=((fake < 0).sum(), len(fake)))
-            said |= dict(d_loss=(judged.detach(), 1), g_loss=(fooled.detach(), 1), adv_w=(weight, 1)) | rights
-        return own, cost, said
+            weight = ramp * adaptive_weight(loss, g_loss, last_weight, self.adv_weight) if ramp else real.new_zeros(())
+            judge_loss = judge_loss + d_loss
+            model_loss = model_loss + weight * g_loss
+            metrics |= dict(d_loss=(d_loss.detach(), 1), g_loss=(g_loss.detach(), 1), adv_w=(weight, 1))
+            metrics |= dict(d_acc_real=((real > 0).sum(), len(real)), d_acc_fake=((fake < 0).sum(), len(fake)))
+        return judge_loss, model_loss, metrics

@@ -1,12 +1,12 @@
 """Pages of symbols, drawn as pixels and patches.
 
-A page is stored as its symbols, uint8 (R, C), one byte a cell, and drawn where it is used: 14 x 8 pixels a cell, ink
-255 on 0. B pages, R rows and C columns of cells, P patches of n cells side by side.
+B pages, R rows and C columns of cells, P patches of n cells side by side. A page is stored as symbols, uint8 (R, C),
+and drawn where it is used: 14 x 8 pixels per cell, ink 255 on 0.
 
-Symbols: 0 to 94 printable ASCII (code - 32), 95 to 104 the ten colours of a grid, then the names below; 110 is spare.
-BEGIN, PADDING and the spare one are blank like the space, all the others look different.
+Symbols: 0 to 94 printable ASCII (code - 32), 95 to 104 the ten colours of a grid, then the names below; 110 is unused.
+BEGIN, PADDING and 110 are blank like the space; all others look different.
 
-torch is imported where something is drawn: processes that only make pages start without it, which is seconds sooner.
+Only functions that draw import torch, so that processes that only build pages start seconds sooner.
 """
 
 from functools import cache
@@ -14,12 +14,12 @@ from functools import cache
 import numpy as np
 
 SYMBOLS = 112
-COLOUR = 95  # the first of ten
+COLOUR = 95  # first of the ten colours
 NEWLINE, HOLE, OUTSIDE, END, BEGIN, PADDING = 105, 106, 107, 108, 109, 111
 CELL_HEIGHT, CELL_WIDTH = 14, 8
-CACHED = 2048  # cells drawn at once on a CPU: 230 kB, which stay near it until they are in place
+CACHED = 2048  # cells that a CPU draws at once: their 230 kB stay in the cache until they are copied
 
-# Rows 1 to 11 of each cell, a byte a row: Courier bold 8, whose notice is in LICENSE; then four marks of our own.
+# Rows 1 to 11 of each cell, one byte per row: Courier bold 8 (notice in LICENSE), then four marks of this repo.
 GLYPHS = (
     "000000000000000000000000000030303030003000000000002828280000000000000028287c28287c28280000103c64783c0c6c781000"
     "0000705478103c541c00000000003860307c587c0000000018102000000000000000000810303030301008000000201018181818102000"
@@ -53,14 +53,14 @@ MARKS = (
 def atlas():
     """Return all symbols as pixels (2, SYMBOLS, CELL_HEIGHT, CELL_WIDTH) uint8, plain and bold.
 
-    A colour k is the grey 25 k in a frame of ink.
+    Colour k is drawn as grey 25 k in a frame of ink.
     """
     import torch
 
-    rows = np.zeros((2, SYMBOLS, CELL_HEIGHT), np.uint8)  # 8 bits each, the first one is the leftmost pixel
+    rows = np.zeros((2, SYMBOLS, CELL_HEIGHT), np.uint8)  # one byte per row, whose first bit is the leftmost pixel
     drawn = [*range(95), NEWLINE, HOLE, OUTSIDE, END]
     rows[0, drawn, 1:12] = np.frombuffer(bytes.fromhex(GLYPHS + MARKS), np.uint8).reshape(-1, 11)
-    rows[1] = rows[0] | rows[0] >> 1 & ~(rows[0] << 1)  # thicker, but no gap is closed: m would become n
+    rows[1] = rows[0] | rows[0] >> 1 & ~(rows[0] << 1)  # thicker, without closing gaps, which would turn m into n
     pixels = np.unpackbits(rows[..., None], axis=-1) * np.uint8(255)
     pixels[:, COLOUR : COLOUR + 10] = 255
     pixels[:, COLOUR : COLOUR + 10, 1:-1, 1:-1] = 25 * np.arange(10, dtype=np.uint8)[:, None, None]
@@ -69,19 +69,20 @@ def atlas():
 
 @cache
 def _rows(device):
-    """The atlas as rows of eight pixels, (2 * SYMBOLS, CELL_HEIGHT) int64: one number is moved, not eight."""
+    """Return the atlas as rows of eight pixels, (2 * SYMBOLS, CELL_HEIGHT) int64, to copy one number instead of 8."""
     import torch
 
     return atlas().view(torch.int64).view(-1, CELL_HEIGHT).to(device)
 
 
 def to_images(pages, face=0):
-    """Draw pages (B, R, C) uint8 -> (B, 14 R, 8 C) uint8 on their device. face: 0 plain, 1 bold; or (B,) of them."""
+    """Draw pages (B, R, C) uint8 -> (B, 14 R, 8 C) uint8 on their device. face: 0 plain, 1 bold, or (B,) of them."""
     import torch
 
     B, R, C = pages.shape
     face = face.view(-1, 1, 1) if torch.is_tensor(face) else face
-    index, table = (pages.int() + SYMBOLS * face).reshape(B * R, C), _rows(pages.device)
+    index = (pages.int() + SYMBOLS * face).reshape(B * R, C)
+    table = _rows(pages.device)
     drawn = torch.empty(B * R, CELL_HEIGHT, C, dtype=torch.int64, device=pages.device)
     part = B * R if pages.is_cuda else max(1, CACHED // C)
     for cells, out in zip(index.split(part), drawn.split(part), strict=True):
@@ -90,46 +91,46 @@ def to_images(pages, face=0):
 
 
 def to_patches(pages, n, face=0):
-    """Draw pages (B, R, C) uint8 as patches (B, P, 14 * 8 n) uint8, P = R ceil(C / n), row after row; face as above.
+    """Draw pages (B, R, C) uint8 as patches (B, P, 14 * 8 n) uint8, P = R ceil(C / n), row by row. face as above.
 
-    A patch has the pixels of n cells side by side, row after row; the last of a row is filled up with PADDING.
+    A patch holds the pixels of n cells side by side, row by row. The last patch of a row is filled with PADDING.
     """
     import torch.nn.functional as F
 
     B, R, C = pages.shape
     pages = F.pad(pages, (0, -C % n), value=PADDING) if C % n else pages
-    images = to_images(pages.reshape(B, -1, n), face)  # a page n cells wide is its patches one below the other
+    images = to_images(pages.reshape(B, -1, n), face)  # in a page n cells wide patches lie below each other
     return images.view(B, -1, CELL_HEIGHT * CELL_WIDTH * n)
 
 
 def to_float(patches):
-    """Pixels uint8 -> float32 from 0 to 1."""
+    """Convert pixels from uint8 to float32 in [0, 1]."""
     return patches.float() / 255
 
 
 def augmented_patches(pages, n, generator):
-    """Draw pages (B, R, C) uint8, each in its own way -> patches (B, P, 14 * 8 n) float32 from 0 to 1.
+    """Draw each page (B, R, C) uint8 at random -> patches (B, P, 14 * 8 n) float32 in [0, 1].
 
-    Each stands at a random pixel of a canvas one cell larger, P = (R + 1) ceil((C + 1) / n), so that characters no
-    longer fill patches; plain or bold, ink of 0.5 to 1 on 0 or the inverse of that, with Gaussian noise of 0.05.
-    `generator` may be on the CPU or where the pages are; the former gives the same on every device.
+    A page stands at a random pixel of a canvas one cell larger, P = (R + 1) ceil((C + 1) / n), so that characters cross
+    the borders of patches. It is plain or bold, with ink of 0.5 to 1 on 0 or inverted, and Gaussian noise of 0.05.
+    generator: on the CPU, which gives the same pages on every device, or on the device of the pages.
     """
     import torch
     import torch.nn.functional as F
 
     B, R, C = pages.shape
     columns = -(-(C + 1) // n) * n
-    high, wide = (R + 1) * CELL_HEIGHT, columns * CELL_WIDTH
-
-    def draw(maker, *about):
-        return maker(*about, generator=generator, device=generator.device)
-
-    down, right, face, inverse = (draw(torch.randint, most, (B,)) for most in (CELL_HEIGHT, CELL_WIDTH, 2, 2))
-    ink = (0.5 + 0.5 * draw(torch.rand, B)) * (1 - 2 * inverse) / 255
-    noise, ink, face, inverse = (x.to(pages.device) for x in (draw(torch.randn, B, high, wide), ink, face, inverse))
+    height, width = (R + 1) * CELL_HEIGHT, columns * CELL_WIDTH
+    drawing = dict(generator=generator, device=generator.device)
+    down, right, face, inverse = (
+        torch.randint(n_values, (B,), **drawing) for n_values in (CELL_HEIGHT, CELL_WIDTH, 2, 2)
+    )
+    ink = (0.5 + 0.5 * torch.rand(B, **drawing)) * (1 - 2 * inverse) / 255
+    noise = torch.randn(B, height, width, **drawing)
+    noise, ink, face, inverse = (x.to(pages.device) for x in (noise, ink, face, inverse))
     images = to_images(F.pad(pages, (1, columns - C, 1, 1), value=PADDING), face)
     tops, lefts = (CELL_HEIGHT - down).tolist(), (CELL_WIDTH - right).tolist()
-    images = [image[y : y + high, x : x + wide] for image, y, x in zip(images, tops, lefts, strict=True)]
+    images = [image[y : y + height, x : x + width] for image, y, x in zip(images, tops, lefts, strict=True)]
     pixels = noise.mul_(0.05).add_(inverse[:, None, None])
     pixels.addcmul_(torch.stack(images).float(), ink[:, None, None]).clamp_(0, 1)
     patches = pixels.view(B, R + 1, CELL_HEIGHT, columns // n, n * CELL_WIDTH).transpose(2, 3)

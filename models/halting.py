@@ -1,8 +1,8 @@
-"""When to stop thinking, learnt from what stopping and going on were worth: a small Q-network beside the model.
+"""A small Q-network beside the model that learns from rewards when to stop reasoning.
 
-B batch, D width, t steps so far of at most T, F = 36 features. Rewards: to halt gives RIGHT or WRONG, to go on what the
-share of right answers gains, less a cost. Deep Q-learning with a target network that follows (Mnih et al. 2015), which
-the network's own choice is looked up in (double DQN, arXiv 1509.06461).
+B batch, D width, t steps so far, T most steps, F = 36 features. Halting is rewarded with RIGHT or WRONG. Continuing is
+rewarded with the gain in the share of right symbols, less a cost. Deep Q-learning with a slowly moving target network
+(Mnih et al. 2015) that values the action chosen by the network itself (double DQN, arXiv 1509.06461).
 """
 
 import copy
@@ -13,13 +13,15 @@ import torch.nn.functional as F
 
 from models.optim.adam_atan2 import gather_rows, moved
 
-HALT, CONTINUE = 0, 1  # columns of what QNet returns, and the actions
-RIGHT, WRONG = 1.0, -0.5  # reward of halting with everything right, and otherwise
-PROJECTED, HIDDEN = 32, 128
-FEATURES = PROJECTED + 4
-LAST_EPSILON, EPSILON_STEPS = 0.05, 200_000  # where the share of random actions ends, and after how many steps
-LEARN_FROM = 1000  # transitions
-BLOCK = 65_536  # transitions by which the ring grows
+HALT, CONTINUE = 0, 1  # the actions, and the columns of QNet's output
+RIGHT, WRONG = 1.0, -0.5  # reward of halting when all is right, and otherwise
+PROJECTED = 32  # random projections of the state
+HIDDEN = 128  # hidden width
+FEATURES = PROJECTED + 4  # F
+LAST_EPSILON = 0.05  # final share of random actions
+EPSILON_STEPS = 200_000  # steps until it is reached
+LEARN_FROM = 1000  # transitions in the ring before learning starts
+BLOCK = 65_536  # transitions that the ring allocates at a time
 
 
 class QNet(nn.Module):
@@ -32,40 +34,42 @@ class QNet(nn.Module):
 
     @torch.no_grad()
     def features(self, z_mean, share, q, confidence, changed):
-        """z_mean (B, D) over the positions of a state; share t / T, q, confidence, changed: (B) each -> (B, F).
+        """Build the features of a step (B, F) from z_mean (B, D) and share, q, confidence, changed: (B) each.
 
-        q is the logit of being right; confidence the mean probability of the answer; changed the share of it that is
-        not what it was a step ago.
+        z_mean: mean of the state over its positions. share: t / T. q: logit that the answer is right. confidence: mean
+        probability of the answer's symbols. changed: share of the symbols that differ from the previous step.
         """
         with torch.autocast(z_mean.device.type, enabled=False):
             rest = torch.stack([share, q, confidence, changed], 1).float()
             return torch.cat([z_mean.float() @ self.projection, rest], 1)
 
     def forward(self, features):
-        with torch.autocast(features.device.type, enabled=False):  # a step costs less than bfloat16 can tell
+        with torch.autocast(features.device.type, enabled=False):  # the cost of a step is below bfloat16's resolution
             return self.layers(features)
 
 
 class Ring:
-    """The newest `capacity` rows of `width` numbers in float16; memory is taken block by block."""
+    """The newest `capacity` rows of `width` numbers in float16; memory is allocated block by block."""
 
     def __init__(self, capacity, width, device):
-        self.capacity, self.added = capacity, 0
+        self.capacity = capacity
+        self.added = 0
         self.rows = torch.zeros(0, width, dtype=torch.float16, device=device)
 
     def __len__(self):
         return min(self.added, self.capacity)
 
     def add(self, rows):
-        """rows: (n, width) of any float type."""
+        """Append rows (n, width) of any float type; they replace the oldest ones once the ring is full."""
         self._grow(min(self.added + len(rows), self.capacity))
         place = (self.added + torch.arange(len(rows), device=rows.device)) % self.capacity
-        last = slice(max(0, len(rows) - self.capacity), None)  # of one place written twice torch keeps no promised one
+        # with duplicate indices torch does not define which write wins
+        last = slice(max(0, len(rows) - self.capacity), None)
         self.rows[place[last]] = rows[last].to(self.rows.dtype)
         self.added += len(rows)
 
     def sample(self, count, generator):
-        """`count` rows, each drawn anew from all: (count, width) in float32."""
+        """Draw `count` rows with replacement: (count, width) in float32."""
         index = torch.randint(len(self), (count,), generator=generator, device=generator.device)
         return self.rows[moved(index, self.rows.device)].float()
 
@@ -73,16 +77,17 @@ class Ring:
         return dict(rows=self.rows[: len(self)], added=self.added)
 
     def load_state_dict(self, state):
-        """Take over the rows of a ring of any capacity, the newest ones where this one is smaller.
+        """Load the rows of a ring of any capacity; a smaller ring keeps the newest ones.
 
-        Raises ValueError for rows of another width, and for a count that can't be theirs.
+        Raises ValueError for rows of another width, or more rows than were ever added.
         """
         rows, added = state["rows"], state["added"]
         if rows.ndim != 2 or rows.shape[1] != self.rows.shape[1] or len(rows) > added:
             raise ValueError(
-                f"a ring {self.rows.shape[1]} wide got {added} rows, of which {tuple(rows.shape)} are left"
+                f"rows of shape {tuple(rows.shape)} after {added} additions: expected a ring of width "
+                f"{self.rows.shape[1]}, and no more rows than additions"
             )
-        if len(rows) != min(added, self.capacity):  # another capacity: begin with the oldest row that is kept
+        if len(rows) != min(added, self.capacity):  # another capacity: sort the rows from the oldest on
             rows = rows.roll(-(added % len(rows)), 0)[-self.capacity :] if added > len(rows) else rows[-self.capacity :]
             added = len(rows)
         self.added = added
@@ -96,28 +101,34 @@ class Ring:
 
 
 class HaltingAgent:
-    """Acts by `net`, which is trained with the model, and keeps what `net` learns from: a ring and the target network.
+    """Acts by `net` and holds what `net` learns from: a ring of transitions and the target network.
 
-    What a slot of the batch was like at a step is a dict: features (B, F), accuracy (B) its share of right answers,
-    right (B) whether all are, last (B) whether t = T, action (B) int64. Actions may be anyone's. All ranks keep the
-    transitions of all, so that with the same draws they learn the same.
+    A step of the batch is a dict: features (B, F), accuracy (B), the share of right symbols, right (B), whether all are
+    right, last (B), whether t = T, and action (B) int64. Actions may come from any policy. Every rank stores the
+    transitions of all ranks, so that with the same draws all learn the same.
     """
 
     def __init__(self, net, *, capacity, gamma, tau, epsilon, warmstart, step_cost):
-        self.net, self.target = net, copy.deepcopy(net).requires_grad_(False)
+        """net: QNet of the model. capacity: transitions in the ring. gamma: discount. tau: step of the target.
+
+        epsilon: initial share of random actions. warmstart: steps that act by the labels. step_cost: of continuing.
+        """
+        self.net = net
+        self.target = copy.deepcopy(net).requires_grad_(False)
         self.gamma, self.tau, self.epsilon, self.warmstart, self.step_cost = gamma, tau, epsilon, warmstart, step_cost
         self.ring = Ring(capacity, 2 * FEATURES + 4, net.projection.device)
 
     def epsilon_at(self, step):
-        """Share of random actions at an optimizer step."""
+        """Return the share of random actions at an optimizer step."""
         last = min(LAST_EPSILON, self.epsilon)
         return self.epsilon + (last - self.epsilon) * min(1.0, step / EPSILON_STEPS)
 
     @torch.no_grad()
     def act(self, features, right, last, step, draws):
-        """features (B, F), right and last (B) bool, draws (B, 2) uniform in [0, 1), on the host -> actions (B) int64.
+        """Choose actions (B) int64 from features (B, F), right and last (B) bool.
 
-        For the first `warmstart` steps: halt when all is right; then the better action, or at times a random one. The
+        draws: (B, 2) uniform in [0, 1), on the host, for the random actions. For the first `warmstart` steps a sample
+        halts when all is right. After that it takes the better action, or a random one with probability epsilon. The
         last step always halts.
         """
         halt = right
@@ -129,16 +140,17 @@ class HaltingAgent:
 
     @torch.no_grad()
     def store(self, before, now):
-        """Keep one transition a slot: how it was, what was done, and, where it went on, how it is a step later."""
+        """Store one transition per sample, from the dict of a step (`before`) and of the next step (`now`)."""
         reward = torch.where(before["right"], RIGHT, WRONG)
         gain = now["accuracy"] - before["accuracy"] - self.step_cost
         columns = torch.stack([x.float() for x in (reward, gain, before["action"], now["last"])], 1)
         self.ring.add(gather_rows(torch.cat([before["features"], now["features"], columns], 1)))
 
     def loss(self, count, generator):
-        """Huber loss of both values on `count` transitions, a scalar; None while there are fewer than LEARN_FROM.
+        """Return the Huber loss of both values on `count` transitions, a scalar; None before LEARN_FROM transitions.
 
-        To halt is regressed at every state, since the labels tell what it is worth; to go on where that was done.
+        The value of halting is fitted at every state, since the labels give its reward; the value of continuing only
+        where the action was to continue.
         """
         if len(self.ring) < LEARN_FROM:
             return None
@@ -146,14 +158,14 @@ class HaltingAgent:
         reward, gain, action, last = rest.unbind(1)
         with torch.no_grad():
             best = self.net(after).argmax(1).masked_fill(last.bool(), HALT)
-            worth = gain + self.gamma * self.target(after).gather(1, best[:, None])[:, 0]
+            goal = gain + self.gamma * self.target(after).gather(1, best[:, None])[:, 0]
         values = self.net(here)
-        went_on = F.huber_loss(values[:, CONTINUE], worth, reduction="none") * (action == CONTINUE)
-        return (F.huber_loss(values[:, HALT], reward, reduction="none") + went_on).mean()
+        continued = F.huber_loss(values[:, CONTINUE], goal, reduction="none") * (action == CONTINUE)
+        return (F.huber_loss(values[:, HALT], reward, reduction="none") + continued).mean()
 
     @torch.no_grad()
     def follow(self):
-        """The target network takes a step of `tau` towards the network: after each optimizer step."""
+        """Move the target network by `tau` towards the network; call it after each optimizer step."""
         torch._foreach_lerp_(list(self.target.parameters()), list(self.net.parameters()), self.tau)
 
     def state_dict(self):
@@ -162,25 +174,3 @@ class HaltingAgent:
     def load_state_dict(self, state):
         self.target.load_state_dict(state["target"])
         self.ring.load_state_dict(state["ring"])
-
-
-def policies(right, q, values=None, thresholds=21):
-    """Accuracy over mean steps of ways to stop; on the CPU: right (n, T) bool, q (n, T), values (n, T, 2) or None.
-
-    -> rows dict(policy, at, steps, accuracy): `fixed` at each step, `q` at quantiles of q, `dqn` where to halt is worth
-    more, `oracle` as soon as all is right. What does not stop by itself stops at T.
-    """
-    n, T = right.shape
-    step = torch.arange(T)
-    ways = [("fixed", t + 1, (step >= t).expand(n, T)) for t in range(T)]
-    cuts = q.double().flatten().quantile(torch.linspace(0, 1, thresholds, dtype=torch.float64)).unique().tolist()
-    ways += [("q", cut, q.double() >= cut) for cut in cuts]
-    if values is not None:
-        ways.append(("dqn", 0.0, values[..., HALT] > values[..., CONTINUE]))
-    ways.append(("oracle", 0.0, right))
-    rows = []
-    for policy, at, halt in ways:
-        stop = (halt[:, :-1].cumsum(1) == 0).sum(1)  # steps before the first that halts, T - 1 without one
-        accuracy = right.gather(1, stop[:, None]).double().mean().item()
-        rows.append(dict(policy=policy, at=at, steps=stop.double().mean().item() + 1, accuracy=accuracy))
-    return rows

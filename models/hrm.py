@@ -1,7 +1,7 @@
-"""A prompt is encoded, reasoned about by a recursive core, and answered by a causal decoder or cell by cell.
+"""An encoder reads a prompt, a recursive core reasons about it, and a causal decoder or a head per cell answers.
 
 B batch, S prompt, T answer, C width, V vocabulary, D head dim. Hierarchical Reasoning Model (arXiv 2506.21734) with
-deep supervision: a segment is one forward and backward pass, the next one goes on from its detached states.
+deep supervision: a segment is one forward and backward pass, and the next segment starts from its detached states.
 """
 
 import math
@@ -17,8 +17,8 @@ from models.trm import Core, SelfAttention, attend, boxes, grid, rms
 ROPE_BASE = 10000.0  # slowest rotary wavelength, in units of 2 pi tokens
 
 
-class Still(nn.Module):
-    """Stands where a model without rotary positions would rotate."""
+class NoRotation(nn.Module):
+    """The identity, in place of Rotary in models without rotary positions."""
 
     def forward(self, x, start=0):
         return x
@@ -36,7 +36,7 @@ class ReluSquared(nn.Module):
 
 
 class EncoderBlock(nn.Module):
-    """Pre-norm attention in both directions and feed-forward part: (B, S, C) -> (B, S, C). bias as in `attend`."""
+    """Pre-norm bidirectional attention and MLP: (B, S, C) -> (B, S, C). bias as in `attend`."""
 
     def __init__(self, *, d_model, n_heads):
         super().__init__()
@@ -50,7 +50,7 @@ class EncoderBlock(nn.Module):
 
 
 class DecoderBlock(nn.Module):
-    """Pre-norm causal self-attention, attention to the memory, feed-forward part: (B, T, C) -> (B, T, C)."""
+    """Pre-norm causal self-attention, cross-attention to the memory, MLP: (B, T, C) -> (B, T, C)."""
 
     def __init__(self, *, d_model, n_heads):
         super().__init__()
@@ -61,45 +61,52 @@ class DecoderBlock(nn.Module):
         self.out = nn.Linear(d_model, d_model, bias=False)
         self.ffn = ReluSquared(d_model=d_model)
 
-    def split(self, x):
-        """(B, T, n C) -> (B, n heads, T, D)."""
+    def split_heads(self, x):
+        """Split the last dimension into heads: (B, T, n C) -> (B, n heads, T, D)."""
         B, T, _ = x.shape
         return x.view(B, T, -1, self.query.in_features // self.attention.n_heads).transpose(1, 2)
 
     def keys(self, memory):
-        """memory (B, S, C) -> keys and values (2, B, heads, S, D), made once a prompt."""
-        return torch.stack(self.split(self.key_value(memory)).chunk(2, 1))
+        """memory (B, S, C) -> keys and values (2, B, heads, S, D), computed once per prompt."""
+        return torch.stack(self.split_heads(self.key_value(memory)).chunk(2, 1))
 
     def forward(self, h, rotary, keys, bias, cache=None, start=0):
         """bias: of the keys, as in `attend`; cache and start as in transformer.Attention."""
         h = h + self.attention(self.attention_norm(h), rotary, True, cache, start)
-        q = self.split(self.query(self.memory_norm(h)))
+        q = self.split_heads(self.query(self.memory_norm(h)))
         h = h + self.out(attend(q, *keys.to(q.dtype), bias))
         return h + self.ffn(self.ffn_norm(h))
 
 
 class HRM(nn.Module):
-    """Encoder, core, and a decoder; with decoder_layers 0 a head that fills in each cell of the prompt instead.
-
-    core, h_cycles, l_steps, share and grad as in trm.Core, relation_bias: with trm.boxes; ffn_dim: inner width of the
-    core, 0 = twice d_model. positions: `rope`, `ends` (tables counted from the first and from the last token of the
-    prompt) or `grid` (tables of rows, columns and boxes). halting: a head learns whether all labels of a sample are
-    right.
-    Raises ValueError for parts that do not go together.
-    """
+    """Encoder, core and decoder; with decoder_layers 0 a head fills in each cell of the prompt instead."""
 
     def __init__(self, *, vocab_size, d_model, max_seq_len, n_heads, encoder_layers, decoder_layers, core,
                  core_layers, share, h_cycles, l_steps, grad, ffn_dim, positions, relation_bias, halting,
                  halting_weight):  # fmt: skip
+        """Arguments as in train_hrm.HrmConfig. core, h_cycles, l_steps, share and grad as in trm.Core.
+
+        vocab_size: V. max_seq_len: longest prompt and longest answer. ffn_dim: inner width of the core, 0 = twice
+        d_model. positions: `rope`, `ends` (embeddings of the distance to the first and to the last token of the
+        prompt) or `grid` (embeddings of row, column and box). relation_bias: with trm.boxes. halting: a head learns
+        whether all labels of a sample are right.
+        forward: a batch of prompts (B, S) and labels (B, T) -> loss, report and states of the next segment.
+        Raises ValueError for arguments that do not go together.
+        """
         super().__init__()
         if halting and core != "recursive":
-            raise ValueError(f"halting needs core recursive, it is {core}")
+            raise ValueError(f"halting needs core recursive, found core {core}")
         if relation_bias and positions != "grid" or positions == "grid" and decoder_layers:
-            raise ValueError(f"positions {positions}: relation_bias needs grid, and grid needs decoder_layers 0")
+            raise ValueError(
+                f"positions {positions}, decoder_layers {decoder_layers}: relation_bias needs positions grid, and "
+                "positions grid needs decoder_layers 0"
+            )
         self.max_seq_len, self.positions = max_seq_len, positions
-        self.halting, self.halting_weight, self.cells = halting, halting_weight, not decoder_layers
+        self.halting = halting
+        self.halting_weight = halting_weight
+        self.cells = not decoder_layers
         self.embedding = nn.Embedding(vocab_size, d_model)
-        self.rotary = Rotary(d_model // n_heads, max_seq_len, ROPE_BASE) if positions == "rope" else Still()
+        self.rotary = Rotary(d_model // n_heads, max_seq_len, ROPE_BASE) if positions == "rope" else NoRotation()
         if positions == "ends":
             self.from_first, self.from_last = (nn.Embedding(max_seq_len, d_model) for _ in range(2))
             if decoder_layers:
@@ -130,14 +137,15 @@ class HRM(nn.Module):
             nn.init.constant_(self.halt.bias, -3.0)
 
     def encode(self, ids, mask=None):
-        """ids (B, S), mask (B, S) of what is no padding, None = all -> x (B, S, C), bias of the keys or None.
+        """Encode prompts: ids (B, S), mask (B, S), 0 = padding -> x (B, S, C), bias of the keys (B, 1, 1, S) or None.
 
-        Raises ValueError for a prompt beyond max_seq_len.
+        mask None: no padding. Raises ValueError for a prompt beyond max_seq_len.
         """
         B, S = ids.shape
         if S > self.max_seq_len:
             raise ValueError(f"prompt of {S} tokens, the model was built for max_seq_len {self.max_seq_len}")
-        x, bias = self.embedding(ids), None
+        x = self.embedding(ids)
+        bias = None
         if self.positions == "ends":
             place = torch.arange(S, device=ids.device)
             length = S if mask is None else mask.sum(1, keepdim=True)
@@ -151,22 +159,23 @@ class HRM(nn.Module):
         return (rms(x) if self.encoder else x), bias
 
     def start(self, x):
-        """The states before the first segment: z_H, z_L, each (B, S, C). A decoder's z_H starts at x."""
+        """Return the states before the first segment: z_H, z_L, each (B, S, C). With a decoder z_H starts at x."""
         if not self.core.recursive:
             return x, x
         z_H, z_L = self.core.start(x)
         return (z_H if self.cells else x), z_L
 
     def confidence(self, z_H, mask):
-        """Logit that all labels are right, from the mean of z_H over the prompt: (B)."""
+        """Return the logit that all labels are right, from the mean of z_H (B, S, C) over the prompt: (B)."""
         mask = torch.ones_like(z_H[..., :1]) if mask is None else mask[..., None]
         return self.halt((z_H * mask).sum(1) / mask.sum(1))[:, 0].float()
 
     def answer(self, x, z_H, bias, decoder_input_ids):
-        """Hidden states that the head reads: of the cells (B, S, C), or of the decoder (B, T, C)."""
+        """Return the hidden states that the head reads: of the cells (B, S, C), or of the decoder (B, T, C)."""
         if self.cells:
             return z_H
-        memory, h = self.memory(x, z_H), self.embedding(decoder_input_ids)
+        memory = self.memory(x, z_H)
+        h = self.embedding(decoder_input_ids)
         if h.shape[1] > self.max_seq_len:
             raise ValueError(f"answer of {h.shape[1]} tokens, the model was built for max_seq_len {self.max_seq_len}")
         if self.positions == "ends":
@@ -176,28 +185,30 @@ class HRM(nn.Module):
         return self.norm(h)
 
     def memory(self, x, z_H):
-        """What the decoder attends to: (B, S, C). No token of the prompt is lost in a summary."""
+        """Return the memory that the decoder attends to, one vector per token of the prompt: (B, S, C)."""
         return x + z_H if self.remembers_prompt else z_H
 
     def guess(self, h):
-        """The most likely id at each position: (B, T, C) -> (B, T), the logits of CHUNK positions at a time."""
+        """Return the most likely id at each position: h (B, T, C) -> (B, T). CHUNK positions have logits at a time."""
         parts = h.flatten(0, 1).split(CHUNK)
         return torch.cat([F.linear(part, self.head.weight).argmax(-1) for part in parts]).view(h.shape[:2])
 
     def forward(self, batch, carry=None, targets=None):
-        """One segment -> (loss, report, carry of the next segment of the same batch).
+        """Run one segment -> (loss, report, carry for the next segment of the same batch).
 
-        batch: encoder_ids (B, S), labels (B, T), -100 = not counted, for a decoder decoder_input_ids (B, T), and if
-        there is padding encoder_mask (B, S), in no row all 0. The loss is the sum of nats over `targets`, the number
-        of labels if not given, plus halting_weight times the binary cross-entropy of the halting head. The report is
-        detached: nats (B, T), and with halting `right` (B): all labels of the sample are, `halt` (B): its logit.
+        batch: encoder_ids (B, S); labels (B, T), -100 = not counted; decoder_input_ids (B, T) for a decoder;
+        encoder_mask (B, S) if there is padding, with at least one 1 per row.
+        loss: sum of nats divided by `targets` (by default the number of labels), plus halting_weight times the binary
+        cross-entropy of the halting head. The report is detached: nats (B, T), and with halting `right` (B), whether
+        all labels of the sample are right, and `halt` (B), the logit of that.
         """
         mask, labels = batch.get("encoder_mask"), batch["labels"]
         x, bias = self.encode(batch["encoder_ids"], mask)
         z_H, z_L = self.core(x, *(carry or self.start(x)), self.rotary, bias)
         h = self.answer(x, z_H, bias, batch.get("decoder_input_ids"))
         total, nats = linear_cross_entropy(h, self.head.weight, labels)
-        loss, report = total / (targets or (labels >= 0).sum()), dict(nats=nats)
+        loss = total / (targets or (labels >= 0).sum())
+        report = dict(nats=nats)
         if self.halting:
             logit = self.confidence(z_H, mask)
             right = ((self.guess(h.detach()) == labels) | (labels < 0)).all(1)
@@ -209,11 +220,12 @@ class HRM(nn.Module):
     def think(self, ids, mask, segments, threshold):
         """Reason for up to `segments` segments; a sample whose halting logit is above `threshold` leaves the batch.
 
-        -> x (B, S, C), bias of the keys, z_H (B, S, C), segments that each sample took (B).
+        ids, mask: (B, S) -> x (B, S, C), bias of the keys, z_H (B, S, C), number of segments of each sample (B).
         """
         x, bias = self.encode(ids, mask)
         z_H, z_L = self.start(x)
-        last, used = torch.empty_like(x), torch.zeros(len(x), dtype=torch.long, device=x.device)
+        last = torch.empty_like(x)
+        used = torch.zeros(len(x), dtype=torch.long, device=x.device)
         going = torch.arange(len(x), device=x.device)
         for _ in range(segments):
             z_H, z_L = self.core(x[going], z_H, z_L, self.rotary, bias if bias is None else bias[going])
@@ -226,54 +238,45 @@ class HRM(nn.Module):
         return x, bias, last, used
 
     @torch.no_grad()
-    def evaluate(self, batch, segments, threshold=math.inf):
-        """Score a batch of `forward` after `think` -> dict of nats (B, T), guess (B, T) ids, right (B), used (B).
-
-        A decoder is fed the right answer so far, so that `right` says whether greedy decoding gives it as a whole.
-        """
-        x, bias, z_H, used = self.think(batch["encoder_ids"], batch.get("encoder_mask"), segments, threshold)
-        h, labels = self.answer(x, z_H, bias, batch.get("decoder_input_ids")), batch["labels"]
-        guess, nats = self.guess(h), linear_cross_entropy(h, self.head.weight, labels)[1]
-        return dict(nats=nats, guess=guess, right=((guess == labels) | (labels < 0)).all(1), used=used)
-
-    @torch.no_grad()
     def trace(self, batch, segments):
-        """Score a batch of `forward` after each of so many segments -> dict of (B, segments).
+        """Score a batch of `forward` after each of `segments` segments -> {name: (B, segments)}.
 
-        nats: of the labels; hits: right labels, of blank cells (id 0) only where cells are filled in; right: all are;
-        with halting `halt`: the logit of it. A decoder is fed the right answer so far: `right` is greedy decoding.
+        nats: sum over the labels. hits: number of right labels; with a head per cell only blank cells (id 0) count.
+        right: whether all labels are right. halt (with halting): the logit of that. A decoder reads the right answer
+        so far, so `right` says whether greedy decoding gives the whole answer.
         """
         mask, labels = batch.get("encoder_mask"), batch["labels"]
         x, bias = self.encode(batch["encoder_ids"], mask)
-        (z_H, z_L), found = self.start(x), {}
-        asked = labels >= 0 if not self.cells else batch["encoder_ids"] == 0
+        z_H, z_L = self.start(x)
+        scores = {}
+        scored = labels >= 0 if not self.cells else batch["encoder_ids"] == 0
         for _ in range(segments):
             z_H, z_L = self.core(x, z_H, z_L, self.rotary, bias)
             h = self.answer(x, z_H, bias, batch.get("decoder_input_ids"))
             hit = self.guess(h) == labels
-            now = dict(nats=linear_cross_entropy(h, self.head.weight, labels)[1].sum(1), hits=(hit & asked).sum(1))
-            now["right"] = (hit | (labels < 0)).all(1)
+            nats = linear_cross_entropy(h, self.head.weight, labels)[1].sum(1)
+            after = dict(nats=nats, hits=(hit & scored).sum(1), right=(hit | (labels < 0)).all(1))
             if self.halting:
-                now["halt"] = self.confidence(z_H, mask)
-            for name, values in now.items():
-                found.setdefault(name, []).append(values)
-        return {name: torch.stack(values, 1) for name, values in found.items()}
+                after["halt"] = self.confidence(z_H, mask)
+            for name, values in after.items():
+                scores.setdefault(name, []).append(values)
+        return {name: torch.stack(values, 1) for name, values in scores.items()}
 
     def solve(self, ids, segments, threshold=math.inf):
-        """ids (B, S) of puzzles -> (answer of each cell (B, S), segments used (B))."""
+        """Fill in puzzles: ids (B, S) -> (answer of each cell (B, S), segments used (B))."""
         x, bias, z_H, used = self.think(ids, None, segments, threshold)
         return self.guess(self.answer(x, z_H, bias, None)), used
 
     def compiled(self):
-        """Let torch.compile make each stack of the core anew -> self; weights keep their names."""
+        """Compile each stack of the core in place -> self; weights keep their names."""
         for stack in self.core.stacks:
             stack.compile()
         return self
 
     def frozen(self):
-        """Make it ready to answer, not to be trained again -> self.
+        """Prepare the model for answering; it can't be trained afterwards -> self.
 
-        The weights of the decoder that are taller than wide are stored by columns: one token at a time, a CPU reads
+        Weights of the decoder that are taller than wide are stored by columns. For one token at a time a CPU reads
         them two to three times as fast.
         """
         for part in [self.head, *self.decoder.modules()]:
@@ -282,8 +285,10 @@ class HRM(nn.Module):
         return self.requires_grad_(False).eval()
 
     def init_state(self, x, z_H, bias):
-        """An empty cache for `step`: position, keys and values of the answer (layers, 2, B, heads, max_seq_len, D) and
-        of the memory (layers, 2, B, heads, S, D), bias of the memory's keys."""
+        """Return an empty cache for `step`: (position, cache of the answer, keys of the memory, their bias).
+
+        The cache is (layers, 2, B, heads, max_seq_len, D), keys and values of the memory (layers, 2, B, heads, S, D).
+        """
         memory = self.memory(x, z_H)
         keys = torch.stack([block.keys(memory) for block in self.decoder])
         layers, _, B, heads, _, D = keys.shape
@@ -291,7 +296,10 @@ class HRM(nn.Module):
 
     @torch.no_grad()
     def step(self, ids, state):
-        """ids (B, T) that follow `state` -> (logits after the last (B, V), state); T > 1 only from an empty state."""
+        """ids (B, T) that follow `state` -> (logits after the last id (B, V), new state).
+
+        T > 1 only from an empty state. Raises ValueError beyond max_seq_len.
+        """
         start, cache, keys, bias = state
         T = ids.shape[1]
         if start + T > self.max_seq_len:
@@ -299,19 +307,20 @@ class HRM(nn.Module):
         h = self.embedding(ids)
         if self.positions == "ends":
             h = h + self.in_answer.weight[start : start + T]
-        for block, own, memory in zip(self.decoder, cache, keys, strict=True):
-            h = block(h, self.rotary, memory, bias, own, start)
+        for block, block_cache, memory in zip(self.decoder, cache, keys, strict=True):
+            h = block(h, self.rotary, memory, bias, block_cache, start)
         return F.linear(self.norm(h[:, -1]), self.head.weight), (start + T, cache, keys, bias)
 
     @torch.no_grad()
     def generate(self, ids, mask, *, bos_id, eos_id, max_new_tokens, segments, threshold, choose):
-        """Answer prompts ids (B, S) -> (list of B lists of ids without BOS and EOS, segments used (B)).
+        """Answer prompts: ids, mask (B, S) -> (B lists of ids without BOS and EOS, segments used (B)).
 
-        choose: function of logits (B, V) -> ids (B, 1). A finished answer leaves the batch; the others end after
-        max_new_tokens, or when max_seq_len is full.
+        choose: function of logits (B, V) -> ids (B, 1). An answer ends, and leaves the batch, at EOS; otherwise it ends
+        after max_new_tokens or at max_seq_len.
         """
         x, bias, z_H, used = self.think(ids, mask, segments, threshold)
-        state, answers = self.init_state(x, z_H, bias), [[] for _ in ids]
+        state = self.init_state(x, z_H, bias)
+        answers = [[] for _ in ids]
         going = torch.arange(len(ids), device=ids.device)
         token = torch.full_like(ids[:, :1], bos_id)
         for _ in range(min(max_new_tokens, self.max_seq_len)):

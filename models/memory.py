@@ -1,7 +1,7 @@
-"""A memory of what solved samples were like and what was thought about them, read by samples that look alike.
+"""A memory of solved samples: keys describe a sample, values its final state; similar samples read them.
 
 B batch, N sequence, D width, C slots, E width of a key. Keys and values are data, not weights: gradients go to the
-query, the temperature, the projection of what is read, and its gate.
+query, the temperature, the projection of the read values, and the gate.
 """
 
 import math
@@ -13,15 +13,17 @@ import torch.nn.functional as F
 
 from models.optim.adam_atan2 import gather_rows, moved
 
-TEMPERATURE = 0.1  # of the cosines, at the start
-GATE = -2.0  # added to the logit of the gate, which is nearly closed at the start
-START = 0.01  # of the usual weights: the first entries come when a model begins to solve, and would throw it back
+TEMPERATURE = 0.1  # initial temperature of the cosines
+GATE = -2.0  # added to the logit of the gate, so that it is nearly closed at the start
+# The first entries come when a model just begins to solve samples; reading them at full scale would set it back.
+START = 0.01  # scale of the initial value weights
 
 
 class Memory(nn.Module):
-    """A ring of slots: the newest entry takes the place of the oldest. Empty, it does nothing."""
+    """A ring of slots in which the newest entry replaces the oldest. An empty memory changes nothing."""
 
     def __init__(self, *, slots, key_dim, d_model, top_k):
+        """slots: C. key_dim: E. d_model: D. top_k: entries that a sample reads."""
         super().__init__()
         self.top_k = top_k
         self.query = nn.Linear(d_model, key_dim, bias=False)
@@ -32,50 +34,52 @@ class Memory(nn.Module):
         self.register_buffer("keys", torch.zeros(slots, key_dim))
         self.register_buffer("values", torch.zeros(slots, d_model))
         self.register_buffer("samples", torch.full((slots,), -1))
-        self.register_buffer("fill", torch.zeros((), dtype=torch.long))  # slots in use: the first so many
-        self.register_buffer("cursor", torch.zeros((), dtype=torch.long))  # the slot that is written next
-        self.filled = 0  # `fill` on the host; None: not known
+        self.register_buffer("fill", torch.zeros((), dtype=torch.long))  # number of slots in use, from slot 0 on
+        self.register_buffer("cursor", torch.zeros((), dtype=torch.long))  # slot to write next
+        self.filled = 0  # copy of `fill` on the host; None after a load
 
     def _load_from_state_dict(self, *args):
         super()._load_from_state_dict(*args)
         self.filled = None
 
     def entries(self):
-        """Number of slots in use, for which the host waits only after a load."""
+        """Return the number of slots in use; only after a load must the host wait for the device."""
         if self.filled is None:
             self.filled = int(self.fill)
         return self.filled
 
     def key(self, mean):
-        """mean: (B, D) over the positions of x -> (B, E) of length 1; queries and keys alike."""
+        """Mean of x over its positions (B, D) -> key or query of length 1 (B, E)."""
         with torch.autocast(mean.device.type, enabled=False):
             return F.normalize(self.query(mean.float()), dim=-1)
 
     def read(self, x, samples):
-        """x: (B, N, D), samples: (B) int64, whose own entries are not read -> x plus the same for all its positions.
+        """Add the value that a sample reads to all its positions: x (B, N, D), samples (B) int64 -> (B, N, D).
 
-        Of the top_k entries with the largest cosines. x itself, bit for bit, where there is no entry to read.
+        A sample reads the top_k entries with the largest cosines, never its own (same number in `samples`). Without
+        any entry x is returned bit for bit.
         """
         fill = self.entries()
         if not fill:
             return x
-        with torch.autocast(x.device.type, enabled=False):  # the nearest in bfloat16 are others
+        with torch.autocast(x.device.type, enabled=False):  # bfloat16 would choose other entries
             mean = x.mean(1).float()
-            cosine = self.key(mean) @ self.keys[:fill].clone().T  # which may be written to before the backward pass
+            cosine = self.key(mean) @ self.keys[:fill].clone().T  # a write may come before the backward pass
             cosine = cosine.masked_fill(self.samples[:fill] == samples[:, None], -torch.inf)
             top, index = cosine.topk(min(self.top_k, fill))  # (B, k)
-            found = top.isfinite()
-            weights = (top.masked_fill(~found, -1e4) * self.log_scale.exp()).softmax(-1)
-            read = self.value((weights[..., None] * self.values[index]).sum(1)) * found[:, :1]  # (B, D)
+            readable = top.isfinite()
+            weights = (top.masked_fill(~readable, -1e4) * self.log_scale.exp()).softmax(-1)
+            read = self.value((weights[..., None] * self.values[index]).sum(1)) * readable[:, :1]  # (B, D)
             gate = torch.sigmoid(self.gate(torch.cat([mean, read], -1)) + GATE)
         return x + (gate * read)[:, None].to(x.dtype)
 
     @torch.no_grad()
     def write(self, mean, values, samples, keep, rows=None):
-        """mean: (B, D) of x, values: (B, D), samples: (B) int64, keep: (B) bool, what enters. In training mode only.
+        """Store the samples where `keep` is True; only in training mode.
 
-        All ranks write what all ranks have, in their order. rows: numbers of the samples of all ranks that enter, on
-        the host, where these are known there; else it waits for `keep`.
+        mean: (B, D) of x, values: (B, D), samples: (B) int64, keep: (B) bool. Every rank stores the samples of all
+        ranks, in the order of ranks. rows: indices of the kept samples among those of all ranks, on the host; without
+        them the host waits for `keep`.
         """
         if not self.training:
             return
@@ -87,32 +91,34 @@ class Memory(nn.Module):
         rows = moved(rows, mean.device)
         keys, values, samples = (gather_rows(part)[rows] for part in (self.key(mean), values.float(), samples))
         place = (self.cursor + torch.arange(new, device=keys.device)) % slots
-        last = slice(max(0, new - slots), None)  # of one place written twice torch keeps no promised one
-        for ours, given in ((self.keys, keys), (self.values, values), (self.samples, samples)):
-            ours[place[last]] = given[last]
+        last = slice(max(0, new - slots), None)  # with duplicate indices torch does not define which write wins
+        for buffer, entries in ((self.keys, keys), (self.values, values), (self.samples, samples)):
+            buffer[place[last]] = entries[last]
         self.cursor.add_(new).remainder_(slots)
         self.fill.add_(new).clamp_(max=slots)
         self.filled = min(filled + new, slots)
 
     @contextmanager
     def shuffled(self, generator):
-        """Within it the entries have each other's values: what is left of the gain is not owed to what they hold."""
-        kept, fill = self.values.clone(), self.entries()
+        """Permute the values of the entries inside the `with`; a gain that remains does not come from their content."""
+        original = self.values.clone()
+        fill = self.entries()
         order = torch.randperm(fill, generator=generator, device=generator.device)
-        self.values[:fill] = kept[order.to(kept.device)]
+        self.values[:fill] = original[order.to(original.device)]
         try:
             yield
         finally:
-            self.values.copy_(kept)
+            self.values.copy_(original)
 
 
-def resized(state, slots):
-    """Return the buffers of a memory, {name: tensor}, for one with so many slots: the newest entries stay."""
-    old, kept = len(state["keys"]), min(int(state["fill"]), slots)
-    newest = (int(state["cursor"]) - kept + torch.arange(kept)) % old  # from the oldest that stays to the newest
-    resized = {}
+def resize_memory(state, slots):
+    """Return the buffers {name: tensor} of a memory with `slots` slots, which keeps the newest entries of `state`."""
+    old_slots = len(state["keys"])
+    fill = min(int(state["fill"]), slots)
+    newest = (int(state["cursor"]) - fill + torch.arange(fill)) % old_slots  # the entries that stay, oldest first
+    buffers = {}
     for name, empty in dict(keys=0, values=0, samples=-1).items():
-        resized[name] = state[name].new_full((slots, *state[name].shape[1:]), empty)
-        resized[name][:kept] = state[name][newest]
-    counts = dict(fill=kept, cursor=kept % slots)
-    return resized | {name: torch.full_like(state[name], count) for name, count in counts.items()}
+        buffers[name] = state[name].new_full((slots, *state[name].shape[1:]), empty)
+        buffers[name][:fill] = state[name][newest]
+    counts = dict(fill=fill, cursor=fill % slots)
+    return buffers | {name: torch.full_like(state[name], count) for name, count in counts.items()}

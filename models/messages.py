@@ -1,8 +1,9 @@
 """Messages between all elements of a small set, without a list of edges.
 
 B sets, T elements, C width. Message passing with a two-layer message network, "interaction network" (arXiv 1806.01261,
-section 4.2). Its first Linear reads a pair, so it is the sum of one per receiver and one per sender, O(T) of them; its
-last commutes with the mean over senders, so it comes after it. Only the relu between them sees T^2 pairs.
+section 4.2). The first Linear reads a pair, so it is the sum of a Linear of the receiver and one of the sender: O(T)
+products. The last Linear commutes with the mean over senders, so it is applied after the mean. Only the relu between
+them sees T^2 pairs.
 """
 
 import torch
@@ -11,9 +12,9 @@ import torch.nn.functional as F
 
 
 def message_weights(mask):
-    """mask (B, T) -> (B, T, T): of what i hears, j's share is 1 / degree of i, itself included; 0 where either is not.
+    """Return the weight of sender j in the mean of receiver i: mask (B, T), True for elements -> (B, T, T).
 
-    mask: True where there is an element.
+    It is 1 / (number of elements of the set), itself included, and 0 if i or j is no element.
     """
     pairs = (mask[:, :, None] & mask[:, None]).float()
     return pairs / pairs.sum(-1, keepdim=True).clamp_min(1)
@@ -34,10 +35,10 @@ class MessageLayer(nn.Module):
         self.update = nn.Linear(2 * width, width)  # W
 
     def messages(self, x, weight):
-        """m alone: (B, T, C)."""
+        """Return the messages m alone: (B, T, C)."""
         pairs = F.relu_(self.receiver(x)[:, :, None] + self.sender(x)[:, None])  # (B, receiver, sender, C)
-        heard = weight.to(pairs.dtype)[:, :, None] @ pairs  # (B, T, 1, C)
-        return self.message(heard.squeeze(2))
+        mean = weight.to(pairs.dtype)[:, :, None] @ pairs  # (B, T, 1, C)
+        return self.message(mean.squeeze(2))
 
     def forward(self, x, weight):
         return x + F.gelu(self.update(torch.cat([self.norm(x), self.messages(x, weight)], -1)))

@@ -8,14 +8,13 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from models import transformer
-from models.transformer import RMSNorm
+from models.transformer import RMSNorm, TransformerBlock
 
 
 class LatentAttention(nn.Module):
-    """Causal attention whose keys and values are made from a latent of R numbers a token: x (B, T, C) -> (B, T, C).
+    """Causal attention whose keys and values come from a latent of R numbers per token: x (B, T, C) -> (B, T, C).
 
-    c = norm(W_dkv x), k = W_uk c, v = W_uv c; position enters by P rotated coordinates that all heads' keys share:
+    c = norm(W_dkv x), k = W_uk c, v = W_uv c. Position enters through P rotated coordinates that all heads' keys share:
     score = (q_c . k + q_r . k_r) / sqrt(D + P)  (eq. 9 to 19, without the low-rank queries).
     """
 
@@ -48,7 +47,10 @@ class LatentAttention(nn.Module):
         return self.out(y.transpose(1, 2).reshape(B, T, C))
 
     def _absorbed(self, q_c, q_r, cache):
-        """One new token at the end of `cache`: W_uk goes to the query, W_uv to the result; keys are never built."""
+        """Attend from one new token, the last of `cache`.
+
+        W_uk is applied to the query and W_uv to the result, so that keys and values are never built.
+        """
         B, _, H, D = q_c.shape
         R, P = self.sizes
         latent, k_r = cache.split([R, P], -1)
@@ -59,7 +61,7 @@ class LatentAttention(nn.Module):
         return self.out(y.reshape(B, 1, H * D))
 
 
-class Block(transformer.Block):
+class LatentBlock(TransformerBlock):
     """A transformer block with latent attention; kv_latent_dim 0 leaves it plain multi-head attention."""
 
     def __init__(self, *, kv_latent_dim, rope_dim, **sizes):
@@ -69,7 +71,7 @@ class Block(transformer.Block):
             self.attention = LatentAttention(kv_latent_dim=kv_latent_dim, rope_dim=rope_dim, **shape)
 
     def init_cache(self, batch, length):
-        """An empty cache of zeros for `length` positions."""
+        """Return an empty cache for `length` positions: (B, length, R + P), or (2, B, H, length, D) if plain."""
         attention, new = self.attention, self.attention.out.weight.new_zeros
         if isinstance(attention, LatentAttention):
             return new(batch, length, sum(attention.sizes))

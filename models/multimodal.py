@@ -1,9 +1,10 @@
 """Pictures -> patches -> a few capsules -> recursive reasoning along K paths -> an answer.
 
-B batch, K paths, N positions that are reasoned about, P patches, D width, L answer, V symbols, T steps. The recursion
-is that of the Tiny Recursive Model (arXiv 2510.04871): a step is one segment of the core and one optimizer step, the
-next goes on from its states. A task is a dict: kind (text or grid), rows and cols of its page, length L of the answer,
-causal (written by a decoder, else slot by slot), cells in a patch, ids (rows of its table of rules, 0: none).
+B batch, K paths, N positions of the core, P patches, D width, L answer, V symbols, T steps, R x C cells of a page. The
+recursion is that of the Tiny Recursive Model (arXiv 2510.04871): a step is one segment of the core and one optimizer
+step, and the next step starts from its states. A task is a dict: kind (text or grid), rows and cols of its page,
+length L of its answer, causal (a decoder writes the answer; else slot by slot), cells per patch, ids (number of rows in
+its table of rules, 0: no table).
 """
 
 import math
@@ -16,76 +17,80 @@ from models.codebook import Codebook
 from models.decoder import Decoder
 from models.glyphs import BEGIN, CELL_HEIGHT, CELL_WIDTH, PADDING, SYMBOLS, to_float, to_patches
 from models.halting import QNet
-from models.hrm import ROPE_BASE, Still
-from models.memory import Memory, resized
-from models.planning import all_paths, pick, put, select, share, starts
+from models.hrm import ROPE_BASE, NoRotation
+from models.memory import Memory, resize_memory
+from models.planning import all_paths, pick, put, select, share_winner, starts
 from models.transformer import Rotary
 from models.trm import Core, boxes, inner_width, offsets, rms
 
-DECAY, REVIVE = 0.99, 0.025  # of the codebook: codebook.py's rules for runs of 4,000 steps and more
-LATE = "memory.", "agent."  # beginnings of the names of parameters without a gradient in the first steps
-TABLES = "page_places.", "answer_places.", "embedding.", "decoder.embedding."  # that are not used whole in each step
+DECAY, REVIVE = 0.99, 0.025  # of the codebook: what codebook.py recommends for 4,000 steps and more
+LATE = "memory.", "agent."  # name prefixes of parameters that have no gradient in the first steps
+TABLES = "page_places.", "answer_places.", "embedding.", "decoder.embedding."  # prefixes of tables used row by row
 
 
 def log_stablemax(logits):
-    """log of s(x) over its sum, s(x) = x + 1 above 0, 1 / (1 - x) below (arXiv 2501.04697): (..., V) -> (..., V)."""
+    """Return log(s(x) / sum s), s(x) = x + 1 above 0, 1 / (1 - x) below (arXiv 2501.04697): (..., V) -> (..., V)."""
     s = logits.clamp_min(0).log1p() - (-logits.clamp_max(0)).log1p()
     return s - s.logsumexp(-1, keepdim=True)
 
 
 class Places(nn.Module):
-    """A vector for each place of a page: the sum of those of its row and of its column."""
+    """A vector for each place of a page: a row vector plus a column vector."""
 
     def __init__(self, pages, *, d_model, std):
+        """pages: (rows, columns) of each page size. std: of the initial vectors."""
         super().__init__()
         rows, columns = map(max, zip(*pages, strict=True))
         self.rows = nn.Parameter(std * torch.randn(rows, d_model))
         self.columns = nn.Parameter(std * torch.randn(columns, d_model))
 
     def forward(self, rows, columns):
-        """-> (rows * columns, D) of a page that is no larger than the largest of `pages`."""
+        """Return the vectors of a page of rows x columns, at most the largest of `pages`: (rows * columns, D)."""
         return (self.rows[:rows, None] + self.columns[None, :columns]).flatten(0, 1)
 
 
 class Quantizer(nn.Module):
-    """Each capsule as `groups` codes of one codebook: (B, N, D) -> the same shape, and nothing else comes through.
+    """Replace each capsule by `groups` codes of one codebook: (B, N, D) -> (B, N, D).
 
-    Except that in training some samples pass as they are: at first capsules hardly differ from page to page, codes
-    would take that little away, and nothing would ever be read from them (half of them, as in Mimi, arXiv 2410.00037).
+    In training half of the samples skip the codes, as in Mimi (arXiv 2410.00037). At first capsules hardly differ
+    between pages. Codes would remove even that difference, and the rest of the model would never learn to read them.
     """
 
     def __init__(self, *, d_model, size, dim, groups, beta):
+        """size: codes in the codebook. dim: width of a code. groups: codes per capsule. beta: as in Codebook."""
         super().__init__()
-        self.shape, self.bits = (groups, dim), groups * math.log2(size)  # bits of a capsule
+        self.shape = groups, dim
+        self.bits = groups * math.log2(size)  # per capsule
         self.down, self.up = (
             nn.Linear(a, b, bias=False) for a, b in ((d_model, groups * dim), (groups * dim, d_model))
         )
         self.codebook = Codebook(size=size, dim=dim, beta=beta, decay=DECAY, revive=REVIVE, eps=1e-5)
 
     def vectors(self, capsules):
-        """What the codes stand for, of length 1 each: (B, N, D) -> (B, N, groups, dim)."""
+        """Return the vectors that codes replace, of length 1: (B, N, D) -> (B, N, groups, dim)."""
         return F.normalize(self.down(capsules).float().unflatten(-1, self.shape), dim=-1)
 
-    def forward(self, capsules, whole):
-        """whole (B): who passes -> capsules (B, N, D), codes (B, N, groups) int64, commitment loss."""
+    def forward(self, capsules, skip):
+        """capsules (B, N, D), skip (B): no codes -> capsules (B, N, D), codes (B, N, groups) int64, commitment loss."""
         vectors = self.vectors(capsules)
         q, index, commit = self.codebook(vectors)
-        q = torch.where(whole[:, None, None, None], vectors, q)
+        q = torch.where(skip[:, None, None, None], vectors, q)
         return self.up(q.flatten(-2)), index, commit
 
 
-def adapted(weights, old, new):
-    """Fit the saved `weights` of a model built with `old` to one built with `new` -> dict(model_state, model_args).
+def adapt_checkpoint(weights, old, new):
+    """Fit saved `weights` of a model with arguments `old` to arguments `new` -> dict(model_state, model_args).
 
-    What need not be learnt again follows the new arguments: a memory of another size keeps its newest entries, fewer
-    paths are the first of those that there were, and activations may be made again instead of kept. All other
-    arguments stay as they were.
+    Only arguments that need no new training follow `new`: a memory of another size keeps its newest entries, fewer
+    paths keep the first ones, and gradient checkpointing goes on or off. All other arguments stay as in `old`.
     """
-    weights, args, memory = dict(weights), dict(old), "memory."
+    weights = dict(weights)
+    args = dict(old)
+    prefix = "memory."
     args["enable_gradient_checkpointing"] = new["enable_gradient_checkpointing"]
     if old["enable_memory"] and new["enable_memory"] and old["memory_slots"] != new["memory_slots"]:
-        buffers = {name.removeprefix(memory): x for name, x in weights.items() if name.startswith(memory)}
-        weights |= {memory + name: x for name, x in resized(buffers, new["memory_slots"]).items()}
+        buffers = {name.removeprefix(prefix): x for name, x in weights.items() if name.startswith(prefix)}
+        weights |= {prefix + name: x for name, x in resize_memory(buffers, new["memory_slots"]).items()}
     if not new["enable_memory"] or old["enable_memory"]:
         args["memory_slots"] = new["memory_slots"]
     if new["paths"] < old["paths"]:
@@ -95,37 +100,48 @@ def adapted(weights, old, new):
 
 
 class Multimodal(nn.Module):
-    """Encoder, reasoner and decoder for several tasks: model(carry, batch) -> (carry, outputs).
-
-    tasks: {name: task}, see the file's docstring. supervision_steps, text_supervision_steps: T of grids and of text.
-    bottleneck: `capsules`, `patches` (the reasoner sees them all) or `tokens` (symbols instead of pictures).
-    mixer, norm, relation_bias (boxes of a Sudoku, offsets elsewhere): as in trm.Core, the last for one task. loss: of
-    slots; text that is written has softmax. paths: 1 is the plain model; after each latent_planning_depth steps all go
-    on from the best.
-    Raises ValueError for parts that do not go together.
-    """
+    """Encoder, reasoner and decoder for several tasks: model(carry, batch) -> (carry, outputs)."""
 
     def __init__(self, *, tasks, hidden_size, num_heads, H_cycles, L_cycles, L_layers, mixer, norm, relation_bias,
                  bottleneck, num_capsules, augment, supervision_steps, text_supervision_steps, loss, paths,
                  latent_planning_depth, use_vq_codebook, vq_size, vq_dim, vq_groups, vq_beta, enable_memory,
                  memory_slots, memory_dim, memory_top_k, enable_mtp, decoder_layers, enable_dqn,
                  enable_gradient_checkpointing):  # fmt: skip
+        """Arguments as in train_multimodal.MultimodalConfig; tasks is {name: task}, see the file's docstring.
+
+        supervision_steps, text_supervision_steps: T of grids and of text. bottleneck: `capsules`, `patches` (the core
+        sees all of them) or `tokens` (symbols instead of pictures). mixer, norm: as in trm.Core. relation_bias: boxes
+        of a Sudoku, offsets of other grids; only for a single task. loss: of slots; a decoder always uses softmax.
+        paths: K, 1 is the plain model; every latent_planning_depth steps all paths continue from the best one.
+        forward: states and pages (B, R, C) -> new states and logits (B, L, V).
+        Raises ValueError for arguments that do not go together.
+        """
         super().__init__()
-        D, (only, *others) = hidden_size, tasks.values()
+        D = hidden_size
+        only, *others = tasks.values()  # `only` is used where a single task is required
+        names = " ".join(tasks)
         if D % (2 * num_heads):
-            raise ValueError(f"--hidden_size {D} over --num_heads {num_heads}: the head dim must be whole and even")
+            raise ValueError(f"hidden_size {D} over num_heads {num_heads}: the head dim must be whole and even")
         self.tasks, self.bottleneck, self.augment, self.loss = tasks, bottleneck, augment, loss
         self.planning_depth, self.num_capsules = latent_planning_depth, num_capsules
         self.limits = dict(grid=supervision_steps, text=text_supervision_steps)
-        capsules, causal = bottleneck == "capsules", [task for task in tasks.values() if task["causal"]]
+        capsules = bottleneck == "capsules"
+        causal = [task for task in tasks.values() if task["causal"]]
         if mixer == "mlp_t" and others:
-            raise ValueError(f"--mixer mlp_t has a fixed length, --tasks {' '.join(tasks)} have several: one of them")
+            raise ValueError(f"mixer mlp_t has one fixed length, found tasks {names}\ntry: tasks={next(iter(tasks))}")
         if use_vq_codebook and not capsules:
-            raise ValueError(f"--use_vq_codebook is of capsules, --bottleneck is {bottleneck}: --no-use_vq_codebook")
+            raise ValueError(
+                f"use_vq_codebook needs bottleneck capsules, found bottleneck {bottleneck}\ntry: use_vq_codebook=false"
+            )
         if enable_mtp and not causal:
-            raise ValueError(f"--enable_mtp needs a task that writes, not only {' '.join(tasks)}: --no-enable_mtp")
+            raise ValueError(f"enable_mtp needs a task with a decoder, found tasks {names}\ntry: enable_mtp=false")
         if relation_bias and (others or only["kind"] != "grid" or capsules or mixer != "attention" or only["ids"]):
-            raise ValueError("--relation_bias needs one task of grids, --bottleneck patches or tokens, and attention")
+            raise ValueError(
+                "relation_bias needs a single grid task without rules, bottleneck patches or tokens, and mixer "
+                f"attention, found tasks {names}, bottleneck {bottleneck}, mixer {mixer}\ntry: relation_bias=false"
+            )
+
+        # input: symbols or patches, their places, the task and its rules
         kinds = {task["kind"]: task["cells"] for task in tasks.values()}
         if bottleneck == "tokens":
             self.embedding = nn.Embedding(SYMBOLS, D)
@@ -134,14 +150,16 @@ class Multimodal(nn.Module):
             size = CELL_HEIGHT * CELL_WIDTH
             self.look = nn.ModuleDict({kind: nn.Linear(size * cells, D) for kind, cells in kinds.items()})
         boxed = only["rows"] == only["cols"] in (4, 6, 9)  # a Sudoku
-        if boxed or not relation_bias:  # else offsets tell where a cell lies
+        if boxed or not relation_bias:  # otherwise the offsets of the relation bias carry the position
             self.page_places = Places(map(self.shape_of, tasks.values()), d_model=D, std=0.02)
         if slots := [(task["rows"], task["cols"]) for task in tasks.values() if self.has_slots(task)]:
-            self.answer_places = Places(slots, d_model=D, std=0.5)  # all that tells slots apart
+            self.answer_places = Places(slots, d_model=D, std=0.5)  # the only difference between slots
         self.task = nn.ParameterDict({name: torch.zeros(D) for name in tasks})
         if rules := max(task["ids"] for task in tasks.values()):
             self.rules = nn.Embedding(rules, D, sparse=True)
             nn.init.zeros_(self.rules.weight)
+
+        # reasoning: encoder of capsules and core; lengths only matter to mlp_t, which has a single task
         sizes = dict(d_model=D, n_heads=num_heads, core="recursive", core_layers=L_layers, share=True, mixer=mixer,
                      norm=norm, h_cycles=H_cycles, l_steps=L_cycles, grad="last_cycle", ffn_dim=inner_width(D),
                      recompute=enable_gradient_checkpointing)  # fmt: skip
@@ -154,12 +172,16 @@ class Multimodal(nn.Module):
         if relation_bias:
             relation = boxes(only["length"], num_heads) if boxed else offsets(only["rows"], only["cols"], num_heads)
         self.core = Core(**sizes, relation=relation, length=lengths[0])
-        self.rotary = Still() if relation_bias else Rotary(D // num_heads, max(seen + lengths), ROPE_BASE)
+        self.rotary = NoRotation() if relation_bias else Rotary(D // num_heads, max(seen + lengths), ROPE_BASE)
         self.register_buffer("starts", starts(self.core.start_L, paths))
+
+        # optional parts between encoder and core
         if use_vq_codebook:
             self.quantizer = Quantizer(d_model=D, size=vq_size, dim=vq_dim, groups=vq_groups, beta=vq_beta)
         if enable_memory:
             self.memory = Memory(slots=memory_slots, key_dim=memory_dim, d_model=D, top_k=memory_top_k)
+
+        # output: head of slots, decoder of text, logits of when to stop
         if len(causal) < len(tasks):
             self.head = nn.Linear(D, SYMBOLS, bias=False)
             nn.init.normal_(self.head.weight, std=D**-0.5)
@@ -176,28 +198,28 @@ class Multimodal(nn.Module):
 
     # --- shapes ---------------------------------------------------------------------------
     def has_slots(self, task):
-        """Whether places for the answer are added to what is seen: else cells are answered where they stand."""
+        """Whether the core gets extra slots for the answer; otherwise cells are answered at their own positions."""
         return not task["causal"] and (self.bottleneck == "capsules" or task["kind"] == "text")
 
     def shape_of(self, task):
-        """Rows and columns of what is seen of a page: symbols, or patches; pictures at an offset have one more."""
+        """Return rows and columns of a page in symbols or patches; augmented pages are one cell larger each way."""
         more = int(self.augment and task["kind"] == "text" and self.bottleneck != "tokens")
         cells = 1 if self.bottleneck == "tokens" else task["cells"]
         return task["rows"] + more, -(-(task["cols"] + more) // cells)
 
     def length_of(self, task):
-        """N: a rule, capsules or what is seen, slots."""
+        """Return N: one for a rule, capsules or page, answer slots."""
         seen = self.num_capsules if self.bottleneck == "capsules" else math.prod(self.shape_of(task))
         return bool(task["ids"]) + seen + self.has_slots(task) * task["length"]
 
     def sizes(self):
-        """Parameters of each part in millions, as text."""
+        """Describe the number of parameters of each part, in millions."""
         counts = {name: sum(p.numel() for p in part.parameters()) for name, part in self.named_children()}
         return ", ".join(f"{name} {count / 1e6:.2f}" for name, count in counts.items() if count)
 
     # --- parts ----------------------------------------------------------------------------
     def see(self, batch):
-        """Page (B, R, C), or patches (B, P, pixels) if they are there already -> what is seen of it (B, P, D)."""
+        """Embed the page (B, R, C) of a batch, or its patches (B, P, pixels) if it has them: (B, P, D)."""
         task = self.tasks[batch["task"]]
         places = self.page_places(*self.shape_of(task)) if hasattr(self, "page_places") else 0
         if self.bottleneck == "tokens":
@@ -206,35 +228,43 @@ class Multimodal(nn.Module):
         return rms(self.look[task["kind"]](patches) + places)
 
     def capsules(self, seen):
-        """(B, P, D) -> (B, capsules, D): the first places of the encoder's z_H."""
+        """Encode a page (B, P, D) into capsules (B, capsules, D), the first positions of the encoder's z_H."""
         seen = torch.cat([self.capsule_tokens.expand(len(seen), -1, -1).to(seen.dtype), seen], 1)
         return self.encoder(seen, *self.encoder.start(seen), self.rotary, None)[0][:, : self.num_capsules]
 
     def perceive(self, batch):
-        """-> x (B, N, D), {vq_loss}, {codes (B, capsules, groups)}: what is reasoned about, each if it is there."""
-        task, losses, codes = self.tasks[batch["task"]], {}, {}
+        """Build the input of the core: batch -> x (B, N, D), {vq_loss}, {codes (B, capsules, groups)}.
+
+        The two dicts are empty without a codebook.
+        """
+        task = self.tasks[batch["task"]]
+        losses = {}
+        codes = {}
         x = self.see(batch)
         if self.bottleneck == "capsules":
             x = self.capsules(x)
             if hasattr(self, "quantizer"):
-                whole = (batch["index"] % 2 == 0) & self.training  # by its number: the same on any rank, after any stop
-                x, codes["codes"], losses["vq_loss"] = self.quantizer(x, whole)
+                skip = (batch["index"] % 2 == 0) & self.training  # by sample number: the same on any rank, after resume
+                x, codes["codes"], losses["vq_loss"] = self.quantizer(x, skip)
         if task["ids"]:
             x = torch.cat([self.rules(batch["id"])[:, None].to(x.dtype), x], 1)
         if self.has_slots(task):
-            rows, columns = (task["rows"], task["cols"])
-            x = torch.cat([x, self.answer_places(rows, columns).expand(len(x), -1, -1).to(x.dtype)], 1)
+            places = self.answer_places(task["rows"], task["cols"])
+            x = torch.cat([x, places.expand(len(x), -1, -1).to(x.dtype)], 1)
         x = x + self.task[batch["task"]]
         if hasattr(self, "memory"):
             x = self.memory.read(x, batch["index"])
         return x, losses, codes
 
     def confidence(self, z_H):
-        """Logit that the whole answer is right: (..., N, D) -> (...)."""
+        """Return the logit that all symbols of the answer are right: z_H (..., N, D) -> (...)."""
         return self.halt(z_H.mean(-2))[..., 0].float()
 
     def answer(self, name, x, z_H, target):
-        """x, z_H (B, N, D) -> logits (B, L, V), hidden states of the decoder or None; it is fed the right answer."""
+        """Answer task `name`: x, z_H (B, N, D) -> logits (B, L, V), hidden states of the decoder (B, L, D) or None.
+
+        A decoder reads the right answer, target (B, L), shifted by one.
+        """
         task = self.tasks[name]
         if task["causal"]:
             h = self.decoder(target.long(), x + z_H)
@@ -242,7 +272,7 @@ class Multimodal(nn.Module):
         return self.head(z_H[:, -task["length"] :]), None
 
     def nats(self, name, logits, target):
-        """Of each symbol of the answer, 0 where it is PADDING: logits (B, L, V), target (B, L) -> (B, L)."""
+        """Nats of each symbol of the answer, 0 for PADDING: logits (B, L, V), target (B, L) -> (B, L)."""
         logits, target = logits.float(), target.long()
         softmax = self.tasks[name]["causal"] or self.loss == "softmax"
         log = logits.log_softmax(-1) if softmax else log_stablemax(logits)
@@ -250,94 +280,111 @@ class Multimodal(nn.Module):
 
     # --- a step ---------------------------------------------------------------------------
     def limit(self, name):
-        """T, the most steps for a sample."""
+        """Return T, the largest number of steps for a sample of task `name`."""
         return self.limits[self.tasks[name]["kind"]]
 
     def initial_carry(self, batch):
-        """The states before the first step; all samples are new: dict of z_H, z_L (B, K, N, D), steps, halted (B)."""
-        task, B, device = self.tasks[batch["task"]], len(batch["page"]), batch["page"].device
+        """Return the carry before the first step, in which all samples are new.
+
+        A dict of z_H, z_L (B, K, N, D), steps, halted (B), and the last answer (B, L).
+        """
+        task = self.tasks[batch["task"]]
+        B = len(batch["page"])
+        device = batch["page"].device
         z = torch.zeros(B, len(self.starts), self.length_of(task), self.starts.shape[1], device=device)
         answer = torch.zeros(B, task["length"], dtype=torch.uint8, device=device)
-        steps, halted = torch.zeros(B, dtype=torch.long, device=device), torch.ones(B, dtype=torch.bool, device=device)
+        steps = torch.zeros(B, dtype=torch.long, device=device)
+        halted = torch.ones(B, dtype=torch.bool, device=device)
         return dict(z_H=z, z_L=z.clone(), steps=steps, halted=halted, answer=answer)
 
     def fresh(self, carry, dtype):
-        """States (B, K, N, D) in which those that halted begin again, and the steps of each sample so far (B)."""
+        """Restart the samples that halted -> states z_H, z_L (B, K, N, D), steps of each sample so far (B)."""
         new = carry["halted"][:, None, None, None]
         z_H = torch.where(new, self.core.start_H.to(dtype), carry["z_H"].to(dtype))
         z_L = torch.where(new, self.starts[:, None].to(dtype), carry["z_L"].to(dtype))
         return z_H, z_L, carry["steps"].masked_fill(carry["halted"], 0)
 
     def forward(self, carry, batch):
-        """One step of each sample -> (carry, outputs).
+        """Run one step of each sample -> (carry, outputs).
 
-        batch: task (its name), page (B, R, C) uint8 or patches, target (B, L) uint8, index (B) that tells samples
-        apart, id (B) of a rule, explore (B): a path that wins in any case, or -1. A sample that has halted is a new one
-        in `batch`. outputs: logits (B, L, V) and q_halt (B) of the winner, path (B), and aux: the losses ce, halt_loss,
-        vq_loss, mtp_loss, each if it is on; without gradient, per sample: accuracy, right, changed, confidence,
-        paths_right (B, K), x_mean, z_mean (B, D), and codes, acceptance.
+        batch: task (its name), page (B, R, C) uint8 or patches, target (B, L) uint8, index (B) sample numbers, id (B)
+        of a rule, explore (B): a path that wins in any case, or -1. Where a sample has halted, `batch` holds a new one.
+        outputs: logits (B, L, V) and q_halt (B) of the winner, path (B), and aux. aux holds the losses that are on (ce,
+        halt_loss, vq_loss, mtp_loss) and, without gradient, per sample: accuracy, right, changed, confidence,
+        paths_right (B, K), x_mean, z_mean (B, D), and codes and acceptance where they exist.
         """
         name, target = batch["task"], batch["target"]
         scored = target != PADDING
-        x, losses, said = self.perceive(batch)
+        x, losses, metrics = self.perceive(batch)
         z_H, z_L, steps = self.fresh(carry, x.dtype)
-        (B, K), path = z_H.shape[:2], torch.zeros_like(steps)
+        B, K = z_H.shape[:2]
+        path = torch.zeros_like(steps)
         if K == 1:
-            won = self.core(x, z_H[:, 0], z_L[:, 0], self.rotary, None)
-            z_H, z_L = (z.detach()[:, None] for z in won)
-            every = self.confidence(won[0])[:, None]
+            winner = self.core(x, z_H[:, 0], z_L[:, 0], self.rotary, None)
+            z_H, z_L = (z.detach()[:, None] for z in winner)
+            halt = self.confidence(winner[0])[:, None]  # (B, K)
         else:
             before, (z_H, z_L) = all_paths(self.core, x, z_H, z_L, self.rotary)
             with torch.no_grad():
                 wide = target.repeat_interleave(K, 0)
                 logits, _ = self.answer(name, x.repeat_interleave(K, 0), z_H.flatten(0, 1), wide)
                 cost = self.nats(name, logits, wide).sum(1).view(B, K)
-                said["paths_right"] = self.hits(logits, wide).all(1).view(B, K)
+                metrics["paths_right"] = self.hits(logits, wide).all(1).view(B, K)
             path = torch.where(batch["explore"] < 0, cost.argmin(1), batch["explore"])
-            won = self.core(x, *(pick(z, path) for z in before), self.rotary, None, first=-1)
-            z_H, z_L = (put(z, path, new.detach()) for z, new in zip((z_H, z_L), won, strict=True))
-            every = put(self.confidence(z_H), path, self.confidence(won[0]))
-        logits, h = self.answer(name, x, won[0], target)
+            # only the winner gets gradients: its last cycle runs again
+            winner = self.core(x, *(pick(z, path) for z in before), self.rotary, None, first=-1)
+            z_H, z_L = (put(z, path, new.detach()) for z, new in zip((z_H, z_L), winner, strict=True))
+            halt = put(self.confidence(z_H), path, self.confidence(winner[0]))
+        logits, h = self.answer(name, x, winner[0], target)
         losses["ce"] = (self.nats(name, logits, target).sum(1) / scored.sum(1)).mean()
         with torch.no_grad():
-            answer, hit = logits.argmax(-1).to(torch.uint8), self.hits(logits, target)
-            right = hit.all(1)[:, None].expand(-1, K) if K == 1 else put(said["paths_right"], path, hit.all(1))
-            said |= dict(accuracy=(hit & scored).sum(1) / scored.sum(1), right=hit.all(1), paths_right=right,
-                         changed=((answer != carry["answer"]) & scored).sum(1) / scored.sum(1),
-                         confidence=(logits.float().softmax(-1).amax(-1) * scored).sum(1) / scored.sum(1),
-                         x_mean=x.mean(1).float(), z_mean=won[0].mean(1).float())  # fmt: skip
-        losses["halt_loss"] = F.binary_cross_entropy_with_logits(every, right.float())
+            answer = logits.argmax(-1).to(torch.uint8)
+            hit = self.hits(logits, target)
+            right = hit.all(1)[:, None].expand(-1, K) if K == 1 else put(metrics["paths_right"], path, hit.all(1))
+            length = scored.sum(1)
+            metrics |= dict(
+                accuracy=(hit & scored).sum(1) / length,
+                right=hit.all(1),
+                paths_right=right,
+                changed=((answer != carry["answer"]) & scored).sum(1) / length,
+                confidence=(logits.float().softmax(-1).amax(-1) * scored).sum(1) / length,
+                x_mean=x.mean(1).float(),
+                z_mean=winner[0].mean(1).float(),
+            )
+        losses["halt_loss"] = F.binary_cross_entropy_with_logits(halt, right.float())
         if self.mtp and h is not None:
             guess = self.decoder.logits(self.decoder.ahead(h, target.long()))
             nats = self.nats(name, guess, target[:, 1:])
             losses["mtp_loss"] = (nats.sum(1) / scored[:, 1:].sum(1).clamp_min(1)).mean()
             same = (guess.argmax(-1) == answer[:, 1:]) & scored[:, 1:]
-            said["acceptance"] = same.sum() / scored[:, 1:].sum().clamp_min(1)
+            metrics["acceptance"] = same.sum() / scored[:, 1:].sum().clamp_min(1)
         steps = steps + 1
-        z_H = share(z_H, path, steps % self.planning_depth == 0)
+        z_H = share_winner(z_H, path, steps % self.planning_depth == 0)
         carry = dict(z_H=z_H, z_L=z_L, steps=steps, halted=steps >= self.limit(name), answer=answer)
-        return carry, dict(logits=logits, q_halt=pick(every, path).detach(), path=path, aux=losses | said)
+        return carry, dict(logits=logits, q_halt=pick(halt, path).detach(), path=path, aux=losses | metrics)
 
     def hits(self, logits, target):
-        """Whether each symbol is right; PADDING always is: (B, L, V), (B, L) -> (B, L)."""
+        """Whether each symbol is right; PADDING always is: logits (B, L, V), target (B, L) -> (B, L)."""
         return (logits.argmax(-1) == target) | (target == PADDING)
 
     # --- use ------------------------------------------------------------------------------
     @torch.no_grad()
     def trace(self, batch, *, steps, paths=0, noise=0.0, generator=None):
-        """Think about a batch for so many steps -> dict of answers (T, B, K, L) uint8, halt (T, B, K), nats (T, B, K).
+        """Reason about a batch for T = `steps` steps -> dict of the results after each step.
 
-        paths: 0 as trained; more repeat the starts. noise: added to the states before each step, times a normal
-        number. halt: logits that the answer is right. nats: of the whole answer, if the batch has a target; what is
-        written is fed the right answer so far. Also x (B, N, D), codes, and z_H of the last step (B, K, N, D).
+        paths: number of paths, 0 as trained; more paths repeat the starts. noise: standard deviation of the noise added
+        to the states before each step. Results: answers (T, B, K, L) uint8; halt (T, B, K), logits that the answer is
+        right; nats (T, B, K) of the target (a decoder reads the right answer so far). Also x (B, N, D), codes, and z_H
+        of the last step (B, K, N, D).
         """
-        x, _, said = self.perceive(batch)
-        K, name = paths or len(self.starts), batch["task"]
+        x, _, codes = self.perceive(batch)
+        K = paths or len(self.starts)
+        name = batch["task"]
         first = self.starts[torch.arange(K, device=x.device) % len(self.starts)]
         z_H = self.core.start_H.to(x.dtype).expand(len(x), K, *x.shape[1:])
         z_L = first[:, None].to(x.dtype).expand_as(z_H)
         wide, target = x.repeat_interleave(K, 0), batch["target"].repeat_interleave(K, 0)
-        found = dict(answers=[], halt=[], nats=[])
+        results = dict(answers=[], halt=[], nats=[])
         for step in range(steps):
             if noise:
                 z_H, z_L = (z + noise * torch.randn(z.shape, generator=generator).to(z) for z in (z_H, z_L))
@@ -345,31 +392,35 @@ class Multimodal(nn.Module):
             z_H, z_L = (z.unflatten(0, (-1, K)) for z in states)
             logits, _ = self.answer(name, wide, states[0], target)
             halt = self.confidence(z_H)
-            found["answers"].append(logits.argmax(-1).to(torch.uint8).unflatten(0, (-1, K)))
-            found["halt"].append(halt)
-            found["nats"].append(self.nats(name, logits, target).sum(1).view(-1, K))
+            results["answers"].append(logits.argmax(-1).to(torch.uint8).unflatten(0, (-1, K)))
+            results["halt"].append(halt)
+            results["nats"].append(self.nats(name, logits, target).sum(1).view(-1, K))
             if K > 1 and not noise:
                 due = torch.full((len(x),), (step + 1) % self.planning_depth == 0, device=x.device)
-                z_H = share(z_H, halt.argmax(1), due)
-        return {key: torch.stack(values) for key, values in found.items()} | said | dict(x=x, z_H=z_H)
+                z_H = share_winner(z_H, halt.argmax(1), due)
+        return {key: torch.stack(values) for key, values in results.items()} | codes | dict(x=x, z_H=z_H)
 
     @torch.no_grad()
-    def write(self, batch, *, choose, end, length=0, **how):
-        """Answer of a causal task, symbol by symbol: (B, length) int64, logits that it is right (B). how: of trace."""
-        found = self.trace(batch, **how)
-        best = select(found["answers"], found["halt"], "score")[-1]
-        z_H, length = pick(found["z_H"], best), length or self.tasks[batch["task"]]["length"]
-        made = self.decoder.generate(found["x"] + z_H, length=length, end=end, choose=choose)
-        return made, pick(found["halt"][-1], best)
+    def write(self, batch, *, choose, end, length=0, **trace_args):
+        """Write the answers of a causal task symbol by symbol -> (B, length) int64, logits that they are right (B).
+
+        length: 0 = that of the task. choose, end: as in Decoder.generate. trace_args: arguments of `trace`.
+        """
+        trace = self.trace(batch, **trace_args)
+        best = select(trace["answers"], trace["halt"], "score")[-1]
+        memory = trace["x"] + pick(trace["z_H"], best)
+        length = length or self.tasks[batch["task"]]["length"]
+        symbols = self.decoder.generate(memory, length=length, end=end, choose=choose)
+        return symbols, pick(trace["halt"][-1], best)
 
     @torch.no_grad()
     def start_codes(self, batch, generator):
-        """Begin the codebook with k-means over the capsules of a batch."""
+        """Initialize the codebook by k-means over the capsules of a batch."""
         capsules = self.capsules(self.see(batch))
         self.quantizer.codebook.start(self.quantizer.vectors(capsules).flatten(0, -2), True, generator)
 
     def compiled(self):
-        """Let torch.compile make each stack of the cores anew -> self; weights keep their names."""
+        """Compile each stack of the cores in place -> self; weights keep their names."""
         for core in (self.core, getattr(self, "encoder", None)):
             for stack in core.stacks if core else ():
                 stack.compile()

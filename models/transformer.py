@@ -16,14 +16,14 @@ EPS = 1e-6  # added to the mean square
 
 
 def normalize(x):
-    """x (..., C) -> x over its root mean square, and what it was multiplied with (..., 1)."""
-    square = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square()  # of the length
+    """Divide x (..., C) by its root mean square -> (normalized x, the scale it was multiplied by (..., 1))."""
+    square = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square()  # squared length
     scale = square.div_(x.shape[-1]).add_(EPS).rsqrt_()
     return x * scale, scale
 
 
 class _RMSNorm(torch.autograd.Function):
-    """The same as F.rms_norm, which on a CPU is a chain of single operations with a backward each."""
+    """F.rms_norm with one backward. On a CPU torch's own is a chain of operations, each with its own backward."""
 
     @staticmethod
     def forward(ctx, x, weight):
@@ -49,19 +49,19 @@ class RMSNorm(nn.Module):
     def forward(self, x):
         if x.is_cuda:
             return F.rms_norm(x.float(), self.weight.shape, self.weight, EPS)
-        if not torch.is_grad_enabled():  # the same numbers in half the time of a single token
+        if not torch.is_grad_enabled():  # same numbers, and half the time for a single token
             return normalize(x.float())[0] * self.weight
         with torch.autocast(x.device.type, enabled=False):
             return _RMSNorm.apply(x.float(), self.weight)
 
 
 def rotate(x, cos, sin):
-    """x cos + (x with its halves exchanged) sin."""
+    """Return x cos + (x with its halves exchanged) sin."""
     return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
 
 
 class _Rotate(torch.autograd.Function):
-    """`rotate`; the gradient of a rotation is the rotation back."""
+    """`rotate` with its own backward: the gradient of a rotation is the inverse rotation."""
 
     @staticmethod
     def forward(ctx, x, cos, sin):
@@ -78,6 +78,7 @@ class Rotary(nn.Module):
     """Rotate pairs of coordinates by an angle that grows with the position (RoPE, eq. 34)."""
 
     def __init__(self, dim, length, base):
+        """dim: head dim D, even. length: number of positions. base: angle of pair i at position t is t base^(-2i/D)."""
         super().__init__()
         angle = torch.arange(length)[:, None] * base ** (-torch.arange(0, dim, 2) / dim)  # (T, D / 2)
         self.register_buffer("cos", torch.cat([angle.cos()] * 2, -1), persistent=False)  # (T, D)
@@ -106,7 +107,7 @@ class Attention(nn.Module):
         if cache is not None:
             cache[0][:, :, start : start + T], cache[1][:, :, start : start + T] = k, v
             k, v = cache[0][:, :, : start + T], cache[1][:, :, : start + T]
-            causal = T > 1  # one new token may look at everything there is
+            causal = T > 1  # a single new token attends to the whole cache
         y = F.scaled_dot_product_attention(q, k.to(q.dtype), v.to(q.dtype), is_causal=causal)
         return self.out(y.transpose(1, 2).reshape(B, T, C))
 
@@ -124,7 +125,7 @@ class SwiGLU(nn.Module):
         return self.down(F.silu(gate) * up)
 
 
-class Block(nn.Module):
+class TransformerBlock(nn.Module):
     """Pre-norm attention and SwiGLU, each added to the residual stream: (B, T, C) -> (B, T, C)."""
 
     def __init__(self, *, d_model, n_heads, ffn_mult, dropout):
@@ -140,7 +141,10 @@ class Block(nn.Module):
 
 
 def initialize(module, writers, n_layers):
-    """N(0, 0.02) for every matrix and embedding, 0.02 / sqrt(2 n_layers) for `writers` to the residual stream."""
+    """Draw every matrix and embedding from N(0, 0.02), and `writers` from N(0, 0.02 / sqrt(2 n_layers)).
+
+    writers: names of the Linears whose output is added to the residual stream.
+    """
     for name, parameter in module.named_parameters():
         if parameter.ndim == 2:
             writes = name.endswith(tuple(f"{w}.weight" for w in writers))
@@ -148,31 +152,37 @@ def initialize(module, writers, n_layers):
 
 
 def head_gain(vocab_size, d_model):
-    """Gain with which the norm before a tied head starts.
+    """Return the initial gain of the norm before a tied head.
 
-    The token's own logit is 0.02 * d_model * gain at first, the others are near 0. The largest gain up to 1 at which
-    that costs no more than 0.08 nat: a smaller one learns slower, 0.4 nat behind after 0.15 M tokens at gain 0.25.
+    At the start the logit of the input token itself is 0.02 * d_model * gain, and the other logits are near 0. This is
+    the largest gain up to 1 that costs at most 0.08 nat. A smaller gain learns more slowly: with 0.25 the loss was
+    0.4 nat higher after 0.15 M tokens.
     """
     return min(1.0, max(0.1, math.log(0.08 * vocab_size) / (0.02 * d_model)))
 
 
 class Transformer(nn.Module):
-    """Decoder-only transformer with its embedding as head."""
+    """Decoder-only transformer whose head is its embedding."""
 
     def __init__(self, *, vocab_size, d_model, max_seq_len, n_heads, dropout, rope_base, n_layers, ffn_mult):
+        """Arguments as in train_expert.TransformerConfig; vocab_size V is the tokenizer's.
+
+        forward: ids (B, T) -> logits (B, T, V), with T <= max_seq_len.
+        """
         super().__init__()
         self.max_seq_len = max_seq_len
         self.embedding = nn.Embedding(vocab_size, d_model)
         self.dropout = nn.Dropout(dropout)
         self.rotary = Rotary(d_model // n_heads, max_seq_len, rope_base)
         self.blocks = nn.ModuleList(
-            Block(d_model=d_model, n_heads=n_heads, ffn_mult=ffn_mult, dropout=dropout) for _ in range(n_layers)
+            TransformerBlock(d_model=d_model, n_heads=n_heads, ffn_mult=ffn_mult, dropout=dropout)
+            for _ in range(n_layers)
         )
         self.norm = RMSNorm(d_model, gain=head_gain(vocab_size, d_model))
         initialize(self, ("out", "down"), n_layers)
 
     def hidden(self, x, layer):
-        """x: (B, T) ids -> residual stream after `layer` blocks, 0 = the embedding: (B, T, C), not normalised."""
+        """x: (B, T) ids -> residual stream after `layer` blocks (0 = the embedding), not normalized: (B, T, C)."""
         if x.shape[1] > self.max_seq_len:
             raise ValueError(f"sequence of {x.shape[1]} tokens, the model was built for max_seq_len {self.max_seq_len}")
         h = self.dropout(self.embedding(x))
@@ -186,14 +196,14 @@ class Transformer(nn.Module):
         return self.embedding.weight
 
     def final(self, x):
-        """x: (B, T) ids -> what the head reads: (B, T, C)."""
+        """x: (B, T) ids -> hidden states that the head reads: (B, T, C)."""
         return self.norm(self.hidden(x, len(self.blocks)))
 
     def forward(self, x, y=None, index=None):
-        """x: (B, T) ids -> logits (B, T, V); with targets y (B, T), -100 = not counted: (sum of nats, report).
+        """x: (B, T) ids -> logits (B, T, V). With targets y (B, T), -100 = not counted: (sum of nats, report).
 
-        The report holds detached (B, T) numbers per token: `loss`, which selects the best checkpoint, and `nll`.
-        `index` is for models whose evaluation draws noise. Raises ValueError beyond max_seq_len.
+        The report holds detached (B, T) values per token: `loss`, which selects the best checkpoint, and `nll`.
+        `index` is unused here; models whose evaluation draws noise need it. Raises ValueError beyond max_seq_len.
         """
         h = self.final(x)
         if y is None:
@@ -202,19 +212,19 @@ class Transformer(nn.Module):
         return loss, dict(loss=nats, nll=nats)
 
     def init_state(self, batch):
-        """An empty cache for `step`: position, and keys and values (layers, 2, B, H, max_seq_len, D)."""
+        """Return an empty cache for `step`: position, and keys and values (layers, 2, B, H, max_seq_len, D)."""
         D, H = self.rotary.cos.shape[1], self.blocks[0].attention.n_heads
         shape = (len(self.blocks), 2, batch, H, self.max_seq_len, D)
         return 0, torch.zeros(shape, device=self.embedding.weight.device)
 
     def step(self, x, state):
-        """x: (B, T) ids that follow `state` -> (logits of the last one (B, V), state); as `advance`."""
+        """x: (B, T) ids that follow `state` -> (logits after the last id (B, V), new state). See `advance`."""
         h, state = self.advance(x, state)
         return F.linear(h, self.output), state
 
     @torch.no_grad()
     def advance(self, x, state):
-        """x: (B, T) ids that follow `state` -> (what the head reads at the last one (B, C), state).
+        """x: (B, T) ids that follow `state` -> (hidden state of the last id (B, C), new state).
 
         T > 1 only from an empty state. Raises ValueError when the window is full: start again from the end of the text.
         """

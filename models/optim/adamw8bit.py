@@ -1,27 +1,28 @@
-"""AdamW with both moments in 8 bits: 26 % of their memory, any device, in plain torch.
+"""AdamW with both moments in 8 bits: 26 % of their memory, on any device, in plain torch.
 
-Decoupled Weight Decay (arXiv 1711.05101), 8-bit Optimizers via Block-wise Quantization (2110.02861). A block is BLOCK
-numbers with one scale, their largest magnitude; N blocks. Moment m is kept as sign and square root, v as fourth root.
+Decoupled Weight Decay (arXiv 1711.05101), 8-bit Optimizers via Block-wise Quantization (2110.02861). A tensor is split
+into N blocks of BLOCK elements, each scaled by its largest magnitude. Moment m is stored as sign and square root, v as
+fourth root.
 """
 
 import torch
 import torch.nn.functional as F
 
 BLOCK = 256
-SMALLEST = 4096  # elements; smaller tensors stay in fp32: they cost little and are norms and biases
+SMALLEST = 4096  # tensors with fewer elements, such as norms and biases, stay in fp32: they cost little
 CODES = dict(m=torch.int8, v=torch.uint8)
 
 
 def power(t, kind):
-    """What the code t of m or v stands for, in the scale of codes: t^2 or t^4."""
+    """Return the value of code t, in the scale of codes: t^2 for m, t^4 for v."""
     return t * t if kind == "m" else (t * t).square()
 
 
 def quantize(x, kind, noise):
-    """x: (N, BLOCK), noise: (N, BLOCK) uniform in [0, 1) -> (codes (N, BLOCK), scales (N, 1)); m in int8, v in uint8.
+    """Quantize x (N, BLOCK) of kind m (int8) or v (uint8) -> (codes (N, BLOCK), scales (N, 1)).
 
-    A code is rounded up or down at random such that its mean is x: to the nearest, a v that decays slowly would stand
-    still. What is above 0 in v stays above 0: one over its root is the length of a step.
+    noise: (N, BLOCK) uniform in [0, 1). Codes are rounded up or down at random so that their mean is x; rounding to the
+    nearest would freeze a slowly decaying v. Positive values of v stay positive, since steps are divided by its root.
     """
     top = torch.iinfo(CODES[kind]).max
     scales = x.abs().amax(1, keepdim=True).clamp_min(torch.finfo(x.dtype).tiny)
@@ -35,20 +36,20 @@ def quantize(x, kind, noise):
 
 
 def dequantize(codes, scales, kind):
-    """Inverse of `quantize`: -> (N, BLOCK) in fp32."""
+    """Invert `quantize`: codes (N, BLOCK), scales (N, 1) -> (N, BLOCK) in fp32."""
     t = codes.float() / torch.iinfo(CODES[kind]).max
     return power(t, kind) * scales * t.sign()
 
 
 class AdamW8bit(torch.optim.Optimizer):
-    """Like torch.optim.AdamW. What is rounded up follows from `seed` and the step alone, so that a run can go on."""
+    """Like torch.optim.AdamW. The random rounding depends only on `seed` and the step, so that runs can be resumed."""
 
     def __init__(self, params, *, lr, betas, seed, eps=1e-8, weight_decay=0.0):
         super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay))
         self.seed = seed
 
     def load_state_dict(self, state_dict):
-        super().load_state_dict(state_dict)  # which turns all state into the type of the parameters
+        super().load_state_dict(state_dict)  # converts all state to the type of the parameters
         for state in self.state.values():
             for kind, dtype in CODES.items():
                 if f"{kind}_codes" in state:
@@ -56,11 +57,13 @@ class AdamW8bit(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self):
-        generators = {}  # one a device
+        generators = {}  # one per device
         for group in self.param_groups:
             beta1, beta2 = group["betas"]
             for p in (p for p in group["params"] if p.grad is not None):
-                state, g, small = self.state[p], p.grad, p.numel() < SMALLEST
+                state = self.state[p]
+                g = p.grad
+                small = p.numel() < SMALLEST
                 t = state.get("step", 0) + 1
                 if p.device not in generators:
                     generators[p.device] = torch.Generator(p.device).manual_seed(self.seed + 1_000_003 * t)

@@ -1,18 +1,19 @@
-"""What the gradients of a model's parts are like, and which parameters never had one.
+"""Statistics of the gradients of a model's parts, and a list of parameters that never had a gradient.
 
-A group is a direct child of the model with all its parameters, or a parameter of the model itself: together they cover
-every parameter. What stays unnoticed otherwise: a part that nothing trains, because no path leads from it to the loss.
+A group is a direct child of the model with all its parameters, or a parameter of the model itself, so that groups cover
+all parameters. The monitor reveals parts that are not trained because no path leads from them to the loss.
 """
 
 import torch
 
-SMALL, LARGE = 1e-5, 100.0  # norms of a group's gradient below and above which there is a warning
-DEAD, MOST_DEAD = 1e-8, 0.5  # a gradient below the first is dead; of these so many may be
-EPS = 1e-12  # least norm of weights to divide by
+SMALL, LARGE = 1e-5, 100.0  # a gradient norm of a group outside this range gives a warning
+DEAD = 1e-8  # magnitude below which an element of a gradient is dead
+MOST_DEAD = 0.5  # share of dead elements above which a group gives a warning
+EPS = 1e-12  # smallest norm of weights to divide by
 
 
 def gradient_of(parameter):
-    """The numbers of its gradient, of a sparse one those that it has; one zero where there is none."""
+    """Return the gradient of a parameter: the rows of a sparse gradient, one zero without a gradient."""
     gradient = parameter.grad
     if gradient is None:
         return parameter.new_zeros(1)
@@ -20,56 +21,62 @@ def gradient_of(parameter):
 
 
 def _numbers_of(parameter):
-    """The same, but of a sparse gradient not yet summed by rows: for that the host would have to wait."""
+    """Return the gradient of a parameter, but sparse rows not yet summed, for which the host would have to wait."""
     gradient = parameter.grad
     return gradient._values() if gradient is not None and gradient.is_sparse else gradient_of(parameter)
 
 
 def warnings(report):
-    """What `Monitor.end` returned -> a line for each group whose gradient looks wrong."""
+    """Describe suspicious gradients in a report of `Monitor.end`, one line each."""
     lines = []
-    for group, found in report.items():
-        if not SMALL <= found["norm"] <= LARGE:
-            side, limit = ("below", SMALL) if found["norm"] < SMALL else ("above", LARGE)
-            lines.append(f"{group}: gradient norm {found['norm']:.1e}, {side} {limit:g}")
-        if found["dead"] > MOST_DEAD:
-            lines.append(f"{group}: {found['dead']:.0%} of the gradient below {DEAD:g}")
+    for group, numbers in report.items():
+        norm, dead = numbers["norm"], numbers["dead"]
+        if not SMALL <= norm <= LARGE:
+            side, limit = ("below", SMALL) if norm < SMALL else ("above", LARGE)
+            lines.append(f"{group}: gradient norm {norm:.1e}, {side} {limit:g}")
+        if dead > MOST_DEAD:
+            lines.append(f"{group}: {dead:.0%} of the gradient below {DEAD:g}")
     return lines
 
 
 class Monitor:
-    """Watches the parameters of `model`; keeps no history but the names of those that had no gradient yet.
+    """Watches the parameters of `model`. Its only history is the set of parameters that had no gradient so far.
 
-    At each step, after the backward pass: note(). Where a report is wanted: begin() in its place, and end() after the
-    optimizer's step. late: beginnings of names that have none at first, where a memory is still empty;
-    tables: of those whose rows are not all used in a step, and so not dead.
+    Call note() at each step, after the backward pass. For a report call begin() instead, and end() after the
+    optimizer's step.
     """
 
     def __init__(self, model, late=(), tables=()):
+        """late: name prefixes of parameters that may lack a gradient at first, as while a memory is empty.
+
+        tables: name prefixes of tables, whose unused rows do not count as dead.
+        """
         self.late, self.tables = tuple(late), tuple(tables)
         self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        self.untrained, self._largest = dict(self.parameters), None  # and the largest norms since these were listed
+        self.untrained = dict(self.parameters)
+        self._largest = None  # largest gradient norms of `untrained` since the last never_trained()
 
     def never_trained(self):
-        """Names of the parameters whose gradient was 0 or absent at every step so far, but for the `late` ones."""
+        """Return the names of parameters whose gradient was 0 or absent at every step, except the `late` ones."""
         if self._largest is not None:
-            norms, self._largest = self._largest.tolist(), None
+            norms = self._largest.tolist()
+            self._largest = None
             self.untrained = {
                 name: p for (name, p), norm in zip(self.untrained.items(), norms, strict=True) if not norm
             }
         return [name for name in self.untrained if not name.startswith(self.late)]
 
     def note(self):
-        """Note which parameters have a gradient now, on their device: nothing waits for it."""
+        """Record on the device which parameters have a gradient now; the host does not wait."""
         if self.untrained:
             norms = torch.stack(torch._foreach_norm([_numbers_of(p) for p in self.untrained.values()]))
             self._largest = norms if self._largest is None else torch.maximum(self._largest, norms)
 
     @torch.no_grad()
     def begin(self):
-        """Take in gradients, before they are clipped, and weights, before they are stepped."""
+        """Record the gradients before clipping and the weights before the optimizer's step."""
         self.note()
-        self.never_trained()  # crosses off those that had one
+        self.never_trained()  # removes those that had a gradient from `untrained`
         gradients = [gradient_of(p) for p in self.parameters.values()]
         self._norms = torch.stack(torch._foreach_norm(gradients))
         used = [
@@ -82,12 +89,13 @@ class Monitor:
 
     @torch.no_grad()
     def end(self):
-        """-> {group: norm of its gradient, ratio of the norms of its update and its weights, share of it that is dead}.
+        """Return {group: dict(norm, ratio, dead)} of this step.
 
-        Parameters without a gradient in this step, of another task perhaps, are left out, and so are groups of them.
+        norm: of the gradient. ratio: norm of the update over norm of the weights. dead: share of dead elements.
+        Parameters without a gradient in this step, perhaps of another task, are left out, and so are their groups.
         """
-        now = [p.detach() for p in self.parameters.values()]
-        updates = torch.stack(torch._foreach_norm(torch._foreach_sub(now, self._before)))
+        weights_after = [p.detach() for p in self.parameters.values()]
+        updates = torch.stack(torch._foreach_norm(torch._foreach_sub(weights_after, self._before)))
         weights = torch.stack(torch._foreach_norm(self._before))
         columns = torch.stack([self._norms, updates, weights]).cpu().double().square().tolist()
         groups = {}

@@ -1,18 +1,18 @@
-"""Muon: momentum whose update of each matrix is orthogonalized; AdamW for all that is no matrix.
+"""Muon: momentum with an orthogonalized update for each matrix; AdamW for everything else.
 
 Jordan et al. 2024, "Muon: an optimizer for hidden layers in neural networks"; AdamW: arXiv 1711.05101.
 """
 
 import torch
 
-QUINTIC = 3.4445, -4.7750, 2.0315  # a x + b x^3 + c x^5 takes singular values in (0, 1] to about 1 in five rounds
+QUINTIC = 3.4445, -4.7750, 2.0315  # a x + b x^3 + c x^5 maps singular values in (0, 1] to about 1 in ROUNDS rounds
 ROUNDS = 5
 
 
 def orthogonalize(x):
-    """x (N, A, B) -> the nearest matrices with singular values of about 1 (0.7 to 1.2), in bfloat16.
+    """Return the nearest matrices with singular values of about 1 (0.7 to 1.2): x (N, A, B) -> (N, A, B) in bfloat16.
 
-    Newton and Schulz's iteration: matrix products alone, for which eight bits are enough.
+    The Newton-Schulz iteration uses only matrix products, for which the precision of bfloat16 suffices.
     """
     a, b, c = QUINTIC
     tall = x.shape[1] > x.shape[2]
@@ -25,7 +25,7 @@ def orthogonalize(x):
 
 
 class Muon(torch.optim.Optimizer):
-    """Groups of matrices with `times` > 0 are stepped by Muon at `times` the rate `lr`, other groups by AdamW."""
+    """Updates groups of matrices with `times` > 0 by Muon at the rate `times` x `lr`, and other groups by AdamW."""
 
     def __init__(self, params, *, lr, betas, beta=0.95, eps=1e-8, weight_decay=0.0, times=0.0):
         defaults = dict(lr=lr, betas=betas, beta=beta, eps=eps, weight_decay=weight_decay, times=times)
@@ -39,16 +39,17 @@ class Muon(torch.optim.Optimizer):
             (self._muon if group["times"] else self._adam)(group, params)
 
     def _muon(self, group, params):
-        """m <- beta m + (1 - beta) g; the step goes along Nesterov's (1 - beta) g + beta m."""
-        alike = {}  # matrices of a shape are orthogonalized together
+        """Update m <- beta m + (1 - beta) g and step along Nesterov's (1 - beta) g + beta m, orthogonalized."""
+        by_shape = {}  # matrices of the same shape are orthogonalized together
         for p in params:
             if not self.state[p]:
                 self.state[p]["momentum"] = torch.zeros_like(p)
             m = self.state[p]["momentum"].lerp_(p.grad, 1 - group["beta"])
-            alike.setdefault(p.shape, []).append((p, p.grad.lerp(m, group["beta"])))
-        for (rows, columns), found in alike.items():
+            by_shape.setdefault(p.shape, []).append((p, p.grad.lerp(m, group["beta"])))
+        for (rows, columns), pairs in by_shape.items():
             rate = group["lr"] * group["times"] * max(1, rows / columns) ** 0.5
-            for (p, _), update in zip(found, orthogonalize(torch.stack([u for _, u in found])), strict=True):
+            updates = orthogonalize(torch.stack([update for _, update in pairs]))
+            for (p, _), update in zip(pairs, updates, strict=True):
                 p.sub_(update, alpha=rate)
 
     def _adam(self, group, params):

@@ -59,7 +59,7 @@ def train(model, optimizer, steps, scale=1.0, seed=0):
 
 
 def reference(params, gradients, decays, lr, betas):
-    """The formula, number by number in double precision; gradients: a list of lists."""
+    """Apply the formula number by number in double precision; gradients: a list of lists."""
     values = [p.detach().double().clone() for p in params]
     ms, vs = [torch.zeros_like(x) for x in values], [torch.zeros_like(x) for x in values]
     for t, step in enumerate(gradients, 1):
@@ -159,13 +159,13 @@ def test_a_resumed_run_goes_on_bit_for_bit():
     optimizer = AdamAtan2(groups(model), **SETTINGS)
     assert not optimizer.state_dict()["state"]
     train(model, optimizer, 3)
-    about = dict(tokenizer_hash="", model_args={})
-    saved = to_plain(about | dict(model_state=model.state_dict(), optimizer_state=optimizer.state_dict()))
+    header = dict(tokenizer_hash="", model_args={})
+    saved = to_plain(header | dict(model_state=model.state_dict(), optimizer_state=optimizer.state_dict()))
     train(model, optimizer, 3, seed=1)
     again = toy(1)
     other = AdamAtan2(groups(again, decay=0.1), **SETTINGS)
     train(again, other, 2)
-    load_parts(dict(model_state=again, optimizer_state=other), saved, "file", about)
+    load_parts(dict(model_state=again, optimizer_state=other), saved, "file", header)
     train(again, other, 3, seed=1)
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
 
@@ -181,13 +181,13 @@ def test_loading_checks_names_and_shapes():
     wider = groups(nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 3), nn.Linear(3, 3)))
     with pytest.raises(ValueError, match="shapes"):
         AdamAtan2(wider, **SETTINGS).load_state_dict(saved)
-    about = dict(tokenizer_hash="", model_args={})
+    header = dict(tokenizer_hash="", model_args={})
     wider = nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 3), nn.Linear(3, 3))
     other = AdamAtan2(groups(wider), **SETTINGS)
     saved["state"][0]["m"] = torch.zeros(3, 3)
     with pytest.raises(UsageError):
-        state = about | dict(model_state=model.state_dict(), optimizer_state=saved)
-        load_parts(dict(model_state=wider, optimizer_state=other), state, "file", about)
+        state = header | dict(model_state=model.state_dict(), optimizer_state=saved)
+        load_parts(dict(model_state=wider, optimizer_state=other), state, "file", header)
 
 
 def test_rows_of_the_batch_take_the_sign_of_their_summed_gradients():
@@ -237,8 +237,8 @@ def test_two_ranks_equal_one(tmp_path):
             optimizer.step()
             optimizer.zero_grad()
     for rank in range(2):
-        found = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
-        for ours, wanted in zip(found, (table.weight.data, layer.weight.data), strict=True):
+        weights = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
+        for ours, wanted in zip(weights, (table.weight.data, layer.weight.data), strict=True):
             torch.testing.assert_close(ours, wanted, rtol=0, atol=1e-6)
 
 

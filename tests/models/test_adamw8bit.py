@@ -19,7 +19,7 @@ def normal(*shape, seed=0):
 
 
 def parameters():
-    """A tensor of whole blocks, one with a rest, one that stays fp32."""
+    """Return a tensor of full blocks, one with a partial block, and one that stays fp32."""
     shapes = (BLOCK, 32), (SMALLEST + 5,), (40,)
     return [torch.nn.Parameter(normal(*shape, seed=i)) for i, shape in enumerate(shapes)]
 
@@ -35,14 +35,14 @@ def steps(tensors, optimizer, first, last):
 def test_round_trip_is_close_and_right_on_average(kind, top, degree):
     x = normal(20, BLOCK) ** 5
     x = x if kind == "m" else x.square()
-    found = torch.stack([dequantize(*quantize(x, kind, uniform(20, BLOCK, seed=s)), kind) for s in range(400)])
+    decoded = torch.stack([dequantize(*quantize(x, kind, uniform(20, BLOCK, seed=s)), kind) for s in range(400)])
     scale = x.abs().amax(1, keepdim=True)
     t = (x.abs() / scale) ** (1 / degree)
     gap = scale * ((t + 1 / top) ** degree - (t - 1 / top).clamp_min(0) ** degree)  # one code up to one code down
-    assert ((found - x).abs() <= gap).all()
+    assert ((decoded - x).abs() <= gap).all()
     large = t > 2 / top  # below, v is kept from 0
-    assert ((found.mean(0) - x).abs() <= gap * 5 / 400**0.5)[large].all()
-    assert (found.sign() * x.sign() >= 0).all() and (
+    assert ((decoded.mean(0) - x).abs() <= gap * 5 / 400**0.5)[large].all()
+    assert (decoded.sign() * x.sign() >= 0).all() and (
         dequantize(*quantize(0 * x, kind, uniform(20, BLOCK)), kind) == 0
     ).all()
 
@@ -81,8 +81,8 @@ def test_state_is_small():
 
 
 def test_a_resumed_run_does_the_same():
-    whole = parameters()
-    steps(whole, AdamW8bit(whole, **SETTINGS, seed=3), 0, 6)
+    uninterrupted = parameters()
+    steps(uninterrupted, AdamW8bit(uninterrupted, **SETTINGS, seed=3), 0, 6)
     first = parameters()
     optimizer, file = AdamW8bit(first, **SETTINGS, seed=3), io.BytesIO()
     steps(first, optimizer, 0, 3)
@@ -94,7 +94,7 @@ def test_a_resumed_run_does_the_same():
     optimizer = AdamW8bit(second, **SETTINGS, seed=3)
     optimizer.load_state_dict(saved["optimizer"])
     steps(second, optimizer, 3, 6)
-    assert all(torch.equal(a, b) for a, b in zip(whole, second, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(uninterrupted, second, strict=True))
     other = parameters()
     steps(other, AdamW8bit(other, **SETTINGS, seed=4), 0, 6)
-    assert not torch.equal(other[0], whole[0]) and torch.equal(other[2], whole[2])
+    assert not torch.equal(other[0], uninterrupted[0]) and torch.equal(other[2], uninterrupted[2])

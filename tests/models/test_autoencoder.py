@@ -48,7 +48,7 @@ def noised(denoise):
 
 
 def fill_zeros(model):
-    """What begins at zero hides what lies before it."""
+    """Initialize weights that start at zero, since those block gradients to earlier layers."""
     for p in model.parameters():
         if not p.any():
             torch.nn.init.normal_(p, std=0.3)
@@ -110,8 +110,8 @@ def test_at_level_event_only_the_shape_of_ids_is_read():
     for decoder in KINDS:
         model = build(decoder=decoder, level="event").eval()
         z = model.encode(x, ids, mask, globals)
-        told, blind = model.decode(z, ids, mask), model.decode(z, 0 * ids, mask & False)
-        assert all(torch.equal(told[name], blind[name]) for name in told)
+        seeing, blind = model.decode(z, ids, mask), model.decode(z, 0 * ids, mask & False)
+        assert all(torch.equal(seeing[name], blind[name]) for name in seeing)
 
 
 @torch.no_grad()
@@ -155,7 +155,7 @@ def test_under_autocast():
 
 # --- messages ---------------------------------------------------------------------------------
 def plain_messages(layer, x, mask):
-    """m by a list of edges, with the first Linear on a pair and the last on each edge."""
+    """Compute m edge by edge, with the first Linear on pairs and the last on each edge."""
     weight = torch.cat([layer.receiver.weight, layer.sender.weight], 1)
     m = torch.zeros_like(x)
     for b in range(len(x)):

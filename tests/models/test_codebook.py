@@ -18,7 +18,7 @@ from benchmarks import ae_speed
 from models.codebook import Codebook
 folder, rank = sys.argv[1], int(sys.argv[2])
 dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
-found = []
+states = []
 for given in torch.load(f"{folder}/given.pt", weights_only=True):
     torch.manual_seed(rank)
     codebook = Codebook(**given["sizes"])
@@ -26,8 +26,8 @@ for given in torch.load(f"{folder}/given.pt", weights_only=True):
     for z, mask in given["batches"]:
         half = slice(rank * len(z) // 2, (rank + 1) * len(z) // 2)
         codebook(z[half], mask[half])
-    found.append(codebook.state_dict())
-torch.save(found, f"{folder}/{rank}.pt")
+    states.append(codebook.state_dict())
+torch.save(states, f"{folder}/{rank}.pt")
 dist.barrier()
 os._exit(0)
 """
@@ -59,8 +59,8 @@ def test_indices_are_those_of_cdist(N, size):
     index = nearest(vectors, codes)
     distance = torch.cdist(vectors.double(), codes.double())
     assert index.shape == (N,) and index.dtype == torch.long
-    found = distance.gather(1, index[:, None]).squeeze(1)
-    assert (found**2 - distance.min(1).values ** 2).abs().sum() <= 1e-6 * max(1, N)
+    chosen = distance.gather(1, index[:, None]).squeeze(1)
+    assert (chosen**2 - distance.min(1).values ** 2).abs().sum() <= 1e-6 * max(1, N)
     assert (index == distance.argmin(1)).sum() >= N - 1
 
 
@@ -74,7 +74,7 @@ def test_least_is_the_first_of_equals():
 def test_output_and_gradient(with_mask):
     codebook, mask = build().eval(), torch.rand(3, 7, generator=torch.Generator().manual_seed(0)) < 0.6
     z, pull = normal(3, 7, 8), normal(3, 7, 8, seed=3)
-    leaf = z.masked_fill(~mask[..., None], float("nan")) if with_mask else z.clone()  # what is padded does not matter
+    leaf = z.masked_fill(~mask[..., None], float("nan")) if with_mask else z.clone()  # padding must not matter
     real = (mask if with_mask else torch.ones_like(mask))[..., None]
     out, index, commit = codebook(leaf.requires_grad_(), mask if with_mask else None)
     q = codebook.codes[torch.cdist(z, codebook.codes).argmin(-1)]
@@ -176,12 +176,12 @@ def test_start():
 
 
 def test_lloyd_is_k_means():
-    """Four far clusters: each mean is found, though two codes start in one cluster and one far from all."""
+    """Of four distant clusters k-means finds each mean, though two codes start in one cluster and one far away."""
     centres = torch.tensor([[0.0, 0.0], [0.0, 50.0], [50.0, 0.0], [50.0, 50.0]])
     vectors = (centres[:, None] + normal(4, 100, 2)).flatten(0, 1)
     codes = torch.cat([vectors[[0, 100, 200]], torch.full((1, 2), 1e4)])
-    found = lloyd(vectors, codes, torch.Generator().manual_seed(1))
-    distance = torch.cdist(vectors.view(4, 100, 2).mean(1), found)
+    means = lloyd(vectors, codes, torch.Generator().manual_seed(1))
+    distance = torch.cdist(vectors.view(4, 100, 2).mean(1), means)
     assert distance.min(1).values.max() < 1e-3
 
 
@@ -193,7 +193,7 @@ def test_rules_and_usage():
 
 
 def test_two_ranks(tmp_path):
-    """With half of every batch each they are one that has all of it, and revive the same codes."""
+    """Two ranks with half of every batch each equal one with the full batch, and revive the same codes."""
     one, far = build(), build()
     far.codes += 100
     far.sums.copy_(far.codes)
@@ -203,7 +203,7 @@ def test_two_ranks(tmp_path):
     used = torch.zeros(128, dtype=torch.long)
     for seed in range(6):
         z, mask = normal(60, 5, 8, seed=seed), normal(60, 5, seed=seed + 100) > 0
-        mask[:30] &= seed != 5  # the first rank has none in the last batch
+        mask[:30] &= seed != 5  # the first rank has no vector in the last batch
         for case in cases:
             case["batches"].append((z, mask))
         used += torch.bincount(one(z, mask)[1][mask], minlength=128)

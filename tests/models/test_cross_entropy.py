@@ -20,14 +20,14 @@ def test_equals_all_logits_at_once(N, V, with_bias):
     table = torch.randn(N, V, generator=torch.Generator().manual_seed(1))
     total, nats = linear_cross_entropy(hidden, weight, targets, weights, table.__getitem__ if with_bias else None)
     (total * 0.3).backward()
-    found = [hidden.grad, weight.grad]
+    gradients = [hidden.grad, weight.grad]
     hidden.grad = weight.grad = None
     logits = hidden @ weight.T + (table if with_bias else 0)
     naive = F.cross_entropy(logits, targets, ignore_index=-1, reduction="none")
     ((naive * weights).sum() * 0.3).backward()
     torch.testing.assert_close(nats, naive.detach(), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(total, (naive * weights).sum(), rtol=1e-5, atol=1e-4)
-    torch.testing.assert_close(found, [hidden.grad, weight.grad], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(gradients, [hidden.grad, weight.grad], rtol=1e-4, atol=1e-5)
 
 
 def test_leading_shape_and_no_grad():

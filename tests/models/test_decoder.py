@@ -1,4 +1,4 @@
-"""The decoder: what each place sees, and that writing equals being taught."""
+"""The decoder: which symbols each place sees, and that generation equals teacher forcing."""
 
 import pytest
 import torch
@@ -19,7 +19,7 @@ def given(count=2, seed=1):
 
 
 def changed(function, target):
-    """(L, places) bool: which places of `function(target)` change with which symbol."""
+    """Return which places of `function(target)` change with which symbol: (L, places) bool."""
     before, rows = function(target), []
     for i in range(L):
         other = target.clone()
@@ -31,17 +31,17 @@ def changed(function, target):
 @torch.no_grad()
 def test_a_place_sees_the_symbols_before_it():
     decoder, (target, memory) = build(), given()
-    found = changed(lambda t: decoder.logits(decoder(t, memory)), target)
+    reached = changed(lambda t: decoder.logits(decoder(t, memory)), target)
     i, place = torch.arange(L)[:, None], torch.arange(L)
-    assert torch.equal(found, i < place)
+    assert torch.equal(reached, i < place)
 
 
 @torch.no_grad()
 def test_the_further_guess_sees_one_symbol_more():
     decoder, (target, memory) = build(), given()
-    found = changed(lambda t: decoder.logits(decoder.ahead(decoder(t, memory), t)), target)
-    i, place = torch.arange(L)[:, None], torch.arange(L - 1)  # place i guesses symbol i + 1
-    assert torch.equal(found, i <= place)
+    reached = changed(lambda t: decoder.logits(decoder.ahead(decoder(t, memory), t)), target)
+    i, place = torch.arange(L)[:, None], torch.arange(L - 1)  # place i predicts symbol i + 1
+    assert torch.equal(reached, i <= place)
 
 
 @torch.no_grad()
@@ -75,16 +75,16 @@ def test_all_of_the_memory_is_seen_in_any_order():
 @torch.no_grad()
 def test_writing_equals_being_taught(seed):
     decoder, (_, memory) = build(), given(5, seed)
-    torch.nn.init.normal_(decoder.embedding.weight)  # so that some end early
+    torch.nn.init.normal_(decoder.embedding.weight)  # so that some answers end early
     seen = []
 
     def choose(logits):
         seen.append(logits)
         return logits.argmax(-1)
 
-    made = decoder.generate(memory, length=L, end=END, choose=choose)
-    taught = decoder.logits(decoder(made, memory))
-    for b, row in enumerate(made.tolist()):
+    symbols = decoder.generate(memory, length=L, end=END, choose=choose)
+    taught = decoder.logits(decoder(symbols, memory))
+    for b, row in enumerate(symbols.tolist()):
         length = row.index(END) + 1 if END in row else L
         for i in range(length):
             torch.testing.assert_close(seen[i][b], taught[b, i])
@@ -96,8 +96,8 @@ def test_writing_equals_being_taught(seed):
 def test_after_the_end_there_is_nothing():
     decoder, (_, memory) = build(), given(3)
     turns = iter([[1, END, 2], [3, 4, END], [END, 5, 6], [7, 7, 7]])
-    made = decoder.generate(memory, length=L, end=END, choose=lambda logits: torch.tensor(next(turns)))
-    assert made.tolist() == [[1, 3] + [END] * 4, [END] * 6, [2] + [END] * 5]
+    symbols = decoder.generate(memory, length=L, end=END, choose=lambda logits: torch.tensor(next(turns)))
+    assert symbols.tolist() == [[1, 3] + [END] * 4, [END] * 6, [2] + [END] * 5]
     assert next(turns) == [7, 7, 7]  # it stopped once all had ended
 
 

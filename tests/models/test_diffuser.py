@@ -12,16 +12,16 @@ SIZES = dict(vocab_size=V, d_model=C, max_seq_len=T, n_heads=2, dropout=0.0, rop
 
 
 def tokens(batch, length=T, seed=0):
-    """Some ids come more often than others, as in text."""
+    """Draw ids of unequal frequency, as in text."""
     drawn = torch.rand(batch, length, generator=torch.Generator().manual_seed(seed))
     return (drawn.pow(2) * V).long()
 
 
 def build(seed=0, **changes):
     torch.manual_seed(seed)
-    own = dict(n_layers=2, encoder_layers=3, training_steps=100, inference_steps=10, objective="ce", latent_layer=0)
-    own |= dict(schedule="information", noise_scale=0.0, ramp=16.0, next_weight=0.2, next_share=0.2)
-    model = Diffuser(**SIZES, **(own | changes))
+    sizes = dict(n_layers=2, encoder_layers=3, training_steps=100, inference_steps=10, objective="ce", latent_layer=0)
+    sizes |= dict(schedule="information", noise_scale=0.0, ramp=16.0, next_weight=0.2, next_share=0.2)
+    model = Diffuser(**SIZES, **(sizes | changes))
     model.start_from(Transformer(**SIZES, n_layers=3), tokens(100).flatten())
     return model
 
@@ -39,7 +39,7 @@ def fit(model, x, y, steps, lr):
 
 
 def unigram(model):
-    """Make the network say nothing but the unigram prior."""
+    """Make the network predict only the unigram prior."""
     with torch.no_grad():
         model.head.weight.zero_()
         model.head.weight[:, 0] = model.log_prior
@@ -108,7 +108,7 @@ def test_gradients_equal_those_of_the_whole_logits():
     model, x, y = build(next_share=1.0), tokens(4), tokens(4, seed=1)
     parameters = [p for p in model.parameters() if p.requires_grad]
     torch.manual_seed(3)
-    found = torch.autograd.grad(model(x, y)[0], parameters)
+    gradients = torch.autograd.grad(model(x, y)[0], parameters)
     torch.manual_seed(3)
     k, eps = model._draw(x.shape, None)
     r = model.noise[k]
@@ -120,7 +120,7 @@ def test_gradients_equal_those_of_the_whole_logits():
     weights = torch.where(noisy, 1 / noisy.float().mean(1, keepdim=True).clamp_min(0.05), 0.05)
     next_nats = F.cross_entropy(model(x).transpose(1, 2), y, reduction="sum")
     wanted = torch.autograd.grad((weights * nats).sum() + 0.2 * next_nats, parameters)
-    for a, b in zip(found, wanted, strict=True):
+    for a, b in zip(gradients, wanted, strict=True):
         assert (a - b).abs().max() <= 1e-4 * b.abs().max()
 
 
@@ -185,11 +185,11 @@ def test_the_order_of_tokens_matters_and_a_prompt_is_held():
 def test_evaluation_repeats_bit_for_bit():
     model, x, y = build().eval(), tokens(6), tokens(6, seed=1)
     index = torch.tensor([5, 17, 3, 400, 0, 9])
-    _, whole = model(x, y, index)
+    _, batched = model(x, y, index)
     torch.manual_seed(99)
     for size in (6, 4, 1):
         parts = [model(x[i : i + size], y[i : i + size], index[i : i + size])[1] for i in range(0, 6, size)]
-        for name, numbers in whole.items():
+        for name, numbers in batched.items():
             assert torch.equal(numbers, torch.cat([p[name] for p in parts])), (name, size)
 
 
@@ -197,5 +197,5 @@ def test_state_dict_restores_everything():
     model, other = build(latent_layer=1, objective="mse"), build(seed=1, latent_layer=1, objective="mse")
     other.load_state_dict(model.state_dict())
     x, y = tokens(2), tokens(2, seed=1)
-    found, wanted = (m.eval()(x, y)[1] for m in (other, model))
-    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+    loaded, wanted = (m.eval()(x, y)[1] for m in (other, model))
+    assert all(torch.equal(loaded[name], wanted[name]) for name in wanted)

@@ -19,7 +19,7 @@ def test_noise_grows_from_none_to_almost_all(kind, steps):
 def test_linear_is_that_of_ddpm():
     beta = torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)
     a = (1 - beta).cumprod(0)
-    assert (NoiseSchedule(1000, "linear").alpha_bar[1:] - a).abs().max() < 1.1e-3  # lifted by what is left at the end
+    assert (NoiseSchedule(1000, "linear").alpha_bar[1:] - a).abs().max() < 1.1e-3  # lifted by LEAST_SIGNAL
     with pytest.raises(ValueError, match="cosine"):
         NoiseSchedule(10, "quadratic")
 
@@ -41,18 +41,18 @@ def test_noisy_features_have_unit_variance(kind):
 @pytest.mark.parametrize("count", [1, 20, 2000])
 def test_ddim_with_the_true_v_is_exact(kind, count):
     torch.manual_seed(0)
-    schedule, asked = NoiseSchedule(1000, kind), []
+    schedule, steps = NoiseSchedule(1000, kind), []
     x, eps = torch.randn(2, 3, 4, 5)
 
     def predict(x_t, t):
         torch.testing.assert_close(x_t, schedule.add_noise(x, eps, t), rtol=0, atol=1e-3)
-        asked.append(t[0].item())
+        steps.append(t[0].item())
         signal, noise = schedule.parts(t)
         return signal * eps - noise * x
 
-    found = schedule.ddim(predict, schedule.add_noise(x, eps, torch.full((3,), 1000)), count)
-    torch.testing.assert_close(found, x, rtol=0, atol=1e-3)
-    assert len(asked) == min(count, 1000) and asked[0] == 1000 and asked == sorted(asked, reverse=True)
+    x_hat = schedule.ddim(predict, schedule.add_noise(x, eps, torch.full((3,), 1000)), count)
+    torch.testing.assert_close(x_hat, x, rtol=0, atol=1e-3)
+    assert len(steps) == min(count, 1000) and steps[0] == 1000 and steps == sorted(steps, reverse=True)
 
 
 def test_v_tells_clean_features_and_noise():
@@ -71,9 +71,9 @@ def test_v_tells_clean_features_and_noise():
 
 
 def test_a_sinusoid_tells_steps_apart():
-    found = sinusoid(torch.arange(1001), 64)
-    near = torch.cdist(found, found).fill_diagonal_(9).min()
-    assert found.shape == (1001, 64) and near > 0.1
+    embedding = sinusoid(torch.arange(1001), 64)
+    near = torch.cdist(embedding, embedding).fill_diagonal_(9).min()
+    assert embedding.shape == (1001, 64) and near > 0.1
 
 
 def test_network():
@@ -96,7 +96,7 @@ def test_network():
 
 
 def test_it_learns_to_denoise():
-    """Two points on a line, told apart by the condition."""
+    """The condition tells two points on a line apart."""
     torch.manual_seed(0)
     schedule = NoiseSchedule(100, "cosine")
     net = DenoisingNetwork(inputs=1, condition=1, width=16, layers=1, outputs=1)
@@ -109,7 +109,7 @@ def test_it_learns_to_denoise():
         loss.backward()
         optimizer.step()
     error = {}
-    for name, told in dict(right=which, wrong=-which).items():
-        found = schedule.ddim(lambda x, t, told=told: net(x, t, told, mask), torch.randn(64, 1, 1), 10)
-        error[name] = (found - which).square().mean().item()
+    for name, condition in dict(right=which, wrong=-which).items():
+        x_hat = schedule.ddim(lambda x, t, condition=condition: net(x, t, condition, mask), torch.randn(64, 1, 1), 10)
+        error[name] = (x_hat - which).square().mean().item()
     assert error["right"] < 0.1 and error["wrong"] > 1

@@ -1,4 +1,4 @@
-"""The formula model: what it may know, its cache, its grammar, its files."""
+"""The formula model: which tokens it sees, its cache, its grammar, its files."""
 
 import itertools
 import math
@@ -39,7 +39,7 @@ def build(alphabet=WHOLE, **changes):
 
 
 def shaken(alphabet=WHOLE, **changes):
-    """Away from the start, where every token is equally likely."""
+    """Move the model away from its initial weights, where every token is equally likely."""
     model = build(alphabet, **changes)
     for parameter in model.head.parameters():
         torch.nn.init.normal_(parameter, std=0.5)
@@ -102,7 +102,7 @@ def test_steps_equal_the_full_forward(rope, shared):
     encoded = model.encode(data[:1], mask[:1]) if shared else model.encode(data, mask)
     state = model.init_state(encoded, 3, ids.shape[1])
     if shared:
-        logits, state = model.step(ids[:1, :1], state)  # the first token is that of all
+        logits, state = model.step(ids[:1, :1], state)  # all rows share the first token
         state, start = model._fork(state, torch.zeros(3, dtype=torch.long)), 1
         torch.testing.assert_close(logits, full[:1, 0], rtol=1e-5, atol=1e-5)
     else:
@@ -117,7 +117,7 @@ def test_steps_equal_the_full_forward(rope, shared):
 
 @torch.no_grad()
 def test_rows_in_groups_of_like_length_equal_padded_ones(monkeypatch):
-    monkeypatch.setattr("models.formula_model.ALIKE", 3)
+    monkeypatch.setattr("models.formula_model.CPU_ROWS", 3)
     model, batch = shaken(), batch_of(FORMULAS * 2, prompts=[PROMPT, [], [], [], [], PROMPT, [], []], numbers=range(8))
     data, mask = points(8)
     ids, num = batch["input_ids"], batch["input_num"]
@@ -127,32 +127,32 @@ def test_rows_in_groups_of_like_length_equal_padded_ones(monkeypatch):
 
 
 def plain_open_slots(tokens, alphabet):
-    found, open_slots = [], 0
+    counts, open_slots = [], 0
     for token in tokens:
         arity = alphabet.arity[token]
         if alphabet.tokens[token] == "<expression>":
             open_slots = 1
         elif open_slots and arity >= 0:
             open_slots += int(arity) - 1
-        found.append(open_slots)
-    return found
+        counts.append(open_slots)
+    return counts
 
 
 def test_open_slots_equal_a_loop():
     model, batch = build(), batch_of(FORMULAS, prompts=[PROMPT, [], PROMPT, []])
     encoded = model.encode(*points(4))
-    _, found = model._read(batch["input_ids"], None, encoded.keys)
-    assert found.tolist() == [plain_open_slots(row, WHOLE) for row in batch["input_ids"].tolist()]
+    _, open_slots = model._read(batch["input_ids"], None, encoded.keys)
+    assert open_slots.tolist() == [plain_open_slots(row, WHOLE) for row in batch["input_ids"].tolist()]
 
 
 @torch.no_grad()
 def test_numbers_are_read_at_float_alone():
     model, batch = shaken(), batch_of(FORMULAS, prompts=[PROMPT] * 4, numbers=[2.0, 5.0, 3.0, 4.0])
     data, mask = points(4)
-    found = model(batch["input_ids"], data, mask, batch["input_num"])
+    logits = model(batch["input_ids"], data, mask, batch["input_num"])
     changed = torch.where(batch["input_ids"][..., None] == WHOLE.ids["<float>"], batch["input_num"], 17.5)
-    assert model(batch["input_ids"], data, mask, changed).equal(found)
-    assert not model(batch["input_ids"], data, mask, batch["input_num"] + 1).equal(found)
+    assert model(batch["input_ids"], data, mask, changed).equal(logits)
+    assert not model(batch["input_ids"], data, mask, batch["input_num"] + 1).equal(logits)
     without = batch_of(FORMULAS)
     assert model(without["input_ids"], data, mask, without["input_num"] * 0 + 3).equal(
         model(without["input_ids"], data, mask)
@@ -164,13 +164,13 @@ def test_columns_beyond_float32_are_scaled_and_missing_ones_are_empty():
     model, (data, mask) = shaken(encoder_max_n_variables=6), points(2)
     ids = torch.tensor([sequence(FORMULAS[0])] * 2)
     data[:, :, 0] *= 1.5 / data[:, :, 0].abs().amax(1, keepdim=True)
-    found = model(ids, data, mask)
+    logits = model(ids, data, mask)
     far = data.double()
     far[0, :, 0] *= 2.0**-200
     far[1, :, 0] *= 2.0**500
-    torch.testing.assert_close(model(ids, far, mask), found)
+    torch.testing.assert_close(model(ids, far, mask), logits)
     wide = torch.cat([data[..., :3], torch.zeros(2, 8, 2), data[..., 3:]], -1)
-    torch.testing.assert_close(model(ids, wide, mask), found)
+    torch.testing.assert_close(model(ids, wide, mask), logits)
     assert model.encode(wide, mask).variables.tolist() == [[True] * 3] * 2
     narrow = model.encode(data[:1, :, 2:], mask[:1])
     assert narrow.variables.tolist() == [[True, False, False]]
@@ -198,7 +198,7 @@ def test_loss_counts_formula_and_end_only():
     torch.testing.assert_close(total, plain)
     assert report["counted"].sum() == count and not report["loss"][~report["counted"]].any()
     padded = model.loss(batch | dict(labels=batch["labels"].clamp_min(0)))[0]
-    assert padded == total  # 0 and negative labels are padding alike
+    assert padded == total  # labels of 0 and below are padding
 
 
 def test_first_loss_is_that_of_equally_likely_tokens():
@@ -222,12 +222,12 @@ def test_every_parameter_has_a_gradient(norm, prompts, features):
 
 
 def test_checkpointing_changes_no_gradient():
-    found = []
+    gradients = []
     for use_checkpointing in (False, True):
         model = build(use_checkpointing=use_checkpointing).train()
         model.loss(batch_of(FORMULAS))[0].backward()
-        found.append([p.grad for p in model.parameters()])
-    for a, b in zip(*found, strict=True):
+        gradients.append([p.grad for p in model.parameters()])
+    for a, b in zip(*gradients, strict=True):
         torch.testing.assert_close(a, b)
 
 
@@ -251,7 +251,7 @@ def test_samples_of_an_untrained_model_parse_and_fit():
         rows, log_p = model.sample(encoded, n, **PLAIN, max_len=max_len)
         assert rows.dtype == torch.uint8 and len(rows) == n and rows.shape[1] <= max_len - 4
         arity = WHOLE.arity[rows.numpy()]
-        structure(arity)  # raises where a row is not one formula
+        structure(arity)  # raises if a row is not exactly one formula
         assert ((arity >= 0) == (rows.numpy() > 0)).all() and not (rows == WHOLE.ids["x2"]).any()
         assert (log_p < 0).all() and len({bytes(row) for row in rows.numpy()}) > (n / 4 if max_len > 5 else 7)
 
@@ -260,19 +260,19 @@ def every_formula(alphabet, length, leaves):
     """All prefix words of at most `length` tokens, by recursion."""
     if length < 1:
         return []
-    found = [[leaf] for leaf in leaves]
+    words = [[leaf] for leaf in leaves]
     for name in alphabet.operators:
         parts = every_formula(alphabet, length - 1, leaves)
         for children in itertools.product(parts, repeat=OPERATORS[name].arity):
             word = [name, *itertools.chain(*children)]
-            found += [word] * (len(word) <= length)
-    return found
+            words += [word] * (len(word) <= length)
+    return words
 
 
 @torch.no_grad()
 def plain_scores(model, encoded_of, formulas, length, prompt=(), number=None):
     """Log-probability of each formula within the grammar, token by token from the full forward."""
-    alphabet, found = model.alphabet, []
+    alphabet, scores = model.alphabet, []
     for formula in formulas:
         ids = torch.tensor([sequence(" ".join(formula), alphabet, prompt)])
         num = torch.full((*ids.shape, 1), number or 0.0)
@@ -282,8 +282,8 @@ def plain_scores(model, encoded_of, formulas, length, prompt=(), number=None):
             log_p = logits[len(prompt) + 1 + t, fits].log_softmax(0)
             score += log_p[fits.index(alphabet.ids[token])].item()
             open_slots += int(alphabet.arity[alphabet.ids[token]]) - 1
-        found.append(score)
-    return found
+        scores.append(score)
+    return scores
 
 
 TOY_PROMPT = "<prompt> <complexity> <float> </complexity> </prompt>".split()
@@ -299,9 +299,9 @@ def test_beam_and_samples_equal_the_search_of_all_formulas(prompt):
     best = sorted(range(len(formulas)), key=lambda i: -scores[i])
     options = dict(max_len=len(prompt) + 8, prompt=TOY.encode(prompt), numbers=[0.0, 0.0, 3.0, 0.0, 0.0][: len(prompt)])
     for width in (200, 108, 60):
-        rows, found = model.beam(model.encode(*data), width, **options)
+        rows, log_p = model.beam(model.encode(*data), width, **options)
         order = best[:width]
-        torch.testing.assert_close(found, torch.tensor([scores[i] for i in order]), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(log_p, torch.tensor([scores[i] for i in order]), rtol=1e-4, atol=1e-4)
         assert [TOY.decode(row) for row in rows[:20].numpy()] == [formulas[i] for i in order[:20]]
 
     generator = torch.Generator().manual_seed(0)

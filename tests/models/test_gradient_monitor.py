@@ -32,11 +32,11 @@ def test_parameters_that_never_had_a_gradient_are_named():
     model, optimizer = build()
     monitor = Monitor(model)
     assert len(monitor.never_trained()) == 7
-    for scale, left in ((False, 3), (True, 2), (False, 2)):
+    for scale, count in ((False, 3), (True, 2), (False, 2)):
         optimizer.zero_grad()
         model(torch.tensor([1, 2]), scale).backward()
         monitor.note()
-        assert len(monitor.never_trained()) == left
+        assert len(monitor.never_trained()) == count
     assert monitor.never_trained() == ["unused.weight", "unused.bias"]
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from models.memory import Memory, resized
+from models.memory import Memory, resize_memory
 from tests.helpers import finish, launch
 
 SIZES = dict(slots=10, key_dim=5, d_model=8, top_k=3)
@@ -116,12 +116,12 @@ def test_a_memory_of_another_size_takes_over_the_newest_entries(slots, count):
     for step in range(count):
         mean, values, _, keep = batch(1, seed=step)
         old.write(mean, values, torch.tensor([step]), keep | True)
-    buffers = resized(dict(old.named_buffers()), slots)
+    buffers = resize_memory(dict(old.named_buffers()), slots)
     new.load_state_dict(old.state_dict() | buffers)
     for step in range(count, 30):
-        kept = min(slots, step - max(0, count - 10))
-        assert set(new.samples.tolist()) - {-1} == set(range(step - kept, step))
-        assert int(new.fill) == kept and new.keys[:kept].any(1).all() and not new.keys[kept:].any()
+        fill = min(slots, step - max(0, count - 10))
+        assert set(new.samples.tolist()) - {-1} == set(range(step - fill, step))
+        assert int(new.fill) == fill and new.keys[:fill].any(1).all() and not new.keys[fill:].any()
         mean, values, _, keep = batch(1, seed=step)
         new.write(mean, values, torch.tensor([step]), keep | True)
 
@@ -157,8 +157,8 @@ def test_two_ranks_write_what_one_would(tmp_path):
     for part in batches:
         memory.write(*part)
     for rank in range(2):
-        for name, found in torch.load(tmp_path / f"{rank}.pt", weights_only=True).items():
-            torch.testing.assert_close(found, memory.state_dict()[name])
+        for name, buffer in torch.load(tmp_path / f"{rank}.pt", weights_only=True).items():
+            torch.testing.assert_close(buffer, memory.state_dict()[name])
 
 
 def test_temperature_starts_as_said():

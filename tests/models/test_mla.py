@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from models.mla import Block, LatentAttention
+from models.mla import LatentAttention, LatentBlock
 from models.transformer import Rotary
 
 C, H, R, P, T = 32, 4, 12, 6, 10
@@ -11,7 +11,7 @@ C, H, R, P, T = 32, 4, 12, 6, 10
 
 def make(kv_latent_dim=R):
     torch.manual_seed(0)
-    block = Block(d_model=C, n_heads=H, ffn_mult=2, dropout=0.0, kv_latent_dim=kv_latent_dim, rope_dim=P)
+    block = LatentBlock(d_model=C, n_heads=H, ffn_mult=2, dropout=0.0, kv_latent_dim=kv_latent_dim, rope_dim=P)
     for parameter in block.parameters():
         if parameter.ndim == 1:
             torch.nn.init.normal_(parameter, 1.0, 0.3)  # a gain that is not 1 must be applied once
@@ -50,15 +50,15 @@ def test_absorbed_decoding_equals_the_full_forward(kv_latent_dim, prompt):
     block, rotary = make(kv_latent_dim)
     x = torch.randn(2, T, C)
     full, cache = block(x, rotary), block.init_cache(2, T)
-    found = [block(x[:, :prompt], rotary, cache=cache)]
-    found += [block(x[:, t : t + 1], rotary, cache=cache, start=t) for t in range(prompt, T)]
-    torch.testing.assert_close(torch.cat(found, 1), full, rtol=0, atol=1e-5)
+    outputs = [block(x[:, :prompt], rotary, cache=cache)]
+    outputs += [block(x[:, t : t + 1], rotary, cache=cache, start=t) for t in range(prompt, T)]
+    torch.testing.assert_close(torch.cat(outputs, 1), full, rtol=0, atol=1e-5)
 
 
 def test_cache_holds_what_it_should():
     """R + P numbers a token against 2 C: at the documented sizes 160 against 768."""
     assert make()[0].init_cache(1, T).numel() == T * (R + P)
     assert make(0)[0].init_cache(1, T).numel() == T * 2 * C
-    full = Block(d_model=384, n_heads=6, ffn_mult=1, dropout=0.0, kv_latent_dim=128, rope_dim=32)
+    full = LatentBlock(d_model=384, n_heads=6, ffn_mult=1, dropout=0.0, kv_latent_dim=128, rope_dim=32)
     assert full.init_cache(1, 1).nbytes == 4 * 160
     assert isinstance(full.attention, LatentAttention)

@@ -47,7 +47,7 @@ def build(tasks=("read", "fill", "arc"), **changes):
 
 
 def batch(model, name, count=3, seed=1):
-    """Random pages and answers, of which the last one of a text is shorter."""
+    """Build random pages and answers; the last answer of a text is shorter."""
     task, g = KNOWN[name], torch.Generator().manual_seed(seed)
     low, high = (0, COLOUR) if task.kind == "text" else (COLOUR, HOLE)
     page = torch.randint(low, high, (count, task.rows, task.cols), generator=g, dtype=torch.uint8)
@@ -64,7 +64,7 @@ def total(aux):
 
 
 def fill_memory(model):
-    """Entries of samples that no batch here has."""
+    """Add entries of samples that occur in no batch here."""
     g = torch.Generator().manual_seed(5)
     x, values = torch.randn(2, 5, model.starts.shape[1], generator=g)
     model.memory.write(x, values, torch.arange(-9, -4), torch.ones(5, dtype=torch.bool))
@@ -74,7 +74,7 @@ def fill_memory(model):
 
 
 def without_gradient(model):
-    """Names of the parameters that have none after two steps of each task, as train_multimodal.py does them."""
+    """Return the names of parameters without a gradient after two steps of each task, as in train_multimodal.py."""
     agent = HaltingAgent(model.agent, **AGENT) if hasattr(model, "agent") else None
     for name in model.tasks:
         here, carry, before = batch(model, name), None, None
@@ -83,9 +83,9 @@ def without_gradient(model):
             aux = outputs["aux"]
             loss = total(aux)
             if agent:
-                found = agent.net.features(aux["z_mean"], carry["steps"] / 4, outputs["q_halt"], aux["confidence"],
+                features = agent.net.features(aux["z_mean"], carry["steps"] / 4, outputs["q_halt"], aux["confidence"],
                                            aux["changed"])  # fmt: skip
-                now = dict(features=found, accuracy=aux["accuracy"], right=aux["right"], last=carry["halted"])
+                now = dict(features=features, accuracy=aux["accuracy"], right=aux["right"], last=carry["halted"])
                 now["action"] = torch.full((3,), CONTINUE)
                 if before:
                     agent.store(before, now)
@@ -129,13 +129,13 @@ def test_every_choice_is_built_and_stepped(choice):
 
 
 REFUSED = [
-    (dict(mixer="mlp_t"), "--mixer mlp_t .* --tasks read fill arc have several"),
-    (dict(bottleneck="patches"), "--no-use_vq_codebook"),
-    (dict(tasks=["read"]), "--no-enable_mtp"),
-    (dict(tasks=["sudoku4"], enable_mtp=False, relation_bias=True), "--relation_bias needs one task of grids"),
-    (dict(tasks=["read"], enable_mtp=False, bottleneck="tokens", use_vq_codebook=False, relation_bias=True), "grids"),
+    (dict(mixer="mlp_t"), "mixer mlp_t .* tasks read fill arc\ntry: tasks=read"),
+    (dict(bottleneck="patches"), "try: use_vq_codebook=false"),
+    (dict(tasks=["read"]), "try: enable_mtp=false"),
+    (dict(tasks=["sudoku4"], enable_mtp=False, relation_bias=True), "relation_bias needs a single grid task"),
+    (dict(tasks=["read"], enable_mtp=False, bottleneck="tokens", use_vq_codebook=False, relation_bias=True), "grid"),
     (dict(paths=17), "17 paths in 16 dimensions"),
-    (dict(num_heads=3), "--hidden_size 16 over --num_heads 3"),
+    (dict(num_heads=3), "hidden_size 16 over num_heads 3"),
     (dict(num_heads=16), "even"),
 ]
 
@@ -149,8 +149,8 @@ def test_parts_that_do_not_go_together(changes, words):
 def test_places_are_those_of_the_largest_page():
     places = Places([(2, 5), (4, 1)], d_model=3, std=0.02)
     assert places.rows.shape == (4, 3) and places.columns.shape == (5, 3)
-    found = places(2, 5)
-    assert all(torch.equal(found[5 * i + j], places.rows[i] + places.columns[j]) for i in range(2) for j in range(5))
+    vectors = places(2, 5)
+    assert all(torch.equal(vectors[5 * i + j], places.rows[i] + places.columns[j]) for i in range(2) for j in range(5))
 
 
 def test_parts_that_begin_without_a_gradient_are_named():
@@ -159,20 +159,20 @@ def test_parts_that_begin_without_a_gradient_are_named():
 
 
 def test_recomputing_activations_changes_no_gradient():
-    found = []
+    gradients = []
     for recompute in (False, True):
         model = build(enable_gradient_checkpointing=recompute)
         here = batch(model, "read")
         total(model(model.initial_carry(here), here)[1]["aux"]).backward()
-        found.append([p.grad for p in model.parameters() if p.grad is not None and not p.grad.is_sparse])
-    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+        gradients.append([p.grad for p in model.parameters() if p.grad is not None and not p.grad.is_sparse])
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
 
 
 def test_stablemax():
     logits = torch.tensor([[-1.0, 0.0, 1.0, 2.0], [1.0, 1.0, 1.0, 1.0], [-30.0, -1.0, 0.0, 30.0]], requires_grad=True)
     s = torch.tensor([[1 / (1 - x) if x < 0 else x + 1 for x in row] for row in logits.tolist()])
-    found = log_stablemax(logits)
-    torch.testing.assert_close(found.exp(), s / s.sum(1, keepdim=True))
+    log_p = log_stablemax(logits)
+    torch.testing.assert_close(log_p.exp(), s / s.sum(1, keepdim=True))
     for dtype in (torch.float32, torch.bfloat16, torch.float64):
         x = logits.detach().to(dtype).requires_grad_()
         log_stablemax(x)[:, 0].sum().backward()
@@ -205,7 +205,7 @@ def test_the_losses_are_means_over_symbols_then_samples():
     torch.testing.assert_close(aux["accuracy"], expected)
     assert aux["right"].tolist() == [bool(h[s].all()) for h, s in zip(hit, scored, strict=True)]
     assert set(aux) >= {"ce", "halt_loss", "vq_loss", "mtp_loss", "acceptance", "codes", "confidence", "changed"}
-    # what is not scored changes nothing before it, but which path wins, which is settled here
+    # unscored symbols can only change which path wins, and `explore` fixes that here
     here |= dict(explore=outputs["path"])
     here["target"][-1, -3:] = PADDING
     shorter = model(model.initial_carry(here), here)[1]["logits"]
@@ -227,20 +227,20 @@ def test_one_path_is_the_plain_model():
         x, _, _ = model.perceive(here)
         z_H, z_L = model.core.start(x)
         carry, limit = model.initial_carry(here), model.limit(name)
-        found = several.trace(here, steps=limit, paths=1)
+        trace = several.trace(here, steps=limit, paths=1)
         for step in range(limit):
             z_H, z_L = model.core(x, z_H, z_L, model.rotary, None)
             logits, _ = model.answer(name, x, z_H, here["target"])
             carry, outputs = model(carry, here)
             assert torch.equal(outputs["logits"], logits) and torch.equal(outputs["q_halt"], model.confidence(z_H))
             assert torch.equal(carry["z_H"][:, 0], z_H) and torch.equal(carry["z_L"][:, 0], z_L)
-            assert torch.equal(found["answers"][step, :, 0], logits.argmax(-1).to(torch.uint8))
-            assert torch.equal(found["halt"][step, :, 0], outputs["q_halt"]) and not outputs["path"].any()
+            assert torch.equal(trace["answers"][step, :, 0], logits.argmax(-1).to(torch.uint8))
+            assert torch.equal(trace["halt"][step, :, 0], outputs["q_halt"]) and not outputs["path"].any()
         assert carry["halted"].all() and carry["steps"].tolist() == [limit] * 3
 
 
 def test_the_winner_is_repeated_and_losers_teach_the_trunk_nothing():
-    found = []
+    gradients = []
     for shift in (0.0, 3.0):
         model = build(tasks=["sudoku4"], **PLAIN)
         model.starts[1] += shift  # of a path that does not win
@@ -256,9 +256,9 @@ def test_the_winner_is_repeated_and_losers_teach_the_trunk_nothing():
             assert not carry[name].requires_grad
         assert outputs["path"].tolist() == [0, 2, 0]
         total(outputs["aux"]).backward()
-        found.append({name: p.grad for name, p in model.named_parameters()})
-    for name in found[0]:
-        same = torch.equal(found[0][name], found[1][name])
+        gradients.append({name: p.grad for name, p in model.named_parameters()})
+    for name in gradients[0]:
+        same = torch.equal(gradients[0][name], gradients[1][name])
         assert same == (name != "halt.weight"), name  # which learns from all paths
 
 
@@ -276,7 +276,7 @@ def test_the_cheapest_path_wins_and_is_followed():
         carry, outputs = model(carry, here)
         assert torch.equal(outputs["path"], best)
         same = all(torch.equal(carry["z_H"][:, k], pick(carry["z_H"], best)) for k in range(3))
-        assert same == (step == 1)  # after every second step all go on from it
+        assert same == (step == 1)  # after every second step all paths continue from it
         assert not torch.equal(carry["z_L"][:, 0], carry["z_L"][:, 1])
 
 
@@ -288,7 +288,7 @@ def test_a_trace_is_what_steps_make():
         here, steps = batch(model, name), model.limit(name)
         trace, carry = model.trace(here, steps=steps), model.initial_carry(here)
         for step in range(steps):
-            path = trace["halt"][step].argmax(1)  # which evaluation goes on from
+            path = trace["halt"][step].argmax(1)  # from which evaluation continues
             carry, outputs = model(carry, here | dict(explore=path))
             torch.testing.assert_close(outputs["q_halt"], pick(trace["halt"][step], path))
             assert torch.equal(carry["answer"], pick(trace["answers"][step], path))
@@ -328,9 +328,9 @@ def test_a_permuted_batch_has_permuted_answers(name):
     model.eval()
     here = batch(model, name)
     other = {key: part if key == "task" else part[order] for key, part in here.items()}
-    found, permuted = (model(model.initial_carry(b), b)[1] for b in (here, other))
+    outputs, permuted = (model(model.initial_carry(b), b)[1] for b in (here, other))
     for key in ("logits", "q_halt", "path"):
-        torch.testing.assert_close(permuted[key], found[key][order])
+        torch.testing.assert_close(permuted[key], outputs[key][order])
 
 
 # ---- parts -----------------------------------------------------------------------------------------------------------
@@ -365,8 +365,8 @@ def test_only_codes_come_through_except_for_every_other_sample_in_training():
     for training in (True, False):
         model.train(training)
         codes = model.quantizer.codebook.codes.clone()
-        x, _, said = model.perceive(here)
-        coded = model.quantizer.up(codes[said["codes"]].flatten(-2)) + model.task["read"]
+        x, _, aux = model.perceive(here)
+        coded = model.quantizer.up(codes[aux["codes"]].flatten(-2)) + model.task["read"]
         same = torch.isclose(x[:, : coded.shape[1]], coded, atol=1e-5).all(-1).all(-1)
         assert same.tolist() == ([False, True] * 2 if training else [True] * 4)
 
@@ -393,13 +393,13 @@ def test_memory_is_inert_until_something_was_solved():
 def test_answers_that_are_written():
     model = build().eval()
     here = batch(model, "fill")
-    made, halt = model.write(here, steps=2, choose=lambda logits: logits.argmax(-1), end=108)
-    assert made.shape == (3, 5) and halt.shape == (3,)
-    again = model.trace(here | dict(target=made.to(torch.uint8)), steps=2)  # fed what it wrote it would write the same
+    written, halt = model.write(here, steps=2, choose=lambda logits: logits.argmax(-1), end=108)
+    assert written.shape == (3, 5) and halt.shape == (3,)
+    again = model.trace(here | dict(target=written.to(torch.uint8)), steps=2)  # the decoder reads its own answer
     best = again["halt"][-1].argmax(1)
     torch.testing.assert_close(pick(again["halt"][-1], best), halt)
-    said = pick(again["answers"][-1], best)
-    for row, other in zip(made.tolist(), said.tolist(), strict=True):
+    answers = pick(again["answers"][-1], best)
+    for row, other in zip(written.tolist(), answers.tolist(), strict=True):
         length = row.index(108) + 1 if 108 in row else 5
         assert row[:length] == other[:length] and set(row[length:]) <= {108}
 
@@ -408,11 +408,11 @@ def test_answers_that_are_written():
 
 
 def sudokus(blanks, count):
-    """Samples of 4 x 4 puzzles, with one blank each if `blanks` is 1, else as they are made."""
+    """Build samples of 4 x 4 puzzles, with one blank each if `blanks` is 1, otherwise as generated."""
     source = open_tasks(["sudoku4"], page_rows=2, page_cols=24, text_source="stories", stories="", code_dir="",
                         arc_set="agi1", arc_side=4)["sudoku4"]  # fmt: skip
-    made = [source.make(i, "train", 0) for i in range(count)]
-    page, target = (torch.from_numpy(np.stack([getattr(s, name) for s in made])) for name in ("page", "target"))
+    samples = [source.make(i, "train", 0) for i in range(count)]
+    page, target = (torch.from_numpy(np.stack([getattr(s, name) for s in samples])) for name in ("page", "target"))
     if blanks == 1:
         page = target.clone()
         page[torch.arange(count), torch.arange(count) % 16] = HOLE
@@ -420,13 +420,13 @@ def sudokus(blanks, count):
 
 
 def words(count):
-    """Pages of random letters, to be read."""
+    """Build pages of random letters to read."""
     page = torch.randint(65, 91, (count, 2, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     return page, page.flatten(1)
 
 
 def learn(name, page, target, steps, **changes):
-    """The model after so many steps on these samples, and what it answers after each of 16 steps more than it has."""
+    """Train on the samples -> whether each answer is right after the last trained step and each of 16 more steps."""
     sizes = dict(paths=1, hidden_size=64, num_heads=4, H_cycles=1, loss="softmax", supervision_steps=4)
     model = build([name], **PLAIN | sizes | changes)
     samples = dict(page=page, target=target, id=torch.zeros(len(page), dtype=torch.long))

@@ -19,12 +19,12 @@ def test_singular_values_become_about_one_and_directions_stay():
     torch.manual_seed(0)
     for shape in ((3, 8, 8), (2, 8, 32), (2, 32, 8)):
         x = torch.randn(shape)
-        found = orthogonalize(x).float()
-        values = torch.linalg.svdvals(found)
+        orthogonal = orthogonalize(x).float()
+        values = torch.linalg.svdvals(orthogonal)
         assert values.min() > 0.5 and values.max() < 1.3
         left, _, right = torch.linalg.svd(x, full_matrices=False)
         nearest = left @ right
-        cosine = (found * nearest).sum((1, 2)) / found.norm(dim=(1, 2)) / nearest.norm(dim=(1, 2))
+        cosine = (orthogonal * nearest).sum((1, 2)) / orthogonal.norm(dim=(1, 2)) / nearest.norm(dim=(1, 2))
         assert cosine.min() > 0.95
 
 

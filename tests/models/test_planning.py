@@ -1,9 +1,9 @@
-"""Paths: where they begin, and which one is believed."""
+"""Paths: their starts, and which one answers."""
 
 import pytest
 import torch
 
-from models.planning import pick, put, select, share, starts
+from models.planning import pick, put, select, share_winner, starts
 
 T, B, K, L = 5, 40, 4, 2
 
@@ -14,39 +14,39 @@ def traces(seed):
     return torch.randint(2, (T, B, K, L), generator=g), torch.randint(-6, 3, (T, B, K), generator=g) / 2
 
 
-def plain(answers, halt, how, step, b):
-    """The path believed by one sample after a step."""
+def plain(answers, halt, rule, step, b):
+    """Choose the path that answers one sample after a step."""
     logits = halt[step, b].tolist()
     best = logits.index(max(logits))
-    if how == "first_to_halt":
+    if rule == "first_to_halt":
         since = [min([t for t in range(step + 1) if halt[t, b, k] > 0], default=T) for k in range(K)]
         return since.index(min(since)) if min(since) < T else best
-    if how == "vote":
-        said = [tuple(row) for row in answers[step, b].tolist()]
+    if rule == "vote":
+        given = [tuple(row) for row in answers[step, b].tolist()]
         trust = [1 / (1 + 2.718281828459045**-x) for x in logits]
-        votes = [(said.count(a), sum(t for t, other in zip(trust, said, strict=True) if other == a)) for a in said]
+        votes = [(given.count(a), sum(t for t, other in zip(trust, given, strict=True) if other == a)) for a in given]
         return max(range(K), key=lambda k: (votes[k][0], round(votes[k][1], 5), -k))
     return best
 
 
-@pytest.mark.parametrize("how", ["score", "first_to_halt", "vote"])
-def test_selection_equals_a_loop(how):
+@pytest.mark.parametrize("rule", ["score", "first_to_halt", "vote"])
+def test_selection_equals_a_loop(rule):
     answers, halt = traces(0)
-    found = select(answers, halt, how)
-    assert found.shape == (T, B)
+    path = select(answers, halt, rule)
+    assert path.shape == (T, B)
     for step in range(T):
         for b in range(B):
-            wanted = plain(answers, halt, how, step, b)
-            if how == "vote":  # of equal answers any path will do
-                assert torch.equal(answers[step, b, found[step, b]], answers[step, b, wanted]), (step, b)
+            wanted = plain(answers, halt, rule, step, b)
+            if rule == "vote":  # any path with the same answer is right
+                assert torch.equal(answers[step, b, path[step, b]], answers[step, b, wanted]), (step, b)
             else:
-                assert found[step, b] == wanted, (step, b)
+                assert path[step, b] == wanted, (step, b)
 
 
-@pytest.mark.parametrize("how", ["score", "first_to_halt", "vote"])
-def test_one_path_is_always_chosen(how):
+@pytest.mark.parametrize("rule", ["score", "first_to_halt", "vote"])
+def test_one_path_is_always_chosen(rule):
     answers, halt = traces(1)
-    assert not select(answers[:, :, :1], halt[:, :, :1], how).any()
+    assert not select(answers[:, :, :1], halt[:, :, :1], rule).any()
 
 
 def test_starts():
@@ -72,7 +72,7 @@ def test_picking_putting_sharing():
     for b in range(3):
         for k in range(K):
             assert torch.equal(other[b, k], new[b] if k == path[b] else values[b, k])
-    shared = share(values, path, torch.tensor([True, False, True]))
+    shared = share_winner(values, path, torch.tensor([True, False, True]))
     for b in range(3):
         for k in range(K):
             assert torch.equal(shared[b, k], values[b, k] if b == 1 else picked[b])

@@ -28,7 +28,7 @@ EXPERTS = dict(
 
 
 def make(store=False, kv_latent_dim=8, dropout=0.0, settled=True):
-    """A model over random experts; settled: with a router and a correction that say something."""
+    """Build a model over random experts; settled: with a trained-like router and correction."""
     torch.manual_seed(0)
     experts = {name: FAMILIES[name](**args) for name, args in EXPERTS.items()}
     for expert in experts.values():
@@ -112,8 +112,8 @@ def test_loss_is_that_of_the_distribution(store):
     expected = F.cross_entropy(log_p.flatten(0, 1), y.flatten(), reduction="none").view(B, T)
     torch.testing.assert_close(report["nll"], expected, rtol=0, atol=1e-5)
     for name, expert in model.experts.items():
-        own = F.cross_entropy(expert(x).flatten(0, 1), y.flatten(), reduction="none").view(B, T)
-        torch.testing.assert_close(report[name], own, rtol=0, atol=1e-5)
+        nats = F.cross_entropy(expert(x).flatten(0, 1), y.flatten(), reduction="none").view(B, T)
+        torch.testing.assert_close(report[name], nats, rtol=0, atol=1e-5)
     weights = torch.stack([report[f"weight_{name}"] for name in FAMILIES], -1)
     torch.testing.assert_close(weights.sum(-1), (y >= 0).float(), rtol=0, atol=1e-5)
 
@@ -164,7 +164,7 @@ def test_gradients_and_frozen_experts(kv_latent_dim, store):
 
 
 def test_gradients_where_neighbours_are_few():
-    """Entries of the query's own document among the top k, and queries without any neighbour."""
+    """Gradients are finite with entries of the query's own document in the top k, and without any neighbour."""
     model = make().train()
     x, y = tokens()
     store = VectorStore(C, top_k=8, max_vectors=100)
@@ -172,9 +172,9 @@ def test_gradients_where_neighbours_are_few():
     store.build()
     model.attach(store)
     documents = torch.arange(x.numel()).view(x.shape) % 3 % 2
-    for own in (documents, torch.ones_like(documents)):
+    for document in (documents, torch.ones_like(documents)):
         model.zero_grad()
-        loss, report = model(x, y, documents=own)
+        loss, report = model(x, y, documents=document)
         loss.backward()
         assert all(p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
         assert report["lambda"].max() > 0
@@ -206,13 +206,13 @@ def test_store_keeps_the_newest_and_takes_no_more():
         store.add(keys[part], part, part)
     store.build()
     assert len(store) == 100
-    similarity, found = store.search(torch.from_numpy(keys[150:]))
-    assert found[:, 0].tolist() == list(range(150, 250))
+    similarity, tokens = store.search(torch.from_numpy(keys[150:]))
+    assert tokens[:, 0].tolist() == list(range(150, 250))
     torch.testing.assert_close(similarity[:, 0], torch.ones(100), rtol=0, atol=1e-5)
     with pytest.raises(RuntimeError, match="built"):
         store.add(keys[:1], [0], [0])
     once = VectorStore(C, top_k=4, max_vectors=100)
-    once.add(keys, np.arange(250), np.arange(250))  # more at once than there is room for
+    once.add(keys, np.arange(250), np.arange(250))  # more at once than the store can hold
     once.build()
     assert set(once.tokens) == set(range(150, 250))
 
@@ -222,12 +222,12 @@ def test_own_document_is_never_returned():
     store.add(keys, np.arange(60), np.arange(60) // 6)
     store.build()
     documents = torch.arange(60) // 6
-    similarity, found = store.search(torch.from_numpy(keys), documents)
-    assert not (found // 6 == documents[:, None]).any()
+    similarity, tokens = store.search(torch.from_numpy(keys), documents)
+    assert not (tokens // 6 == documents[:, None]).any()
     for row, document in enumerate(documents.tolist()):  # the nearest others, in order
         cosine = keys @ keys[row]
         cosine[np.arange(60) // 6 == document] = -2
-        assert found[row].tolist() == np.argsort(-cosine)[:5].tolist()
+        assert tokens[row].tolist() == np.argsort(-cosine)[:5].tolist()
 
 
 def test_store_file_is_the_same_store(tmp_path):
@@ -254,9 +254,9 @@ def test_lists_find_what_a_full_search_finds():
     store.add(keys, np.arange(25_000), np.arange(25_000))
     store.build()
     query = keys[::500]
-    _, found = store.search(torch.from_numpy(query))
+    _, tokens = store.search(torch.from_numpy(query))
     expected = np.argsort(-(query @ keys.T), 1)[:, :32]
-    assert np.mean([len(set(a) & set(b)) / 32 for a, b in zip(found.tolist(), expected.tolist(), strict=True)]) >= 0.9
+    assert np.mean([len(set(a) & set(b)) / 32 for a, b in zip(tokens.tolist(), expected.tolist(), strict=True)]) >= 0.9
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""The point encoder against plain loops, and what must not matter to a set."""
+"""The point encoder against plain loops, and invariance to order and padding."""
 
 import math
 import struct
@@ -6,7 +6,7 @@ import struct
 import pytest
 import torch
 
-from models.set_transformer import NORMS, Norm, SetTransformer, bits, bring_into_range, fourier, standardised
+from models.set_transformer import NORMS, Norm, SetTransformer, bring_into_range, fourier, ieee_bits, standardize
 from models.transformer import EPS
 
 SIZES = dict(n_columns=3, float_features="fourier", noise_scale=0.1, dim=16, n_heads=4, n_isab=1, n_sab=1,
@@ -29,33 +29,33 @@ def everything(data):
 
 def test_bits_are_those_of_ieee_754():
     values = torch.tensor([0.0, -0.0, 1.0, -2.5, 1e-40, 3.4e38, math.pi])
-    for value, found in zip(values.tolist(), bits(values), strict=True):
+    for value, bits in zip(values.tolist(), ieee_bits(values), strict=True):
         word = "".join(f"{byte:08b}" for byte in struct.pack(">f", value))
-        assert found.tolist() == [1.0 if bit == "1" else -1.0 for bit in word]
+        assert bits.tolist() == [1.0 if bit == "1" else -1.0 for bit in word]
 
 
 def test_fourier_features_equal_a_loop():
     values = torch.tensor([0.0, 0.3, -7.0, 1e9, -(2.0**60)])
-    for v, found in zip(values.tolist(), fourier(values), strict=True):
+    for v, features in zip(values.tolist(), fourier(values), strict=True):
         u = math.copysign(math.log(1 + abs(v)), v)
         angles = [math.pi / 4 * 2**k * u for k in range(8)]
         plain = [min(4, max(-4, v)) / 2, u / 2, *map(math.sin, angles), *map(math.cos, angles)]
-        torch.testing.assert_close(found, torch.tensor(plain), rtol=1e-4, atol=1e-3)  # angles of up to 4,000
+        torch.testing.assert_close(features, torch.tensor(plain), rtol=1e-4, atol=1e-3)  # angles of up to 4,000
 
 
 @pytest.mark.parametrize("scale", [1e-18, 1.0, 1e18])
 def test_standardised_equals_a_loop(scale):
     y, present = scale * points(3, 12), points(3, 12, seed=3) > 0
     present[2] = False
-    found = standardised(y * present, present)
+    scaled = standardize(y * present, present)
     for row in range(2):
         real = [v / scale for v, there in zip(y[row].tolist(), present[row], strict=True) if there]
         mean = sum(real) / len(real)
         deviation = (sum((v - mean) ** 2 for v in real) / len(real)) ** 0.5
         plain = torch.tensor([(v - mean) / deviation for v in real])
-        torch.testing.assert_close(found[row][present[row]], plain, rtol=1e-4, atol=1e-4)
-    assert (found[~present] == 0).all()
-    assert (standardised(torch.full((1, 5), 7.0), everything(torch.zeros(1, 5))).abs() < 1e-6).all()
+        torch.testing.assert_close(scaled[row][present[row]], plain, rtol=1e-4, atol=1e-4)
+    assert (scaled[~present] == 0).all()
+    assert (standardize(torch.full((1, 5), 7.0), everything(torch.zeros(1, 5))).abs() < 1e-6).all()
 
 
 @pytest.mark.parametrize("kind", [torch.float32, torch.float64])
@@ -127,13 +127,13 @@ def plain_block(block, x, memory=None):
 @torch.no_grad()
 def test_encoder_equals_plain_blocks(norm):
     model, data = build(attn_norm=norm, ffn_norm=norm, output_norm=norm), points(2, 7, 3)
-    for one, found in zip(data, model(data, everything(data)), strict=True):
+    for one, output in zip(data, model(data, everything(data)), strict=True):
         x = model.features(one[None], everything(one[None]))[0]
         for i, layer in enumerate(model.embedding[::2]):
             x = (torch.nn.functional.gelu(x) if i else x) @ layer.weight.T + layer.bias
         x = plain_block(model.spread[0], x, plain_block(model.gather[0], model.inducing[0], x))
         x = plain_block(model.blocks[0], plain_block(model.pool, model.seeds, x))
-        torch.testing.assert_close(found, plain_norm(model.norm, x) @ model.out.weight.T, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(output, plain_norm(model.norm, x) @ model.out.weight.T, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("features", ["fourier", "ieee"])
@@ -143,16 +143,16 @@ def test_order_padding_and_junk_under_the_mask_change_nothing(features, norm):
     model, data = build(float_features=features, attn_norm=norm, ffn_norm=norm, output_norm=norm), points(2, 9, 3)
     mask = torch.ones(2, 9, dtype=torch.bool)
     mask[1, 6:] = False
-    found = model(data, mask)
+    output = model(data, mask)
     order = torch.randperm(9, generator=torch.Generator().manual_seed(2))
-    torch.testing.assert_close(model(data[:, order], mask[:, order]), found, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(model(data[:, order], mask[:, order]), output, rtol=1e-5, atol=1e-5)
     for junk in (math.nan, math.inf, 1e38, 0.0):
         changed = data.masked_fill(~mask[..., None], junk)
         longer = torch.cat([changed, torch.full((2, 4, 3), junk)], 1)
         padded = torch.cat([mask, torch.zeros(2, 4, dtype=torch.bool)], 1)
-        torch.testing.assert_close(model(longer, padded), found, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(model(data[1:, :6], mask[1:, :6]), found[1:], rtol=1e-5, atol=1e-5)
-    assert (model(2 * data, mask) - found).abs().max() > 1e-3
+        torch.testing.assert_close(model(longer, padded), output, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(model(data[1:, :6], mask[1:, :6]), output[1:], rtol=1e-5, atol=1e-5)
+    assert (model(2 * data, mask) - output).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("features", ["fourier", "ieee"])
@@ -160,9 +160,9 @@ def test_order_padding_and_junk_under_the_mask_change_nothing(features, norm):
 def test_non_finite_entries_have_no_features(features):
     model, data = build(float_features=features, n_columns=2).train(), points(1, 4, 2)
     data[0, 1, 0], data[0, 2, 1] = math.nan, -math.inf
-    found = model.features(data, everything(data)).unflatten(-1, (-1, 32 if features == "ieee" else 18))
+    values = model.features(data, everything(data)).unflatten(-1, (-1, 32 if features == "ieee" else 18))
     gone = ~data.isfinite()[0] if features == "ieee" else ~data.isfinite()[0][:, [0, 1, 1]]
-    assert found.isfinite().all() and (found[0].abs().sum(-1) == 0).equal(gone)
+    assert values.isfinite().all() and (values[0].abs().sum(-1) == 0).equal(gone)
 
 
 @torch.no_grad()
@@ -176,12 +176,12 @@ def test_only_ieee_features_are_noisy_and_only_in_training():
 
 
 def test_checkpointing_changes_no_gradient():
-    found = []
+    gradients = []
     for use_checkpointing in (False, True):
         model, data = build(use_checkpointing=use_checkpointing).train(), points(2, 6, 3)
         model(data, everything(data)).square().sum().backward()
-        found.append([p.grad for p in model.parameters()])
-    for a, b in zip(*found, strict=True):
+        gradients.append([p.grad for p in model.parameters()])
+    for a, b in zip(*gradients, strict=True):
         torch.testing.assert_close(a, b)
 
 

@@ -35,7 +35,7 @@ def scan_inputs(T, dtype=torch.float64, batch=2, E=5, N=3, seed=0):
 
 
 def loop(u, dt, A, B, C, D, h):
-    """The recurrence as it is written in the paper, one step at a time."""
+    """Run the recurrence of the paper, one step at a time."""
     y = []
     for t in range(len(u)):
         h = (dt[t, :, :, None] * A).exp() * h + (dt[t] * u[t])[:, :, None] * B[t, :, None]
@@ -44,7 +44,7 @@ def loop(u, dt, A, B, C, D, h):
 
 
 class Kernels(TorchDispatchMode):
-    """Within it: `count` of operations that would each start a kernel, `largest` numbers of a tensor they make."""
+    """Record the `count` of operations that would each launch a kernel, and the size of their `largest` output."""
 
     def __init__(self):
         super().__init__()
@@ -60,7 +60,7 @@ class Kernels(TorchDispatchMode):
 
 
 def kernels(T, method, chunk=None, **sizes):
-    """What a forward and a backward pass of a scan would start."""
+    """Record the kernels of a forward and a backward pass of a scan."""
     inputs = scan_inputs(T, torch.float32, **sizes)
     with Kernels() as mode:
         y, _ = selective_scan(*inputs, chunk, method)
@@ -70,13 +70,13 @@ def kernels(T, method, chunk=None, **sizes):
 
 @pytest.fixture
 def use(monkeypatch):
-    """Let models scan by a method of the test's choice, not by that of the device."""
+    """Let models scan by a method that the test chooses, regardless of the device."""
     return lambda method: monkeypatch.setattr(state_space, "choose_method", lambda *_: method)
 
 
 @pytest.fixture
 def mamba_ssm(monkeypatch):
-    """A package of that name, which does in a loop what the real one documents; its calls are kept."""
+    """Replace mamba_ssm by a package that runs the documented scan as a loop and records its calls."""
     calls = []
 
     def selective_scan_fn(u, delta, A, B, C, D=None, z=None, delta_bias=None, delta_softplus=False,
@@ -104,8 +104,8 @@ def mamba_ssm(monkeypatch):
     state_space._mamba_ssm.cache_clear()
 
 
-def close(found, wanted, tolerance=1e-5):
-    return (found - wanted).abs().max() <= tolerance * wanted.abs().max()
+def close(actual, wanted, tolerance=1e-5):
+    return (actual - wanted).abs().max() <= tolerance * wanted.abs().max()
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -122,8 +122,8 @@ def test_scan_values_and_gradients_equal_the_fp64_loop(T, method):
             loss = (y_ * weight_y.float()).sum() + (h_ * weight_h.float()).sum()
         assert y_.dtype == h_.dtype == torch.float32
         assert close(y_, y) and close(h_, h)
-        for name, found, grad in zip(NAMES, torch.autograd.grad(loss, inputs), wanted, strict=True):
-            assert close(found, grad), (name, chunk)
+        for name, gradient, grad in zip(NAMES, torch.autograd.grad(loss, inputs), wanted, strict=True):
+            assert close(gradient, grad), (name, chunk)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -140,8 +140,8 @@ def test_scan_in_two_pieces_equals_the_whole(cut, method):
         y = torch.cat(y)
         return y, h, *torch.autograd.grad((y * weights).sum() + h.sin().sum(), inputs)
 
-    for found, wanted in zip(run([slice(cut), slice(cut, None)]), run([slice(None)]), strict=True):
-        assert close(found, wanted, 1e-10)
+    for actual, wanted in zip(run([slice(cut), slice(cut, None)]), run([slice(None)]), strict=True):
+        assert close(actual, wanted, 1e-10)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -157,7 +157,7 @@ def test_on_a_gpu_the_scan_starts_few_kernels():
     loop, parallel = (kernels(512, method).count for method in METHODS)
     assert loop > 2000 and parallel < 150
     assert kernels(1024, "parallel").count - parallel < 12  # one more round of joining, there and back
-    assert kernels(512, "parallel", chunk=64).count < 8 * 100  # of each chunk as many
+    assert kernels(512, "parallel", chunk=64).count < 8 * 100  # as many per chunk
 
 
 def test_the_memory_of_a_parallel_scan_does_not_grow_with_the_text(monkeypatch):
@@ -173,7 +173,7 @@ def test_the_method_follows_from_the_device(mamba_ssm):
         assert state_space.choose_method(cpu, torch.float32, 16, fresh) == "loop"
         assert state_space.choose_method(mps, torch.float32, 16, fresh) == "parallel"
     assert state_space.choose_method(cuda, torch.float32, 16, True) == "fused"
-    assert state_space.choose_method(cuda, torch.float32, 16, False) == "parallel"  # a state that has come so far
+    assert state_space.choose_method(cuda, torch.float32, 16, False) == "parallel"  # the state at the start is not zero
     assert state_space.choose_method(cuda, torch.float64, 16, True) == "parallel"
     assert state_space.choose_method(cuda, torch.float32, 257, True) == "parallel"
     mamba_ssm.interface.selective_scan_cuda = None  # installed without its CUDA part
@@ -193,8 +193,8 @@ def test_without_mamba_ssm_a_gpu_scans_in_parallel(monkeypatch):
 def test_a_model_is_the_same_by_every_method(method, bf16, use, mamba_ssm):
     x = tokens(2, 41)
 
-    def run(how):
-        use(how)
+    def run(name):
+        use(name)
         model = build(n_layers=2)
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
             loss, _ = model(x[:, :-1], x[:, 1:])

@@ -69,9 +69,9 @@ def test_attention_equals_a_loop():
 def test_norm_and_its_gradients_equal_the_library():
     norm = build().norm.double()
     x = torch.randn(3, 5, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(0), requires_grad=True)
-    found = torch.autograd.grad(_RMSNorm.apply(x, norm.weight).sin().sum(), [x, norm.weight])
+    gradients = torch.autograd.grad(_RMSNorm.apply(x, norm.weight).sin().sum(), [x, norm.weight])
     plain = F.rms_norm(x, (32,), norm.weight, EPS)
-    torch.testing.assert_close(found, torch.autograd.grad(plain.sin().sum(), [x, norm.weight]))
+    torch.testing.assert_close(gradients, torch.autograd.grad(plain.sin().sum(), [x, norm.weight]))
     trained = norm(x)
     with torch.no_grad():  # another path
         assert torch.equal(norm(x), trained)
@@ -93,8 +93,8 @@ def test_first_loss_is_that_of_no_knowledge(vocab):
     model, x = Transformer(**SMALL | sizes), ids(4, 65, vocab=vocab)
     with torch.no_grad():
         loss = model(x[:, :-1], x[:, 1:])[0] / 256
-        own = model(x[:, :-1], x[:, :-1])[0] / 256  # a tied head would know its own input
-    assert abs(loss - math.log(vocab)) < 0.1 and own > loss - 2.5
+        copy_loss = model(x[:, :-1], x[:, :-1])[0] / 256  # a tied head would know its own input
+    assert abs(loss - math.log(vocab)) < 0.1 and copy_loss > loss - 2.5
 
 
 def test_loss_is_the_cross_entropy_of_the_logits():

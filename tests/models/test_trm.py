@@ -5,7 +5,7 @@ import torch
 
 from models import trm
 from models.transformer import Rotary
-from models.trm import EPS, RELATION_SCALE, Block, Core, attend, boxes, grid, offsets
+from models.trm import EPS, RELATION_SCALE, Core, CoreBlock, attend, boxes, grid, offsets
 
 S, C, HEADS = 16, 16, 4
 SIZES = dict(d_model=C, n_heads=HEADS, core="recursive", core_layers=2, share=True, h_cycles=2, l_steps=3, norm="post",
@@ -26,7 +26,7 @@ def normal(*shape, seed=0):
 
 
 def padding():
-    """Bias of the keys: the second of two samples has 4 fewer."""
+    """Return a bias of the keys; the second of two samples has 4 fewer keys."""
     bias = torch.zeros(2, 1, 1, S, dtype=torch.float64)
     bias[1, ..., -4:] = -torch.inf
     return bias
@@ -37,7 +37,7 @@ def plain_rms(h):
 
 
 def plain_block(block, h, relation, bias):
-    """One sample h (S, C), position by position; relation (heads, 8) or None, bias (S)."""
+    """Run a block on one sample h (S, C), position by position; relation (heads, 8) or None, bias (S)."""
     place, D, new = grid(S).tolist(), C // HEADS, []
     before, after = (plain_rms, torch.clone) if block.pre else (torch.clone, plain_rms)
     seen = torch.stack([before(row) for row in h])
@@ -67,7 +67,7 @@ def test_core_equals_a_loop(share, relation_bias, norm):
     if relation_bias:
         torch.nn.init.normal_(core.relation)
     x, z_H, z_L = (normal(2, S, C, seed=s) for s in range(3))
-    found = core(x, z_H, z_L, still, padding())
+    states = core(x, z_H, z_L, still, padding())
     for n in range(2):
 
         def f(i, h, n=n):
@@ -80,10 +80,10 @@ def test_core_equals_a_loop(share, relation_bias, norm):
             for _ in range(2):
                 L = f(0, L + H + x[n])
             H = f(0 if share else 1, H + L)
-        torch.testing.assert_close(found[0][n], H, rtol=0, atol=1e-10)
-        torch.testing.assert_close(found[1][n], L, rtol=0, atol=1e-10)
+        torch.testing.assert_close(states[0][n], H, rtol=0, atol=1e-10)
+        torch.testing.assert_close(states[1][n], L, rtol=0, atol=1e-10)
     rounded = core.float()(*(t.float() for t in (x, z_H, z_L)), still, padding().float())
-    torch.testing.assert_close(rounded[0].double(), found[0], rtol=0, atol=1e-5)
+    torch.testing.assert_close(rounded[0].double(), states[0], rtol=0, atol=1e-5)
 
 
 def test_fused_attention_is_the_same(monkeypatch):
@@ -105,24 +105,24 @@ def gradients(core, x):
 @pytest.mark.parametrize("share", [True, False])
 def test_gradients_go_as_far_back_as_said(share):
     x = normal(2, S, C)
-    found = {(g, h): gradients(build(grad=g, h_cycles=h, share=share), x)
+    grads = {(g, h): gradients(build(grad=g, h_cycles=h, share=share), x)
              for g in ("one_step", "last_cycle", "bptt") for h in (1, 2)}  # fmt: skip
-    torch.testing.assert_close(found["last_cycle", 1], found["bptt", 1])
-    assert not torch.allclose(found["last_cycle", 2], found["bptt", 2])
-    assert not torch.allclose(found["one_step", 1], found["last_cycle", 1])
+    torch.testing.assert_close(grads["last_cycle", 1], grads["bptt", 1])
+    assert not torch.allclose(grads["last_cycle", 2], grads["bptt", 2])
+    assert not torch.allclose(grads["one_step", 1], grads["last_cycle", 1])
     core = build(h_cycles=1, share=share)
     with torch.no_grad():
         z_H, z_L = core(x, *core.start(x), still, None)
     again = build(share=share, h_cycles=1)
     again(x, z_H, z_L, still, None)[0].mul(normal(2, S, C, seed=9)).sum().backward()
-    torch.testing.assert_close(torch.cat([p.grad.flatten() for p in again.parameters()]), found["last_cycle", 2])
+    torch.testing.assert_close(torch.cat([p.grad.flatten() for p in again.parameters()]), grads["last_cycle", 2])
 
 
 @pytest.mark.parametrize("grad, calls", [("one_step", 2), ("last_cycle", 4), ("bptt", 8)])
 def test_early_calls_leave_no_graph(grad, calls, monkeypatch):
     with_graph = []
-    forward = Block.forward
-    monkeypatch.setattr(Block, "forward", lambda *a: with_graph.append(forward(*a).requires_grad) or forward(*a))
+    forward = CoreBlock.forward
+    monkeypatch.setattr(CoreBlock, "forward", lambda *a: with_graph.append(forward(*a).requires_grad) or forward(*a))
     core, x = build(grad=grad), normal(2, S, C)
     core(x, *core.start(x), still, None)
     layers = len(core.stacks[0])
@@ -191,7 +191,7 @@ def test_heads_begin_at_the_four_neighbours():
 def test_mixing_by_an_mlp_equals_a_loop():
     core = build(mixer="mlp_t", length=S, core_layers=1, h_cycles=1, l_steps=1)
     x, z_H, z_L = (normal(1, S, C, seed=s) for s in range(3))
-    found = core(x, z_H, z_L, still, None)
+    states = core(x, z_H, z_L, still, None)
     block = core.stacks[0][0]
 
     def f(h):
@@ -200,19 +200,19 @@ def test_mixing_by_an_mlp_equals_a_loop():
         return torch.stack([plain_rms(row) for row in h + block.ffn(h)])
 
     L = f(z_L[0] + z_H[0] + x[0])
-    torch.testing.assert_close(found[1][0], L)
-    torch.testing.assert_close(found[0][0], f(z_H[0] + L))
+    torch.testing.assert_close(states[1][0], L)
+    torch.testing.assert_close(states[0][0], f(z_H[0] + L))
 
 
 @pytest.mark.parametrize("mixer", ["attention", "mlp_t"])
 def test_a_segment_in_two_parts(mixer):
     core = build(mixer=mixer, length=S, h_cycles=3)
     x, z_H, z_L = (normal(2, S, C, seed=s) for s in range(3))
-    whole = core(x, z_H, z_L, still, None)
+    full = core(x, z_H, z_L, still, None)
     parts = core(x, *core(x, z_H, z_L, still, None, last=-1), still, None, first=-1)
-    for a, b in zip(whole, parts, strict=True):
+    for a, b in zip(full, parts, strict=True):
         assert torch.equal(a, b)
-    first, second = (torch.autograd.grad(h.square().sum(), list(core.parameters())) for h in (whole[0], parts[0]))
+    first, second = (torch.autograd.grad(h.square().sum(), list(core.parameters())) for h in (full[0], parts[0]))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
@@ -232,4 +232,4 @@ def test_recursion_does_not_begin_in_chaos(mixer, norm):
     core = build(mixer=mixer, norm=norm, length=S, h_cycles=3, l_steps=6, ffn_dim=4 * C)
     x, nudge = normal(2, S, C), 1e-6 * normal(2, S, C, seed=1)
     far = core(x + nudge, *core.start(x), still, None)[0] - core(x, *core.start(x), still, None)[0]
-    assert far.norm() < 50 * nudge.norm()  # thousands of times it, where the mixer across positions begins at 1
+    assert far.norm() < 50 * nudge.norm()  # with ACROSS_START 1 it is thousands of times the nudge
