@@ -65,10 +65,10 @@ def auc(values, good):
     return float(below.mean() / (2 * len(negatives)))
 
 
-def judge(task, held, trace, how="score"):
+def judge(task, held, trace, rule="score"):
     """Score the result of `traces`: {name: number}, the score that selects the best model first, and it @ early steps.
 
-    how: of planning.select, which chooses the path.
+    rule: of planning.select, which chooses the path.
     loss                             nats per symbol
     halt_auc                         how well the halting logit tells right answers from wrong ones
     halt_steps, halted               mean number of steps if the logit decides, and the score then
@@ -78,7 +78,7 @@ def judge(task, held, trace, how="score"):
     """
     pages, targets = held["page"].numpy(), held["target"].numpy()
     answers, halt = trace["answers"].movedim(0, 1), trace["halt"].movedim(0, 1)  # (T, n, K, L), (T, n, K)
-    path = select(answers, halt, how)  # (T, n)
+    path = select(answers, halt, rule)  # (T, n)
     T, n = path.shape
     each = torch.arange(n)
 
