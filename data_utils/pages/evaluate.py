@@ -42,8 +42,8 @@ def traces(model, name, task, held, *, size, seed, device, autocast, rank=0, wor
     shards = distributed.gather((bool(stop), results))
     if any(stopped for stopped, _ in shards):
         return None
-    parts = dict(pair for _, results in shards for pair in results)
-    return {key: torch.cat([parts[first][key] for first in sorted(parts)]) for key in parts[0]}
+    pairs = sorted((pair for _, results in shards for pair in results), key=lambda pair: pair[0])
+    return {key: torch.cat([result[key] for _, result in pairs]) for key in pairs[0][1]}
 
 
 def mean(values):

@@ -7,7 +7,6 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from test_multimodal import KNOWN, PLAIN, batch, build, one_thread  # noqa: F401
 
 from data_utils import distributed
 from data_utils.pages import evaluate as module
@@ -16,6 +15,7 @@ from data_utils.pages.scores import score_answers
 from models.glyphs import PADDING
 from models.optim.ema import Average
 from models.planning import select
+from tests.models.test_multimodal import KNOWN, PLAIN, batch, build, one_thread  # noqa: F401
 
 CPU = dict(device=torch.device("cpu"), autocast=nullcontext())
 T, N, K = 5, 12, 3

@@ -6,13 +6,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from test_multimodal import AGENT, KNOWN, PLAIN, batch, build, one_thread  # noqa: F401
 
 from data_utils.pages import rolling_batch as module
 from data_utils.pages.rolling_batch import RollingBatch, batch_of, load_rolling_batches, start_codebook
 from data_utils.pages.shards import Stopped
 from models import halting
 from models.halting import CONTINUE, HALT, HaltingAgent
+from tests.models.test_multimodal import AGENT, KNOWN, PLAIN, batch, build, one_thread  # noqa: F401
 
 DEVICE, ROWS, LIMIT = torch.device("cpu"), 10, 4
 AUTOCAST = torch.autocast("cpu", enabled=False)

@@ -149,7 +149,7 @@ import os, random, signal, sys, time
 from pathlib import Path
 import torch
 from data_utils.pages import shard_builder, shard_files
-import test_shards as t
+import tests.data_utils.pages.test_shards as t
 
 shard_files.SHARD = 2
 t.SIZES = dict(train_samples=6, test_samples=2, build_batch=2, seed=3)  # 6 batches
@@ -216,7 +216,7 @@ print("as clean")
 
 
 def test_kills_change_nothing(tmp_path):
-    environment = os.environ | dict(PYTHONPATH=f"{ROOT}{os.pathsep}{ROOT / 'tests'}", OMP_NUM_THREADS="1")
+    environment = os.environ | dict(PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1")
     command = [sys.executable, "-c", KILLS, tmp_path]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
     assert result.stdout == "as clean\n", result.stderr[-3000:]
