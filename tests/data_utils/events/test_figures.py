@@ -16,6 +16,14 @@ from data_utils.events.decay_chain import decay_chain
 
 pytestmark = pytest.mark.filterwarnings("error")  # a limit below 0 on a logarithmic axis, a layout that collapses
 
+
+@pytest.fixture(autouse=True)
+def closed():
+    """Close the figures that a test caught, since matplotlib warns of more than 20 open ones."""
+    yield
+    figures.plt.close("all")
+
+
 EVERY = dict(  # the metrics of each loop in three epochs; a metric that starts late has None first
     ae="rec_tokens rec_types type_accuracy rec_globals commit perplexity usage revived lr grad_norm skipped_steps",
     gan_ae="d_loss g_loss d_acc_real d_acc_fake adv_w",

@@ -1,4 +1,4 @@
-"""Figures of train_multimodal.py: curves of a folder, and pages with answers and what capsules look at."""
+"""Figures of train_multimodal.py: curves of a folder, pages with answers, and attention of capsules."""
 
 import json
 
@@ -17,6 +17,13 @@ from tests.helpers import SHARED
 
 pytestmark = pytest.mark.filterwarnings("error")
 SCORES = {"sudoku4/exact": 0.9, "sudoku4/cells": 0.97, "read/characters": 0.8, "read/page": 0.1}
+
+
+@pytest.fixture(autouse=True)
+def closed():
+    """Close the figures that a test caught, since matplotlib warns of more than 20 open ones."""
+    yield
+    data_utils.figures.plt.close("all")
 
 
 # ---- curves ----------------------------------------------------------------------------------------------------------
