@@ -347,13 +347,13 @@ def events(cfg):
     from pathlib import Path
 
     from data_utils.config import at_least
-    from data_utils.events.dataset import opener, write_events
+    from data_utils.events.dataset import h5py_for, write_events
     from data_utils.events.decay_chain import LABELS, decay_chain
     from data_utils.files import check_replaceable, is_marked
 
     at_least(cfg, 10, "events")
     at_least(cfg, 0, "seed")
-    form = "h5" if opener(cfg.out, "--out data/events.npz") else "npz"  # before minutes of work
+    form = "h5" if h5py_for(cfg.out, "--out data/events.npz") else "npz"  # before minutes of work
     if cfg.format not in ("auto", form):
         raise UsageError(f"--out {cfg.out} --format {cfg.format}: name the file {Path(cfg.out).stem}.{cfg.format}")
     check_replaceable(cfg.out, cfg.fresh, is_marked)

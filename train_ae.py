@@ -192,9 +192,9 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from data_utils import checkpoint, distributed, files
-from data_utils.events.dataset import epoch_order, load_events, take, test_table, turned
-from data_utils.events.reconstruct import keep_rates, latent_statistics, reconstructed, start_codes
-from data_utils.events.run_folder import Recorder, renew, run_folder
+from data_utils.events.dataset import epoch_order, load_events, rotate_and_mirror, take, test_table
+from data_utils.events.reconstruct import keep_rates, latent_statistics, reconstruct_rows, start_codebook
+from data_utils.events.run_folder import Recorder, rename_old_flags, run_folder
 from data_utils.metrics import add, means
 from data_utils.progress import Progress, say
 from data_utils.stop import Stop
@@ -375,7 +375,7 @@ def main(cfg):
         model_args=model_args,
     )
     if saved:
-        renew(saved["config"])
+        rename_old_flags(saved["config"])
         # The codebook's rates follow from the steps of the first start, in a longer run too.
         keep_rates(raw_model, model_args, saved["model_args"], cfg)
         same_data = "data, labels, limit and seed"
@@ -389,7 +389,7 @@ def main(cfg):
         log(checkpoint.resume_notice(resumed_from, saved, header, cosmetic_names(cfg)))
         del saved
     elif raw_model.latent_space == "vq":
-        start_codes(raw_model, data["train"], cfg)
+        start_codebook(raw_model, data["train"], cfg)
 
     def results(stopped=0):
         """Return what main returns."""
@@ -519,7 +519,7 @@ def main(cfg):
                     order = epoch_order(cfg.seed, epoch, events, shape)
                     train = data["train"]
                     if cfg.symmetries:
-                        train = turned(train, meta, cfg.seed, epoch)
+                        train = rotate_and_mirror(train, meta, cfg.seed, epoch)
                 # A mean is over all micro-batches and ranks, so sums are divided by these counts.
                 counts = denominators(take(train, order[number].flatten()), cfg.level)
 
@@ -647,7 +647,7 @@ def main(cfg):
             if test_row:
                 state.test_loss = test_row["loss"]
                 state.tested = state.epoch
-                drawn = reconstructed(raw_model, noises, data["test"], meta, cfg)
+                drawn = reconstruct_rows(raw_model, noises, data["test"], meta, cfg)
                 record.test(test_row, code_counts, drawn)
             if test_row and writes:
                 # The best file also gets what generate.py draws new latents from. The rolling

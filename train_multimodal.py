@@ -229,7 +229,7 @@ import torch.distributed as dist
 from data_utils import checkpoint, distributed, files
 from data_utils.metrics import append_row, draw_losses, start_rows, to_wandb
 from data_utils.pages.evaluate import report
-from data_utils.pages.rolling_batch import Slots, load_slots, start_codes
+from data_utils.pages.rolling_batch import RollingBatch, load_rolling_batches, start_codebook
 from data_utils.pages.shards import Stopped, build_pages, open_pages
 from data_utils.progress import Log, Progress, peak_mb
 from data_utils.stop import Stop
@@ -389,7 +389,7 @@ def main(cfg, begun=None):
     metrics_file = folder / "metrics.jsonl"
     slots = {}  # task -> its samples at hand
     for name, source in sources.items():
-        slots[name] = Slots(data, name, source.task, local_rows, cfg, raw_model.limit(name))
+        slots[name] = RollingBatch(data, name, source.task, local_rows, cfg, raw_model.limit(name))
     candidates = [rolling_file, previous_file]
     resumed_from, saved = checkpoint.find_checkpoint(cfg.resume, cfg.fresh, candidates, kind)
     header = dict(
@@ -409,7 +409,7 @@ def main(cfg, begun=None):
         checkpoint.load_parts(parts, saved | fitting, resumed_from, header, cfg.allow_partial)
         state = RunState(**{name: saved[name] for name in vars(state)})
         same_data = saved["data_hash"] == data.hash
-        anew = load_slots(slots, saved["slots"], raw_model, device, same_data)
+        anew = load_rolling_batches(slots, saved["slots"], raw_model, device, same_data)
         log(checkpoint.resume_notice(resumed_from, saved, header, cosmetic_names(cfg)))
         if anew:
             notice = f"the samples at hand of {', '.join(anew)} begin anew"
@@ -509,7 +509,7 @@ def main(cfg, begun=None):
     # A codebook begins with the capsules that the untrained encoder makes of the first pages.
     if cfg.use_vq_codebook and not resumed_from:
         try:
-            start_codes(raw_model, data, sources, cfg.seed, device, autocast)
+            start_codebook(raw_model, data, sources, cfg.seed, device, autocast)
         except Stopped:  # while it waited for enough pages
             return untrained | dict(stopped=int(stop.signal))
 

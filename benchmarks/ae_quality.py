@@ -30,8 +30,8 @@ from benchmarks.report import command_line, measure
 from data_utils.checkpoint import load_checkpoint
 from data_utils.events.dataset import load_events, take, to_rows
 from data_utils.events.generate import load_run
-from data_utils.events.kinematics import kinematics, w_share
-from data_utils.events.reconstruct import decoded
+from data_utils.events.kinematics import kinematics, pair_masses
+from data_utils.events.reconstruct import reconstruct_batch
 from models.autoencoder import build_encoder
 from models.codebook import Codebook, lloyd, nearest, usage_and_perplexity
 from models.diffusion import ddim_errors
@@ -86,7 +86,7 @@ def reference(args, seed, name="ours", steps=STEPS, **more):
 def made(run, columns=None):
     """What the model makes of events, by default of the test split: features (N, T, F)."""
     columns = columns or run.data["test"]
-    return decoded(run.model, run.noises, columns, getattr(run.cfg, "ddim_steps", 0), 0)[0]
+    return reconstruct_batch(run.model, run.noises, columns, getattr(run.cfg, "ddim_steps", 0), 0)[0]
 
 
 def error(run, x_hat=None):
@@ -281,6 +281,17 @@ def anomaly(args):
         yield row(f"AUROC of the error, {kind}, against PCA", "ratio > 1", ours, theirs, worst=min)
 
 
+W_MASS, WINDOW = 80.4, 10.0  # GeV: a pair of light jets within the window counts as a W
+
+
+def w_share(rows):
+    """Return the share of the events with a pair of light jets that have one with the mass of a W."""
+    masses = pair_masses(rows)
+    pairs = np.isfinite(masses).any(1)
+    hits = np.abs(np.nan_to_num(masses, nan=1e9) - W_MASS) < WINDOW
+    return hits[pairs].any(1).mean() if pairs.any() else 0.0
+
+
 PHYSICS = {  # column: (what is compared, how of rows, within so many %)
     "HT": ("mean HT", lambda rows: kinematics(rows)["HT"].mean(), 5),
     "MET": ("mean missing momentum", lambda rows: kinematics(rows)["MET"].mean(), 5),
@@ -295,7 +306,7 @@ def physics(args):
         runs = [fit(args, f"physics-{flags.get('level', 'token')}", seed, **flags) for seed in range(args.seeds)]
         rows = []  # in GeV, measured and made
         for run in runs:
-            test, (x, globals) = run.data["test"], decoded(run.model, None, run.data["test"], 0, 0)
+            test, (x, globals) = run.data["test"], reconstruct_batch(run.model, None, run.data["test"], 0, 0)
             rows.append([to_rows(a, test["ids"], b, run.meta) for a, b in ((test["x"], test["globals"]), (x, globals))])
         columns = [[kinematics(part) for part in pair] for pair in rows]
         for name, (title, how, within) in PHYSICS.items():

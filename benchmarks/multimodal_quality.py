@@ -28,7 +28,7 @@ from data_utils.pages.arc import CHANGES, vote
 from data_utils.pages.evaluate import examine, traces
 from data_utils.pages.passages import floor
 from data_utils.pages.rolling_batch import batch_of
-from data_utils.pages.scores import score
+from data_utils.pages.scores import score_answers
 from data_utils.pages.shard_builder import opener
 from data_utils.pages.shards import Shards
 from data_utils.pages.tasks import DIGIT, Task
@@ -189,7 +189,7 @@ class Trained:
 
     def score(self, held, answers):
         """{name: (n) numbers} of answers (n, L)."""
-        return score(self.task, *(np.asarray(part) for part in (held["page"], held["target"], answers)))
+        return score_answers(self.task, *(np.asarray(part) for part in (held["page"], held["target"], answers)))
 
 
 # --- one task ---------------------------------------------------------------------------------

@@ -1,7 +1,7 @@
-"""Figures: their style, a file with a mark, and the losses of runs. Imported only where something is drawn.
+"""The style of all figures, their files, and the figure of losses. Imported only where something is drawn.
 
-matplotlib takes half a second and need not be installed, so no other file of data_utils/ imports this one on top, but
-for the figures.py of a room. They take pyplot from here, where its backend is chosen before it starts.
+matplotlib takes half a second to import, and is optional. So only the figures.py of a room imports this file at its
+top. A room takes pyplot from here, where the backend is chosen before pyplot starts.
 """
 
 import io
@@ -11,8 +11,8 @@ from pathlib import Path
 
 import matplotlib
 
-if "ipykernel" not in sys.modules:  # else a notebook's own figures would no longer show
-    matplotlib.use("Agg")  # files only, so that no screen is needed
+if "ipykernel" not in sys.modules:  # a notebook keeps the backend that shows its figures
+    matplotlib.use("Agg")  # draws files only and needs no screen
 import matplotlib.pyplot as plt
 from matplotlib.ticker import LogLocator, NullFormatter
 
@@ -22,7 +22,7 @@ from data_utils.files import MARK, is_marked, make_room, write_atomic
 COLOURS = plt.get_cmap("tab10").colors
 RED = COLOURS[3]
 ROWS = "metrics.jsonl"
-SHARES = "exact", "exact_short", "exact_halting", "cells", "recovery", "top1"  # of train_hrm.py and train_sr.py
+SHARES = "exact", "exact_short", "exact_halting", "cells", "recovery", "top1"  # scores of train_hrm.py and train_sr.py
 MARKED = {".png": "Software", ".pdf": "Creator", ".svg": "Creator", ".ps": "Creator", ".eps": "Creator"}
 
 
@@ -30,9 +30,9 @@ MARKED = {".png": "Software", ".pdf": "Creator", ".svg": "Creator", ".ps": "Crea
 
 
 def write_figure(figure, out):
-    """Write a figure whole or not at all, with a mark that it may be drawn again; another picture is set aside.
+    """Write a figure atomically, with a mark that allows to replace it. An unmarked picture of that name is set aside.
 
-    A name without an ending is of a PNG. Raises DataError.
+    A name without an ending gets .png. Raises DataError.
     """
     out = Path(out) if Path(out).suffix else Path(f"{out}.png")
     key = MARKED.get(out.suffix.lower())
@@ -48,14 +48,20 @@ def write_figure(figure, out):
         plt.close(figure)
 
 
-def open_frame(ax):
-    """Give axes a light grid and take their frame away above and on the right."""
-    ax.grid(alpha=0.25)
+def open_frame(ax, grid=True):
+    """Remove the frame of axes above and on the right, and add a light grid."""
+    if grid:
+        ax.grid(alpha=0.25)
     ax.spines[["top", "right"]].set_visible(False)
 
 
+def small_legend(target, **options):
+    """Add a small legend without a frame to axes or to a figure."""
+    target.legend(frameon=False, fontsize=8, **options)
+
+
 def scale(ax, values, linear=False):
-    """Whole epochs below; a logarithmic axis with plain numbers for values of more than a decade, unless `linear`."""
+    """Label whole steps on the x axis; make y logarithmic for values of more than a decade, unless `linear`."""
     ax.xaxis.get_major_locator().set_params(integer=True)
     if not linear and values and min(values) > 0 and max(values) > 10 * min(values):
         ax.set_yscale("log")
@@ -68,7 +74,7 @@ def scale(ax, values, linear=False):
 
 
 def numbered(rows):
-    """Return the rows of metrics whose step is a number; a loss that is none is None."""
+    """Return the rows of metrics whose step is a number; a loss that is no number becomes None."""
     rows = [row for row in rows if _is_number(row.get("step"))]
     return [row | dict(loss=row.get("loss") if _is_number(row.get("loss")) else None) for row in rows]
 
@@ -78,7 +84,7 @@ def _is_number(value):
 
 
 def score_names(row):
-    """Return the shares in a row of validation: of each task, TASK/SCORE, the first one; else those of answers."""
+    """Return the names of scores in a validation row: the first TASK/SCORE of each task, else the SHARES in it."""
     first = {}
     for name in row:
         first.setdefault(name.split("/")[0], name)
@@ -86,73 +92,92 @@ def score_names(row):
 
 
 def _run_name(path):
-    """What a file of metrics is called: by its folder when it has no name of its own."""
+    """Return the name of a run by its metrics file; metrics.jsonl takes the name of its folder."""
     path = Path(path)
     return path.resolve().parent.name if path.name == ROWS else path.name.removesuffix(f"_{ROWS}")
-
-
-def _weights(rows):
-    """{expert: {domain: mean weight}} of the last evaluation; {} for a run without a router."""
-    domains = next((row["domains"] for row in reversed(rows) if "domains" in row), {})
-    names = [n.removeprefix("weight_") for row in list(domains.values())[:1] for n in row if n.startswith("weight_")]
-    return {name: {domain: row[f"weight_{name}"] for domain, row in domains.items()} for name in names}
 
 
 def plot_losses(runs, out):
     """Write a figure to `out`: training and validation loss over steps, and validation bits per byte by domain.
 
-    runs: (path of metrics.jsonl, its rows) of each run. With several the right panel has one line per run, over all
-    domains; a single run with a router gets a third panel, its mean weights by domain. A run of tasks has one line of
-    training for each of them, and instead of bits the first score of each. Raises DataError for a file without rows.
+    runs: (path of metrics.jsonl, its rows) of each run. With several runs the right panel has one line per run, over
+    all domains. A single run with a router gets a third panel, its mean weights by domain. A run of tasks has one
+    training line per task, and in place of bits the first score of each. Raises DataError for a file without rows.
     """
     single = len(runs) == 1
-    shares = _weights(runs[0][1]) if single else {}
-    figure, panels = plt.subplots(1, 3 if shares else 2, figsize=(15.5 if shares else 11, 4.2), layout="constrained")
+    weights = _weights(runs[0][1]) if single else {}
+    columns, width = (3, 15.5) if weights else (2, 11)
+    figure, panels = plt.subplots(1, columns, figsize=(width, 4.2), layout="constrained")
     left, right = panels[:2]
     for colour, dashes, (path, rows) in zip(COLOURS, cycle(("-", "--", ":", "-.")), runs):
-        name = _run_name(path)
-        rows = numbered(rows)
-        train, val = ([row for row in rows if row.get("split") == split] for split in ("train", "val"))
+        name, rows = _run_name(path), numbered(rows)
+        train = [row for row in rows if row.get("split") == "train"]
+        val = [row for row in rows if row.get("split") == "val"]
         if not train and not val:
             raise DataError(f"{path}: no row of metrics")
         scores = score_names(val[-1]) if val else []
-        tasks = [*(score.split("/")[0] for score in scores), *(row.get("task") for row in train)]
-        shades = dict(zip(dict.fromkeys(tasks), COLOURS[1:], strict=False))
-        for task in dict.fromkeys(row.get("task") for row in train):
-            style = dict(color=shades[task], label=task) if task and single else dict(color=colour)
-            steps = [row["step"] for row in train if row.get("task") == task]
-            losses = [row["loss"] for row in train if row.get("task") == task]
-            left.plot(steps, losses, alpha=0.35, lw=1, **style)
+        _plot_training(left, train, scores, single, colour)
         if any("task" in row for row in train):
             scale(left, [row["loss"] for row in (*train, *val) if row["loss"] is not None])
-        left.plot([r["step"] for r in val], [r["loss"] for r in val], "o-", color=colour, ms=3.5, label=name)
-        if val and "domains" not in val[-1]:  # answers: the shares of them that are right
-            for shade, score in zip(COLOURS[1:], scores, strict=False):
-                words = score.replace("/", " ")
-                label = f"{words} {val[-1][score]:.3f}" if single else f"{name} {words}"
-                scored = [r for r in val if r.get(score) is not None]
-                right.plot([r["step"] for r in scored], [r[score] for r in scored], f"o{dashes}", color=shade, ms=3.5,
-                           label=label)  # fmt: skip
-            right.set(ylabel="share of answers that are right", title="validation")
+        _points(left, [(row["step"], row["loss"]) for row in val], color=colour, label=name)
+        if val and "domains" not in val[-1]:
+            _plot_scores(right, val, scores, single, name, dashes)
             continue
-        right.set(ylabel="bits per byte", title="validation" + ", by domain" * single)
+        right.set(ylabel="bits per byte", title="validation, by domain" if single else "validation")
         if not single:
-            right.plot([r["step"] for r in val], [r["bpb"] for r in val], "o-", color=colour, ms=3.5, label=name)
+            _points(right, [(row["step"], row["bpb"]) for row in val], color=colour, label=name)
             continue
         for shade, domain in zip(COLOURS[1:], val[-1]["domains"] if val else (), strict=False):
-            numbers = [r["domains"][domain]["bpb"] for r in val]
-            label = f"{domain} {numbers[-1]:.2f}"
-            right.plot([r["step"] for r in val], numbers, "o-", color=shade, ms=3.5, label=label)
+            points = [(row["step"], row["domains"][domain]["bpb"]) for row in val]
+            _points(right, points, color=shade, label=f"{domain} {points[-1][1]:.2f}")
     left.set(xlabel="step", ylabel="loss (nats per token)", title="loss: training thin, validation thick")
     right.set(xlabel="step")
-    for name, by_domain in shares.items():
-        before = [sum(shares[n][d] for n in list(shares)[: list(shares).index(name)]) for d in by_domain]
-        panels[2].bar(by_domain.keys(), by_domain.values(), bottom=before, label=name, width=0.7)
-        panels[2].set(ylabel="mean weight", title="how far the router believes each expert", ylim=(0, 1.2))
-        panels[2].legend(frameon=False, ncols=3, loc="upper center")
+    if weights:
+        _plot_weights(panels[2], weights)
     for axes in panels:
         open_frame(axes)
     for axes, place in ((left, {}), (right, dict(loc="center left", bbox_to_anchor=(1, 0.5)))):
         if axes.get_legend_handles_labels()[0]:
             axes.legend(frameon=False, **place)
     write_figure(figure, out)
+
+
+def _points(ax, points, style="o-", **more):
+    ax.plot([step for step, _ in points], [value for _, value in points], style, ms=3.5, **more)
+
+
+def _plot_training(ax, train, scores, single, colour):
+    """Draw training losses: a line per task, in a colour of its own if the run is the only one."""
+    tasks = [*(score.split("/")[0] for score in scores), *(row.get("task") for row in train)]
+    shades = dict(zip(dict.fromkeys(tasks), COLOURS[1:], strict=False))
+    for task in dict.fromkeys(row.get("task") for row in train):
+        style = dict(color=shades[task], label=task) if task and single else dict(color=colour)
+        points = [(row["step"], row["loss"]) for row in train if row.get("task") == task]
+        ax.plot([step for step, _ in points], [loss for _, loss in points], alpha=0.35, lw=1, **style)
+
+
+def _plot_scores(ax, val, scores, single, name, dashes):
+    """Draw the shares of right answers in validation."""
+    for shade, score in zip(COLOURS[1:], scores, strict=False):
+        words = score.replace("/", " ")
+        label = f"{words} {val[-1][score]:.3f}" if single else f"{name} {words}"
+        points = [(row["step"], row[score]) for row in val if row.get(score) is not None]
+        _points(ax, points, f"o{dashes}", color=shade, label=label)
+    ax.set(ylabel="share of right answers", title="validation")
+
+
+def _weights(rows):
+    """Return {expert: {domain: mean weight}} of the last evaluation; {} for a run without a router."""
+    domains = next((row["domains"] for row in reversed(rows) if "domains" in row), {})
+    names = [n.removeprefix("weight_") for row in list(domains.values())[:1] for n in row if n.startswith("weight_")]
+    return {name: {domain: row[f"weight_{name}"] for domain, row in domains.items()} for name in names}
+
+
+def _plot_weights(ax, weights):
+    """Draw the `_weights` of a router as stacked bars, a bar per domain."""
+    bottom = dict.fromkeys(next(iter(weights.values())), 0)
+    for expert, by_domain in weights.items():
+        ax.bar(by_domain.keys(), by_domain.values(), bottom=list(bottom.values()), label=expert, width=0.7)
+        bottom = {domain: bottom[domain] + weight for domain, weight in by_domain.items()}
+    ax.set(ylabel="mean weight", title="the router's weight of each expert", ylim=(0, 1.2))
+    ax.legend(frameon=False, ncols=3, loc="upper center")

@@ -1,7 +1,7 @@
-"""What a run of train_ae.py leaves for other programs: facts/events.jsonl and facts/scalars.csv in its folder.
+"""Write and read the facts of a run of train_ae.py: facts/events.jsonl and facts/scalars.csv in its folder.
 
-A reader may come at any time and a process be killed at any time: an event is one line, a torn last one is ignored by
-readers and cut by the next writer, and a table whose columns change is rewritten atomically.
+Other programs may read at any time, and the run may be killed at any time. So an event is one line. Readers ignore a
+torn last line, and the next writer cuts it. A table whose columns change is rewritten atomically.
 """
 
 import csv
@@ -28,60 +28,80 @@ def build_event_payload(
     metrics=None, epoch_time_s=None, total_time_s=None, throughput=None, max_memory_mib=None, histories=None,
     error=None, traceback=None,
 ):  # fmt: skip
-    """Return one event as a dict: what is not given is None, which means unknown.
+    """Return one event as a dict. An argument that is not given is None in it, which means unknown.
 
-    cfg, with the fields seed, loop and sweep_job, and run_id go into `meta`, with time, host, commit and GPU. histories
-    {name: [value of epoch 0, ...]} are for figures at every moment, and in the file only of on_train_end. Raises
-    ValueError for an unknown moment.
+    moment: one of MOMENTS. run_dir: a path, written relative to the working directory where it lies below that.
+    epoch, step: int, counted from 0. split: train, val or test. train_loss, val_loss: float. metrics: {name: number}.
+    epoch_time_s, total_time_s: seconds. throughput: events per second in training. max_memory_mib: MiB. histories:
+    {name: list of one float or None per epoch}; figures get them at every moment, the file only at on_train_end.
+    error, traceback: text, of on_exception only. cfg (its seed, loop and sweep_job) and run_id go into `meta`, beside
+    time, host, commit and GPU. Numbers may be scalars of numpy or torch. Raises ValueError for an unknown moment.
     """
     if moment not in MOMENTS:
         raise ValueError(f"moment {moment}: expected one of {', '.join(MOMENTS)}")
-    here = Path(run_dir).resolve()
+    folder = Path(run_dir).resolve()
     payload = dict(
-        schema_version=SCHEMA_VERSION, moment=moment, epoch=epoch, step=step, split=split, train_loss=train_loss,
-        run_dir=here.relative_to(Path.cwd()).as_posix() if here.is_relative_to(Path.cwd()) else str(here),
-        val_loss=val_loss, metrics=dict(metrics or {}), epoch_time_s=epoch_time_s, total_time_s=total_time_s,
-        throughput=throughput, max_memory_mib=max_memory_mib, histories=histories, meta=_meta(cfg, run_id),
-    )  # fmt: skip
-    return payload | (dict(error=error, traceback=traceback) if moment == "on_exception" else {})
+        schema_version=SCHEMA_VERSION,
+        moment=moment,
+        epoch=epoch,
+        step=step,
+        split=split,
+        train_loss=train_loss,
+        run_dir=folder.relative_to(Path.cwd()).as_posix() if folder.is_relative_to(Path.cwd()) else str(folder),
+        val_loss=val_loss,
+        metrics=dict(metrics or {}),
+        epoch_time_s=epoch_time_s,
+        total_time_s=total_time_s,
+        throughput=throughput,
+        max_memory_mib=max_memory_mib,
+        histories=histories,
+        meta=_meta(cfg, run_id),
+    )
+    if moment == "on_exception":
+        payload |= dict(error=error, traceback=traceback)
+    return payload
 
 
 def _meta(cfg, run_id):
-    torch = sys.modules.get("torch")  # a program without it has no GPU either
-    available = bool(torch and torch.cuda.is_available())
-    number = torch.cuda.current_device() if available else None
-    cuda = dict(
-        available=available, device_count=torch.cuda.device_count() if available else 0, current_device=number,
-        device_name=torch.cuda.get_device_name(number) if available else None,
-    )  # fmt: skip
+    torch = sys.modules.get("torch")  # a program without torch has no GPU either
+    cuda = dict(available=False, device_count=0, current_device=None, device_name=None)
+    if torch and torch.cuda.is_available():
+        number = torch.cuda.current_device()
+        cuda = dict(available=True, device_count=torch.cuda.device_count(), current_device=number)
+        cuda["device_name"] = torch.cuda.get_device_name(number)
     return dict(
-        timestamp=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), run_id=run_id, git_commit=commit(),
-        hostname=platform.node(), cuda_info=cuda, seed=getattr(cfg, "seed", None), loop=getattr(cfg, "loop", None),
+        timestamp=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        run_id=run_id,
+        git_commit=commit(),
+        hostname=platform.node(),
+        cuda_info=cuda,
+        seed=getattr(cfg, "seed", None),
+        loop=getattr(cfg, "loop", None),
         job=getattr(cfg, "sweep_job", None),
-    )  # fmt: skip
+    )
 
 
 def append_jsonl_event(run_dir, payload):
-    """Add one event as a line of strict JSON; it is in the file when this returns, and on the disk unless an epoch's.
+    """Append one event as a line of strict JSON; on return it is in the file, and on the disk unless an epoch's.
 
-    NaN and infinity become null, and their names are listed under `nonfinite`. Raises DataError if it can't be written.
+    NaN and infinity become null, and `nonfinite` lists their names. Raises DataError if it can't be written.
     """
-    bad, moment = {}, payload["moment"]
-    told = {name: value for name, value in payload.items() if name != "histories" or moment == "on_train_end"}
-    line = _strict(told, "", bad)
-    text = json.dumps(line | dict(nonfinite=list(bad)), allow_nan=False) + "\n"
+    nonfinite, moment = {}, payload["moment"]
+    event = {name: value for name, value in payload.items() if name != "histories" or moment == "on_train_end"}
+    line = _strict(event, "", nonfinite)
+    text = json.dumps(line | dict(nonfinite=list(nonfinite)), allow_nan=False) + "\n"
     _append(_events(run_dir), text, sync=moment != "on_epoch_end")
 
 
-def _strict(value, name, bad):
-    """Return plain Python that strict JSON can hold; `bad` gets the names of what is not finite, in order."""
+def _strict(value, name, nonfinite):
+    """Return plain Python that strict JSON can hold; add the names of values that are not finite to `nonfinite`."""
     if isinstance(value, dict):
-        return {key: _strict(inner, key, bad) for key, inner in value.items()}
+        return {key: _strict(inner, key, nonfinite) for key, inner in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_strict(inner, name, bad) for inner in value]
+        return [_strict(inner, name, nonfinite) for inner in value]
     value = value.item() if hasattr(value, "item") else value  # a number of numpy or torch
     if isinstance(value, float) and not math.isfinite(value):
-        bad[name] = True
+        nonfinite[name] = True
         return None
     return value
 
@@ -89,9 +109,9 @@ def _strict(value, name, bad):
 def append_scalars_csv(
     run_dir, *, epoch, split, train_loss, val_loss, metrics, epoch_time_s, throughput, max_memory_mib
 ):
-    """Add one row; metrics {name: number} are the columns metric_<name>. None, NaN and infinity are empty cells.
+    """Append one row; metrics {name: number} are the columns metric_<name>. None, NaN and infinity are empty cells.
 
-    A metric that was not there before makes the table new under all names. Raises DataError if it can't be written.
+    The first row with a new metric rewrites the table with all columns. Raises DataError if it can't be written.
     """
     path = _scalars(run_dir)
     numbers = epoch, split, train_loss, val_loss, epoch_time_s, throughput, max_memory_mib
@@ -112,7 +132,7 @@ def _cell(value):
 
 
 def _header(path):
-    """The columns of a table; [] without a whole first line."""
+    """Return the columns of a table; [] without a complete first line."""
     try:
         with open(path, encoding="utf-8", newline="") as file:
             line = file.readline()
@@ -133,7 +153,7 @@ def _table(rows, header, with_header):
 def read_events(run_dir):
     """Return the events of a run as dicts, oldest first, without a torn last line; [] for none."""
     events = []
-    for line in _whole_lines(_events(run_dir)).splitlines():
+    for line in _complete_lines(_events(run_dir)).splitlines():
         try:
             events.append(dict(json.loads(line)))
         except (ValueError, TypeError):  # bytes that a disk lost
@@ -143,20 +163,20 @@ def read_events(run_dir):
 
 def read_scalars(run_dir):
     """Return the rows of the table as dicts of texts, without a torn last line; [] for none."""
-    return list(csv.DictReader(io.StringIO(_whole_lines(_scalars(run_dir)))))
+    return list(csv.DictReader(io.StringIO(_complete_lines(_scalars(run_dir)))))
 
 
 def read_histories(run_dir):
-    """Return {name: [value of epoch 0, 1, ...]} rebuilt from the events; None where an epoch lacks the value.
+    """Rebuild {name: [value of epoch 0, 1, ...]} from the events; None where an epoch lacks the value.
 
-    Names are train_loss, val_loss, epoch_time_s, throughput and those of the metrics. An epoch that was repeated counts
-    as it was the last time.
+    Names are train_loss, val_loss, epoch_time_s, throughput and those of the metrics. The last event of a repeated
+    epoch counts.
     """
     epochs = {event["epoch"]: event for event in read_events(run_dir) if event.get("moment") == "on_epoch_end"}
     rows = [epochs.get(epoch, {}) for epoch in range(max(epochs, default=-1) + 1)]
     names = {name: True for row in rows for name in row.get("metrics", {})}
-    own = "train_loss", "val_loss", "epoch_time_s", "throughput"
-    histories = {name: [row.get(name) for row in rows] for name in own}
+    fields = "train_loss", "val_loss", "epoch_time_s", "throughput"
+    histories = {name: [row.get(name) for row in rows] for name in fields}
     return histories | {name: [row.get("metrics", {}).get(name) for row in rows] for name in names}
 
 
@@ -166,14 +186,14 @@ def best_val_loss(run_dir):
 
 
 def rewind(run_dir, epoch):
-    """Drop what a run that goes on will write again: epochs from `epoch` on, and the end. Interruptions stay."""
+    """Drop facts that a resumed run writes again: epochs from `epoch` on, and the end. Interruptions stay."""
 
-    def kept(event):
+    def stays(event):
         moment = event.get("moment")
         return moment not in MOMENTS[2:5] or moment == "on_epoch_end" and event["epoch"] < epoch
 
     if _events(run_dir).exists():
-        lines = [json.dumps(event, allow_nan=False) + "\n" for event in read_events(run_dir) if kept(event)]
+        lines = [json.dumps(event, allow_nan=False) + "\n" for event in read_events(run_dir) if stays(event)]
         _replace(_events(run_dir), "".join(lines))
     rows = [row for row in read_scalars(run_dir) if row["split"] != "test" and int(row["epoch"]) < epoch]
     path = _scalars(run_dir)
@@ -189,19 +209,19 @@ def _scalars(run_dir):
     return Path(run_dir, "facts", "scalars.csv")
 
 
-def _whole_lines(path):
+def _complete_lines(path):
     text = path.read_bytes() if path.exists() else b""
     return text[: text.rfind(b"\n") + 1].decode("utf-8", "replace")
 
 
 def _append(path, text, sync=False):
-    """Add whole lines behind the last whole line."""
+    """Append complete lines behind the last complete line."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(path, "a+b") as file:
             end = file.seek(0, os.SEEK_END)
             file.seek(max(0, end - 1))
-            if end and file.read(1) != b"\n":  # a process was killed, or a disk full, while it wrote
+            if end and file.read(1) != b"\n":  # the process was killed, or the disk full, during a write
                 file.seek(0)
                 file.truncate(file.read().rfind(b"\n") + 1)
             file.write(text.encode())

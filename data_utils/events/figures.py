@@ -1,8 +1,7 @@
-"""Figures of train_ae.py's runs: those that a run draws of itself, several runs in one, and the summary of a sweep."""
+"""Draw figures of train_ae.py: of a run while it trains, of several runs together, and of a sweep."""
 
 import csv
 import io
-import sys
 from pathlib import Path
 from textwrap import shorten
 
@@ -13,40 +12,43 @@ from matplotlib.ticker import MaxNLocator
 from data_utils.errors import DataError
 from data_utils.events.facts import read_events, read_histories
 from data_utils.events.kinematics import kinematics
-from data_utils.figures import COLOURS, open_frame, plt, scale, write_figure
-from data_utils.files import begins, make_room, write_atomic
+from data_utils.events.sweep import differences
+from data_utils.figures import COLOURS, RED, open_frame, plt, scale, small_legend, write_figure
+from data_utils.files import begins, make_room, warn, write_atomic
 from data_utils.overrides import SWEEP
 
 # ---- a run, while it trains ------------------------------------------------------------------------------------------
 
 
 def handle_event(cfg, families, moment, payload):
-    """Draw what the flags of train_ae.py ask for -> {run_dir}/figures/<family>-<moment>-e<epoch>.png, each family once.
+    """Draw the figures that the flags of train_ae.py ask for: {run_dir}/figures/<family>-<moment>-e<epoch>.png.
 
-    families: those that the loop has. payload: run_dir, epoch, last (whether it is the last epoch), histories (numbers
-    of each epoch by name), codes (K,) counts of validation, rows (before, after) of test events. What can't be drawn
-    is a warning, and training goes on.
+    families: those that the loop has. payload: run_dir, epoch, last (whether it is the last epoch), histories
+    {name: list of one value per epoch}, codes (K,) counts in validation, rows (before, after) of test events. A figure
+    that fails is a warning, and training goes on.
     """
-    often = moment != "on_epoch_end" or payload["last"] or (payload["epoch"] + 1) % cfg.plot_every == 0
-    for family in FAMILIES if moment in cfg.plot_moments and often else ():
+    due = moment != "on_epoch_end" or payload["last"] or (payload["epoch"] + 1) % cfg.plot_every == 0
+    if moment not in cfg.plot_moments or not due:
+        return
+    for family, draw in FIGURES.items():
         if family not in families or not getattr(cfg, f"plot_{family}"):
             continue
-        figure = None
         try:
-            if figure := FAMILIES[family](payload, cfg.plot_detail == "full"):
+            if figure := draw(payload, cfg.plot_detail == "full"):
                 name = f"{family}-{moment}-e{payload['epoch']:03d}.png"
                 write_figure(figure, Path(payload["run_dir"], "figures", name))
         except Exception as e:  # a figure is never worth a run
-            print(f"warning: no figure of {family}: {type(e).__name__}: {e}", file=sys.stderr)
+            warn(f"no figure of {family}: {type(e).__name__}: {e}")
         finally:
             plt.close("all")
 
 
 def _panels(count, height=3.2):
-    """A figure with `count` axes in rows of at most three."""
-    wide = min(3, count)
-    figure, axes = plt.subplots(-(-count // wide), wide, figsize=(4.6 * wide, height * -(-count // wide)),
-                                layout="constrained", squeeze=False)  # fmt: skip
+    """Return a figure and its `count` axes, in rows of at most three."""
+    columns = min(3, count)
+    rows = -(-count // columns)
+    size = 4.6 * columns, height * rows
+    figure, axes = plt.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False)
     for ax in axes.flat:
         open_frame(ax)
     for ax in axes.flat[count:]:
@@ -55,42 +57,48 @@ def _panels(count, height=3.2):
 
 
 def _curves(ax, histories, names, **style):
-    """Lines over epochs, counted from 1; rates and errors that span more than a decade get a logarithmic axis."""
-    drawn, values = [name for name in names if _known(histories, name)], []
-    for order, name in enumerate(drawn):
+    """Draw lines over epochs, counted from 1; the axis is logarithmic for values of more than a decade."""
+    names, values = [name for name in names if _has_values(histories, name)], []
+    for order, name in enumerate(names):
         points = [(e + 1, v) for e, v in enumerate(histories[name]) if v is not None]
-        size = dict(lw=2.4, ms=5) if len(drawn) == 2 and not order else dict(lw=1.4, ms=3)  # seen below an equal one
-        ax.plot(*zip(*points, strict=True), "o-", label=LABELS.get(name, name.replace("_", " ")), **size)
+        # the first of two lines is thicker, so that it shows below an equal one
+        size = dict(lw=2.4, ms=5) if len(names) == 2 and not order else dict(lw=1.4, ms=3)
+        ax.plot(*zip(*points, strict=True), "o-", label=_label(name), **size)
         values += [v for _, v in points]
     ax.set(xlabel="epoch", **style)
     scale(ax, values, "ylim" in style)
-    if len(drawn) > 1:
-        ax.legend(frameon=False, fontsize=8)
+    if len(names) > 1:
+        small_legend(ax)
 
 
-def _known(histories, name):
+def _has_values(histories, name):
     return any(v is not None for v in histories.get(name, ()))
 
 
+def _label(name):
+    return LABELS.get(name, name.replace("_", " "))
+
+
 def _of_epochs(payload, panels, height=3.2):
-    """A figure with a panel for each (names, style) that something is known of; None without one."""
-    panels = [(names, style) for names, style in panels if any(_known(payload["histories"], name) for name in names)]
+    """Return a figure with a panel for each (names, style) with values; None without one."""
+    histories = payload["histories"]
+    panels = [(names, style) for names, style in panels if any(_has_values(histories, name) for name in names)]
     if not panels:
         return None
     figure, axes = _panels(len(panels), height)
     for ax, (names, style) in zip(axes, panels, strict=False):
-        _curves(ax, payload["histories"], names, **style)
+        _curves(ax, histories, names, **style)
     return figure
 
 
 def _losses(payload, full):
-    return _of_epochs(payload, [(("train_loss", "val_loss"), dict(ylabel="loss", title="loss of an epoch"))], 3.6)
+    return _of_epochs(payload, [(("train_loss", "val_loss"), dict(ylabel="loss", title="mean loss per epoch"))], 3.6)
 
 
 def _metrics(payload, full):
     histories = payload["histories"]
     names = sorted(name for name in histories if name not in ELSEWHERE and any(histories[name]))
-    return _of_epochs(payload, [([name], dict(ylabel=LABELS.get(name, name.replace("_", " ")))) for name in names], 2.6)
+    return _of_epochs(payload, [([name], dict(ylabel=_label(name))) for name in names], 2.6)
 
 
 def _codebook(payload, full):
@@ -101,18 +109,19 @@ def _codebook(payload, full):
     _curves(axes[0], histories, ["perplexity"], ylabel="perplexity", title=f"perplexity, of {len(codes)} codes")
     _curves(axes[1], histories, ["usage"], ylabel="share of codes used", title="usage", ylim=(0, 1.05))
     _curves(axes[2], histories, ["commit"], ylabel="commitment loss", title="commitment")
-    _curves(axes[3], histories, ["revived"], ylabel="codes in a step, mean", title="revived")
+    _curves(axes[3], histories, ["revived"], ylabel="mean codes per step", title="revived")
     share = sorted((n / max(1, sum(codes)) for n in codes), reverse=True)
     axes[4].plot(range(1, len(share) + 1), share, color=COLOURS[1], label="codes")
-    axes[4].axhline(1 / len(share), color="grey", lw=1, ls="--", label="all alike")
-    axes[4].set(xlabel="code, by frequency", ylabel="share of the latents", title="how often each code is used")
-    axes[4].legend(frameon=False, fontsize=8)
+    axes[4].axhline(1 / len(share), color="grey", lw=1, ls="--", label="uniform")
+    axes[4].set(xlabel="code, by frequency", ylabel="share of the latents", title="use of each code")
+    small_legend(axes[4])
     return figure
 
 
 def _latency(payload, full):
-    panels = [(["epoch_time_s"], dict(ylabel="seconds of an epoch", title="training and validation", ylim=(0, None)))]
-    panels += [(["throughput"], dict(ylabel="events/s", title="training", ylim=(0, None)))] * full
+    panels = [(["epoch_time_s"], dict(ylabel="seconds per epoch", title="training and validation", ylim=(0, None)))]
+    if full:
+        panels.append((["throughput"], dict(ylabel="events/s", title="training", ylim=(0, None))))
     return _of_epochs(payload, panels, 3.6)
 
 
@@ -123,70 +132,95 @@ def _recon(payload, full):
     before, after = map(kinematics, payload["rows"])
     figure, axes = _panels(len(before))
     for ax, (name, values) in zip(axes, before.items(), strict=False):
-        low, high = RANGES[name]
+        label, unit, low, high = QUANTITIES[name]
         edges, width = np.linspace(low, high, 51), (high - low) / 50
-        shown, rebuilt = (np.histogram(v, edges)[0] / width / max(1, len(v)) for v in (values, after[name]))
-        ax.stairs(shown, edges, color="0.75", fill=True, label="input")
-        ax.stairs(rebuilt, edges, color=COLOURS[3], lw=1.5, label="reconstructed")
-        top = min(max(shown.max(), rebuilt.max()), 3 * shown.max())  # a spike does not flatten all the rest
-        unit = f" [{UNITS[name]}]" if UNITS[name] else ""
-        ax.set(xlabel=f"{NAMES[name]}{unit}", ylabel=f"density{unit and f' [1/{UNITS[name]}]'}", xlim=(low, high),
-               ylim=(0, 1.25 * top))  # fmt: skip
-        ax.legend(frameon=False, fontsize=8, ncols=2, loc="upper right")
+        inputs, outputs = (np.histogram(v, edges)[0] / width / max(1, len(v)) for v in (values, after[name]))
+        ax.stairs(inputs, edges, color="0.75", fill=True, label="input")
+        ax.stairs(outputs, edges, color=RED, lw=1.5, label="reconstructed")
+        top = min(max(inputs.max(), outputs.max()), 3 * inputs.max())  # a spike must not flatten the rest
+        ax.set(xlabel=f"{label} [{unit}]" if unit else label, ylabel=f"density [1/{unit}]" if unit else "density")
+        ax.set(xlim=(low, high), ylim=(0, 1.25 * top))
+        small_legend(ax, ncols=2, loc="upper right")
     return figure
 
 
 def _adversarial(payload, full):
-    return _of_epochs(payload, [
+    panels = [
         (("d_loss", "g_loss"), dict(ylabel="loss", title="discriminator and generator")),
-        (("d_acc_real", "d_acc_fake"), dict(ylabel="share judged rightly", title="discriminator", ylim=(0, 1.05))),
-        (["adv_w"], dict(ylabel="weight", title="weight of the verdict", ylim=(0, None))),
+        (("d_acc_real", "d_acc_fake"), dict(ylabel="accuracy", title="discriminator", ylim=(0, 1.05))),
+        (["adv_w"], dict(ylabel="weight", title="weight of the adversarial loss", ylim=(0, None))),
         (["latent_d_loss"], dict(ylabel="cross-entropy, nats", title="critic of latents")),
-    ])  # fmt: skip
+    ]
+    return _of_epochs(payload, panels)
 
 
 def _diffusion(payload, full):
-    names, title = ("ddim_mse", "ddim_mse_shuffled"), "made from noise, given a latent"
-    return _of_epochs(payload, [
-        ([f"eps_q{k}" for k in range(4)], dict(ylabel="squared error of the noise", title="by noise level")),
-        (names, dict(ylabel="squared error of particles", title=title)),
-    ], 3.6)  # fmt: skip
+    noise = dict(ylabel="squared error of the noise", title="by noise level")
+    samples = dict(ylabel="squared error of particles", title="sampled from noise, given a latent")
+    panels = [([f"eps_q{k}" for k in range(4)], noise), (("ddim_mse", "ddim_mse_shuffled"), samples)]
+    return _of_epochs(payload, panels, 3.6)
 
 
-FAMILIES = dict(losses=_losses, metrics=_metrics, codebook=_codebook, latency=_latency, recon=_recon,
-                adversarial=_adversarial, diffusion=_diffusion)  # fmt: skip
+FIGURES = dict(
+    losses=_losses,
+    metrics=_metrics,
+    codebook=_codebook,
+    latency=_latency,
+    recon=_recon,
+    adversarial=_adversarial,
+    diffusion=_diffusion,
+)
 LABELS = dict(
-    train_loss="training", val_loss="validation", rec_tokens="squared error of particles",
+    train_loss="training",
+    val_loss="validation",
+    rec_tokens="squared error of particles",
     rec_globals="squared error of MET",
-    eps_loss="squared error of the noise", rec_types="cross-entropy of types, nats",
-    d_loss="discriminator", g_loss="generator", d_acc_real="real events",
-    d_acc_fake="reconstructed events", ddim_mse="its own latent", ddim_mse_shuffled="another event's",
-    eps_q0="least noise", eps_q1="second quarter", eps_q2="third quarter", eps_q3="most noise", lr="learning rate",
-    grad_norm="gradient norm", skipped_steps="skipped steps", type_accuracy="share of types that are right",
-)  # fmt: skip
-NAMES = dict(pT="pT of an object", eta="eta of an object", phi="phi of an object", HT="HT", MET="MET",
-             m_jj="mass of two light jets")  # fmt: skip
-RANGES = dict(pT=(0, 300), eta=(-3, 3), phi=(-3.1416, 3.1416), HT=(150, 1200), MET=(0, 200), m_jj=(0, 300))
-UNITS = dict(pT="GeV", eta="", phi="rad", HT="GeV", MET="GeV", m_jj="GeV")
-# drawn by a family of their own
-ELSEWHERE = {"train_loss", "val_loss", "epoch_time_s", "throughput", "max_memory_mib", "perplexity", "usage", "commit",
-             "revived", "d_loss", "g_loss", "d_acc_real", "d_acc_fake", "adv_w", "latent_d_loss", "ddim_mse",
-             "ddim_mse_shuffled", *(f"eps_q{k}" for k in range(4))}  # fmt: skip
+    eps_loss="squared error of the noise",
+    rec_types="cross-entropy of types, nats",
+    d_loss="discriminator",
+    g_loss="generator",
+    d_acc_real="real events",
+    d_acc_fake="reconstructed events",
+    ddim_mse="the event's latent",
+    ddim_mse_shuffled="another event's",
+    eps_q0="least noise",
+    eps_q1="second quarter",
+    eps_q2="third quarter",
+    eps_q3="most noise",
+    lr="learning rate",
+    grad_norm="gradient norm",
+    skipped_steps="skipped steps",
+    type_accuracy="accuracy of types",
+)
+QUANTITIES = dict(  # label, unit, range
+    pT=("pT of an object", "GeV", 0, 300),
+    eta=("eta of an object", "", -3, 3),
+    phi=("phi of an object", "rad", -3.1416, 3.1416),
+    HT=("HT", "GeV", 150, 1200),
+    MET=("MET", "GeV", 0, 200),
+    m_jj=("mass of two light jets", "GeV", 0, 300),
+)
+# Metrics that another figure than "metrics" draws.
+ELSEWHERE = set(
+    """train_loss val_loss epoch_time_s throughput max_memory_mib perplexity usage commit revived d_loss g_loss
+    d_acc_real d_acc_fake adv_w latent_d_loss ddim_mse ddim_mse_shuffled eps_q0 eps_q1 eps_q2 eps_q3""".split()
+)
 
 
 # ---- several runs, and sweeps ----------------------------------------------------------------------------------------
 
 
 def plot_runs(runs, names, out):
-    """Write the losses of run folders over epochs to `out`, each run by its name, and their error if all have one.
+    """Write a figure to `out`: losses of run folders over epochs, by their names, and an error if all runs have it.
 
-    Raises DataError for a run without a whole epoch.
+    Raises DataError for a run without a complete epoch.
     """
     histories = [read_histories(run) for run in runs]
     for run, history in zip(runs, histories, strict=True):
-        if not _known(history, "train_loss"):
-            raise DataError(f"{run}: no whole epoch in facts/events.jsonl")
-    error = next((n for n in ("rec_tokens", "ddim_mse") if all(_known(history, n) for history in histories)), None)
+        if not _has_values(history, "train_loss"):
+            raise DataError(f"{run}: no complete epoch in facts/events.jsonl")
+    shared = [name for name in ("rec_tokens", "ddim_mse") if all(_has_values(history, name) for history in histories)]
+    error = shared[0] if shared else None
     figure, axes = _panels(1 + bool(error), 4.2)
     columns = 1 if len(runs) < 7 else 2  # of the legend
     panels = [("loss: training thin, validation thick", "loss", "val_loss")]
@@ -202,8 +236,8 @@ def plot_runs(runs, names, out):
         ax.set(xlabel="epoch", ylabel=label, title=title)
         scale(ax, values)
     figure.set_size_inches(10, 4.2 + 0.19 * -(-len(runs) // columns))
-    figure.legend(*axes[0].get_legend_handles_labels(), frameon=False, fontsize=8, loc="outside lower center",
-                  ncols=columns)  # fmt: skip
+    handles, labels = axes[0].get_legend_handles_labels()
+    small_legend(figure, handles=handles, labels=labels, loc="outside lower center", ncols=columns)
     write_figure(figure, out)
 
 
@@ -211,13 +245,8 @@ def _colours(count):
     return COLOURS[:count] if count <= len(COLOURS) else plt.get_cmap("viridis")(np.linspace(0, 0.95, count))
 
 
-def differences(words):
-    """For each list of KEY=VALUE or other words what it does not share with all the others, as one text."""
-    return [" ".join(word for word in job if not all(word in other for other in words)) for job in words]
-
-
 def settings(runs):
-    """For each run its flags as KEY=VALUE, those that all of them have, without those of figures."""
+    """Return, for each run, KEY=VALUE for the flags that all of them have, without those of figures."""
     paths = [Path(run, ".hydra", "config.yaml") for run in runs]
     flags = [yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else {} for path in paths]
     shared = [key for key in flags[0] if all(key in run for run in flags) and not key.startswith(("plot_", "make_"))]
@@ -225,7 +254,7 @@ def settings(runs):
 
 
 def results(run):
-    """Numbers of a run: best_val_loss, best_epoch (from 1), and those of its test, test_loss first; what is there."""
+    """Return best_val_loss, best_epoch (from 1), test_loss and other test metrics of a run, as far as it has them."""
     losses = [(loss, epoch + 1) for epoch, loss in enumerate(read_histories(run)["val_loss"]) if loss is not None]
     numbers = dict(zip(("best_val_loss", "best_epoch"), min(losses), strict=True)) if losses else {}
     test = next((e["metrics"] for e in reversed(read_events(run)) if e.get("moment") == "on_test_end"), {})
@@ -233,65 +262,76 @@ def results(run):
 
 
 def plot_sweep(folder):
-    """Write summary.csv, losses.png and results.png into the folder of a sweep -> the paths that were written.
+    """Write summary.csv, losses.png and results.png into the folder of a sweep; return their paths.
 
-    A job is a row: its number, overrides, run, status, seconds, and `results`. Raises DataError.
+    A row per job: its number, overrides, run, status, seconds, and `results`. Raises DataError.
     """
+    path = Path(folder, SWEEP)
     try:
-        jobs = yaml.safe_load(Path(folder, SWEEP).read_text(encoding="utf-8"))["jobs"]
-        rows = [dict(job=i, overrides=" ".join(job["overrides"]), run_dir=job["run_dir"], status=job["status"],
-                     seconds=job["seconds"]) for i, job in enumerate(jobs)]  # fmt: skip
+        jobs = yaml.safe_load(path.read_text(encoding="utf-8"))["jobs"]
+        rows = []
+        for i, job in enumerate(jobs):
+            rows.append(dict(job=i, overrides=" ".join(job["overrides"])))
+            rows[-1] |= {key: job[key] for key in ("run_dir", "status", "seconds")}
     except (OSError, ValueError, TypeError, KeyError, yaml.YAMLError) as e:
-        raise DataError(f"{Path(folder, SWEEP)} can't be read: {' '.join(str(e).split())}") from e
-    beside = Path(folder).resolve().parents[1] / "runs"  # wherever both were moved
+        raise DataError(f"{path} can't be read: {' '.join(str(e).split())}") from e
+    runs = Path(folder).resolve().parents[1] / "runs"  # both may have been moved
     names = [f"{i} {words}".rstrip() for i, words in enumerate(differences([job["overrides"] for job in jobs]))]
     for row in rows:
-        run = beside / Path(row["run_dir"]).name
-        row |= results(run if run.is_dir() else row["run_dir"])
-        row["run_dir"] = run if run.is_dir() else row["run_dir"]
+        run = runs / Path(row["run_dir"]).name
+        if run.is_dir():
+            row["run_dir"] = run
+        row |= results(row["run_dir"])
     text = io.StringIO()
     writer = csv.DictWriter(text, list(dict.fromkeys(key for row in rows for key in row)), lineterminator="\n")
     writer.writeheader()
     writer.writerows({k: f"{v:.8g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows)
-    written = [Path(folder, "summary.csv")]
-    make_room(written[0], lambda path: begins(path, b"job,overrides,run_dir,status,seconds"))
-    write_atomic(written[0], lambda file: file.write(text.getvalue().encode()))
-    known = sorted((row["best_val_loss"], i) for i, row in enumerate(rows) if "best_val_loss" in row)
-    best = sorted(i for _, i in known[:MOST_DRAWN])
-    if best:
-        written += [Path(folder, "losses.png"), Path(folder, "results.png")]
-        plot_runs([rows[i]["run_dir"] for i in best], [names[i] for i in best], written[1])
-        _bars([rows[i] for i in best], [names[i] for i in best], f"{len(best)} of {len(rows)} jobs", written[2])
-    return written
+    summary, losses, bars = (Path(folder, name) for name in ("summary.csv", "losses.png", "results.png"))
+    make_room(summary, lambda path: begins(path, b"job,overrides,run_dir,status,seconds"))
+    write_atomic(summary, lambda file: file.write(text.getvalue().encode()))
+    ranking = sorted((row["best_val_loss"], i) for i, row in enumerate(rows) if "best_val_loss" in row)
+    best = sorted(i for _, i in ranking[:MOST_DRAWN])
+    if not best:
+        return [summary]
+    plot_runs([rows[i]["run_dir"] for i in best], [names[i] for i in best], losses)
+    _bars([rows[i] for i in best], [names[i] for i in best], f"{len(best)} of {len(rows)} jobs", bars)
+    return [summary, losses, bars]
 
 
 def _bars(rows, names, title, out):
-    """A panel for each of the NUMBERS that a row has, a bar for each row, the best one dark."""
+    """Write a figure to `out`: a panel for each of the NUMBERS, a bar for each row, the best one in colour."""
     numbers = [name for name in NUMBERS if any(row.get(name) is not None for row in rows)]
-    figure, axes = plt.subplots(1, len(numbers), sharey=True, squeeze=False, layout="constrained",
-                                figsize=(2.2 + 2.4 * len(numbers), 1.4 + 0.28 * len(rows)))  # fmt: skip
+    size = 2.2 + 2.4 * len(numbers), 1.4 + 0.28 * len(rows)
+    figure, axes = plt.subplots(1, len(numbers), sharey=True, squeeze=False, layout="constrained", figsize=size)
     for ax, name in zip(axes.flat, numbers, strict=True):
         values = [row.get(name) for row in rows]
-        known = [v for v in values if v is not None]
-        best = max(known) if name in HIGHER_IS_BETTER else min(known)
+        present = [v for v in values if v is not None]
+        best = max(present) if name in HIGHER_IS_BETTER else min(present)
         shades = [COLOURS[0] if v == best else "0.75" for v in values]
         ax.barh(range(len(rows)), [v or 0 for v in values], color=shades if name != "seconds" else "0.75")
         for y, v in enumerate(values):
             ax.annotate(f" {v:.4g}" if v is not None else " none", (v or 0, y), va="center", fontsize=7)
-        ax.set(xlabel=NUMBERS[name], xlim=(0, 1.3 * max(known) or 1))
+        ax.set(xlabel=NUMBERS[name], xlim=(0, 1.3 * max(present) or 1))
         ax.xaxis.label.set_fontsize(8)
         ax.tick_params(labelsize=8)
         ax.xaxis.set_major_locator(MaxNLocator(3))
-        ax.spines[["top", "right"]].set_visible(False)
+        open_frame(ax, grid=False)
     axes[0, 0].set_yticks(range(len(rows)), names, fontsize=8)
-    axes[0, 0].invert_yaxis()  # the first on top
+    axes[0, 0].invert_yaxis()  # the first row on top
     figure.suptitle(title, fontsize=10)
     write_figure(figure, out)
 
 
 MOST_DRAWN = 40  # jobs of a sweep in a figure, the best ones
-NUMBERS = dict(best_val_loss="best validation loss", test_loss="test loss", rec_tokens="squared error\nof particles",
-               ddim_mse="squared error of\nparticles from noise", rec_globals="squared error of MET",
-               type_accuracy="share of types\nthat are right", accuracy="share of answers\nthat are right",
-               perplexity="perplexity of codes", seconds="seconds")  # fmt: skip
+NUMBERS = dict(
+    best_val_loss="best validation loss",
+    test_loss="test loss",
+    rec_tokens="squared error\nof particles",
+    ddim_mse="squared error of\nparticles from noise",
+    rec_globals="squared error of MET",
+    type_accuracy="accuracy of types",
+    accuracy="accuracy of answers",
+    perplexity="perplexity of codes",
+    seconds="seconds",
+)
 HIGHER_IS_BETTER = "type_accuracy", "accuracy", "perplexity"

@@ -1,7 +1,7 @@
-"""Particle events out of Pythia 8 and anti-kt jets, where the packages pythia8mc and fastjet are installed.
+"""Simulate particle events with Pythia 8 and anti-kt jets, by the packages pythia8mc and fastjet.
 
-13 TeV. tttt, ttW and ttZ are two hard processes in one event, not true matrix elements; ttWW is not made. Detector and
-cuts are those of `decay_chain.py`, but for jets, which are clustered here, and photons, which are seen.
+13 TeV. tttt, ttW and ttZ are two hard processes in one event, not true matrix elements; there is no ttWW. Detector and
+cuts are those of decay_chain.py, except that jets are clustered here and that photons are seen.
 """
 
 import math
@@ -28,9 +28,9 @@ LEAST_PT, MOST_ETA = 0.3, 4.9  # of a particle that the detector sees
 
 
 def pythia_events(n, seed):
-    """Yield n rows (92,) float32 as `events.py` describes them, each with its label, in turn 0 1 2 3 5.
+    """Yield n pairs of a row (92,) float32, as dataset.py describes it, and its label, in turn 0 1 2 3 5.
 
-    About 80 a second. Raises DataError when a package is missing.
+    About 80 per second. Raises DataError when a package is missing.
     """
     try:
         import fastjet
@@ -44,31 +44,33 @@ def pythia_events(n, seed):
     rng = np.random.default_rng((seed, 4))
     for label, process in PROCESSES.items():
         generators[label] = pythia8mc.Pythia("", False)
-        settings = *BEAMS, *process, f"Random:seed={seed % 900_000_000 + 1}"  # 0 would be the clock
+        settings = *BEAMS, *process, f"Random:seed={seed % 900_000_000 + 1}"  # seed 0 would take the clock
         if not all([*map(generators[label].readString, settings), generators[label].init()]):
             raise DataError(f"pythia8mc refuses its settings for label {label}\ntry: pip install pythia8mc==8.317.2")
     for i in range(n):
         label, row = list(generators)[i % len(generators)], None
         while row is None:
             if generators[label].next():
-                objects, others, hadrons, met = _look(generators[label].event, rng)
+                objects, others, hadrons, met = _detect(generators[label].event, rng)
                 jets = fastjet.ClusterSequence([fastjet.PseudoJet(*p) for p in others], anti_kt).inclusive_jets(20)
                 momenta = [(jet.e(), jet.pt(), jet.eta(), jet.phi_std()) for jet in jets]
                 row = _row(objects + _jets(momenta, objects, hadrons, rng), met)
         yield row, label
 
 
-def _look(event, rng):
+def _detect(event, rng):
     """Return leptons and photons (id, E, pT, eta, phi), (px, py, pz, E) of the rest, b hadrons (eta, phi), MET."""
-    objects, others, hadrons, px, py, total = [], [], [], 0.0, 0.0, 0.0
+    objects, others, hadrons = [], [], []
+    px = py = total = 0.0
     for particle in event:
         kind = particle.id()
         if not particle.isFinal():
-            if _beauty(abs(kind)) and particle.pT() > 5:
+            if _has_bottom(abs(kind)) and particle.pT() > 5:
                 hadrons.append((particle.eta(), particle.phi()))
             continue
         if abs(kind) in NEUTRINOS:
-            px, py = px + particle.px(), py + particle.py()
+            px += particle.px()
+            py += particle.py()
             continue
         pt, eta = particle.pT(), particle.eta()
         if pt < LEAST_PT or abs(eta) > MOST_ETA:
@@ -84,7 +86,8 @@ def _look(event, rng):
     return objects, others, hadrons, (px + width * rng.normal(), py + width * rng.normal())
 
 
-def _beauty(number):
+def _has_bottom(number):
+    """Say whether a particle, by its PDG number, is a hadron with a b quark."""
     return number > 500 and 5 in (number // 100 % 10, number // 1000 % 10)
 
 
@@ -99,7 +102,7 @@ def _prompt(event, particle):
 
 def _jets(momenta, objects, hadrons, rng):
     """Return smeared and tagged jets (id, E, pT, eta, phi) that pass the cuts and are no lepton or photon."""
-    found = []
+    jets = []
     for energy, pt, eta, phi in momenta:
         scale = max(0.3, 1 + math.sqrt(0.64 / pt + 0.0025) * rng.normal())
         overlaps = any(_distance(eta, phi, *other[3:]) < toy.JET_RADIUS / 2 for other in objects)
@@ -107,8 +110,8 @@ def _jets(momenta, objects, hadrons, rng):
             continue
         near = any(_distance(eta, phi, *hadron) < toy.JET_RADIUS for hadron in hadrons)
         tagged = rng.random() < toy.EFFICIENCY[2 if near and abs(eta) < toy.LEPTON_ETA else 1]
-        found.append((1 + tagged, energy * scale, pt * scale, eta, phi))
-    return found
+        jets.append((1 + tagged, energy * scale, pt * scale, eta, phi))
+    return jets
 
 
 def _distance(eta, phi, other_eta, other_phi):
@@ -116,11 +119,12 @@ def _distance(eta, phi, other_eta, other_phi):
 
 
 def _row(objects, met):
-    """Return the row of an event, or None if it is not kept."""
-    objects = sorted(objects, key=lambda one: -one[2])[: toy.SLOTS]
+    """Return the row of an event, or None if it does not pass the cuts."""
+    objects = sorted(objects, key=lambda one: -one[2])[: toy.SLOTS]  # by falling pT
     if len(objects) < toy.LEAST_OBJECTS or sum(one[2] for one in objects) < toy.LEAST_HT:
         return None
-    row, table = np.zeros(2 + 5 * toy.SLOTS, np.float32), np.array(objects)
+    row = np.zeros(2 + 5 * toy.SLOTS, np.float32)
+    table = np.array(objects)
     row[: len(table)] = table[:, 0]
     row[toy.SLOTS : toy.SLOTS + 2] = math.hypot(*met), math.atan2(met[1], met[0])
     row[toy.SLOTS + 2 :][: 4 * len(table)] = table[:, 1:].reshape(-1)

@@ -1,6 +1,6 @@
-"""What a trained autoencoder of events makes of events and of latents, and what new latents are drawn from.
+"""Reconstruct events with a trained autoencoder, decode latents, and draw new latents.
 
-N events, B of them at once, T slots, F features, D latent width, K codes. Rows (N, 2 + 5T) as in events.py.
+N events, B in a batch, T slots, F features, G globals, D latent width, K codes. Rows (N, 2 + 5 T) as in dataset.py.
 """
 
 import numpy as np
@@ -15,17 +15,17 @@ AT_ONCE = 1024  # events in a batch
 START = 4096  # events whose latents start a codebook
 
 
-def start_codes(model, columns, cfg):
-    """Start the codebook of a model from latents of training events; fewer of them than codes are warned of."""
-    some = take(columns, epoch_order(cfg.seed, cfg.epochs, len(columns["ids"]))[:START])
-    there = (columns["ids"] > 0).sum().item() if cfg.level == "token" else len(columns["ids"])
-    if there < cfg.codebook_size:
-        warn(f"{there} latents in training cannot use {cfg.codebook_size} codes; try: codebook_size={there} at most")
-    model.start(some, cfg.vq_init, cfg.seed)
+def start_codebook(model, columns, cfg):
+    """Start the codebook of a model from latents of training events; warn if there are fewer latents than codes."""
+    first = take(columns, epoch_order(cfg.seed, cfg.epochs, len(columns["ids"]))[:START])
+    latents = (columns["ids"] > 0).sum().item() if cfg.level == "token" else len(columns["ids"])
+    if latents < cfg.codebook_size:
+        warn(f"{latents} training latents cannot use {cfg.codebook_size} codes; try: codebook_size={latents} at most")
+    model.start(first, cfg.vq_init, cfg.seed)
 
 
 def keep_rates(model, model_args, saved, cfg):
-    """Keep the codebook's rates of the `saved` model arguments: what follows from the steps is fixed at the start."""
+    """Keep the codebook's rates of the `saved` model arguments, which followed from the planned steps at the start."""
     if model.latent_space != "vq":
         return
     if "ema_decay" in saved and not cfg.codebook_decay:
@@ -34,24 +34,25 @@ def keep_rates(model, model_args, saved, cfg):
         model_args["revive"] = model.latent.revive = saved["revive"]
 
 
-def reconstructed(model, noises, columns, meta, cfg):
-    """Events and what the model makes of them -> rows (N, 2 + 5T) before and after, in GeV; None if nothing draws them.
+def reconstruct_rows(model, noises, columns, meta, cfg):
+    """Return rows (N, 2 + 5 T) in GeV of events and of their reconstruction; None if no figure draws them.
 
     Types are those of the events. With `noises`, a NoiseSchedule, features come from noise by cfg.ddim_steps of DDIM.
     """
     if not (cfg.make_plots and cfg.plot_recon and cfg.plot_detail == "full" and "ids" in columns):
         return None
-    steps, seed = getattr(cfg, "ddim_steps", 0), cfg.seed
-    made = [decoded(model, noises, take(columns, slice(i, i + AT_ONCE)), steps, seed + i)
-            for i in range(0, len(columns["ids"]), AT_ONCE)]  # fmt: skip
-    x, globals = (torch.cat(part).cpu() for part in zip(*made, strict=True))
+    steps, parts = getattr(cfg, "ddim_steps", 0), []
+    for i in range(0, len(columns["ids"]), AT_ONCE):
+        batch = take(columns, slice(i, i + AT_ONCE))
+        parts.append(reconstruct_batch(model, noises, batch, steps, cfg.seed + i))
+    x, globals = (torch.cat(part).cpu() for part in zip(*parts, strict=True))
     ids = columns["ids"].cpu()
     return to_rows(columns["x"].cpu(), ids, columns["globals"].cpu(), meta), to_rows(x, ids, globals, meta)
 
 
 @torch.no_grad()
-def decoded(model, noises, batch, steps, seed):
-    """Features (B, T, F) and globals (B, G) that the model makes of a batch (x, ids, globals)."""
+def reconstruct_batch(model, noises, batch, steps, seed):
+    """Return features (B, T, F) and globals (B, G) that the model reconstructs of a batch (x, ids, globals)."""
     mask = batch["ids"] > 0
     z, _, _ = model.quantize(model.encode(batch["x"], batch["ids"], mask, batch["globals"]), mask)
     return from_latents(model, noises, z, batch["ids"], steps, seed)[:2]
@@ -59,63 +60,74 @@ def decoded(model, noises, batch, steps, seed):
 
 @torch.no_grad()
 def from_latents(model, noises, z, ids, steps, seed):
-    """Latents z and ids (B, T) -> features (B, T, F), globals (B, G), type_logits (B, T, types) or None."""
+    """Decode latents z (B, T, D) or (B, D) with ids (B, T).
+
+    Returns features (B, T, F), globals (B, G) and type_logits (B, T, types), None without a type head.
+    """
     mask = ids > 0
     if not noises:
-        found = model.decode(z, ids, mask)
-        return found["x_hat"], found["rec_globals"], found["type_logits"]
+        output = model.decode(z, ids, mask)
+        return output["x_hat"], output["rec_globals"], output["type_logits"]
     noise = torch.randn((*ids.shape, model.cont_dim), generator=torch.Generator().manual_seed(seed)).to(z.device)
 
     def predict(x_t, t):
         return model.decode(z, ids, mask, x_t, t)["x_hat"].float()
 
-    found = model.decode(z, ids, mask, noise, torch.full_like(ids[:, 0], noises.steps))
-    return noises.ddim(predict, noise, steps), found["rec_globals"], found["type_logits"]
+    output = model.decode(z, ids, mask, noise, torch.full_like(ids[:, 0], noises.steps))
+    return noises.ddim(predict, noise, steps), output["rec_globals"], output["type_logits"]
 
 
-# ---- what new events are drawn from ----------------------------------------------------------------------------------
+# ---- statistics for new events ---------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
 def latent_statistics(model, columns):
-    """Columns x, ids, globals of the train split -> {"latents": what `sample` draws from}; {} for a model without any.
+    """Return {"latents": statistics that `sample` draws from} of the train split; {} for a model without latents.
 
-    multiplicity (T + 1): events by number n of objects. types (T, NUM_TYPES): objects by slot. low, high (F): range of
-    the features. Of vq codes (T + 1, K): latents by n of their event and code; else mean (D + 1) and covariance
-    (D + 1, D + 1) of [z, n], z as the decoder reads it. All of it on the CPU.
+    columns: x, ids, globals. All statistics are on the CPU:
+    multiplicity (T + 1)     events by their number n of objects
+    types (T, NUM_TYPES)     objects by slot and type
+    low, high (F)            range of the features
+    codes (T + 1, K)         of vq: latents by n of their event and by code
+    mean (D + 1) and covariance (D + 1, D + 1) of [z, n], otherwise; z as the decoder reads it
     """
     if not isinstance(model, AutoEncoder):
         return {}
     ids, training, token = columns["ids"], model.training, model.level == "token"
-    (N, T), mask = ids.shape, ids > 0
-    n, valid = mask.sum(1), columns["x"][mask].cpu()
+    N, T = ids.shape
+    present = ids > 0
+    n, valid = present.sum(1), columns["x"][present].cpu()
     types = F.one_hot(ids, NUM_TYPES).sum(0).cpu()
     types[:, 0] = 0
-    found = dict(multiplicity=n.bincount(minlength=T + 1).cpu(), types=types, low=valid.amin(0), high=valid.amax(0))
+    statistics = dict(multiplicity=n.bincount(minlength=T + 1).cpu(), types=types)
+    statistics |= dict(low=valid.amin(0), high=valid.amax(0))
     model.eval()
-    first, count, second = 0, 0, 0
+    codes = first = second = count = 0
     for i in range(0, N, AT_ONCE):
-        batch, there = take(columns, slice(i, i + AT_ONCE)), mask[i : i + AT_ONCE]
-        z, index, _ = model.quantize(model.encode(batch["x"], batch["ids"], there, batch["globals"]), there)
-        size = n[i : i + AT_ONCE, None].expand_as(there)[there] if token else n[i : i + AT_ONCE]
+        batch, mask = take(columns, slice(i, i + AT_ONCE)), present[i : i + AT_ONCE]
+        z, index, _ = model.quantize(model.encode(batch["x"], batch["ids"], mask, batch["globals"]), mask)
+        size = n[i : i + AT_ONCE, None].expand_as(mask)[mask] if token else n[i : i + AT_ONCE]
         if index is not None:
             K = len(model.latent.codes)
-            code = index[there] if token else index
-            first = first + (size * K + code).bincount(minlength=(T + 1) * K).view(T + 1, K).cpu()
+            code = index[mask] if token else index
+            codes = codes + (size * K + code).bincount(minlength=(T + 1) * K).view(T + 1, K).cpu()
             continue
-        both = torch.cat([z[there] if token else z, size[:, None]], 1).cpu().double()
-        first, second, count = first + both.sum(0), second + both.T @ both, count + len(both)
+        both = torch.cat([z[mask] if token else z, size[:, None]], 1).cpu().double()
+        first = first + both.sum(0)
+        second = second + both.T @ both
+        count += len(both)
     model.train(training)
-    if count:
-        mean = first / count
-        return dict(latents=found | dict(mean=mean, covariance=second / count - mean[:, None] * mean))
-    return dict(latents=found | dict(codes=first))
+    if not count:
+        return dict(latents=statistics | dict(codes=codes))
+    mean = first / count
+    return dict(latents=statistics | dict(mean=mean, covariance=second / count - mean[:, None] * mean))
 
 
 def draw_latents(statistics, model, n, generator):
-    """Latents for events of n (N) objects, independent of each other -> z (N, T, D) or (N, D), float32 on the CPU.
+    """Draw independent latents for events of n (N,) objects: z (N, T, D) or (N, D), float32 on the CPU.
 
-    Codes by their frequency, else of the Gaussian of mean and covariance: both among events of as many objects.
+    Codes are drawn by their frequency, other latents from the Gaussian of mean and covariance; both among events of as
+    many objects.
     """
     count = len(statistics["types"]) if model.level == "token" else 1
     if "codes" in statistics:
@@ -132,47 +144,48 @@ def draw_latents(statistics, model, n, generator):
 
 
 def event_errors(x_hat, rec_globals, type_logits, batch, level):
-    """What `from_latents` gave, against a batch (x, ids, globals) -> {name: (B,) numpy}, the losses event by event.
+    """Return {name: (B,) numpy}, the losses event by event of the results of `from_latents` against their batch.
 
-    rec_tokens: mean over features of the objects; rec_globals; rec_types, with a type head: mean over objects at level
-    token, over slots at level event.
+    batch: x, ids, globals. rec_tokens is a mean over objects and features. rec_types, with a type head, is a mean over
+    objects at level token, over slots at level event.
     """
     mask = batch["ids"] > 0
     n = mask.sum(1)
     error = (x_hat.float() - batch["x"]).square().mean(-1).masked_fill(~mask, 0)
-    found = dict(rec_tokens=error.sum(1) / n, rec_globals=(rec_globals.float() - batch["globals"]).square().mean(1))
+    losses = dict(rec_tokens=error.sum(1) / n, rec_globals=(rec_globals.float() - batch["globals"]).square().mean(1))
     if type_logits is not None:
         judged = torch.ones_like(mask) if level == "event" else mask
         nats = F.cross_entropy(type_logits.float().flatten(0, 1), batch["ids"].flatten(), reduction="none")
-        found["rec_types"] = (nats.view_as(mask) * judged).sum(1) / judged.sum(1)
-    return {name: values.cpu().numpy() for name, values in found.items()}
+        losses["rec_types"] = (nats.view_as(mask) * judged).sum(1) / judged.sum(1)
+    return {name: values.cpu().numpy() for name, values in losses.items()}
 
 
-def finished(model, noises, z, ids, guess, steps, seed, statistics, meta):
-    """Latents z and ids (N, T) -> rows (N, 2 + 5T).
+def decode_rows(model, noises, z, ids, guess, steps, seed, statistics, meta):
+    """Decode latents z (N, T, D) or (N, D) with ids (N, T) into rows (N, 2 + 5 T).
 
-    guess: ids only say which slots are filled, and types are drawn from the type head. statistics: of `sample`: then
-    features are cut to the range of the train events, and objects sorted by falling pT.
+    guess: ids only tell which slots are filled, and types are drawn from the type head. With `statistics`, those that
+    `sample` draws from, features are clamped to the range of the train events, and objects sorted by falling pT.
     """
-    device, made = next(model.parameters()).device, []
+    device, parts = next(model.parameters()).device, []
     generator = torch.Generator().manual_seed(hash((seed, 2)))
     for i in range(0, len(ids), AT_ONCE):
-        some, latents = ids[i : i + AT_ONCE], z[i : i + AT_ONCE].to(device)
-        latents = latents.masked_fill(some.to(device)[..., None] == 0, 0) if z.ndim == 3 else latents
-        x, globals, logits = from_latents(model, noises, latents, some.to(device), steps, seed + i)
+        types = ids[i : i + AT_ONCE]
+        latents = z[i : i + AT_ONCE].to(device)
+        latents = latents.masked_fill(types.to(device)[..., None] == 0, 0) if z.ndim == 3 else latents
+        x, globals, logits = from_latents(model, noises, latents, types.to(device), steps, seed + i)
         x, globals = x.cpu(), globals.cpu()
         if guess:
-            p = logits[..., 1:].float().softmax(-1).cpu()  # the first is that of an empty slot
-            drawn = torch.multinomial(p.flatten(0, 1), 1, generator=generator).view_as(some) + 1
-            some = drawn * (some > 0)
+            p = logits[..., 1:].float().softmax(-1).cpu()  # without type 0, an empty slot
+            drawn = torch.multinomial(p.flatten(0, 1), 1, generator=generator).view_as(types) + 1
+            types = drawn * (types > 0)
         x = x.clamp(statistics["low"], statistics["high"]) if statistics else x
-        made.append(to_rows(x, some, globals, meta))
-    rows = np.concatenate(made)
-    return by_pt(rows) if statistics else rows
+        parts.append(to_rows(x, types, globals, meta))
+    rows = np.concatenate(parts)
+    return sort_by_pt(rows) if statistics else rows
 
 
-def by_pt(rows):
-    """Sort the objects of each row by falling pT, empty slots behind."""
+def sort_by_pt(rows):
+    """Sort the objects of each row by falling pT, with empty slots behind."""
     T, rows = slots(rows), rows.copy()
     pt = np.where(rows[:, :T] > 0, objects(rows)[..., 1], -1)
     order = np.argsort(-pt, 1, kind="stable")

@@ -1,4 +1,4 @@
-"""The folder of a run of train_ae.py, and what is written there while it runs: settings, facts, figures."""
+"""The folder of a run of train_ae.py: its name, and the settings, facts and figures that a run writes there."""
 
 import json
 import platform
@@ -15,14 +15,15 @@ from data_utils.files import set_aside, warn, write_atomic
 from data_utils.metrics import commit
 from data_utils.progress import peak_mb
 
-NOT_OF_A_RUN = "config env logging out resume fresh multirun sweep_job fail_fast".split()  # left out of config.yaml
-SHOWN = "train_loss val_loss perplexity accuracy ddim_mse d_loss".split()  # of an epoch, to a person
+NOT_OF_A_RUN = "config env logging out resume fresh multirun sweep_job fail_fast".split()  # not in config.yaml
+SHOWN = "train_loss val_loss perplexity accuracy ddim_mse d_loss".split()  # in the line that an epoch prints
 
 
 def run_folder(cfg):
-    """Return the folder of a run: `out`, or that of what `resume` names, or a new one named by the clock.
+    """Return the folder of a run: `out`, or the folder that `resume` names, or a new one named by the clock.
 
-    Raises UsageError for a `resume` that is not there, where resume=none finds files, and for a `name` that is a path.
+    Raises UsageError for a `resume` that does not exist, for a folder with files under resume=none, and for a `name`
+    that is a path.
     """
     named = Path(cfg.resume) if cfg.resume not in ("auto", "none") else None
     if named and not (named.is_file() or Path(named, ".hydra").exists() or any(named.glob("*.pt"))):
@@ -34,40 +35,48 @@ def run_folder(cfg):
         return folder
     check_name(cfg, "name")
     first = Path(cfg.outputs, "runs", f"run_{time.strftime('%Y%m%d-%H%M%S')}_{cfg.name}")
-    return next(path for path in (first, *(Path(f"{first}_{n}") for n in range(2, 1000))) if not path.exists())
+    candidates = [first, *(Path(f"{first}_{n}") for n in range(2, 1000))]
+    return next(path for path in candidates if not path.exists())
 
 
-def renew(config):
-    """Give the configuration in an old checkpoint the names of today, in place, so that it can be compared."""
+def rename_old_flags(config):
+    """Give the configuration of an old checkpoint today's names, in place, so that it can be compared."""
     config.setdefault("codebook_decay", config.pop("ema_decay", 0.0))
-    config.setdefault("min_lr_ratio", 0.1)  # it was fixed
+    config.setdefault("min_lr_ratio", 0.1)  # a constant in old versions
 
 
 class Recorder:
     """`with Recorder(...) as record: record(moment, ...)` writes facts, and draws the figures of that moment.
 
-    run_dir: None for a run that writes nothing. families: of figures that its loop has. at: where the run is, with
-    step, epoch, histories, seconds and run_id. new: what lies there is set aside. An exception that leaves the block is
-    recorded, and goes on.
+    run_dir: None for a run that writes nothing. families: names of the figures that the loop has. state: of the run,
+    with step, epoch, histories, seconds and run_id. new: set aside the files of an older run. An exception that leaves
+    the block is recorded, and raised again.
     """
 
-    def __init__(self, run_dir, cfg, families, at, device, new):
-        self.run_dir, self.cfg, self.families, self.at, self.device = run_dir, cfg, families, at, device
-        self.start, self.before = time.monotonic(), at.seconds
-        self.failed = False  # to write a row of facts
+    def __init__(self, run_dir, cfg, families, state, device, new):
+        self.run_dir, self.cfg, self.families, self.state, self.device = run_dir, cfg, families, state, device
+        self.start = time.monotonic()
+        self.seconds_before = state.seconds
+        self.write_failed = False
         if run_dir:
             if new:
                 names = ["last.pt", "best_val.pt", "facts", ".hydra"]
-                if not Path(run_dir, "model.pt").is_symlink():  # a link of a run leads to its best_val.pt
+                if not Path(run_dir, "model.pt").is_symlink():  # as a link it leads to best_val.pt
                     names.append("model.pt")
                 set_aside(Path(run_dir, name) for name in names)
-            rewind(run_dir, at.epoch)
-            about = dict(run_id=at.run_id, argv=sys.argv, python=platform.python_version(), git_commit=commit(),
-                         torch=str(sys.modules["torch"].__version__), sweep_job=cfg.sweep_job)  # fmt: skip
+            rewind(run_dir, state.epoch)
+            origin = dict(
+                run_id=state.run_id,
+                argv=sys.argv,
+                python=platform.python_version(),
+                git_commit=commit(),
+                torch=str(sys.modules["torch"].__version__),
+                sweep_job=cfg.sweep_job,
+            )
             settings = {key: value for key, value in asdict(cfg).items() if key not in NOT_OF_A_RUN}
             _write_yaml(Path(run_dir, ".hydra", "config.yaml"), settings)
             _write_yaml(Path(run_dir, ".hydra", "overrides.yaml"), sys.argv[1:])
-            _write_yaml(Path(run_dir, ".hydra", "hydra.yaml"), about)
+            _write_yaml(Path(run_dir, ".hydra", "hydra.yaml"), origin)
 
     def __enter__(self):
         return self
@@ -77,71 +86,80 @@ class Recorder:
             text = "".join(traceback.format_exception(kind, error, trace))
             self("on_exception", error=f"{kind.__name__}: {error}", traceback=text)
 
-    def __call__(self, moment, shown=None, **said):
-        """Add one event; `shown` holds what only figures need."""
-        self.at.seconds = self.before + time.monotonic() - self.start
+    def __call__(self, moment, figure_data=None, **fields):
+        """Record one event, with `fields` as in `build_event_payload`; `figure_data` is for figures alone."""
+        state = self.state
+        state.seconds = self.seconds_before + time.monotonic() - self.start
         if not self.run_dir:
             return
-        event = build_event_payload(moment=moment, run_dir=self.run_dir, cfg=self.cfg, run_id=self.at.run_id,
-                                    step=self.at.step, total_time_s=self.at.seconds, **said)  # fmt: skip
+        fields |= dict(run_id=state.run_id, step=state.step, total_time_s=state.seconds)
+        event = build_event_payload(moment=moment, run_dir=self.run_dir, cfg=self.cfg, **fields)
         self._write(append_jsonl_event, event)
-        if self.cfg.make_plots and self.at.histories:
+        if self.cfg.make_plots and state.histories:
             try:
                 from data_utils.events.figures import handle_event
             except ImportError:
                 warn("no figures: pip install matplotlib")
                 self.cfg.make_plots = False
                 return
-            last = dict(epoch=self.at.epoch - 1, last=self.at.epoch == self.cfg.epochs, histories=self.at.histories)
-            handle_event(self.cfg, self.families, moment, event | dict(run_dir=self.run_dir) | last | (shown or {}))
+            epoch = dict(epoch=state.epoch - 1, last=state.epoch == self.cfg.epochs, histories=state.histories)
+            payload = event | dict(run_dir=self.run_dir) | epoch | (figure_data or {})
+            handle_event(self.cfg, self.families, moment, payload)
 
     def epoch(self, train, val, codes, events, val_seconds):
-        """Record the end of an epoch -> {name: text} of its key numbers, and the figures.
+        """Record the end of an epoch, draw its figures, and return {name: text} of its key numbers.
 
-        train, val: metrics with a `loss` each; codes: counts of each code in validation; events: trained on.
+        train, val: metrics, each with a `loss`. codes: (K,) counts of the codes in validation. events: number of
+        events in training. val_seconds: of the validation.
         """
-        at, epoch = self.at, self.at.epoch
+        state, epoch = self.state, self.state.epoch
         losses = dict(train_loss=train.pop("loss"), val_loss=val.pop("loss"))
-        speed = dict(epoch_time_s=at.epoch_seconds + val_seconds, throughput=events / max(1e-9, at.epoch_seconds))
-        found = losses | speed | train | val
-        for name in {**at.histories, **found}:  # one that comes late is None before
-            at.histories.setdefault(name, [None] * epoch).append(found.get(name))
-        at.epoch += 1
+        speed = dict(epoch_time_s=state.epoch_seconds + val_seconds, throughput=events / max(1e-9, state.epoch_seconds))
+        metrics = losses | speed | train | val
+        for name in {**state.histories, **metrics}:  # a metric that starts late has None for earlier epochs
+            state.histories.setdefault(name, [None] * epoch).append(metrics.get(name))
+        state.epoch += 1
         row = dict(epoch=epoch, **losses, **speed, max_memory_mib=peak_mb(self.device) * 1e6 / 2**20)
         if self.run_dir:
             self._write(append_scalars_csv, split="train", metrics=train, **row)
             self._write(append_scalars_csv, split="val", metrics=val, **row)
         self("on_epoch_end", dict(codes=codes), split="val", metrics=train | val, **row)
-        return {name: f"{found[name]:.4g}" for name in SHOWN if name in found}
+        return {name: f"{metrics[name]:.4g}" for name in SHOWN if name in metrics}
 
     def test(self, metrics, codes, rows):
-        """Record the end of the test, `rows`: (N, 2 + 5T) before and after, if they are to be drawn."""
-        row = dict(epoch=self.at.epoch - 1, split="test", train_loss=None, val_loss=None)
-        named = {("test_loss" if name == "loss" else name): value for name, value in metrics.items()}
+        """Record the end of the test; `rows` (N, 2 + 5 T) before and after are drawn, unless None."""
+        row = dict(epoch=self.state.epoch - 1, split="test", train_loss=None, val_loss=None)
+        metrics = {("test_loss" if name == "loss" else name): value for name, value in metrics.items()}
         if self.run_dir:
-            nothing = dict(epoch_time_s=None, throughput=None, max_memory_mib=None)
-            self._write(append_scalars_csv, metrics=named, **row, **nothing)
-        self("on_test_end", dict(codes=codes, rows=rows), metrics=named, **row)
+            empty = dict(epoch_time_s=None, throughput=None, max_memory_mib=None)
+            self._write(append_scalars_csv, metrics=metrics, **row, **empty)
+        self("on_test_end", dict(codes=codes, rows=rows), metrics=metrics, **row)
 
-    def _write(self, append, *what, **named):
-        """Append to a file of the run. What a full disk does not take is a warning, once: a run is worth more."""
+    def _write(self, append, *args, **fields):
+        """Append to a file of the run. A failed write, such as on a full disk, is one warning and never ends a run."""
         try:
-            append(self.run_dir, *what, **named)
+            append(self.run_dir, *args, **fields)
         except DataError as e:
-            if not self.failed:
+            if not self.write_failed:
                 warn(f"{e}; training goes on")
-            self.failed = True
+            self.write_failed = True
 
     def summary(self):
-        """The last line of a run."""
-        at, cfg = self.at, self.cfg
-        then = f"generate.py events {self.run_dir} --mode sample"
-        then = f"plot.py {self.run_dir}" if cfg.loop == "test_mlp" else then
-        then = then if at.tested >= cfg.epochs else f"train_ae.py resume={self.run_dir}"
-        best = f"best val_loss {at.best_val_loss:.4f} at epoch {at.best_epoch + 1}, test_loss {at.test_loss:.4f}"
-        took = f"{time.monotonic() - self.start:.0f} s, peak {peak_mb(self.device):.0f} MB"
-        line = f"{self.run_dir or cfg.loop}: epoch {at.epoch} of {cfg.epochs}, {best}, {took}"
-        return line + f"; next: python {then}" * bool(self.run_dir)
+        """Return the last line that a run prints: where it is, its best epoch, and the next command."""
+        state, cfg = self.state, self.cfg
+        best = f"best val_loss {state.best_val_loss:.4f} at epoch {state.best_epoch + 1}"
+        cost = f"{time.monotonic() - self.start:.0f} s, peak {peak_mb(self.device):.0f} MB"
+        line = f"{self.run_dir or cfg.loop}: epoch {state.epoch} of {cfg.epochs}, {best}, "
+        line += f"test_loss {state.test_loss:.4f}, {cost}"
+        if not self.run_dir:
+            return line
+        if state.tested < cfg.epochs:
+            command = f"train_ae.py resume={self.run_dir}"
+        elif cfg.loop == "test_mlp":
+            command = f"plot.py {self.run_dir}"
+        else:
+            command = f"generate.py events {self.run_dir} --mode sample"
+        return f"{line}; next: python {command}"
 
 
 def _write_yaml(path, content):

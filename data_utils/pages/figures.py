@@ -1,4 +1,4 @@
-"""The figure of a page: the answer to it after some supervision steps, and where each capsule looks."""
+"""Draw a page, its answers after some supervision steps, and the attention of each capsule."""
 
 import numpy as np
 import torch
@@ -6,39 +6,47 @@ import torch
 from data_utils.figures import COLOURS, RED, plt, write_figure
 from models.glyphs import CELL_HEIGHT, CELL_WIDTH, END, PADDING, to_images
 
-PAGE = 11  # inches, width of a figure of a page
+WIDTH = 11  # inches
 AMBER = 1.0, 0.75, 0.1
 
 
 def plot_page(out, *, page, answers, steps, target=None, q=None, attention=None, title=""):
-    """Write to `out` a page, its answer after some supervision steps, and where on the page each capsule looked.
+    """Write a figure to `out`: a page, its answers after some supervision steps, and the attention of each capsule.
 
-    page (R, C), target (L,) and answers (S, L) hold symbols of models/glyphs.py; what follows END is blank. Cells that
-    are wrong are red; without a target, those that changed since the answer before are amber. steps (S,) counts
-    supervision steps, q (S,) is the chance of being right in the model's eyes. attention: weights (K, r, c) >= 0 of K
-    capsules, any r and c that share the page out evenly: patches or cells.
+    page (R, C), target (L,) and answers (S, L) hold symbols of models/glyphs.py; symbols after END are blank. Wrong
+    cells are red. Without a target, cells that differ from the answer before are amber. steps: (S,) numbers of
+    supervision steps. q: (S,) probability by the halting head that the answer is right. attention: weights (K, r, c)
+    >= 0 of K capsules; r and c divide the page evenly, into patches or cells.
     """
-    page, answers = np.asarray(page), [_ended(np.asarray(answer)) for answer in answers]
+    page = np.asarray(page)
+    answers = [_blank_after_end(np.asarray(answer)) for answer in answers]
     columns = len(page[0])
-    given = [("page", _cells(page.reshape(-1), columns), None)]
-    answered, looked = [], []
+    page_panels = [("page", _cells(page.reshape(-1), columns), None)]
+    answer_panels, capsule_panels = [], []
     for i, answer in enumerate(answers):
-        wrong = answer != (answers[max(0, i - 1)] if target is None else target)
-        wrong = wrong if target is None else wrong & (np.asarray(target) != PADDING)
-        words = [f"{steps[i]} step{'s' * (steps[i] != 1)}"] + [f"{wrong.sum()} wrong"] * (target is not None)
-        words += [] if q is None else [f"q {q[i]:.2f}"]
-        answered.append((", ".join(words), _cells(answer, columns, wrong, AMBER if target is None else RED), None))
-    if target is not None:  # beside the page if it has its shape
-        goal = "target", _cells(_ended(target), columns), None
-        if len(target) == page.size:
-            given.append(goal)
+        words = ["1 step" if steps[i] == 1 else f"{steps[i]} steps"]
+        if target is None:
+            marked, colour = answer != answers[max(0, i - 1)], AMBER
         else:
-            answered.insert(0, goal)
-    for k, weights in enumerate(() if attention is None else attention):
-        looked.append((f"capsule {k + 1}", given[0][1], np.asarray(weights) / (np.max(weights) or 1)))
+            marked, colour = (answer != target) & (np.asarray(target) != PADDING), RED
+            words.append(f"{marked.sum()} wrong")
+        if q is not None:
+            words.append(f"q {q[i]:.2f}")
+        answer_panels.append((", ".join(words), _cells(answer, columns, marked, colour), None))
+    if target is not None:
+        panel = "target", _cells(_blank_after_end(target), columns), None
+        if len(target) == page.size:  # beside the page, with the same shape
+            page_panels.append(panel)
+        else:
+            answer_panels.insert(0, panel)
+    if attention is not None:
+        for k, weights in enumerate(attention):
+            strength = np.asarray(weights) / (np.max(weights) or 1)
+            capsule_panels.append((f"capsule {k + 1}", page_panels[0][1], strength))
     marks = "changed cells amber" if target is None else "wrong cells red"
-    groups = [("", 9, given), (f"answer after supervision steps, {marks}", 4, answered)]
-    groups += [("where each capsule looks, full colour for its largest weight", 4, looked)] * bool(looked)
+    groups = [("", 9, page_panels), (f"answer after supervision steps, {marks}", 4, answer_panels)]
+    if capsule_panels:
+        groups.append(("attention of each capsule, full colour for its largest weight", 4, capsule_panels))
     _write_groups(out, title, groups)
 
 
@@ -47,12 +55,12 @@ def _write_groups(out, title, groups):
     sizes = []
     for _, area, panels in groups:
         high, wide = panels[0][1].shape[:2]
-        inches = min(PAGE - 0.2, (area * wide / high) ** 0.5)
-        rows = -(-len(panels) // int(PAGE // inches))
+        inches = min(WIDTH - 0.2, (area * wide / high) ** 0.5)
+        rows = -(-len(panels) // int(WIDTH // inches))
         columns = -(-len(panels) // rows)
         sizes.append((rows, columns, rows * (inches * high / wide + 0.3) + 0.35))
     total = sum(height for *_, height in sizes)
-    figure = plt.figure(figsize=(PAGE, total + 0.4 * bool(title)), layout="constrained")
+    figure = plt.figure(figsize=(WIDTH, total + (0.4 if title else 0)), layout="constrained")
     parts = figure.subfigures(len(groups), 1, squeeze=False, height_ratios=[height / total for *_, height in sizes])
     for part, (heading, _, panels), (rows, columns, _) in zip(parts.flat, groups, sizes, strict=True):
         part.suptitle(heading, fontsize=10)
@@ -71,19 +79,19 @@ def _write_groups(out, title, groups):
     write_figure(figure, out)
 
 
-def _ended(answer):
-    """The symbols (L,) of an answer, those after its first END blank."""
-    over = np.maximum.accumulate(np.asarray(answer) == END)
-    return np.where(np.concatenate([[False], over[:-1]]), PADDING, answer)
+def _blank_after_end(answer):
+    """Return the symbols (L,) of an answer with PADDING after its first END."""
+    ended = np.maximum.accumulate(np.asarray(answer) == END)
+    return np.where(np.concatenate([[False], ended[:-1]]), PADDING, answer)
 
 
 def _cells(symbols, columns, marked=None, colour=None):
-    """Symbols (L,) -> a picture (high, wide, 3) from 0 to 1 in rows of at most `columns` cells, those marked tinted."""
+    """Draw symbols (L,) in rows of at most `columns` cells, marked ones tinted; return (height, width, 3), 0 to 1."""
     columns = min(columns, len(symbols))
-    more = -len(symbols) % columns
-    page = np.pad(symbols.astype(np.uint8), (0, more), constant_values=PADDING).reshape(-1, columns)
+    padding = -len(symbols) % columns
+    page = np.pad(symbols.astype(np.uint8), (0, padding), constant_values=PADDING).reshape(-1, columns)
     image = 1 - to_images(torch.from_numpy(page[None]))[0].numpy()[..., None].repeat(3, 2) / 255
     if marked is not None:
-        where = np.pad(marked, (0, more)).reshape(page.shape).repeat(CELL_HEIGHT, 0).repeat(CELL_WIDTH, 1)
-        image[where] = 0.55 * image[where] + 0.45 * np.array(colour)
+        pixels = np.pad(marked, (0, padding)).reshape(page.shape).repeat(CELL_HEIGHT, 0).repeat(CELL_WIDTH, 1)
+        image[pixels] = 0.55 * image[pixels] + 0.45 * np.array(colour)
     return image

@@ -1,7 +1,7 @@
-"""Mazes of `side` x `side` cells, walls around: passages carved depth first, a few more openings, one way to find.
+"""Mazes of `side` x `side` cells with walls around them: passages carved depth first, and a few more openings.
 
-A cell with an odd row and an odd column is a room, one with two even numbers a pillar, always wall; so no 2 x 2 cells
-are all open, and the marks of a way can be read in one order only.
+A cell with an odd row and an odd column is a room. One with two even numbers is a pillar and always wall. So no 2 x 2
+cells are all open, and the marks of a path can be read in one order only.
 """
 
 from collections import deque
@@ -10,15 +10,15 @@ import numpy as np
 
 from data_utils.pages.render import to_symbols
 
-WALL, OPEN, START, GOAL, WAY = to_symbols("# SGo").tolist()
-OPENED = 0.1  # of the walls between two rooms that carving left
+WALL, OPEN, START, GOAL, PATH = to_symbols("# SGo").tolist()
+OPENED = 0.1  # share of the walls between two rooms that are opened after carving
 
 
 class Mazes:
-    """Mazes for a task of pages (side, side); the walls must not leak. The way is at least `side` steps long."""
+    """Mazes for a task of pages (side, side); the walls must not leak. The path is at least `side` steps long."""
 
     def __init__(self, side):
-        self.side, self.about = side, f"{side} x {side} mazes"
+        self.side, self.label = side, f"{side} x {side} mazes"
         self.spec = dict(name="maze", version=1, opened=OPENED)
         self.rooms = [r * side + c for r in range(1, side, 2) for c in range(1, side, 2)]
 
@@ -28,9 +28,9 @@ class Mazes:
         return bytes(cells), cells
 
     def sample(self, draw, subject):
-        """Return page (side, side) and target (side^2,), the page with the way marked; None if no way is that long."""
+        """Return page (side, side) and target (side^2,), the page with its path marked; None if no path is so long."""
         start = draw.choice(self.rooms)
-        steps, before = search(subject, self.side, start)
+        steps, before = breadth_first(subject, self.side, start)
         far = [room for room in self.rooms if steps[room] >= self.side]
         if not far:
             return None
@@ -39,13 +39,14 @@ class Mazes:
         page.flat[start], page.flat[goal] = START, GOAL
         target, cell = page.reshape(-1).copy(), before[goal]
         while cell != start:
-            target[cell], cell = WAY, before[cell]
+            target[cell], cell = PATH, before[cell]
         return page, target
 
 
 def carve(side, rooms, draw):
     """Return the cells of a maze, a bytearray: all rooms joined by a depth-first walk, then some walls opened."""
-    cells, to_do = bytearray([WALL]) * (side * side), set(rooms)
+    cells = bytearray([WALL]) * (side * side)
+    to_do = set(rooms)
     stack = [draw.choice(rooms)]
     cells[stack[0]] = OPEN
     to_do.remove(stack[0])
@@ -67,29 +68,31 @@ def carve(side, rooms, draw):
     return cells
 
 
-def search(cells, side, start):
-    """Return, for each cell, its steps from `start` and the cell before it, breadth first; -1 where none leads.
+def breadth_first(cells, side, start):
+    """Return, for each cell, its steps from `start` and the cell before it; -1 for cells out of reach.
 
-    Neighbours are taken in one order (above, left, right, below), which chooses between ways of one length.
+    The fixed order of neighbours (above, left, right, below) chooses between paths of equal length.
     """
-    steps, before, queue = [-1] * len(cells), [-1] * len(cells), deque([start])
+    steps, before = [-1] * len(cells), [-1] * len(cells)
+    queue = deque([start])
     steps[start] = 0
     while queue:
         cell = queue.popleft()
         for step in (-side, -1, 1, side):
             near = cell + step
             if cells[near] != WALL and steps[near] < 0:
-                steps[near], before[near] = steps[cell] + 1, cell
+                steps[near] = steps[cell] + 1
+                before[near] = cell
                 queue.append(near)
     return steps, before
 
 
-def ways(pages, answers):
-    """Return (n,) bool: the answer is the page with one unbroken way from start to goal marked, without branches.
+def are_paths(pages, answers):
+    """Return (n,) bool: whether an answer is its page with one unbroken path marked from start to goal, no branches.
 
-    pages, answers: (n, R, C) symbols. The way may be longer than needed.
+    pages, answers: (n, R, C) symbols. The path need not be the shortest.
     """
-    marked = answers == WAY
+    marked = answers == PATH
     ends = (pages == START) | (pages == GOAL)
     on = np.pad(marked | ends, ((0, 0), (1, 1), (1, 1)))
     good = (np.where(marked, pages == OPEN, answers == pages)).all((1, 2))
@@ -97,7 +100,7 @@ def ways(pages, answers):
     good &= (~middle | (_near(on) == np.where(ends, 1, 2))).all((1, 2))
     reached = np.zeros_like(on)
     reached[:, 1:-1, 1:-1] = pages == START
-    while True:  # what hangs together with the start; closed rings elsewhere have two neighbours everywhere, too
+    while True:  # cells connected to the start; closed rings elsewhere also have two neighbours in each cell
         wider = middle & ((_near(reached) > 0) | reached[:, 1:-1, 1:-1])
         if (wider == reached[:, 1:-1, 1:-1]).all():
             return good & (wider == middle).all((1, 2))
@@ -105,6 +108,6 @@ def ways(pages, answers):
 
 
 def _near(on):
-    """(n, R + 2, C + 2) bool -> how many of the four neighbours are set, (n, R, C)."""
-    return sum(on[:, 1 + r : on.shape[1] - 1 + r, 1 + c : on.shape[2] - 1 + c].astype(int)
-               for r, c in ((-1, 0), (0, -1), (0, 1), (1, 0)))  # fmt: skip
+    """Return how many of the four neighbours are set in (n, R + 2, C + 2) bool, as (n, R, C)."""
+    on = on.astype(int)
+    return on[:, :-2, 1:-1] + on[:, 2:, 1:-1] + on[:, 1:-1, :-2] + on[:, 1:-1, 2:]

@@ -1,8 +1,8 @@
-"""Texts to read, to continue, and with a name to fill in: made-up stories, Python code, files of your own.
+"""Texts to read, to continue, and with a name to fill in: made-up stories, Python code, the user's files.
 
-A story is told with a cast (hero, thing, place) that is drawn first, stands in the first sentence and is named again in
-the last one, which can be known from the page only. Each choice is uniform, so the probability of a story is a product
-and the nats of its end are a floor under what any model can reach. R x C cells of a page, L symbols of a target.
+A story has a cast (hero, thing, place), drawn first. The first sentence names the cast, and so does the last one, which
+only the page tells. Each choice is uniform, so the probability of a story is a product, and no model can fall below the
+nats of its end. R x C cells of a page, L symbols of a target.
 """
 
 import bisect
@@ -108,23 +108,23 @@ TEMPLATES = {
 }
 PATTERNS = dict(hero="".join(f"({'|'.join(sounds)})" for sounds in SOUNDS))
 PATTERNS |= {kind: "|".join(words) for kind, words in WORDS.items()}
-WITHOUT = "test tests idle_test encodings pydoc_data site-packages".split()  # tests, tables alike, other packages
+WITHOUT = "test tests idle_test encodings pydoc_data site-packages".split()  # tests, similar tables, other packages
 NAME_LENGTHS = range(3, 16)  # of an identifier to fill in
-TOKENS = re.compile(  # strings and comments, which hide what looks like a name; names
+TOKENS = re.compile(  # strings and comments, which may hold words that look like names; then names
     r'"""[\s\S]*?"""|\'\'\'[\s\S]*?\'\'\'|"(?:\\.|[^"\\\n])*"|\'(?:\\.|[^\'\\\n])*\'|#[^\n]*|\b([A-Za-z_]\w*)', re.ASCII
 )
-SHOWN = "".join(to_text(to_symbols(chr(sign)))[0] for sign in range(256)).encode()  # for each byte
+SHOWN = "".join(to_text(to_symbols(chr(byte)))[0] for byte in range(256)).encode()  # the character that a page shows
 
 
 def cast_of(draw):
-    """Return a cast {hero, thing, place}, of about 57 million, and its nats."""
+    """Draw one of about 57 million casts {hero, thing, place}; return it and its nats."""
     hero = "".join([draw.choice(sounds) for sounds in SOUNDS])
     cast = dict(hero=hero, thing=draw.choice(WORDS["thing"]), place=draw.choice(WORDS["place"]))
     return cast, sum(math.log(len(words)) for words in (*SOUNDS, WORDS["thing"], WORDS["place"]))
 
 
 def sentence(draw, kind, cast):
-    """Return a sentence, an "opening", "middle" or "closing" with this cast, and the nats of the choices in it."""
+    """Draw a sentence of a kind ("opening", "middle", "closing") with this cast; return it and its nats."""
     parts = draw.choice(TEMPLATES[kind])
     words, nats = list(parts), math.log(len(TEMPLATES[kind]))
     for i, slot in enumerate(parts[1::2]):
@@ -135,16 +135,17 @@ def sentence(draw, kind, cast):
 
 @cache
 def longest(kind):
-    """Return the characters of the longest sentence of a kind."""
+    """Return the number of characters of the longest sentence of a kind."""
     most = {slot: max(map(len, words)) for slot, words in WORDS.items()} | dict(hero=len(SOUNDS))
     return max(sum(map(len, parts[::2])) + sum(most[slot] for slot in parts[1::2]) for parts in TEMPLATES[kind])
 
 
 def story(draw, cells, cast):
-    """Return (text, nats, end, end_nats): a story of at most `cells` characters, without its last sentence, and that.
+    """Draw a story of at most `cells` characters; return (text, nats, end, end_nats).
 
-    nats: -log of the probability of `text`, given the cast and `cells`, and of `end`, given `text`. A story has half
-    as many sentences as surely fit, up to all of them; `end` begins with a space.
+    text is the story without its last sentence, which is `end` and begins with a space. nats: -log of the probability
+    of `text`, given the cast and `cells`; end_nats: that of `end`, given `text`. The number of middle sentences is
+    between half of those that surely fit and all of them.
     """
     text, nats = sentence(draw, "opening", cast)
     most = (cells - longest("opening")) // (longest("middle") + 1)
@@ -157,17 +158,18 @@ def story(draw, cells, cast):
 
 @cache
 def _closings():
-    found = []
+    """Return [(pattern, nats)] of the closing sentences."""
+    closings = []
     for parts in TEMPLATES["closing"]:
         slots = {slot: f"(?P<{slot}>{PATTERNS[slot]})" for slot in parts[1::2]}
         pattern = "".join(slots[part] if i % 2 else re.escape(part) for i, part in enumerate(parts))
         nats = sum(math.log(len(WORDS[slot])) for slot in slots if slot not in CAST)
-        found.append((re.compile(f" ?{pattern}"), math.log(len(TEMPLATES["closing"])) + nats))
-    return found
+        closings.append((re.compile(f" ?{pattern}"), math.log(len(TEMPLATES["closing"])) + nats))
+    return closings
 
 
 def ending(text):
-    """Return the cast and the nats of the last sentence of a story; None for any other text."""
+    """Return the cast and the nats of the last sentence of a story; None for other text."""
     for pattern, nats in _closings():
         if match := pattern.fullmatch(text):
             return {name: match[name] for name in CAST}, nats
@@ -175,23 +177,23 @@ def ending(text):
 
 
 def floor(targets):
-    """Return -log of the probability of targets (n, L) of `continue`, in nats (n,) float64; NaN for what is no story.
+    """Return -log of the probability of targets (n, L) of `continue`, nats (n,) float64; NaN unless from a story.
 
     Divide by the scored symbols and by ln 2 for the bits per character that no model can fall below.
     """
-    found = [ending(to_text(target)) for target in np.asarray(targets)]
-    return np.array([end[1] if end else math.nan for end in found])
+    endings = [ending(to_text(target)) for target in np.asarray(targets)]
+    return np.array([end[1] if end else math.nan for end in endings])
 
 
 def words(text):
-    """Return the words of a text, or what may be a name in code, in order."""
+    """Return the words of a text, or the possible names in code, in order."""
     return re.findall(r"\b[A-Za-z_]\w*", text)
 
 
 class Stories:
     """Made-up stories for `read` and `continue`; the cast must not leak."""
 
-    about = "made-up stories"
+    label = "made-up stories"
 
     def __init__(self, task):
         self.task = task
@@ -204,7 +206,7 @@ class Stories:
         return " ".join(cast.values()).encode(), cast
 
     def sample(self, draw, cast):
-        """Return page (R, C) and target (L,): of `read` a piece that fills the page, of `continue` all but the end."""
+        """Return page (R, C) and target (L,): for `read` a piece that fills the page, for `continue` story and end."""
         task = self.task
         cells = task.rows * task.cols
         if task.name == "continue":
@@ -220,60 +222,63 @@ class Stories:
 class Passages:
     """Pieces of given texts {name: text} for `read`, `continue` and `fill`; a text must not leak.
 
-    by_lines: a piece starts where a line does. Texts shorter than a page and its answer are left out.
+    by_lines: a piece starts at the start of a line. Texts shorter than a page and its answer are skipped.
     """
 
     def __init__(self, task, texts, by_lines):
         self.task, self.by_lines = task, by_lines
-        self.need = task.rows * task.cols + (task.length if task.name == "continue" else 0)
-        kept = {name: text for name, text in texts.items() if len(text) >= self.need}
-        self.about = f"{len(kept)} texts of {self.need} or more characters, of {len(texts)}"
-        if not kept:
-            raise DataError(f"{task.name}: {self.about}\ntry: more or longer text, or smaller pages")
-        self.texts, self.names = list(kept.values()), {}
+        self.size = task.rows * task.cols + (task.length if task.name == "continue" else 0)
+        texts, total = {name: text for name, text in texts.items() if len(text) >= self.size}, len(texts)
+        self.label = f"{len(texts)} texts of {self.size} or more characters, of {total}"
+        if not texts:
+            raise DataError(f"{task.name}: {self.label}\ntry: more or longer text, or smaller pages")
+        self.texts, self.name_spans = list(texts.values()), {}
         self.hashes = [_hash(text.encode()) for text in self.texts]
-        self.ends = list(itertools.accumulate(len(text) - self.need + 1 for text in self.texts))
+        self.ends = list(itertools.accumulate(len(text) - self.size + 1 for text in self.texts))
         if by_lines:
-            self.spec = dict(name="files", version=1, files=dict(zip(kept, self.hashes, strict=True)))
+            self.spec = dict(name="files", version=1, files=dict(zip(texts, self.hashes, strict=True)))
         else:
-            self.spec = dict(name="rows", version=1, rows=len(kept), hash=_hash("".join(self.hashes).encode()))
+            self.spec = dict(name="rows", version=1, rows=len(texts), hash=_hash("".join(self.hashes).encode()))
 
     def subject(self, draw):
-        """Return a text, as its hash and as its number; long ones are drawn more often, as they hold more pieces."""
+        """Draw a text, as its hash and as its number; a long text holds more pieces, so it comes more often."""
         number = bisect.bisect(self.ends, draw.randrange(self.ends[-1]))
         return self.hashes[number].encode(), number
 
     def sample(self, draw, number):
-        """Return page (R, C) and target (L,); None where no name stands twice in the piece that was drawn."""
+        """Return page (R, C) and target (L,); None for `fill` if no name occurs twice in the piece."""
         task, text = self.task, self.texts[number]
-        start = draw.randint(0, len(text) - self.need)
+        start = draw.randint(0, len(text) - self.size)
         start = text.rfind("\n", 0, start) + 1 if self.by_lines else start
         if task.name == "fill":
             return self._fill(draw, number, start)
         page, target = _read(text[start:], task)
-        return page, to_symbols(text[start : start + self.need][-task.length :]) if task.name == "continue" else target
+        if task.name == "continue":
+            target = to_symbols(text[start : start + self.size][-task.length :])
+        return page, target
 
     def _fill(self, draw, number, start):
-        task = self.task
-        places = self._names(number)
-        first, last = places[0].searchsorted(start), places[1].searchsorted(start + self.need, "right")
-        found = {}
-        for begin, end in zip(*(edges[first:last].tolist() for edges in places), strict=True):
-            found.setdefault(self.texts[number][begin:end], []).append(begin - start)
-        twice = [name for name, begins in found.items() if len(begins) > 1]
-        if not twice:
+        task, text = self.task, self.texts[number]
+        begins, ends = self._names(number)
+        inside = slice(begins.searchsorted(start), ends.searchsorted(start + self.size, "right"))
+        places = {}
+        for begin, end in zip(begins[inside].tolist(), ends[inside].tolist(), strict=True):
+            places.setdefault(text[begin:end], []).append(begin - start)
+        repeated = [name for name, offsets in places.items() if len(offsets) > 1]
+        if not repeated:
             return None
-        name = draw.choice(twice)
-        begin, symbols = draw.choice(found[name]), to_symbols(self.texts[number][start : start + self.need])
-        symbols[begin : begin + len(name)] = HOLE
+        name = draw.choice(repeated)
+        offset = draw.choice(places[name])
+        symbols = to_symbols(text[start : start + self.size])
+        symbols[offset : offset + len(name)] = HOLE
         return layout(symbols, task.rows, task.cols), layout(name, 1, task.length)[0]
 
     def _names(self, number):
-        """First and last + 1 character of each name in a text, two rows of int32."""
-        if number not in self.names:
+        """Return begin and end (last character + 1) of each name in a text, two rows of int32."""
+        if number not in self.name_spans:
             spans = [match.span(1) for match in TOKENS.finditer(self.texts[number]) if _is_name(match[1])]
-            self.names[number] = np.array(spans, np.int32).reshape(-1, 2).T.copy()
-        return self.names[number]
+            self.name_spans[number] = np.array(spans, np.int32).reshape(-1, 2).T.copy()
+        return self.name_spans[number]
 
 
 def _is_name(word):
@@ -290,39 +295,41 @@ def _hash(content):
 
 
 def _plain(text):
-    """Return the text as a page shows it, so that it has one character for each symbol."""
+    """Return the text as a page shows it, one character per symbol."""
     return text.replace("\t", TAB).encode("ascii", "replace").translate(SHOWN).decode()
 
 
 def code_files(folder=""):
-    """Return {name: text} of the .py files in a folder, "": of the interpreter's library without its tests.
+    """Return {name: text} of the .py files in a folder, or for "" of the interpreter's library without its tests.
 
     Nothing is executed. Raises DataError for a folder without such files, and ("file:line") one that is not UTF-8.
     """
-    root, found = Path(folder or sysconfig.get_path("stdlib")), {}
+    root, texts = Path(folder or sysconfig.get_path("stdlib")), {}
     for path in sorted(_python_files(root, () if folder else WITHOUT)):
         name = path.relative_to(root).as_posix()
         if folder or not name.startswith(("config-", "_sysconfigdata")):
-            found[name] = _decoded(path, path.read_bytes().replace(b"\r\n", b"\n"), bool(folder))
-    if not any(found.values()):
+            texts[name] = _decode(path, path.read_bytes().replace(b"\r\n", b"\n"), bool(folder))
+    if not any(texts.values()):
         raise DataError(f"--code_dir {root}: no .py file with text in it\ntry: another folder")
     if folder:
-        _check_signs(f"--code_dir {root}", found.values())
-    return {name: _plain(text) for name, text in found.items()}
+        _check_characters(f"--code_dir {root}", texts.values())
+    return {name: _plain(text) for name, text in texts.items()}
 
 
-def _check_signs(where, texts):
-    """Warn of characters that a page does not show. Raises DataError when they are most of all."""
+def _check_characters(source, texts):
+    """Warn of characters that a page does not show. Raises DataError if they are more than half of all."""
     count, total = sum(map(lost, texts)), sum(map(len, texts))
     if 2 * count > total:
-        raise DataError(f"{where}: {count} of {total} characters ({count / total:.0%}) have no sign on a page, which "
-                        "shows printable ASCII\ntry: a text in ASCII letters")  # fmt: skip
+        raise DataError(
+            f"{source}: {count} of {total} characters ({count / total:.0%}) have no sign on a page, which "
+            "shows printable ASCII\ntry: a text in ASCII letters"
+        )
     if count:
-        warn(f"{where}: {count} of {total} characters ({count / total:.2%}) have no sign on a page and become ?")
+        warn(f"{source}: {count} of {total} characters ({count / total:.2%}) have no sign on a page and become ?")
 
 
 def _python_files(root, without):
-    """Paths below `root`; folders whose names begin with a dot or are in `without` are not looked into."""
+    """Yield paths of .py files below `root`, skipping names that begin with a dot and folders in `without`."""
     for folder, inner, files in os.walk(root):
         inner[:] = [name for name in inner if not name.startswith(".") and name not in without]
         paths = (Path(folder, name) for name in files if name.endswith(".py") and not name.startswith("."))
@@ -330,7 +337,7 @@ def _python_files(root, without):
 
 
 def story_rows(path):
-    """Return {number: text} of a .txt file, a story a line, or of a .jsonl file, {"text": "..."} a line, in memory.
+    """Read {number: text} from a .txt file, one story per line, or a .jsonl file, {"text": "..."} per line.
 
     Raises DataError for a file that is missing, empty, or ("file:line") malformed.
     """
@@ -343,19 +350,19 @@ def story_rows(path):
                 if kind in MALFORMED:
                     raise DataError(f"--stories {problems[kind][1][0]}\ntry: mend the line")
         elif path.suffix == ".txt":
-            texts = _decoded(path, path.read_bytes(), True).split("\n")
+            texts = _decode(path, path.read_bytes(), True).split("\n")
         else:
             raise DataError(f"--stories {path}: expected a .txt or .jsonl file")
     except OSError as e:
         raise DataError(f"--stories {path}: {e.strerror}\ntry: an existing .txt or .jsonl file") from e
-    found = {number: text for number, row in enumerate(texts) if (text := row.strip())}
-    if not found:
+    stories = {number: text for number, row in enumerate(texts) if (text := row.strip())}
+    if not stories:
         raise DataError(f"--stories {path}: no text in it")
-    _check_signs(f"--stories {path}", found.values())
-    return {number: _plain(text) for number, text in found.items()}
+    _check_characters(f"--stories {path}", stories.values())
+    return {number: _plain(text) for number, text in stories.items()}
 
 
-def _decoded(path, content, strict):
+def _decode(path, content, strict):
     try:
         return content.decode("utf-8-sig", "strict" if strict else "replace")
     except UnicodeDecodeError as e:

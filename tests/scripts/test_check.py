@@ -1,4 +1,4 @@
-"""scripts/check.py: what it looks at, and its status."""
+"""scripts/check.py: its lines, and its status."""
 
 import importlib.util
 
@@ -12,7 +12,7 @@ def script():
     return module
 
 
-def test_all_is_there(capsys):
+def test_every_part_is_ok(capsys):
     assert script().main() == 0
     lines = capsys.readouterr().out.splitlines()
     parts = "versions device render samples steps save load".split()
@@ -20,7 +20,7 @@ def test_all_is_there(capsys):
     assert "8 of read, continue, sudoku4, maze" in lines[3]
 
 
-def test_what_fails_is_named(capsys, monkeypatch):
+def test_a_failure_is_named(capsys, monkeypatch):
     monkeypatch.setattr("data_utils.pages.render.to_text", lambda page: "else")
     assert script().main() == 1
     out, err = capsys.readouterr()

@@ -595,7 +595,7 @@ def test_figures_that_fail_and_full_ones(events, drawn, monkeypatch, capfd):
     def fail(*_):
         raise ValueError("no ink")
 
-    monkeypatch.setitem(figures.FAMILIES, "losses", fail)
+    monkeypatch.setitem(figures.FIGURES, "losses", fail)
     assert run(events, "out=b make_plots=true plot_moments=on_train_end")["epoch"] == 2
     assert "no figure of losses: ValueError: no ink" in capfd.readouterr().err and drawn("b")
 

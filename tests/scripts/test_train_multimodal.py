@@ -21,8 +21,7 @@ import train_multimodal
 from data_utils import files
 from data_utils.checkpoint import canonical_keys, load_checkpoint
 from data_utils.launch import launch as run_program
-from data_utils.pages import arc, shards
-from data_utils.pages import rolling_batch as slots
+from data_utils.pages import arc, rolling_batch, shard_builder, shards
 from models import halting
 from models.multimodal import Multimodal
 from tests.helpers import ROOT, THREADS, finish, launch, start, start_two
@@ -95,7 +94,7 @@ def folder(tmp_path, monkeypatch):
     """Each test has a working folder of its own, and threads as the processes that it starts."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(halting, "LEARN_FROM", LEARN_FROM)
-    monkeypatch.setattr(shards, "POLL", 0.02)
+    monkeypatch.setattr(shard_builder, "POLL", 0.02)
     threads = torch.get_num_threads()
     torch.set_num_threads(int(THREADS))
     yield
@@ -321,7 +320,7 @@ def test_interrupted_and_resumed_equals_uninterrupted(pages, tmp_path):
 
 
 def test_training_while_data_come_is_training_on_all_of_them(pages, monkeypatch):
-    monkeypatch.setattr(slots, "START_PAGES", 32)  # as it is, so few pages would be waited for at once
+    monkeypatch.setattr(rolling_batch, "START_PAGES", 32)  # as it is, so few pages would be waited for at once
     run(*TOY, f"data_paths={pages} checkpoint_path=whole incremental=false epochs=2")
     shutil.copytree(pages, "data")
     path, woken = Path("data", "manifest.json"), []

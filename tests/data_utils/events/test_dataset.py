@@ -26,8 +26,8 @@ def mass(momenta):
 
 
 def figures(rows):
-    """What a row-by-row reading of the format says: objects, HT, median pT, median MET, b-jets, share near the W."""
-    found, every_pt = [], []
+    """Read rows one by one: mean objects, HT, median pT, median MET, mean b-jets, share of events near the W."""
+    per_event, every_pt = [], []
     for row in rows.astype(float):
         seen = [(row[i], *row[20 + 4 * i : 24 + 4 * i]) for i in range(18) if row[i]]
         every_pt += [pt for _, _, pt, _, _ in seen]
@@ -37,8 +37,8 @@ def figures(rows):
             if kind == 1
         ]
         near = any(abs(mass(a + b) - 80.4) < 10 for i, a in enumerate(light) for b in light[:i])
-        found.append((len(seen), sum(one[2] for one in seen), sum(one[0] == 2 for one in seen), near))
-    objects, ht, b_jets, near = np.mean(found, 0)
+        per_event.append((len(seen), sum(one[2] for one in seen), sum(one[0] == 2 for one in seen), near))
+    objects, ht, b_jets, near = np.mean(per_event, 0)
     return np.array([objects, ht, np.median(every_pt), np.median(rows[:, 18]), b_jets, near])
 
 
@@ -66,7 +66,7 @@ def test_a_decay_is_isotropic_in_the_rest_frame():
 
 
 @pytest.mark.parametrize("heavy", ["t" * 2 + extra for extra in toy.LABELS.values()])
-def test_what_leaves_the_collision(heavy):
+def test_the_particles_of_a_collision(heavy):
     ids, pt, eta, phi, unseen = toy.collide(heavy, 4000, np.random.default_rng(1))
     tops, bosons = heavy.count("t"), len(heavy) - heavy.count("t")
     assert ids.shape == pt.shape == (3 * tops + 2 * bosons + toy.MOST_RADIATED, 4000) and unseen.shape == (2, 4000)
@@ -85,9 +85,9 @@ def test_what_leaves_the_collision(heavy):
 
 def test_the_figures_of_top_pairs():
     rows, labels = toy.decay_chain(12_000, 0)
-    found = figures(rows[labels == 0])
+    ours = figures(rows[labels == 0])
     wanted, tolerance = (5.2, 377, 59, 28, 1.34, 0.63), (0.1, 12, 2, 2, 0.06, 0.03)
-    assert (abs(found - wanted) < tolerance).all(), found
+    assert (abs(ours - wanted) < tolerance).all(), ours
 
 
 def test_the_figures_of_the_physical_sample():
@@ -103,8 +103,8 @@ def test_the_figures_of_the_physical_sample():
 def test_rows_keep_the_format():
     rows, labels = toy.decay_chain(3000, 5)
     assert rows.dtype == np.float32 and rows.shape == (3000, 92) and (np.bincount(labels) == 500).all()
-    clean, _, _, dropped = events.clean(rows.copy(), labels, labels, "it")
-    assert (clean == rows).all() and dropped == {}
+    clean_rows, _, _, dropped = events.drop_damaged(rows.copy(), labels, labels, "rows")
+    assert (clean_rows == rows).all() and dropped == {}
     ids, (energy, pt, eta, phi) = rows[:, :18], np.moveaxis(events.objects(rows), 2, 0)
     count = (ids > 0).sum(1)
     assert ((ids > 0) == (np.arange(18) < count[:, None])).all() and (events.objects(rows)[ids == 0] == 0).all()
@@ -156,10 +156,11 @@ def test_normalised_and_back(features, phi):
         assert (x[ids == 0] == 0).all() and np.allclose(x, naive(expected, features, phi, meta["stats"]), atol=1e-5)
         assert np.allclose(x[ids > 0].mean(0), 0, atol=1e-5 if name == "train" else 0.3)
         back = events.to_rows(part["x"], part["ids"], part["globals"], meta)
-        kept = [events.COLUMNS.index(f) for f in features]
-        assert np.allclose(events.objects(back)[..., kept], events.objects(expected)[..., kept], rtol=1e-4, atol=1e-4)
+        modelled = [events.COLUMNS.index(f) for f in features]
+        before, after = (events.objects(some)[..., modelled] for some in (expected, back))
+        assert np.allclose(after, before, rtol=1e-4, atol=1e-4)
         assert np.allclose(back[:, :20], expected[:, :20], rtol=1e-4, atol=1e-4)
-        rest = [i for i in range(4) if i not in kept]
+        rest = [i for i in range(4) if i not in modelled]
         assert (events.objects(back)[..., rest] == 0).all()
 
 
@@ -212,9 +213,9 @@ def test_statistics_see_neither_other_splits_nor_padding(tmp_path):
     events.objects(padded["X_test"])[..., :2] *= 2
     padded = {k: np.asfortranarray(x) for k, x in padded.items()}
     np.savez(tmp_path / "b.npz", **padded, **names)
-    found, other = load(tmp_path / "b.npz")
+    loaded, other = load(tmp_path / "b.npz")
     assert other["stats"] == meta["stats"] and other["dropped"] == {}
-    assert all((found["train"][k] == expected["train"][k]).all() for k in ("x", "ids", "globals", "y"))
+    assert all((loaded["train"][k] == expected["train"][k]).all() for k in ("x", "ids", "globals", "y"))
 
 
 def test_a_constant_feature_does_not_divide_by_nothing(tmp_path):
@@ -242,14 +243,14 @@ def products(rows):
 
 @pytest.mark.parametrize("phi", ["sincos", "raw"])
 @pytest.mark.parametrize("features", [events.COLUMNS, ("phi", "pT", "eta", "E")])
-def test_turned_events_are_the_same_to_a_physicist(features, phi):
+def test_rotated_and_mirrored_events_are_the_same_to_a_physicist(features, phi):
     splits, meta = load(features=features, phi=phi)
     train = splits["train"]
-    after = events.turned(train, meta, 1, 0)
+    after = events.rotate_and_mirror(train, meta, 1, 0)
     rows, other = (events.to_rows(part["x"], part["ids"], part["globals"], meta) for part in (train, after))
     scale = events.objects(rows)[..., 0].sum(1) ** 2
-    for expected, found in zip(products(rows), products(other), strict=True):
-        assert (abs(found - expected).reshape(len(rows), -1).max(1) < 1e-4 * scale).all()
+    for expected, actual in zip(products(rows), products(other), strict=True):
+        assert (abs(actual - expected).reshape(len(rows), -1).max(1) < 1e-4 * scale).all()
     (one, two), there = (events.objects(part) for part in (rows, other)), rows[:, :18] > 0
     assert (rows[:, :18] == other[:, :18]).all() and np.allclose(one[..., :2], two[..., :2], rtol=1e-4)
     assert np.allclose(rows[:, 18], other[:, 18], rtol=1e-4) and (after["x"][train["ids"] == 0] == 0).all()
@@ -257,24 +258,24 @@ def test_turned_events_are_the_same_to_a_physicist(features, phi):
     assert np.allclose(abs(two[..., 2]), abs(one[..., 2]), atol=1e-4) and np.allclose(abs(sign), 1, atol=0.05)
     ahead, back = (events.wrap(two[:, 0, 3] - way * one[:, 0, 3]) for way in (1, -1))
     ahead_too, back_too = (events.wrap(two[:, 1, 3] - way * one[:, 1, 3]) for way in (1, -1))
-    kept, mirrored = abs(events.wrap(ahead - ahead_too)) < 1e-3, abs(events.wrap(back - back_too)) < 1e-3
-    assert (kept | mirrored).all() and 0.4 < kept.mean() < 0.6 and 0.4 < (sign > 0).mean() < 0.6
-    angle = np.where(kept, ahead, back)
-    assert abs(np.exp(1j * angle).mean()) < 0.1 and abs(np.corrcoef([kept, sign])[0, 1]) < 0.15
-    again, next_epoch = (events.turned(train, meta, 1, epoch) for epoch in (0, 1))
+    same_way, mirrored = abs(events.wrap(ahead - ahead_too)) < 1e-3, abs(events.wrap(back - back_too)) < 1e-3
+    assert (same_way | mirrored).all() and 0.4 < same_way.mean() < 0.6 and 0.4 < (sign > 0).mean() < 0.6
+    angle = np.where(same_way, ahead, back)
+    assert abs(np.exp(1j * angle).mean()) < 0.1 and abs(np.corrcoef([same_way, sign])[0, 1]) < 0.15
+    again, next_epoch = (events.rotate_and_mirror(train, meta, 1, epoch) for epoch in (0, 1))
     assert (again["x"] == after["x"]).all() and (again["globals"] == after["globals"]).all()
     assert (next_epoch["globals"][:, 1] != after["globals"][:, 1]).all()
 
 
-def test_a_table_is_not_turned():
+def test_a_table_is_not_rotated():
     splits, meta = events.test_table(0, "binary")
-    assert events.turned(splits["train"], meta, 0, 0) is splits["train"]
+    assert events.rotate_and_mirror(splits["train"], meta, 0, 0) is splits["train"]
 
 
 @pytest.mark.parametrize("task", ["regression", "binary"])
 def test_the_table_of_the_mlp(task):
-    table, about = events.test_table(7, task)
-    assert about["cont_dim"] == 16 and not about["dropped"]
+    table, meta = events.test_table(7, task)
+    assert meta["cont_dim"] == 16 and not meta["dropped"]
     assert {k: tuple(t["x"].shape) for k, t in table.items()} == dict(train=(4000, 16), val=(500, 16), test=(500, 16))
     assert abs(table["train"]["x"].mean(0)).max() < 1e-6 and abs(table["val"]["x"].mean(0)).max() > 1e-3
     x, y = (table["train"][key].numpy() for key in "xy")
@@ -287,7 +288,7 @@ def test_the_table_of_the_mlp(task):
 # ---- files -----------------------------------------------------------------------------------------------------------
 
 
-def made(n=300, seed=2):
+def simulated(n=300, seed=2):
     return toy.decay_chain(n, seed)
 
 
@@ -299,26 +300,27 @@ def six(rows, labels, y="Y"):
 
 @pytest.mark.parametrize("y", ["Y", "y"])
 def test_six_keys_of_npz_and_h5(y, tmp_path):
-    rows, labels = made()
+    rows, labels = simulated()
     arrays = six(rows, labels, y)
     np.savez(tmp_path / "a.npz", **arrays, about=np.array(["more"]))
-    found = events.read_events(tmp_path / "a.npz", seed=9)
-    assert (found[0] == rows).all() and (found[1] == labels).all() and np.bincount(found[2]).tolist() == [240, 30, 30]
+    content = events.read_events(tmp_path / "a.npz", seed=9)
+    assert (content[0] == rows).all() and (content[1] == labels).all()
+    assert np.bincount(content[2]).tolist() == [240, 30, 30]
     h5py = pytest.importorskip("h5py")
     for name in ("a.h5", "a.hdf5"):
         with h5py.File(tmp_path / name, "w") as file:
             for key, array in arrays.items():
                 file[key] = array
             file.create_group("about")
-        assert all(map(np.array_equal, found, events.read_events(tmp_path / name, seed=9)))
+        assert all(map(np.array_equal, content, events.read_events(tmp_path / name, seed=9)))
 
 
 def test_x_and_y_are_split_by_the_seed(tmp_path):
-    rows, labels = made()
+    rows, labels = simulated()
     np.savez(tmp_path / "a.npz", X=rows.astype(np.float64), y=labels[:, None])
-    found, y, split = events.read_events(tmp_path / "a.npz", seed=4)
+    content, y, split = events.read_events(tmp_path / "a.npz", seed=4)
     order = np.random.default_rng((4, 0)).permutation(300)
-    assert (found == rows).all() and (y == labels).all() and found.dtype == np.float32
+    assert (content == rows).all() and (y == labels).all() and content.dtype == np.float32
     assert [set(np.flatnonzero(split == i)) for i in range(3)] == [
         set(order[:240]),
         set(order[240:270]),
@@ -327,7 +329,7 @@ def test_x_and_y_are_split_by_the_seed(tmp_path):
 
 
 def test_other_numbers_of_slots(tmp_path):
-    rows, labels = made()
+    rows, labels = simulated()
     short = np.concatenate([rows[:, :7], rows[:, 18:20], rows[:, 20 : 20 + 28]], 1)
     np.savez(tmp_path / "a.npz", X=short, y=labels)
     splits, meta = load(tmp_path / "a.npz")
@@ -338,7 +340,7 @@ def test_other_numbers_of_slots(tmp_path):
 
 
 def test_mev(tmp_path):
-    rows, labels = made()
+    rows, labels = simulated()
     large = rows.copy()
     large[:, 18] *= 1000
     events.objects(large)[..., :2] *= 1000
@@ -348,7 +350,7 @@ def test_mev(tmp_path):
     assert all(np.allclose(mev[s][k], gev[s][k], atol=1e-5) for s in mev for k in mev[s])
     with pytest.raises(DataError) as caught:
         load(tmp_path / "mev.npz")
-    assert "looks like MeV\ntry: energy_unit=MeV" in str(caught.value)
+    assert "looks like MeV\ntry: --energy_unit MeV" in str(caught.value)
 
 
 def spoil(row, reason):
@@ -379,7 +381,7 @@ REASONS = [
 
 
 def test_damaged_rows_are_counted_by_reason_and_dropped(tmp_path):
-    rows, labels = made(1200)
+    rows, labels = simulated(1200)
     for i, reason in enumerate(REASONS):
         spoil(rows[i], reason)
     rows[6, 0], rows[7, 0], rows[8, 19], rows[9, 20] = 8, np.nan, np.inf, -np.inf
@@ -391,21 +393,21 @@ def test_damaged_rows_are_counted_by_reason_and_dropped(tmp_path):
 
 
 def test_phi_is_wrapped_and_all_else_left_alone(tmp_path):
-    rows, labels = made()
-    turned = rows.copy()
-    events.objects(turned)[..., 3] += 2 * np.pi * (turned[:, :18] > 0)
-    turned[:, 19] -= 4 * np.pi
+    rows, labels = simulated()
+    shifted = rows.copy()
+    events.objects(shifted)[..., 3] += 2 * np.pi * (shifted[:, :18] > 0)
+    shifted[:, 19] -= 4 * np.pi
     split = np.zeros(300)
-    found, *_ = events.clean(turned, labels, split, "it")
-    assert np.allclose(found, rows, atol=1e-5) and abs(found[:, 19]).max() <= np.float32(np.pi)
-    assert (events.clean(rows.copy(), labels, split, "it")[0] == rows).all()
+    wrapped, *_ = events.drop_damaged(shifted, labels, split, "rows")
+    assert np.allclose(wrapped, rows, atol=1e-5) and abs(wrapped[:, 19]).max() <= np.float32(np.pi)
+    assert (events.drop_damaged(rows.copy(), labels, split, "rows")[0] == rows).all()
 
 
 def save(rows=None, **changes):
     """Return what writes a file of 300 events whose arrays `changes` replaces; None drops one."""
 
     def write(path):
-        arrays = {k: v for k, v in (dict(zip("Xy", made(), strict=True)) | changes).items() if v is not None}
+        arrays = {k: v for k, v in (dict(zip("Xy", simulated(), strict=True)) | changes).items() if v is not None}
         np.savez(path, **arrays)
 
     return write
@@ -413,27 +415,27 @@ def save(rows=None, **changes):
 
 def parts(**changes):
     def write(path):
-        arrays = {k: v for k, v in (six(*made()) | changes).items() if v is not None}
+        arrays = {k: v for k, v in (six(*simulated()) | changes).items() if v is not None}
         np.savez(path, **arrays)
 
     return write
 
 
 def damaged(path):
-    rows, labels = made()
+    rows, labels = simulated()
     for row, reason in zip(rows, REASONS[:2] * 2, strict=False):
         spoil(row, reason)
     np.savez(path, X=rows, y=labels)
 
 
 def large(path):
-    rows, labels = made()
+    rows, labels = simulated()
     events.objects(rows)[..., 1] = 60000
     np.savez(path, X=rows, y=labels)
 
 
 SIX = "expected X and y, or X_train, Y_train and so for val and test"
-ERRORS = [  # file name, what writes it, more arguments, error, message
+ERRORS = [  # file name, the function that writes it, more arguments, error, message
     ("a.npz", None, {}, DataError, "{path}: no such file\ntry: python prepare_data.py events --out {path}"),
     ("a.csv", None, {}, UsageError,
      "{path}: expected a file .npz, .h5 or .hdf5\ntry: --data decay_chain"),
@@ -457,14 +459,14 @@ ERRORS = [  # file name, what writes it, more arguments, error, message
     ("a.npz", save(y=np.full(300, np.nan)), {}, DataError,
      "{path}: y is float64 (300,): expected whole numbers (300,), as long as X"),
     ("a.npz", parts(X_val=np.ones((0, 92)), Y_val=np.ones(0)), {}, DataError, "{path}: X_val is empty: (0, 92)"),
-    ("a.npz", save(X=made(2)[0], y=made(2)[1]), {}, DataError,
+    ("a.npz", save(X=simulated(2)[0], y=simulated(2)[1]), {}, DataError,
      "{path}: a split is empty: train 1, val 0, test 1\ntry: more events, other --labels"),
     ("a.npz", save(), dict(labels=(7, 8)), DataError,
      "{path}: no event of labels 7 8\nlabels there: 0 1 2 3 4 5"),
     ("a.npz", damaged, {}, DataError,
      "{path}: 4 of 300 rows are damaged: 2 NaN or infinite, 2 id not one of 0 to 7\nonly 1% would be dropped"),
     ("a.npz", large, {}, DataError,
-     "{path}: half of the pT are above 60000: looks like MeV\ntry: energy_unit=MeV"),
+     "{path}: half of the pT are above 60000: looks like MeV\ntry: --energy_unit MeV"),
     ("a.npz", lambda path: path.write_bytes(b"junk"), {}, DataError, "{path} can't be read: ValueError: "),
     ("a.npz", lambda path: path.write_bytes(b"PK\x03\x04junk"), {}, DataError, "{path} can't be read: BadZipFile: "),
     ("a.npz", save(X=np.array([{}] * 300, object)), {}, DataError, "{path} can't be read: ValueError: "),
@@ -478,15 +480,15 @@ ERRORS = [  # file name, what writes it, more arguments, error, message
 
 
 @pytest.mark.parametrize("name, write, more, error, message", ERRORS)
-def test_what_cannot_be_used_is_named(name, write, more, error, message, tmp_path):
+def test_errors_name_the_file_and_the_problem(name, write, more, error, message, tmp_path):
     path = tmp_path / name if "." in name else name
     if write:
         write(path)
     with pytest.raises((DataError, UsageError)) as caught:
         load(path, **more)
-    found, expected = str(caught.value), message.format(path=path)
-    assert type(caught.value) is error and len(found.splitlines()) <= 3
-    assert found.startswith(expected) if expected.endswith(": ") else found == expected
+    text, expected = str(caught.value), message.format(path=path)
+    assert type(caught.value) is error and len(text.splitlines()) <= 3
+    assert text.startswith(expected) if expected.endswith(": ") else text == expected
 
 
 def test_h5_without_the_package(monkeypatch, tmp_path):
@@ -536,7 +538,7 @@ def test_prepared_events_are_the_generators(form, tmp_path, capsys):
          "try: pip install pythia8mc==8.317.2 fastjet, or --generator decay_chain"),
     ],
 )  # fmt: skip
-def test_what_prepare_refuses(flags, status, message, monkeypatch, tmp_path, capsys):
+def test_prepare_refuses(flags, status, message, monkeypatch, tmp_path, capsys):
     monkeypatch.chdir(tmp_path)
     for package in ("h5py", "fastjet", "pythia8mc"):
         monkeypatch.setitem(sys.modules, package, None)
@@ -549,5 +551,5 @@ def test_pythia(tmp_path, capsys):
     status, _, _ = prepare(capsys, "--generator", "pythia", "--events", 20, "--out", tmp_path / "a.npz")
     rows, labels, _ = events.read_events(tmp_path / "a.npz", seed=0)
     assert status == 0 and np.bincount(labels).tolist() == [4, 4, 4, 4, 0, 4]
-    kept, _, _, dropped = events.clean(rows.copy(), labels, labels, "it")
-    assert not dropped and np.allclose(kept, rows, atol=1e-5)
+    good, _, _, dropped = events.drop_damaged(rows.copy(), labels, labels, "rows")
+    assert not dropped and np.allclose(good, rows, atol=1e-5)

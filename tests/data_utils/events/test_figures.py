@@ -16,7 +16,15 @@ from data_utils.events.decay_chain import decay_chain
 
 pytestmark = pytest.mark.filterwarnings("error")  # a limit below 0 on a logarithmic axis, a layout that collapses
 
-EVERY = dict(  # what each loop knows of three epochs; the first value of a metric that comes late is None
+
+@pytest.fixture(autouse=True)
+def closed():
+    """Close the figures that a test caught, since matplotlib warns of more than 20 open ones."""
+    yield
+    figures.plt.close("all")
+
+
+EVERY = dict(  # the metrics of each loop in three epochs; a metric that starts late has None first
     ae="rec_tokens rec_types type_accuracy rec_globals commit perplexity usage revived lr grad_norm skipped_steps",
     gan_ae="d_loss g_loss d_acc_real d_acc_fake adv_w",
     diffusion_ae="eps_loss eps_q0 eps_q1 eps_q2 eps_q3 ddim_mse ddim_mse_shuffled rec_types",
@@ -26,29 +34,29 @@ EVERY = dict(  # what each loop knows of three epochs; the first value of a metr
 
 def histories(loop):
     names = (EVERY["ae"].split() if loop == "gan_ae" else []) + EVERY[loop].split()
-    own = "train_loss", "val_loss", "epoch_time_s", "throughput"
-    return {name: [0.01, None, 3.0] if name == "commit" else [20.0, 2.0, 0.5] for name in (*own, *names)}
+    fields = "train_loss", "val_loss", "epoch_time_s", "throughput"
+    return {name: [0.01, None, 3.0] if name == "commit" else [20.0, 2.0, 0.5] for name in (*fields, *names)}
 
 
 def drawn(tmp_path, monkeypatch, loop, full=False, moment="on_test_end", really=False, **payload):
     """{family: figure} of one moment; drawing them `really` is slow."""
     cfg = SimpleNamespace(plot_every=1, plot_moments=[moment], plot_detail="full" if full else "light")
-    vars(cfg).update({f"plot_{family}": True for family in figures.FAMILIES})
-    found, old = {}, figures.write_figure
+    vars(cfg).update({f"plot_{family}": True for family in figures.FIGURES})
+    drawings, old = {}, figures.write_figure
 
     def write(figure, out):
-        found[out.name.split("-")[0]] = figure
+        drawings[out.name.split("-")[0]] = figure
         if really:
             old(figure, out)
         out.parent.mkdir(exist_ok=True)
         out.touch()
 
     monkeypatch.setattr(figures, "write_figure", write)
-    known = dict(run_dir=str(tmp_path), epoch=2, last=True, histories=histories(loop), codes=[5, 0, 3])
-    figures.handle_event(cfg, train_ae.LOOPS[loop][1], moment, known | payload)
+    common = dict(run_dir=str(tmp_path), epoch=2, last=True, histories=histories(loop), codes=[5, 0, 3])
+    figures.handle_event(cfg, train_ae.LOOPS[loop][1], moment, common | payload)
     files = {path.name for path in (tmp_path / "figures").glob("*")}
-    assert files == {f"{family}-{moment}-e002.png" for family in found}
-    return found
+    assert files == {f"{family}-{moment}-e002.png" for family in drawings}
+    return drawings
 
 
 def panels(figure):
@@ -63,16 +71,18 @@ def panels(figure):
 def test_every_family_that_a_loop_knows_of_is_drawn(tmp_path, monkeypatch, capsys, loop, full):
     rows = decay_chain(50, 0)[0]
     codes = [5, 0, 3] if "gan" in loop or loop == "ae" else [0, 0, 0]
-    found = drawn(tmp_path, monkeypatch, loop, full, rows=(rows, rows), codes=codes, really=full and loop == "gan_ae")
+    drawings = drawn(
+        tmp_path, monkeypatch, loop, full, rows=(rows, rows), codes=codes, really=full and loop == "gan_ae"
+    )
     expected = {"losses", "metrics", "latency"}
     expected |= {"recon"} if loop != "test_mlp" else set()
     expected |= {"codebook"} if any(codes) else set()
     expected |= {"adversarial"} if loop == "gan_ae" else {"diffusion"} if loop == "diffusion_ae" else set()
-    assert set(found) == expected and "warning" not in capsys.readouterr().err
-    assert len(panels(found["latency"])) == 1 + full
-    if "recon" in found:
-        assert len(panels(found["recon"])) == (6 if full else 2 if loop == "diffusion_ae" else 3)
-    for figure in found.values():
+    assert set(drawings) == expected and "warning" not in capsys.readouterr().err
+    assert len(panels(drawings["latency"])) == 1 + full
+    if "recon" in drawings:
+        assert len(panels(drawings["recon"])) == (6 if full else 2 if loop == "diffusion_ae" else 3)
+    for figure in drawings.values():
         for axes in panels(figure):
             assert axes.get_xlabel() and axes.get_ylabel() and axes.has_data()
 
@@ -82,42 +92,42 @@ def test_without_a_test_s_rows_recon_is_of_epochs(tmp_path, monkeypatch):
 
 
 def test_a_critic_of_latents_is_drawn_alone(tmp_path, monkeypatch):
-    known = histories("ae") | dict(latent_d_loss=[1.3, 1.2, 1.0])
-    (axes,) = panels(drawn(tmp_path, monkeypatch, "ae", histories=known)["adversarial"])
+    values = histories("ae") | dict(latent_d_loss=[1.3, 1.2, 1.0])
+    (axes,) = panels(drawn(tmp_path, monkeypatch, "ae", histories=values)["adversarial"])
     assert "critic" in axes.get_title()
 
 
 def test_axes(tmp_path, monkeypatch):
-    found = drawn(tmp_path, monkeypatch, "gan_ae")
-    (loss,), (seconds,) = panels(found["losses"]), panels(found["latency"])
+    drawings = drawn(tmp_path, monkeypatch, "gan_ae")
+    (loss,), (seconds,) = panels(drawings["losses"]), panels(drawings["latency"])
     assert loss.get_yscale() == "log" and seconds.get_yscale() == "linear" and seconds.get_ylim()[0] == 0
-    usage = next(axes for axes in panels(found["codebook"]) if axes.get_title() == "usage")
+    usage = next(axes for axes in panels(drawings["codebook"]) if axes.get_title() == "usage")
     assert usage.get_yscale() == "linear" and usage.get_ylim() == (0, 1.05)
     low, high = loss.get_ylim()
     ticks = [label.get_text() for label in loss.get_yticklabels() if low <= label.get_position()[1] <= high]
     assert ticks == ["0.5", "1", "2", "5", "10", "20"]  # plain numbers, and more than one
     assert [line.get_label() for line in loss.lines] == ["training", "validation"]
-    assert [list(line.get_xdata()) for line in panels(found["codebook"])[2].lines] == [[1, 3]]  # None is left out
+    assert [list(line.get_xdata()) for line in panels(drawings["codebook"])[2].lines] == [[1, 3]]  # None is left out
 
 
 def test_histograms_are_densities_of_all_events(tmp_path, monkeypatch):
     before = decay_chain(300, 0)[0]
     after = before.copy()
     after[:, 18] = 40.1  # a spike
-    found = drawn(tmp_path, monkeypatch, "ae", True, rows=(before, after))
-    by_name = {axes.get_xlabel().split(" [")[0]: axes for axes in panels(found["recon"])}
-    shown, made = (patch.get_data() for patch in by_name["MET"].patches)
+    drawings = drawn(tmp_path, monkeypatch, "ae", True, rows=(before, after))
+    by_name = {axes.get_xlabel().split(" [")[0]: axes for axes in panels(drawings["recon"])}
+    shown, rebuilt = (patch.get_data() for patch in by_name["MET"].patches)
     inside = (before[:, 18] <= 200).mean()
     assert math.isclose((shown.values * np.diff(shown.edges)).sum(), inside)
-    assert math.isclose((made.values * np.diff(made.edges)).sum(), 1) and made.values.max() == 1 / 4
+    assert math.isclose((rebuilt.values * np.diff(rebuilt.edges)).sum(), 1) and rebuilt.values.max() == 1 / 4
     assert by_name["MET"].get_ylim()[1] < 4 * shown.values.max()
     same = [patch.get_data().values for patch in by_name["pT of an object"].patches]
     assert np.array_equal(*same)
 
 
-def test_what_can_not_be_drawn_is_said(tmp_path, monkeypatch, capsys):
-    found = drawn(tmp_path, monkeypatch, "ae", True, rows=(np.zeros((1, 3)), None))
-    assert "recon" not in found and "losses" in found and "warning: no figure of recon" in capsys.readouterr().err
+def test_a_figure_that_fails_is_a_warning(tmp_path, monkeypatch, capsys):
+    drawings = drawn(tmp_path, monkeypatch, "ae", True, rows=(np.zeros((1, 3)), None))
+    assert "recon" not in drawings and "losses" in drawings and "warning: no figure of recon" in capsys.readouterr().err
 
 
 # ---- runs ------------------------------------------------------------------------------------------------------------
@@ -170,7 +180,7 @@ def test_runs_that_can_not_be_overlaid(tmp_path):
     (tmp_path / "a_metrics.jsonl").write_text("")
     with pytest.raises(DataError, match="nowhere: no such"):
         plot.main(plot.Config(runs=("nowhere",)))
-    with pytest.raises(DataError, match="young: no whole epoch"):
+    with pytest.raises(DataError, match="young: no complete epoch"):
         plot.main(plot.Config(runs=(good, young)))
     with pytest.raises(UsageError, match="runs and files in one figure"):
         plot.main(plot.Config(runs=(good, str(tmp_path / "a_metrics.jsonl"))))

@@ -11,11 +11,11 @@ import torch
 import train_ae
 from data_utils.checkpoint import load_checkpoint, save_checkpoint
 from data_utils.errors import DataError, UsageError
-from data_utils.events.dataset import clean, load_events, objects, read_events
+from data_utils.events.dataset import drop_damaged, load_events, objects, read_events
 from data_utils.events.decay_chain import decay_chain
 from data_utils.events.facts import read_events as facts
 from data_utils.events.generate import generate_events
-from data_utils.events.reconstruct import by_pt, draw_latents, event_errors, latent_statistics
+from data_utils.events.reconstruct import draw_latents, event_errors, latent_statistics, sort_by_pt
 from generate import EventsConfig, flags
 from models.autoencoder import AutoEncoder, loss_sums
 from tests.helpers import finish, start
@@ -24,7 +24,7 @@ SMALL = dict(events=300, epochs=1, batch_size=64, hidden=(16,), gnn_dim=8, gnn_l
              make_plots=False, device="cpu", warmup=0.0)  # fmt: skip
 RUNS = dict(
     vq=(train_ae.AeConfig, {}),
-    told=(train_ae.AeConfig, dict(latent_space="linear", side_info=True, encoder="gnn", decoder="gan")),
+    side_info=(train_ae.AeConfig, dict(latent_space="linear", side_info=True, encoder="gnn", decoder="gan")),
     event=(train_ae.GanAeConfig, dict(latent_space="none", level="event", decoder="gnn")),
     event_vq=(train_ae.AeConfig, dict(level="event", encoder="gan", labels=(0, 2))),
     diffusion=(train_ae.DiffusionAeConfig, dict(ddim_steps=3)),
@@ -63,8 +63,8 @@ def use(run, mode, out, **more):
         with open(out, newline="") as table:
             return list(csv.DictReader(table))
     with np.load(out, allow_pickle=False) as arrays:
-        found = dict(arrays)
-    return found | dict(meta=json.loads(str(found["meta"])))
+        content = dict(arrays)
+    return content | dict(meta=json.loads(str(content["meta"])))
 
 
 # ---- there and back --------------------------------------------------------------------------------------------------
@@ -73,24 +73,24 @@ def use(run, mode, out, **more):
 @pytest.mark.filterwarnings("ignore:overflow")  # energies of a model that denoises after one epoch
 @pytest.mark.parametrize("name", RUNS)
 def test_encode_and_decode_are_reconstruct(runs, file, tmp_path, name):
-    whole = use(runs[name], "reconstruct", tmp_path / "a.npz", data=str(file))
+    rebuilt = use(runs[name], "reconstruct", tmp_path / "a.npz", data=str(file))
     code = use(runs[name], "encode", tmp_path / "b.npz", data=str(file))
     back = use(runs[name], "decode", tmp_path / "c.npz", data=str(tmp_path / "b.npz"))
     rows, labels, _ = read_events(file, seed=42)
-    assert whole["X"].shape == (90, 92) and np.array_equal(whole["X"], back["X"])
-    assert np.array_equal(whole["y"], labels) and np.array_equal(back["y"], labels)
-    assert np.array_equal(whole["X"][:, :18], rows[:, :18]) and np.array_equal(code["globals"], rows[:, 18:20])
+    assert rebuilt["X"].shape == (90, 92) and np.array_equal(rebuilt["X"], back["X"])
+    assert np.array_equal(rebuilt["y"], labels) and np.array_equal(back["y"], labels)
+    assert np.array_equal(rebuilt["X"][:, :18], rows[:, :18]) and np.array_equal(code["globals"], rows[:, 18:20])
     token, vq = RUNS[name][1].get("level", "event" if "diff" in name else "token") == "token", "vq" in name
     vq |= name == "noised"
     z = code["indices" if vq else "latents"]
     assert z.shape == (90, *[18] * token, *[4] * (not vq)) and z.dtype == (np.int64 if vq else np.float32)
     if vq and token:
         assert np.array_equal(z >= 0, rows[:, :18] > 0) and z.max() < 16
-    assert whole["meta"]["mode"] == "reconstruct" and whole["meta"]["data"] == str(file)
+    assert rebuilt["meta"]["mode"] == "reconstruct" and rebuilt["meta"]["data"] == str(file)
 
 
 def test_reconstruct_is_the_model_on_normalised_events(runs, file, tmp_path):
-    found = use(runs["vq"], "reconstruct", tmp_path / "a.npz", data=str(file), limit=20)
+    rebuilt = use(runs["vq"], "reconstruct", tmp_path / "a.npz", data=str(file), limit=20)
     state = load_checkpoint(runs["vq"] / "model.pt", "ae:ae")
     model = AutoEncoder(**state["model_args"]).eval()
     model.load_state_dict(state["model_state"])
@@ -105,28 +105,33 @@ def test_reconstruct_is_the_model_on_normalised_events(runs, file, tmp_path):
     with torch.no_grad():
         x_hat = model(x, ids, ids > 0, torch.tensor(met)[None].float())["x_hat"][0, :n].double().numpy()
     back = x_hat * stats["std"] + stats["mean"]
-    made = objects(found["X"])[3, :n]
-    assert np.allclose(made[:, 1], np.exp(back[:, 1]), rtol=1e-4) and np.allclose(made[:, 2], back[:, 2], atol=1e-4)
-    assert np.allclose(np.cos(made[:, 3] - np.arctan2(back[:, 3], back[:, 4])), 1, atol=1e-6) and len(found["X"]) == 20
+    features = objects(rebuilt["X"])[3, :n]
+    assert np.allclose(features[:, 1], np.exp(back[:, 1]), rtol=1e-4) and np.allclose(
+        features[:, 2], back[:, 2], atol=1e-4
+    )
+    assert (
+        np.allclose(np.cos(features[:, 3] - np.arctan2(back[:, 3], back[:, 4])), 1, atol=1e-6)
+        and len(rebuilt["X"]) == 20
+    )
 
 
 def test_the_run_s_own_events_and_splits(runs, tmp_path):
-    own = use(runs["event_vq"], "encode", tmp_path / "a.npz")
+    encoded = use(runs["event_vq"], "encode", tmp_path / "a.npz")
     labels = decay_chain(300, 42)[1]
-    assert set(own["y"]) == {0, 2} and np.array_equal(labels[own["index"]], own["y"])
+    assert set(encoded["y"]) == {0, 2} and np.array_equal(labels[encoded["index"]], encoded["y"])
     parts = [use(runs["event_vq"], "encode", tmp_path / "b.npz", split=split) for split in ("train", "val", "test")]
-    assert sorted(np.concatenate([part["index"] for part in parts])) == sorted(own["index"])
+    assert sorted(np.concatenate([part["index"] for part in parts])) == sorted(encoded["index"])
     chosen = dict(features=("E", "pT", "eta", "phi"), phi="sincos", energy_unit="GeV", labels=(0, 2), limit=0)
     data, _ = load_events("decay_chain", events=300, seed=42, **chosen)
     assert np.array_equal(data["test"]["ids"].numpy(), parts[2]["ids"])
-    made = use(runs["vq"], "encode", tmp_path / "c.npz", data="decay_chain", events=25, seed=3)
-    assert np.array_equal(made["ids"], decay_chain(25, 3)[0][:, :18])
+    fresh = use(runs["vq"], "encode", tmp_path / "c.npz", data="decay_chain", events=25, seed=3)
+    assert np.array_equal(fresh["ids"], decay_chain(25, 3)[0][:, :18])
 
 
 # ---- scores ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["vq", "told", "event"])
+@pytest.mark.parametrize("name", ["vq", "side_info", "event"])
 def test_scores_are_the_test_s_losses_event_by_event(runs, tmp_path, name, capsys):
     rows = use(runs[name], "score", tmp_path / "a.csv", split="test")
     tested = next(event["metrics"] for event in facts(runs[name]) if event["moment"] == "on_test_end")
@@ -134,7 +139,7 @@ def test_scores_are_the_test_s_losses_event_by_event(runs, tmp_path, name, capsy
     mean = (errors * objects).sum() / objects.sum()
     assert abs(mean - tested["rec_tokens"]) < 1e-5 * mean and f"{mean:.4g}" in capsys.readouterr().out
     assert abs(np.mean([float(row["rec_globals"]) for row in rows]) - tested["rec_globals"]) < 1e-5
-    assert ("rec_types" in rows[0]) == (name != "told")
+    assert ("rec_types" in rows[0]) == (name != "side_info")
     if name == "event":
         assert abs(np.mean([float(row["rec_types"]) for row in rows]) - tested["rec_types"]) < 1e-5
 
@@ -151,15 +156,17 @@ def test_errors_of_events_are_those_of_events_alone(level):
     torch.manual_seed(0)
     ids = torch.tensor([[1, 2, 0, 0], [3, 1, 1, 5], [7, 0, 0, 0]])
     batch = dict(x=torch.randn(3, 4, 5), ids=ids, globals=torch.randn(3, 3))
-    made = torch.randn(3, 4, 5), torch.randn(3, 3), torch.randn(3, 4, 8)
-    found = event_errors(*made, batch, level)
+    outputs = torch.randn(3, 4, 5), torch.randn(3, 3), torch.randn(3, 4, 8)
+    errors = event_errors(*outputs, batch, level)
     for i in range(3):
         part = slice(i, i + 1)
-        output = dict(x_hat=made[0][part], rec_globals=made[1][part], type_logits=made[2][part], aux=dict(commit=0.0))
+        output = dict(
+            x_hat=outputs[0][part], rec_globals=outputs[1][part], type_logits=outputs[2][part], aux=dict(commit=0.0)
+        )
         output["aux"]["commit"] = torch.zeros(())
         sums = loss_sums(output, batch["x"][part], ids[part], batch["globals"][part], level)
         for name in ("rec_tokens", "rec_types", "rec_globals"):
-            assert abs(found[name][i] - sums[name][0] / sums[name][1]) < 1e-5
+            assert abs(errors[name][i] - sums[name][0] / sums[name][1]) < 1e-5
 
 
 # ---- new events ------------------------------------------------------------------------------------------------------
@@ -168,20 +175,20 @@ def test_errors_of_events_are_those_of_events_alone(level):
 @pytest.mark.parametrize("name", RUNS)
 def test_samples_are_valid_events(runs, tmp_path, name):
     path = tmp_path / "a.npz"
-    found = use(runs[name], "sample", path, events=200, seed=5)
+    samples = use(runs[name], "sample", path, events=200, seed=5)
     rows, labels, split = read_events(path, seed=0)
-    good, *_, dropped = clean(rows.copy(), labels, split, "sample")
+    good, *_, dropped = drop_damaged(rows.copy(), labels, split, "sample")
     assert len(good) == 200 and not dropped and set(labels) == {-1}
     n, pt = (rows[:, :18] > 0).sum(1), objects(rows)[..., 1]
     assert ((rows[:, :18] > 0) == (np.arange(18) < n[:, None])).all() and (np.diff(pt, axis=1) <= 0).all()
-    seen = load_checkpoint(runs[name] / "model.pt", f"ae:{found['meta']['loop']}")["latents"]["multiplicity"]
+    seen = load_checkpoint(runs[name] / "model.pt", f"ae:{samples['meta']['loop']}")["latents"]["multiplicity"]
     assert (seen[torch.from_numpy(n)] > 0).all() and abs(n.mean() - (seen * torch.arange(19)).sum() / seen.sum()) < 0.6
-    said = found["meta"]["sampled"]
-    assert ("codes" in said["latents"]) == (name in ("vq", "event_vq", "noised"))
-    assert ("head" in said["types"]) == (name != "told")
-    assert ("noise" in said["decoding"]) == (name in ("diffusion", "noised"))
+    notes = samples["meta"]["sampled"]
+    assert ("codes" in notes["latents"]) == (name in ("vq", "event_vq", "noised"))
+    assert ("head" in notes["types"]) == (name != "side_info")
+    assert ("noise" in notes["decoding"]) == (name in ("diffusion", "noised"))
     again, other = (use(runs[name], "sample", tmp_path / "b.npz", events=200, seed=seed)["X"] for seed in (5, 6))
-    assert np.array_equal(found["X"], again) and not np.array_equal(again, other)
+    assert np.array_equal(samples["X"], again) and not np.array_equal(again, other)
 
 
 def test_statistics_by_hand(runs):
@@ -190,24 +197,24 @@ def test_statistics_by_hand(runs):
     model.load_state_dict(state["model_state"])
     chosen = {k: v for k, v in state["config"].items() if k in "events limit labels features phi energy_unit seed"}
     train = load_events("decay_chain", **chosen)[0]["train"]
-    found, ids = latent_statistics(model, train)["latents"], train["ids"]
+    statistics, ids = latent_statistics(model, train)["latents"], train["ids"]
     assert model.training and all(torch.equal(model.state_dict()[k], v) for k, v in state["model_state"].items())
-    assert set(found) == set(state["latents"]) and torch.equal(found["codes"], state["latents"]["codes"])
+    assert set(statistics) == set(state["latents"]) and torch.equal(statistics["codes"], state["latents"]["codes"])
     _, index, _ = model.eval().quantize(model.encode(train["x"], ids, ids > 0, train["globals"]), ids > 0)
     codes, types, events = torch.zeros(19, 16), torch.zeros(18, 8), torch.zeros(19)
-    for row, own in zip(ids.tolist(), index.tolist(), strict=True):
+    for row, codes_of_row in zip(ids.tolist(), index.tolist(), strict=True):
         n = sum(i > 0 for i in row)
         events[n] += 1
-        for slot, (kind, code) in enumerate(zip(row, own, strict=True)):
+        for slot, (kind, code) in enumerate(zip(row, codes_of_row, strict=True)):
             if kind:
                 codes[n, code] += 1
                 types[slot, kind] += 1
-    assert (found["codes"] == codes).all() and (found["types"] == types).all()
-    assert (found["multiplicity"] == events).all() and latent_statistics(torch.nn.Linear(2, 2), train) == {}
-    assert torch.equal(found["low"], train["x"][ids > 0].min(0).values)
+    assert (statistics["codes"] == codes).all() and (statistics["types"] == types).all()
+    assert (statistics["multiplicity"] == events).all() and latent_statistics(torch.nn.Linear(2, 2), train) == {}
+    assert torch.equal(statistics["low"], train["x"][ids > 0].min(0).values)
 
 
-@pytest.mark.parametrize("name", ["told", "event"])
+@pytest.mark.parametrize("name", ["side_info", "event"])
 def test_gaussians_by_hand(runs, name):
     cls, more = RUNS[name]
     state = load_checkpoint(runs[name] / "best_val.pt", f"ae:{cls.loop}")
@@ -222,11 +229,11 @@ def test_gaussians_by_hand(runs, name):
     rows = (
         torch.cat([z, n[:, None]], 1) if name == "event" else torch.cat([z[mask], n.repeat_interleave(n)[:, None]], 1)
     )
-    found = state["latents"]
-    assert torch.allclose(found["mean"].float(), rows.mean(0), atol=1e-4)
-    assert torch.allclose(found["covariance"].float(), rows.T.cov(correction=0), atol=1e-3)
+    statistics = state["latents"]
+    assert torch.allclose(statistics["mean"].float(), rows.mean(0), atol=1e-4)
+    assert torch.allclose(statistics["covariance"].float(), rows.T.cov(correction=0), atol=1e-3)
     sizes = torch.from_numpy(np.random.default_rng(0).choice(rows[:, -1].numpy(), 40_000)).long()
-    drawn = draw_latents(found, model, sizes, torch.Generator().manual_seed(0))
+    drawn = draw_latents(statistics, model, sizes, torch.Generator().manual_seed(0))
     drawn = drawn if name == "event" else drawn[:, 0]
     both = torch.cat([drawn, sizes[:, None]], 1)
     assert (both.mean(0) - rows.mean(0)).abs().max() < 0.05
@@ -238,8 +245,8 @@ def test_codes_are_drawn_by_frequency(runs):
     model = AutoEncoder(**state["model_args"]).eval()
     codes = torch.zeros(19, 16)
     codes[5, 3], codes[5, 4], codes[6, 0] = 1, 3, 9
-    found = draw_latents(dict(types=torch.ones(18, 8), codes=codes), model, torch.tensor([5] * 400 + [6]), None)
-    index = (found[..., None, :] == model.latent.codes).all(-1).int().argmax(-1)
+    drawn = draw_latents(dict(types=torch.ones(18, 8), codes=codes), model, torch.tensor([5] * 400 + [6]), None)
+    index = (drawn[..., None, :] == model.latent.codes).all(-1).int().argmax(-1)
     assert set(index[:400].flatten().tolist()) == {3, 4} and (index[400] == 0).all()
     assert abs((index[:400] == 4).float().mean() - 0.75) < 0.03
 
@@ -248,8 +255,8 @@ def test_objects_sort_by_falling_pt():
     row = np.zeros((1, 92), np.float32)
     row[0, :4] = 1, 2, 0, 7
     objects(row)[0, :4] = [[9, 3, 0, 1], [9, 8, 0, 2], [0, 0, 0, 0], [9, 5, 0, 3]]
-    found = by_pt(row)
-    assert found[0, :4].tolist() == [2, 7, 1, 0] and objects(found)[0, :4, 3].tolist() == [2, 3, 1, 0]
+    sorted_row = sort_by_pt(row)
+    assert sorted_row[0, :4].tolist() == [2, 7, 1, 0] and objects(sorted_row)[0, :4, 3].tolist() == [2, 3, 1, 0]
     assert row[0, 0] == 1  # the input stays
 
 
@@ -274,14 +281,14 @@ def test_indices_alone_are_enough(runs, tmp_path):
     indices = np.full((3, 18), -1)
     indices[0, :4], indices[1, :2], indices[2, :1] = [3, 1, 2, 15], [0, 0], [5]
     np.savez(tmp_path / "a.npz", indices=indices)
-    found = use(runs["vq"], "decode", tmp_path / "b.npz", data=str(tmp_path / "a.npz"))
-    assert np.array_equal(found["X"][:, :18] > 0, indices >= 0) and "head" in found["meta"]["types"]
+    decoded = use(runs["vq"], "decode", tmp_path / "b.npz", data=str(tmp_path / "a.npz"))
+    assert np.array_equal(decoded["X"][:, :18] > 0, indices >= 0) and "head" in decoded["meta"]["types"]
 
 
 def wrong(run, words, error=DataError, **more):
-    with pytest.raises(error) as found:
+    with pytest.raises(error) as caught:
         generate_events(EventsConfig(**dict(model=str(run), device="cpu") | more))
-    text = str(found.value)
+    text = str(caught.value)
     assert all(word in text for word in words) and len(text.splitlines()) <= 3, text
 
 
@@ -320,8 +327,8 @@ def test_files_that_can_not_be_decoded(runs, file, tmp_path):
     arrays = {key: code[key] for key in ("indices", "ids")}
 
     def damaged(words, run="vq", **changed):
-        found = {k: v for k, v in (arrays | changed).items() if v is not None}
-        np.savez(path, **found)
+        content = {k: v for k, v in (arrays | changed).items() if v is not None}
+        np.savez(path, **content)
         wrong(runs[run], words, mode="decode", data=path)
 
     damaged(["no indices", "keys there: ids"], indices=None)
@@ -331,7 +338,7 @@ def test_files_that_can_not_be_decoded(runs, file, tmp_path):
     damaged(["ids is", "expected (90, 18)"], ids=arrays["ids"][:, :4])
     damaged(["ids is"], ids=arrays["ids"] * 9)
     damaged(["a code for each object"], ids=np.ones_like(arrays["ids"]))
-    damaged(["no ids", "side_info"], run="told", ids=None, indices=None, latents=np.zeros((2, 18, 4), np.float32))
+    damaged(["no ids", "side_info"], run="side_info", ids=None, indices=None, latents=np.zeros((2, 18, 4), np.float32))
     damaged(["no ids", "which slots are empty"], run="event", ids=None, latents=np.zeros((2, 4), np.float32))
     wrong(runs["vq"], ["can't be read", "--mode encode"], mode="decode", data=str(tmp_path / "none.npz"))
     Path(path).write_text("no archive")

@@ -188,7 +188,7 @@ def test_one_sweep_at_a_time(toy):
 
 
 @pytest.mark.parametrize(
-    "words, told",
+    "words, message",
     [
         (["size=1,x"], "invalid int value"),
         (["size=1", "size=2"], "2 times"),
@@ -196,9 +196,9 @@ def test_one_sweep_at_a_time(toy):
         (["size=1,2", "name=a/b"], "name=a/b"),
     ],
 )
-def test_all_is_checked_before_anything_is_there(toy, words, told):
+def test_all_is_checked_before_anything_is_there(toy, words, message):
     _, err = finish(start(toy, "--multirun", *words), 2)
-    assert told in err and not Path(toy, "outputs").exists()
+    assert message in err and not Path(toy, "outputs").exists()
 
 
 def test_what_is_no_sweep_file(toy):

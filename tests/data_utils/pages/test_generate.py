@@ -16,7 +16,7 @@ from data_utils.checkpoint import canonical_keys, load_checkpoint, save_checkpoi
 from data_utils.errors import UsageError
 from data_utils.pages import arc, figures
 from data_utils.pages import generate as answer_pages
-from data_utils.pages.generate import Question, load_model, read_page, think, to_batch, verdict, where_capsules_look
+from data_utils.pages.generate import Question, capsule_attention, load_model, read_page, think, to_batch, verdict
 from data_utils.pages.render import to_symbols, to_text
 from data_utils.pages.tasks import DIGIT, Task
 from data_utils.reasoning.sudoku import sudoku
@@ -90,14 +90,14 @@ def answer(tmp_path, text, checkpoint, capsys, **more):
 
 @pytest.mark.parametrize("task, text", dict(read=TEXT, sudoku4=SUDOKU, maze=MAZE, fill=CODE).items())
 def test_a_question_is_answered(run, task, text, tmp_path, capsys):
-    said, about = answer(tmp_path, text, run, capsys, task=task)
+    text_out, note = answer(tmp_path, text, run, capsys, task=task)
     steps = 3 if task in ("sudoku4", "maze") else 2
-    assert about.startswith("score 0.") and about.endswith(f"; steps {steps}, paths 4\n")
+    assert note.startswith("score 0.") and note.endswith(f"; steps {steps}, paths 4\n")
     if task in ("sudoku4", "maze"):
-        assert [len(row) for row in said.split("\n")] == [len(row) for row in text.split("\n")]
+        assert [len(row) for row in text_out.split("\n")] == [len(row) for row in text.split("\n")]
     if task == "fill":
-        assert said.startswith(CODE[: CODE.index("____")]) and said.endswith(")\n")
-    assert answer(tmp_path, text, run, capsys, task=task) == (said, about)
+        assert text_out.startswith(CODE[: CODE.index("____")]) and text_out.endswith(")\n")
+    assert answer(tmp_path, text, run, capsys, task=task) == (text_out, note)
 
 
 def test_text_goes_on_greedily_or_as_drawn(run, tmp_path, capsys):
@@ -111,7 +111,12 @@ def test_steps_paths_and_noise_are_passed_on(run, tmp_path, capsys, monkeypatch)
     first = answer(tmp_path, SUDOKU, run, capsys, **noisy)
     assert first.err.endswith("; steps 5, paths 6\n") and first == answer(tmp_path, SUDOKU, run, capsys, **noisy)
     seen = []
-    monkeypatch.setattr(answer_pages, "think", lambda *about, **how: seen.append(think(*about, **how)) or seen[-1])
+
+    def spy(*args, **options):
+        seen.append(think(*args, **options))
+        return seen[-1]
+
+    monkeypatch.setattr(answer_pages, "think", spy)
     for changes in ({}, {}, dict(seed=1), dict(noise=0.6), dict(paths=7), dict(steps=6)):
         answer(tmp_path, SUDOKU, run, capsys, **noisy | changes)
     scores = [q.item() for _, q in seen]
@@ -123,9 +128,9 @@ def test_answers_over_the_steps_are_those_of_fewer_steps(run):
     for name, text in dict(sudoku4=SUDOKU, read=TEXT, fill=CODE).items():
         task = Task(**model.tasks[name])
         batch = to_batch(Question(read_page(text, task)[None]), task, False, 0, torch.device("cpu"))
-        how = dict(paths=0, noise=0.3, seed=0)
-        both, q = think(model, batch, [1, 2], lambda x: x.argmax(-1), **how)
-        alone, q1 = think(model, batch, [1], lambda x: x.argmax(-1), **how)
+        options = dict(paths=0, noise=0.3, seed=0)
+        both, q = think(model, batch, [1, 2], lambda x: x.argmax(-1), **options)
+        alone, q1 = think(model, batch, [1], lambda x: x.argmax(-1), **options)
         assert (both[0] == alone[0]).all() and np.allclose(q[0], q1[0]) and both.shape == (2, 1, task.length)
         assert ((q > 0) & (q < 1)).all()
 
@@ -142,12 +147,12 @@ def test_the_averaged_weights_are_taken_wherever_they_lie(run, tmp_path):
 
 def test_the_picture_has_the_answer_over_the_steps_and_the_capsules(run, tmp_path, capsys, monkeypatch):
     seen = []
-    monkeypatch.setattr(figures, "plot_page", lambda out, **about: seen.append(SimpleNamespace(out=out, **about)))
-    said, _ = answer(tmp_path, SUDOKU, run, capsys, task="sudoku4", steps=5, png="a.png")
+    monkeypatch.setattr(figures, "plot_page", lambda out, **options: seen.append(SimpleNamespace(out=out, **options)))
+    text_out, _ = answer(tmp_path, SUDOKU, run, capsys, task="sudoku4", steps=5, png="a.png")
     answer(tmp_path, TEXT, run, capsys, task="continue", png="b.png")
     grid, text = seen
     assert grid.steps == [1, 2, 4, 5] and text.steps == [1, 2] and grid.out == "a.png"
-    assert to_text(grid.answers[-1]) == said.replace("\n", "") and len(grid.q) == len(grid.answers) == 4
+    assert to_text(grid.answers[-1]) == text_out.replace("\n", "") and len(grid.q) == len(grid.answers) == 4
     assert grid.attention.shape == (4, 4, 4) and text.attention.shape == (4, 2, 12)  # four capsules
     monkeypatch.undo()
     answer(tmp_path, SUDOKU, run, capsys, task="sudoku4", png=str(tmp_path / "a.png"))
@@ -155,11 +160,11 @@ def test_the_picture_has_the_answer_over_the_steps_and_the_capsules(run, tmp_pat
 
 
 @torch.no_grad()
-def test_where_capsules_look_against_a_loop(run):
+def test_capsule_attention_against_a_loop(run):
     model, _ = load_model(run)
     task = Task(**model.tasks["sudoku4"])
     batch = to_batch(Question(read_page(SUDOKU, task)[None]), task, False, 0, torch.device("cpu"))
-    (looks,) = where_capsules_look(model, batch)
+    (attention,) = capsule_attention(model, batch)
     mixer, inputs = model.encoder.stacks[-1][-1].mixer, []
     hook = mixer.register_forward_pre_hook(lambda module, given: inputs.append(given[0]))
     model.capsules(model.see(batch))
@@ -172,7 +177,7 @@ def test_where_capsules_look_against_a_loop(run):
         for head in range(mixer.n_heads):
             logits = torch.stack([q[capsule, head] @ k[s, head] for s in range(len(h))]) / q.shape[-1] ** 0.5
             total = total + logits.softmax(0)[4:].view(4, 4) / mixer.n_heads
-        assert torch.allclose(total, looks[capsule], atol=1e-5)
+        assert torch.allclose(total, attention[capsule], atol=1e-5)
     assert not mixer._forward_hooks
 
 
@@ -201,7 +206,7 @@ def test_what_is_no_puzzle_is_refused_by_row_and_column():
     refused("row 1, column 1|walls all around", " " + MAZE[1:], **maze)
     refused("one S expected, found none", MAZE.replace("S", " "), **maze)
     refused("row 2, column 2 and row 2, column 3", MAZE.replace("#S ", "#SS", 1), **maze)
-    refused("no way leads to G in row 10, column 10", "\n".join([*lines[:8], "#" * 11, *lines[9:]]), **maze)
+    refused("no path leads to G in row 10, column 10", "\n".join([*lines[:8], "#" * 11, *lines[9:]]), **maze)
 
 
 def test_what_is_no_page_is_refused():
@@ -232,12 +237,12 @@ def test_verdicts():
     assert verdict(task, page, other) == "not solved"
     task = Task("maze", "grid", 11, 11, 121, causal=False, cells=1, ids=0)
     page = read_page(MAZE, task)
-    assert verdict(task, page, page.reshape(-1)) == "no way"
+    assert verdict(task, page, page.reshape(-1)) == "no path"
     way = to_symbols(MAZE.replace("\n", "")).copy()
     for r, c in [(1, 2), (1, 3), (2, 3), (3, 3), (3, 2), (3, 1), (4, 1), (5, 1), (5, 2), (5, 3), (5, 4), (5, 5), (6, 5),
                  (7, 5), (7, 4), (7, 3), (7, 2), (7, 1), (8, 1), *((9, c) for c in range(1, 9))]:  # fmt: skip
         way[11 * r + c] = to_symbols("o")[0]
-    assert verdict(task, page, way) == "shortest way"
+    assert verdict(task, page, way) == "shortest path"
 
 
 # ---- ARC -------------------------------------------------------------------------------------------------------------
@@ -251,14 +256,14 @@ def question(grids, **more):
 def test_a_known_arc_task_is_asked_in_all_views(arc_file, tmp_path, capsys, monkeypatch):
     path, tasks = arc_file
     monkeypatch.setattr(arc, "load", lambda name: tasks)
-    asked, true_batch = [], answer_pages.to_batch
-    monkeypatch.setattr(answer_pages, "to_batch", lambda q, *a: asked.append(q) or true_batch(q, *a))
-    said, about = answer(tmp_path, question([tasks[2][2][0][0]]), path, capsys, votes=5)
-    assert [q.ids for q in asked] == [tuple(range(160, 165))] * 2 and "warning" not in about
-    assert about.count(" of 5 views; steps 3, paths 1\n") == 2
-    for view, page in enumerate(asked[0].pages):
+    questions, true_batch = [], answer_pages.to_batch
+    monkeypatch.setattr(answer_pages, "to_batch", lambda q, *a: questions.append(q) or true_batch(q, *a))
+    text_out, note = answer(tmp_path, question([tasks[2][2][0][0]]), path, capsys, votes=5)
+    assert [q.ids for q in questions] == [tuple(range(160, 165))] * 2 and "warning" not in note
+    assert note.count(" of 5 views; steps 3, paths 1\n") == 2
+    for view, page in enumerate(questions[0].pages):
         assert (arc.undo(arc.to_grid(page.reshape(-1), 4), view) == GRIDS[0]).all()
-        assert (asked[0].backs[view](page.reshape(-1)) == GRIDS[0]).all()
+        assert (questions[0].backs[view](page.reshape(-1)) == GRIDS[0]).all()
 
 
 def test_an_unknown_arc_task_is_answered_with_a_warning(arc_file, tmp_path, capsys, monkeypatch):
@@ -299,8 +304,8 @@ def test_what_is_no_arc_task(text, words, arc_file, tmp_path, capsys):
 
 def test_the_real_command_reads_standard_input(run):
     words = [sys.executable, ROOT / "generate.py", "multimodal", run, "--task", "sudoku4", "--input", "-"]
-    found = subprocess.run([*words, "--device=cpu"], input=SUDOKU, capture_output=True, text=True)
-    assert found.returncode == 0 and len(found.stdout.split("\n")) == 5 and found.stderr.startswith("score 0.")
+    result = subprocess.run([*words, "--device=cpu"], input=SUDOKU, capture_output=True, text=True)
+    assert result.returncode == 0 and len(result.stdout.split("\n")) == 5 and result.stderr.startswith("score 0.")
 
 
 @pytest.mark.parametrize(
@@ -330,7 +335,7 @@ def test_usage(run, more, words, tmp_path, monkeypatch):
 # ---- files of users --------------------------------------------------------------------------------------------------
 
 BOM = "\ufeff"
-ANSWERED = [  # (task, what a file holds, what is said beside the answer)
+ANSWERED = [  # (task, content of the file, note beside the answer)
     ("sudoku4", BOM + SUDOKU, "; steps 3"),
     ("sudoku4", SUDOKU.replace("\n", "\r"), "; steps 3"),
     ("maze", BOM + MAZE, "; steps 3"),
@@ -341,8 +346,8 @@ ANSWERED = [  # (task, what a file holds, what is said beside the answer)
     ("fill", "a = ____ # caf\u00e9", "warning: 1 of 15 characters have no sign"),
 ]
 NOT_ANSWERED = [
-    ("sudoku4", "1.3.\n..1.\n", "2 rows: sudoku4 is 4 rows of 4 signs\ntry: one puzzle a file, 4 lines of 4 signs"),
-    ("maze", "###\n#S#\n###", "3 rows: maze is 11 rows of 11 signs\ntry: one puzzle a file"),
+    ("sudoku4", "1.3.\n..1.\n", "2 rows: sudoku4 is 4 rows of 4 signs\ntry: one puzzle per file, 4 lines of 4 signs"),
+    ("maze", "###\n#S#\n###", "3 rows: maze is 11 rows of 11 signs\ntry: one puzzle per file"),
     ("continue", "\u65e5\u672c\u8a9e", "3 of 3 characters have no sign on a page"),
     ("fill", "\u0434\u0430\u0434\u0430 = ____, \u0434\u0430\u0434\u0430\u0434\u0430", "10 of 19 characters"),
 ]

@@ -45,12 +45,12 @@ def test_a_sentence_is_told_in_one_way_only():
     draw = random.Random(0)
     for kind in texts.TEMPLATES:
         for _ in range(400):
-            said, nats = texts.sentence(draw, kind, texts.cast_of(draw)[0])
-            fitting = [(kind, parts) for kind, parts, shape in patterns if shape.fullmatch(said)]
+            text, nats = texts.sentence(draw, kind, texts.cast_of(draw)[0])
+            fitting = [(kind, parts) for kind, parts, shape in patterns if shape.fullmatch(text)]
             assert len(fitting) == 1 and fitting[0][0] == kind
             slots = [slot for slot in fitting[0][1][1::2] if slot not in texts.CAST]
-            ways = math.prod(len(texts.WORDS[slot]) for slot in slots) * len(texts.TEMPLATES[kind])
-            assert nats == pytest.approx(math.log(ways)) and len(said) <= texts.longest(kind)
+            combinations = math.prod(len(texts.WORDS[slot]) for slot in slots) * len(texts.TEMPLATES[kind])
+            assert nats == pytest.approx(math.log(combinations)) and len(text) <= texts.longest(kind)
     assert all(len(set(words)) == len(words) for words in texts.WORDS.values())
 
 
@@ -71,8 +71,8 @@ def test_stories_fit_and_end_with_the_cast(cells):
 def test_the_probabilities_of_stories_sum_to_one():
     """Of last sentences, of which there are few."""
     draw, cast = random.Random(2), dict(hero="Bola", thing="kite", place="mill")
-    told = [texts.sentence(draw, "closing", cast) for _ in range(4000)]
-    assert sum(math.exp(-nats) for nats in dict(told).values()) == pytest.approx(1, abs=0.02)
+    closings = [texts.sentence(draw, "closing", cast) for _ in range(4000)]
+    assert sum(math.exp(-nats) for nats in dict(closings).values()) == pytest.approx(1, abs=0.02)
 
 
 def test_what_kind_of_name_comes_next_is_known():
@@ -111,8 +111,8 @@ def test_code_as_it_stands_in_the_files(tmp_path):
         assert len(piece) == 96 + 64 and any(piece in text for text in files.values())
         sample = sources["fill"].make(i, "train", 0)
         page, name = to_text(sample.page), to_text(sample.target)
-        whole = page.replace("_" * len(name), name, 1) if (sample.page == HOLE).sum() == len(name) else ""
-        assert any("\n" + whole in "\n" + text for text in files.values())
+        filled = page.replace("_" * len(name), name, 1) if (sample.page == HOLE).sum() == len(name) else ""
+        assert any("\n" + filled in "\n" + text for text in files.values())
         assert re.search(rf"\b{name}\b", page) and name not in ("string", "come", "import", "return")
 
 
@@ -121,9 +121,10 @@ def test_names_are_not_looked_for_in_strings_and_comments(tmp_path):
     task = opened("fill", text_source="code", code_dir=str(tmp_path), page_rows=1)["fill"].task
     passages = texts.Passages(task, texts.code_files(tmp_path), by_lines=True)
     first, last = passages._names(0)
-    found = [CODE[a:b] for a, b in zip(first, last, strict=True)]
+    names = [CODE[a:b] for a, b in zip(first, last, strict=True)]
     expected = "collections count words most counter collections Counter words counter most_common most len words"
-    assert found == expected.split()
+    assert names == expected.split()
+    assert texts.words("a1 = _b(c.d) # 2x") == ["a1", "_b", "c", "d"]
 
 
 def test_the_library_is_read_without_its_tests():
@@ -152,17 +153,17 @@ def test_stories_of_your_own(tmp_path, suffix):
 def test_signs_that_no_page_shows_are_counted(tmp_path, suffix, capfd):
     path, letters = tmp_path / f"mine{suffix}", "\u0436" * 20
 
-    def told(text):
+    def texts_of(text):
         lines = [f'{{"text": "{text}"}}' if suffix == ".jsonl" else text] * 2
         path.write_text("\ufeff" + "\n".join(lines), encoding="utf-8")
         return list(texts.story_rows(path).values())
 
-    assert told("a" * 60) == ["a" * 60] * 2 and not capfd.readouterr().err
-    assert told("a" * 60 + letters) == ["a" * 60 + "?" * 20] * 2
+    assert texts_of("a" * 60) == ["a" * 60] * 2 and not capfd.readouterr().err
+    assert texts_of("a" * 60 + letters) == ["a" * 60 + "?" * 20] * 2
     assert "40 of 160 characters (25.00%) have no sign on a page and become ?" in capfd.readouterr().err
-    assert told("a" * 20 + letters)
+    assert texts_of("a" * 20 + letters)
     with pytest.raises(DataError, match=r"40 of 78 characters \(51%\) have no sign on a page"):
-        told("a" * 19 + letters)
+        texts_of("a" * 19 + letters)
     for number, text in enumerate(("x = 1\n", f"# {letters}\n")):
         (tmp_path / f"m{number}.py").write_text(text, encoding="utf-8")
     with pytest.raises(DataError, match="--code_dir .*20 of 29 characters"):

@@ -53,9 +53,9 @@ def test_patches_equal_unfolded_images(n):
     images = F.pad(images, (0, -4 % n * CELL_WIDTH))
     kernel = CELL_HEIGHT, CELL_WIDTH * n
     unfolded = F.unfold(images, kernel, stride=kernel).mT  # (B, P, pixels)
-    found = glyphs.to_patches(some, n, 1)
-    assert found.shape == (2, 3 * -(-4 // n), CELL_HEIGHT * CELL_WIDTH * n) and torch.equal(found.float(), unfolded)
-    assert torch.allclose(glyphs.to_float(found), unfolded / 255)
+    patches = glyphs.to_patches(some, n, 1)
+    assert patches.shape == (2, 3 * -(-4 // n), CELL_HEIGHT * CELL_WIDTH * n) and torch.equal(patches.float(), unfolded)
+    assert torch.allclose(glyphs.to_float(patches), unfolded / 255)
 
 
 def test_all_symbols_look_different():
@@ -113,9 +113,9 @@ def test_an_augmented_page_is_the_page_somewhere_on_its_canvas(n):
         _, face, (y, x), image = best
         inside = shown[y : y + image.shape[0], x : x + image.shape[1]]
         inks.append(inside[image == 1].mean().item())
-        left = shown.clone()
-        left[y : y + image.shape[0], x : x + image.shape[1]] -= (image * inks[-1]).float()
-        assert left.abs().max() < 0.35 and 0.025 < left.std() < 0.055  # noise of 0.05, cut at 0 and 1
+        rest = shown.clone()
+        rest[y : y + image.shape[0], x : x + image.shape[1]] -= (image * inks[-1]).float()
+        assert rest.abs().max() < 0.35 and 0.025 < rest.std() < 0.055  # noise of 0.05, cut at 0 and 1
         places.add((y, x)), faces.add(face), inverses.add(inverse)
     assert len(places) > 20 and max(y for y, _ in places) < CELL_HEIGHT and max(x for _, x in places) < CELL_WIDTH
     assert faces == inverses == {0, 1} and 0.49 < min(inks) < 0.6 and max(inks) > 0.9

@@ -1,15 +1,13 @@
-"""Scores against plain counting: edits, names, shortest ways, pass@k over all choices."""
+"""Scores against plain counting: edits, names, shortest paths."""
 
-import itertools
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
-from data_utils.pages import passages as texts
 from data_utils.pages import scores, tasks
-from data_utils.pages.mazes import GOAL, OPEN, START, WALL, WAY
+from data_utils.pages.mazes import GOAL, OPEN, PATH, START, WALL
 from data_utils.pages.render import layout, to_symbols
 from models.glyphs import END, HOLE, PADDING
 
@@ -18,8 +16,8 @@ SMALL = dict(page_rows=2, page_cols=24, text_source="stories", stories="", code_
 
 def samples(name, n=6):
     source = tasks.open_tasks([name], **SMALL)[name]
-    made = [source.make(i, "train", 0) for i in range(n)]
-    return source.task, np.stack([s.page for s in made]), np.stack([s.target for s in made])
+    drawn = [source.make(i, "train", 0) for i in range(n)]
+    return source.task, np.stack([s.page for s in drawn]), np.stack([s.target for s in drawn])
 
 
 def row(text, length):
@@ -35,12 +33,12 @@ def naive_edits(a, b):
 @pytest.mark.parametrize("name", ["read", "continue", "sudoku4", "sudoku6", "maze"])
 def test_right_answers(name):
     task, pages, targets = samples(name)
-    found = scores.score(task, *map(torch.from_numpy, (pages, targets, targets.astype(np.int64))))
-    for key, values in found.items():
+    shares = scores.score_answers(task, *map(torch.from_numpy, (pages, targets, targets.astype(np.int64))))
+    for key, values in shares.items():
         assert values.shape == (6,) and values.dtype == np.float64 and (values == (key != "cer")).all(), key
     answers = targets.copy()
     answers[:3, 4] = 110
-    shares = scores.score(task, pages, targets, answers)
+    shares = scores.score_answers(task, pages, targets, answers)
     first = next(iter(shares.values()))
     assert (first[:3] < 1).all() and (first[3:] == 1).all()
     counts = (targets != PADDING).sum(1)
@@ -54,22 +52,22 @@ def test_first_names_and_padding():
     target[:, 100:] = PADDING
     for name, first in {**firsts, "continue": "characters"}.items():
         answer = np.where(target == PADDING, 7, target)
-        found = scores.score(SimpleNamespace(name=name), page, target, answer)
-        assert next(iter(found)) == first and (found[first] == 1).all() == (name != "maze")
+        shares = scores.score_answers(SimpleNamespace(name=name), page, target, answer)
+        assert next(iter(shares)) == first and (shares[first] == 1).all() == (name != "maze")
 
 
 def test_blank_cells_and_spaces():
     page = to_symbols("1234" * 4)
     page[:8] = HOLE
     target, answer = to_symbols("1234" * 4), to_symbols("1111" * 4)
-    found = scores.score(SimpleNamespace(name="sudoku4"), page.reshape(1, 4, 4), target[None], answer[None])
-    assert (found["exact"][0], found["cells"][0], found["blanks"][0]) == (0, 0.25, 0.25)
+    shares = scores.score_answers(SimpleNamespace(name="sudoku4"), page.reshape(1, 4, 4), target[None], answer[None])
+    assert (shares["exact"][0], shares["cells"][0], shares["blanks"][0]) == (0, 0.25, 0.25)
     answer[8:] = target[8:]
-    found = scores.score(SimpleNamespace(name="sudoku4"), page.reshape(1, 4, 4), target[None], answer[None])
-    assert (found["cells"][0], found["blanks"][0]) == (0.625, 0.25)
+    shares = scores.score_answers(SimpleNamespace(name="sudoku4"), page.reshape(1, 4, 4), target[None], answer[None])
+    assert (shares["cells"][0], shares["blanks"][0]) == (0.625, 0.25)
     target, answer = row("a b c", 8)[None], row("a_b d", 8)[None]
-    found = scores.score(SimpleNamespace(name="read"), target.reshape(1, 2, 4), target, answer)
-    assert found["characters"][0] == 4 / 6 and found["no_spaces"][0] == 3 / 4 and found["cer"][0] == 2 / 5
+    shares = scores.score_answers(SimpleNamespace(name="read"), target.reshape(1, 2, 4), target, answer)
+    assert shares["characters"][0] == 4 / 6 and shares["no_spaces"][0] == 3 / 4 and shares["cer"][0] == 2 / 5
 
 
 def test_edits_against_the_definition():
@@ -82,12 +80,12 @@ def test_edits_against_the_definition():
 
 
 def test_names_copied():
-    said = " At last Bola took the kite home from the mill."
-    answers = [said, " Then Bola left the mill at the kiteee for good.", " At last Bolan", ""]
-    targets = np.stack([row(said, 64)] * 4)
+    text = " At last Bola took the kite home from the mill."
+    answers = [text, " Then Bola left the mill at the kiteee for good.", " At last Bolan", ""]
+    targets = np.stack([row(text, 64)] * 4)
     shares = scores.copied_names(targets, np.stack([row(answer, 64) for answer in answers]))
     assert shares.tolist() == [1, 2 / 3, 0, 0]
-    assert np.isnan(scores.copied_names(row("import os", 64)[None], row(said, 64)[None]))[0]
+    assert np.isnan(scores.copied_names(row("import os", 64)[None], row(text, 64)[None]))[0]
 
 
 def test_optimal_accepts_each_shortest_way_and_valid_longer_ones():
@@ -99,7 +97,7 @@ def test_optimal_accepts_each_shortest_way_and_valid_longer_ones():
     def along(*cells):
         answer = page.copy()
         for cell in cells:
-            answer[cell] = WAY
+            answer[cell] = PATH
         return answer.reshape(-1)
 
     edge = [(1, 2), (1, 3), (1, 4), (1, 5), (2, 5), (3, 5), (4, 5)]
@@ -107,22 +105,5 @@ def test_optimal_accepts_each_shortest_way_and_valid_longer_ones():
     longer = [(1, 2), (1, 3), (2, 3), (3, 3), (3, 2), (3, 1), (4, 1), (5, 1), (5, 2), (5, 3), (5, 4)]
     answers = np.stack([along(*edge), along(*middle), along(*longer), along(*edge[:-1]), along(*edge, (3, 4))])
     pages, targets = np.stack([page] * 5), np.stack([along(*edge)] * 5)
-    found = scores.score(SimpleNamespace(name="maze"), pages, targets, answers)
-    assert found["optimal"].tolist() == [1, 1, 0, 0, 0] and found["valid"].tolist() == [1, 1, 1, 0, 0]
-
-
-def test_pass_at_k_against_all_choices():
-    for n, k in ((5, 1), (6, 3), (4, 4)):
-        for c in range(n + 1):
-            chosen = [any(i < c for i in choice) for choice in itertools.combinations(range(n), k)]
-            assert scores.pass_at_k(n, c, k) == pytest.approx(np.mean(chosen))
-    assert np.allclose(scores.pass_at_k(10, np.array([0, 1, 10]), 5), [0, 0.5, 1])
-
-
-def test_the_most_frequent_name_of_a_page():
-    lines = ["ab = cd + ____ + cde", "word = some + some + ____", "x = ____"]
-    pages = np.stack([layout(line, 2, 16) for line in lines])
-    pages[pages == ord("_") - 32] = HOLE
-    found = scores.frequent_names(pages, 16)
-    assert found.tolist() == [row(name, 16).tolist() for name in ("", "some", "")]
-    assert texts.words("a1 = _b(c.d) # 2x") == ["a1", "_b", "c", "d"]
+    shares = scores.score_answers(SimpleNamespace(name="maze"), pages, targets, answers)
+    assert shares["optimal"].tolist() == [1, 1, 0, 0, 0] and shares["valid"].tolist() == [1, 1, 1, 0, 0]

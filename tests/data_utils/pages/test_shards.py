@@ -1,4 +1,4 @@
-"""shards.py and its builder: the same content however often it is killed, and a reader that nothing can fool."""
+"""Shards: kills of the builder change no content, and the reader refuses all damage."""
 
 import json
 import os
@@ -64,7 +64,6 @@ SLOW = partial(fake, NAMES, delay=0.002)
 def small(monkeypatch):
     monkeypatch.setattr(shard_files, "SHARD", 5)
     monkeypatch.setattr(shard_builder, "POLL", 0.01)
-    monkeypatch.setattr(shards, "POLL", 0.01)
 
 
 def build(out, sources=FAKE, **more):
@@ -119,22 +118,22 @@ def test_the_stream_is_a_function(data):
 
 
 def test_content(data):
-    about, read = manifest(data), reader(data)
-    assert about["complete"] and about["samples"] == dict(few=7, plain=23) and len(about["shards"]) == 4
+    content, read = manifest(data), reader(data)
+    assert content["complete"] and content["samples"] == dict(few=7, plain=23) and len(content["shards"]) == 4
     names = {"manifest.json", "test.pt", ".build.lock", *(f"consolidated_00{i}.pt" for i in range(4))}
     assert {path.name for path in data.iterdir()} == names
-    assert read.complete and read.hash == about["spec_sha256"]
+    assert read.hash == content["spec_sha256"]
     draw = np.random.default_rng(0)
     for task, source in FAKE().items():
         indices = draw.integers(0, read.rows(task), 40)
         held_out = [read.held_out(task, "val"), read.held_out(task, "test")]
         pairs = [(read.samples(task, indices), [("train", i) for i in indices.tolist()])]
-        pairs += [(found, [("test", i) for i in range(odd, 5, 2)]) for odd, found in enumerate(held_out)]
-        for found, numbers in pairs:
+        pairs += [(half, [("test", i) for i in range(odd, 5, 2)]) for odd, half in enumerate(held_out)]
+        for samples, numbers in pairs:
             for name in ("page", "target", "id"):
                 expected = np.array([getattr(source.make(i, split, 3), name) for split, i in numbers])
-                assert np.array_equal(found[name].numpy(), expected)
-            assert str(found["id"].dtype) == "torch.int64" and len(found) == 3
+                assert np.array_equal(samples[name].numpy(), expected)
+            assert str(samples["id"].dtype) == "torch.int64" and len(samples) == 3
     with pytest.raises(IndexError, match="few: samples are 0 to 6"):
         read.samples("few", [7])
 
@@ -150,7 +149,7 @@ import os, random, signal, sys, time
 from pathlib import Path
 import torch
 from data_utils.pages import shard_builder, shard_files
-import test_shards as t
+import tests.data_utils.pages.test_shards as t
 
 shard_files.SHARD = 2
 t.SIZES = dict(train_samples=6, test_samples=2, build_batch=2, seed=3)  # 6 batches
@@ -217,36 +216,36 @@ print("as clean")
 
 
 def test_kills_change_nothing(tmp_path):
-    environment = os.environ | dict(PYTHONPATH=f"{ROOT}{os.pathsep}{ROOT / 'tests'}", OMP_NUM_THREADS="1")
+    environment = os.environ | dict(PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1")
     command = [sys.executable, "-c", KILLS, tmp_path]
-    found = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
-    assert found.stdout == "as clean\n", found.stderr[-3000:]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
+    assert result.stdout == "as clean\n", result.stderr[-3000:]
 
 
 def test_torn_batches_are_made_again_and_foreign_files_stay(tmp_path, monkeypatch):
     build(tmp_path / "clean")
-    out, made = tmp_path / "out", []
+    out, puts, put = tmp_path / "out", [], shard_builder._put
 
-    def halted(out, **more):  # in the middle of the second shard
-        made.append(0)
-        os.kill(os.getpid(), signal.SIGTERM) if len(made) == 9 else None
-        return original(out, **more)
+    def put_and_halt(path, content):  # in the middle of the second shard
+        puts.append(path)
+        if len(puts) == 9:
+            os.kill(os.getpid(), signal.SIGTERM)
+        put(path, content)
 
-    original = shard_builder._put
-    monkeypatch.setattr(shard_builder, "_put", lambda path, content: halted(path, content=content))
+    monkeypatch.setattr(shard_builder, "_put", put_and_halt)
     assert build(out) == signal.SIGTERM
     monkeypatch.undo()
     monkeypatch.setattr(shard_files, "SHARD", 5)
-    left = sorted(out.glob("batch_*"))
-    assert [path.name for path in left] == [f"batch_{i:05d}.pt" for i in range(5, 9)]
-    left[2].write_bytes(left[1].read_bytes())  # whole, but of the other task
-    left[1].write_bytes(left[1].read_bytes()[:-7])
+    paths = sorted(out.glob("batch_*"))
+    assert [path.name for path in paths] == [f"batch_{i:05d}.pt" for i in range(5, 9)]
+    paths[2].write_bytes(paths[1].read_bytes())  # whole, but of the other task
+    paths[1].write_bytes(paths[1].read_bytes()[:-7])
     (out / "batch_00003.pt").write_bytes(b"inside a listed shard")
     (out / "consolidated_001.pt").write_bytes(b"not listed")
     (out / "notes.txt").write_text("mine")
     assert build(out) == 0 and manifest(out)["content"] == manifest(tmp_path / "clean")["content"]
-    kept = {path.name for path in out.iterdir()}
-    assert kept == {path.name for path in (tmp_path / "clean").iterdir()} | {"notes.txt"}
+    names = {path.name for path in out.iterdir()}
+    assert names == {path.name for path in (tmp_path / "clean").iterdir()} | {"notes.txt"}
 
 
 def test_one_writer(tmp_path):
@@ -325,10 +324,9 @@ def test_several_folders(data, tmp_path):
 
 
 def spoil(path, **changes):
-    about = json.loads(path.read_text())
-    about |= changes
-    about["spec_sha256"] = changes.get("spec_sha256", shard_files.hash_of(about["spec"]))
-    path.write_text(json.dumps(about))
+    content = json.loads(path.read_text()) | changes
+    content["spec_sha256"] = changes.get("spec_sha256", shard_files.hash_of(content["spec"]))
+    path.write_text(json.dumps(content))
 
 
 @pytest.mark.parametrize(
@@ -364,7 +362,7 @@ def test_a_rightly_hashed_file_of_wrong_content_is_refused(data):
     import torch
 
     path = data / "consolidated_000.pt"
-    whole = torch.load(path, weights_only=True)
+    content = torch.load(path, weights_only=True)
     for task, field, value, message in [
         ("few", "page", torch.full((6, 2, 3), 112, dtype=torch.uint8), "few has symbols of 112 and more"),
         ("few", "id", torch.full((6,), 9, dtype=torch.int32), "few has ids outside 0 to 8"),
@@ -378,7 +376,7 @@ def test_a_rightly_hashed_file_of_wrong_content_is_refused(data):
         ("plain", "page", torch.zeros(4, 2, 3), "plain.page is float32 (4, 2, 3), expected uint8 (4, 2, 3)"),
         ("other", "id", torch.zeros(1), "holds few, other, plain, expected few, plain"),
     ]:
-        tasks = {name: dict(fields) for name, fields in whole["tasks"].items()}
+        tasks = {name: dict(fields) for name, fields in content["tasks"].items()}
         tasks.setdefault(task, {})[field] = value
         torch.save(dict(format=1, tasks=tasks), path)
         entry = manifest(data)["shards"][0] | dict(sha256=shard_files.hashlib.sha256(path.read_bytes()).hexdigest())
@@ -401,7 +399,7 @@ def test_waiting_ends(tmp_path, data, monkeypatch):
     spoil(data / "manifest.json", complete=False, shards=manifest(data)["shards"][:2])
     read = reader(data, spec=spec, wait_timeout=9)
     first, last = read.order("plain", 0)[[0, -1]]
-    assert read.ready("plain", [first]) and not read.ready("plain", [last]) and not read.complete
+    assert read.ready("plain", [first]) and not read.ready("plain", [last])
     with pytest.raises(DataError, match="data is unfinished\ntry: python train_multimodal.py --dataset-only"):
         reader(data, incremental=False)
     monkeypatch.setattr(shards, "STALE", 0.05)
@@ -460,10 +458,10 @@ def test_a_trainer_dies_and_the_next_one_goes_on(tmp_path, monkeypatch):
         read = shards.Shards([out], sources, seed=0, spec=spec, wait_timeout=60, alive=builder.check)
         os.kill(builder.process.pid, signal.SIGINT)  # which it leaves to the trainer
         indices = read.at("sudoku6", np.arange(380, 420))  # the end of one epoch, the beginning of the next
-        found = read.samples("sudoku6", indices)["page"].numpy()
-        assert np.array_equal(found, [sources["sudoku6"].make(i, "train", 0).page for i in indices.tolist()])
+        pages = read.samples("sudoku6", indices)["page"].numpy()
+        assert np.array_equal(pages, [sources["sudoku6"].make(i, "train", 0).page for i in indices.tolist()])
         builder.wait()
-        assert read.complete and builder.process.returncode == 0
+        assert manifest(out)["complete"] and builder.process.returncode == 0
     assert shards.start_builder(out, cfg).process is None
 
 
@@ -503,7 +501,7 @@ def test_usage(tmp_path, capsys, flags, words):
     assert all(word in err for word in words) and not (tmp_path / "out").exists()
 
 
-def test_a_builder_that_can_not_start_is_said(tmp_path, monkeypatch):
+def test_a_builder_that_can_not_start_is_an_error(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "executable", str(tmp_path / "no_python"))
     cfg = SimpleNamespace(**FLAGS)
     with pytest.raises(DataError, match="its builder can't start: No such file"):

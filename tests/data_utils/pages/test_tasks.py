@@ -46,10 +46,10 @@ def test_sudoku_pages_have_one_solution(size, givens):
 
 
 def test_the_fill_is_that_of_whole_puzzles():
-    made, solutions = puzzles.sudoku(size=6, givens=14, n=1, seed=3)
+    grids, solutions = puzzles.sudoku(size=6, givens=14, n=1, seed=3)
     draw = random.Random("3 0")
     grid = puzzles.fill(6, draw)
-    assert (solutions[0] == grid).all() and (made[0] == puzzles.empty(grid, 6, 14, draw)).all()
+    assert (solutions[0] == grid).all() and (grids[0] == puzzles.empty(grid, 6, 14, draw)).all()
 
 
 def test_guesses_are_counted():
@@ -64,16 +64,16 @@ def test_samples_are_pure_and_splits_disjoint(name, tmp_path):
     write_code(tmp_path, 200)
     source = opened(name, code_dir=str(tmp_path))[name]
     keys = {"train": set(), "test": set()}
-    for split, found in keys.items():
+    for split, split_keys in keys.items():
         for seed in range(3):
-            made = [source.make(i, split, seed) for i in range(20 if split == "test" else 60)]
-            assert same(made[9], opened(name, code_dir=str(tmp_path))[name].make(9, split, seed))
-            assert len({sample.page.tobytes() for sample in made}) > 14
-            for sample in made:
+            samples = [source.make(i, split, seed) for i in range(20 if split == "test" else 60)]
+            assert same(samples[9], opened(name, code_dir=str(tmp_path))[name].make(9, split, seed))
+            assert len({sample.page.tobytes() for sample in samples}) > 14
+            for sample in samples:
                 assert sample.page.shape == (source.task.rows, source.task.cols)
                 assert sample.target.shape == (source.task.length,) and len(sample.key) == 16
                 assert sample.page.dtype == sample.target.dtype == np.uint8
-            found |= {sample.key for sample in made}
+            split_keys |= {sample.key for sample in samples}
     assert not keys["train"] & keys["test"] and all(map(tasks.is_test, keys["test"]))
     assert not any(map(tasks.is_test, keys["train"])) and len(keys["train"]) > 90
 
@@ -89,7 +89,7 @@ def test_sources_take_turns_in_both_halves_of_the_test_split(tmp_path):
 
 def test_a_source_too_small_for_the_split():
     class One:
-        spec, about = {}, "one grid"
+        spec, label = {}, "one grid"
 
         def subject(self, draw):
             return b"one", None
@@ -101,7 +101,7 @@ def test_a_source_too_small_for_the_split():
 
 def test_samples_that_few_draws_have_are_found(monkeypatch):
     class Rare:
-        spec, about, drawn = {}, "rare ones", 0
+        spec, label, drawn = {}, "rare ones", 0
 
         def subject(self, draw):
             return str(draw.random()).encode(), None
