@@ -47,12 +47,13 @@ class Recorder:
     """`with Recorder(...) as record: record(moment, ...)` writes facts, and draws the figures of that moment.
 
     run_dir: None for a run that writes nothing. families: of figures that its loop has. at: where the run is, with
-    step, epoch, histories, seconds and run_id. new: what lies there is set aside. An exception that leaves the block is
-    recorded, and goes on.
+    step, epoch, histories, seconds and run_id. epochs: of the whole run. new: what lies there is set aside. An
+    exception that leaves the block is recorded, and goes on.
     """
 
-    def __init__(self, run_dir, cfg, families, at, device, new):
+    def __init__(self, run_dir, cfg, families, at, epochs, device, new):
         self.run_dir, self.cfg, self.families, self.at, self.device = run_dir, cfg, families, at, device
+        self.epochs = epochs
         self.start, self.before = time.monotonic(), at.seconds
         self.failed = False  # to write a row of facts
         if run_dir:
@@ -92,7 +93,7 @@ class Recorder:
                 warn("no figures: pip install matplotlib")
                 self.cfg.make_plots = False
                 return
-            last = dict(epoch=self.at.epoch - 1, last=self.at.epoch == self.cfg.epochs, histories=self.at.histories)
+            last = dict(epoch=self.at.epoch - 1, last=self.at.epoch == self.epochs, histories=self.at.histories)
             handle_event(self.cfg, self.families, moment, event | dict(run_dir=self.run_dir) | last | (shown or {}))
 
     def epoch(self, train, val, codes, events, val_seconds):
@@ -137,10 +138,10 @@ class Recorder:
         at, cfg = self.at, self.cfg
         then = f"generate.py events {self.run_dir} --mode sample"
         then = f"plot.py {self.run_dir}" if cfg.loop == "test_mlp" else then
-        then = then if at.tested >= cfg.epochs else f"train_ae.py resume={self.run_dir}"
+        then = then if at.tested >= self.epochs else f"train_ae.py resume={self.run_dir}"
         best = f"best val_loss {at.best_val_loss:.4f} at epoch {at.best_epoch + 1}, test_loss {at.test_loss:.4f}"
         took = f"{time.monotonic() - self.start:.0f} s, peak {peak_mb(self.device):.0f} MB"
-        line = f"{self.run_dir or cfg.loop}: epoch {at.epoch} of {cfg.epochs}, {best}, {took}"
+        line = f"{self.run_dir or cfg.loop}: epoch {at.epoch} of {self.epochs}, {best}, {took}"
         return line + f"; next: python {then}" * bool(self.run_dir)
 
 
