@@ -104,7 +104,9 @@ class HrmConfig:
     max_steps: int = cosmetic(0)  # stop earlier, on the same schedule; 0 = off
     max_seconds: float = cosmetic(0.0)  # stop after so many seconds; 0 = off
     # evaluation, hardware
-    val_every: int = cosmetic(0, also=("eval_interval",))  # steps per evaluation; 0 = at the end
+    val_every: int = cosmetic(  # steps between evaluations; 0 = at the end only
+        0, also=("eval_interval", "validate_interval")
+    )
     eval_batch_size: int = cosmetic(0)  # rows per evaluation batch; 0 = as training
     eval_rows: int = cosmetic(0)  # validation rows used; 0 = all
     eval_segments: int = cosmetic(0)  # most segments with halting; 0 = four times segments

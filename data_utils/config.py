@@ -67,7 +67,9 @@ class Parser(argparse.ArgumentParser):
                 self.exit(2, f"error: {self.prog} has no {word}: {self.absent[name]}\n")
             close = difflib.get_close_matches(word, self._option_string_actions, 1)
             message += f" (did you mean {close[0]}?)" if close else ""
-        self.exit(2, f"error: {message}\ntry: python {self.prog} --help\n")
+        if "\ntry: " not in message:
+            message += f"\ntry: python {self.prog} --help"
+        self.exit(2, f"error: {message}\n")
 
 
 class _Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):

@@ -538,13 +538,13 @@ def test_steps_that_are_not_finite_end_a_run_but_not_what_it_had(events, capfd):
     expected = saved("a")[0]
     told(events, "out=a epochs=20 lr=1e38 clip=0", status=1)
     err = capfd.readouterr().err
-    assert "20 steps in a row not finite" in err and "lr=" in err and "a/best_val.pt, epoch 2" in err
+    assert "10 steps in a row were not finite, up to step" in err and "--lr" in err and "last good file: " in err
     assert_same(saved("a")[0], expected)
     event = lines("a")[-1]
-    assert event["moment"] == "on_exception" and event["error"].startswith("DataError: 20 steps")
+    assert event["moment"] == "on_exception" and event["error"].startswith("DataError: 10 steps")
     bad = [line for line in lines("a") if "val_loss" in line["nonfinite"]]
     assert bad and all(line["val_loss"] is None for line in bad)
-    with pytest.raises(DataError, match="last good: none"):
+    with pytest.raises(DataError, match="last good file: none"):
         run(events, "save_artifacts=false epochs=20 lr=1e38 clip=0")
     run(events, "out=a epochs=3")
     assert [line["epoch"] for line in lines("a") if line["moment"] == "on_epoch_end"] == [0, 1, 2]

@@ -240,12 +240,12 @@ def test_nested_and_flat_configurations_agree(tmp_path, capsys):
     flat |= dict(batch_size=7)
     assert flatten(nested) == flat
     assert "bridge.kind" in capsys.readouterr().out
-    found = []
+    parsed = []
     for number, content in enumerate((nested, flat)):
         path = tmp_path / f"{number}.yaml"
         path.write_text(yaml.safe_dump(content))
-        found.append(parse(["--config", str(path)]))
-    assert found[0] == found[1]
+        parsed.append(parse(["--config", str(path)]))
+    assert parsed[0] == parsed[1]
     with pytest.raises(ValueError, match="core_layers"):
         flatten(dict(hrm=dict(h_layers=1, l_layers=2)))
     (tmp_path / "bad.yaml").write_text("hrm:\n  unknown_key: 3\n")
