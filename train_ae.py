@@ -121,9 +121,8 @@ class AeConfig:
 
     # launch advises this when the memory is too small.
     remedy = "a smaller batch_size=, accumulate=2, or a smaller hidden="
-    absent = dict(  # flags of other scripts, and why they are not here
-        fsdp="its models are small\ntry: torchrun --standalone --nproc-per-node 2 train_ae.py"
-    )
+    # Flags of other scripts, and why they are not here.
+    absent = dict(fsdp="its models are small\ntry: torchrun --standalone --nproc-per-node 2 train_ae.py")
 
 
 @dataclass
@@ -464,7 +463,7 @@ def main(cfg):
 
     # --- schedule, evaluation, stop -------------------------------------------------------
     def epochs_at(step):
-        """Return the number of epochs that have ended by a step; the end of the schedule ends one."""
+        """Return how many epochs have ended by a step; the end of the schedule ends one."""
         return epochs if step >= steps else step // steps_per_epoch
 
     def lr_at(step, peak):

@@ -6,8 +6,8 @@
     python train_hrm.py --dry_run                                                  # a random batch
     torchrun --nproc-per-node 2 train_hrm.py --dataset sudoku --run_name sudoku9   # several GPUs
 
-KEY=VALUE is --key value. --fsdp lets the processes share the weights. prepare_data.py language makes
-the prepared rows.
+KEY=VALUE is --key value. --fsdp lets the processes share the weights. prepare_data.py language
+makes the prepared rows.
 
 Writes runs/<run_name>/checkpoints/{step_N,final}.pt with a .yaml each, best-model/, metrics.jsonl
 and loss.png. The same command goes on from the newest checkpoint there. In a notebook, paste this
@@ -117,9 +117,8 @@ class HrmConfig:
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # auto: by mixed_precision
     compile: bool = cosmetic(False)  # torch.compile of the core: a minute to start, then faster
 
-    absent = dict(  # flags of other scripts, and why they are not here
-        grad_accum_steps="each segment is an optimizer step of its own\ntry: a larger --batch_size, or more --segments"
-    )
+    # Flags of other scripts, and why they are not here.
+    absent = dict(grad_accum_steps="each segment is an optimizer step of its own\ntry: a larger --batch_size")
 
 
 @dataclass
@@ -322,6 +321,7 @@ def main(cfg):
         home = Path("runs", cfg.run_name)
         folder = home / "checkpoints"
     vocab_size = 98  # of a dry run, which reads no data
+    # Without data there is only the dry run, which needs no more than the sizes of a batch.
     if train:
         data = open_questions(
             cfg.dataset,
@@ -339,11 +339,12 @@ def main(cfg):
         n_val = min(cfg.eval_rows or data.rows("val"), data.rows("val"))
         if cfg.save_best_model and not (cfg.run_name and n_val):
             raise UsageError("--save_best_model needs a --run_name, and validation rows")
-        # The last batch of an epoch is filled up with rows from the epoch's start.
+        # The last batch of an epoch is filled up with rows from the epoch's start, so that each
+        # rank has as many rows in each batch.
         rows_per_batch = cfg.batch_size * world
         batches = math.ceil(data.rows("train") / rows_per_batch)  # per epoch
         local_rows = slice(rank * cfg.batch_size, (rank + 1) * cfg.batch_size)  # of a batch
-        # The rate follows from `steps` alone. A run that stops early and goes on takes the same steps.
+        # The rate follows from `steps` alone. A run that stops early and goes on does the same.
         steps = cfg.steps if cfg.steps > 0 else cfg.epochs * batches * cfg.segments
         if cfg.steps > 0 and cfg.epochs > 0:  # as the guide has it
             log(f"--steps {cfg.steps} overrides --epochs {cfg.epochs}")
@@ -398,7 +399,7 @@ def main(cfg):
     else:
         fused = device.type in ("cpu", "cuda")
         optimizer = torch.optim.AdamW(groups, lr=cfg.learning_rate, betas=betas, fused=fused)
-    # Averaged weights are evaluated and used: on few rows they are better than the last ones.
+    # The averaged weights are evaluated: those of a single step vary too much to be compared.
     average = Average(trained, cfg.ema)
     # One dict both saves and loads, so that no part of a run is saved and then forgotten.
     parts = dict(model_state=raw_model, optimizer_state=optimizer, amp_scaler=scaler, ema=average)
@@ -435,6 +436,7 @@ def main(cfg):
         checkpoint.load_parts(parts, saved, resumed_from, header)
         state = RunState(**{name: saved[name] for name in vars(state)})
         # The file has the states of all ranks of then. The ranks of now may share the rows anew.
+        # With another batch size the states fit no batch, and the next segment begins without.
         states = [torch.cat(shards) for shards in zip(*saved["carry"], strict=True)]
         if states and len(states[0]) == rows_per_batch:
             carry = tuple(z[local_rows].to(device) for z in states)
@@ -577,6 +579,7 @@ def main(cfg):
                 bad, stop_signal, save_due, finished = distributed.max_over_ranks(
                     not math.isfinite(loss + norm), int(stop.signal), save_due, finished
                 )
+                # A bad step also leaves the average as it is.
                 if not bad:
                     scaler.step(optimizer)
                     scaler.update()
@@ -644,7 +647,8 @@ def main(cfg):
                     if cfg.save_best_model:
                         save(best_file)
 
-            # 6. Save under the number of the step. Training survives a rolling save that fails.
+            # 6. Save under the number of the step. Training survives a rolling save that fails: a
+            # disk that is full now may have room at the next one.
             leaving = finished or stop_signal
             if not leaving and (save_due or evaluate_now):
                 save(folder / f"step_{state.step}.pt", must=not save_due)

@@ -109,7 +109,8 @@ class TrainMLAConfig(MLAConfig, DataConfig):
     amp_dtype: Literal["bf16", "fp16"] = "bf16"  # fp16 where bf16 is slow; fp32 where both are
     compile: bool = cosmetic(False)  # torch.compile: slow to start, then faster on a GPU
 
-    absent = dict(  # flags of other scripts, and why they are not here
+    # Flags of other scripts, and why they are not here.
+    absent = dict(
         fsdp="each rank needs the frozen experts as they are\n"
         "try: torchrun --standalone --nproc-per-node 2 train_mla.py"
     )

@@ -162,10 +162,11 @@ class MultimodalConfig:
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # auto: bfloat16 if fast
     compile: bool = cosmetic(False)  # torch.compile of the blocks: slow to start, then faster
 
-    absent = dict(  # flags of other scripts, and why they are not here
-        fsdp="samples leave a batch at different times, each rank its own\n"
+    # Flags of other scripts, and why they are not here.
+    absent = dict(
+        fsdp="each process holds all weights, and the optimizer averages the gradients\n"
         "try: torchrun --standalone --nproc-per-node 2 train_multimodal.py",
-        grad_accum_steps="the states of a sample move with each step\ntry: a larger global_batch_size=",
+        grad_accum_steps="a sample's states move at each step\ntry: a larger global_batch_size=",
     )
 
     @property
@@ -412,6 +413,7 @@ def main(cfg, begun=None):
         dict(params=matrices, weight_decay=cfg.weight_decay),
         dict(params=others, weight_decay=0.0),
     ]
+    # It has no epsilon, so that small gradients take steps of the same size as large ones.
     optimizer = AdamAtan2(groups, lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), compile=cfg.compile)
     rules = SignRows([dict(params=rule_tables)], lr=cfg.id_lr, weight_decay=cfg.weight_decay)
     average = Average(trained, cfg.ema_decay if cfg.ema else 0.0)
@@ -468,7 +470,8 @@ def main(cfg, begun=None):
         distributed.close()
         return dict(step=state.step, best_score=state.best, stopped=0)
 
-    # The optimizer averages gradients over ranks itself, so that no DDP is needed.
+    # The optimizer averages gradients over ranks itself, so that no DDP is needed. Checkpoints hold
+    # raw_model, whose weights have the same names with and without --compile.
     model = raw_model.compiled() if cfg.compile else raw_model
     saver = checkpoint.Saver()
 
@@ -499,7 +502,7 @@ def main(cfg, begun=None):
             rolling_file.replace(previous_file)
         saver(rolling_file, payload(shards), must)
 
-    # The rehearsal finds a full disk before the first step.
+    # A full disk or a value that can't be saved is found here, not after an hour of training.
     if rank == 0:
         size = checkpoint.rehearse(folder, kind, payload([]))
         if not resumed_from:
@@ -566,6 +569,7 @@ def main(cfg, begun=None):
         return row
 
     # A codebook begins with the capsules that the untrained encoder makes of the first pages.
+    # Random codes would be far from all of them, and most would never be used.
     if cfg.use_vq_codebook and not resumed_from:
         try:
             start_codes(raw_model, data, sources, cfg.seed, device, autocast)
@@ -586,21 +590,23 @@ def main(cfg, begun=None):
     evaluate_now = state.evaluated < state.step and (finished or at_interval)
     skip_step = evaluate_now or finished
     # Without a terminal, the lines of the log take the place of a progress bar.
-    with Progress(last_step, state.step, show=rank == 0 and sys.stderr.isatty()) as progress:
+    show = rank == 0 and sys.stderr.isatty()
+    with Progress(last_step, state.step, show=show) as progress:
         start = saved_at = time.monotonic()
         while not cfg.eval_only:
             if not skip_step:
                 # 1. Data: a batch of one task, the same task on all ranks.
                 draw = np.random.default_rng((cfg.seed, state.step))
                 name = names[draw.choice(len(names), p=task_shares)]
+                # The samples of a task stay in their slot between its steps, with their states.
                 slot = slots[name]
                 batch = slot.take(device)
                 (stop_signal,) = distributed.max_over_ranks(0 if batch else int(stop.signal))
                 if stop_signal:  # it came while a rank waited for data
                     save()
                     break
-                # Each sample has its own random numbers, whatever rank it is on. All ranks draw for
-                # the whole batch, and each takes its rows.
+                # Each sample has its own random numbers, whatever rank it is on: all ranks draw for
+                # the batch of all, and each takes its rows.
                 draws = torch.from_numpy(draw.random((B, 4))[local_rows])
                 explores = draws[:, 0] < cfg.latent_explore
                 any_path = (draws[:, 1] * len(raw_model.starts)).long()
@@ -716,7 +722,7 @@ def main(cfg, begun=None):
                         state.best = val_row["score"]
                         state.best_step = state.step
 
-            # 6. Save.
+            # 6. Save. A disk that is full for a while ends no run: a rolling save may fail.
             if finished or stop_signal or save_due:
                 save(must=bool(finished or stop_signal))
                 saved_at = time.monotonic()

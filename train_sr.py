@@ -140,7 +140,10 @@ class SRConfig(ModelConfig, PoolConfig, DataConfig):
     compile_mode: CompileMode = cosmetic("")  # torch.compile in this mode; "" and off: as --compile
 
     # Flags of other scripts, and why they are not here.
-    absent = dict.fromkeys(("epochs", "max_epochs"), "formulas are drawn anew at each step\ntry: --steps alone")
+    absent = dict.fromkeys(
+        ("epochs", "max_epochs"),
+        "formulas are drawn anew at each step\ntry: --steps alone",
+    )
 
 
 Config = SRConfig
