@@ -222,19 +222,19 @@ def test_a_run_that_is_resumed_brings_its_flags(table, tmp_path):
 
 def test_what_a_run_keeps_of_its_flags_is_a_bundle(table, tmp_path):
     cfg = read("loop=gan_ae labels=[] hidden=[3,4] lr=1e-7 revive=-1 --no-make-plots")
-    kept = {n: list(v) if isinstance(v, tuple) else v for n, v in asdict(cfg).items() if n not in ("env", "config")}
-    (tmp_path / "kept.yaml").write_text(yaml.safe_dump(kept | dict(sweep_job=7)))
+    settings = {n: list(v) if isinstance(v, tuple) else v for n, v in asdict(cfg).items() if n not in ("env", "config")}
+    (tmp_path / "kept.yaml").write_text(yaml.safe_dump(settings | dict(sweep_job=7)))
     assert replace(read(["--config", f"{tmp_path}/kept.yaml"], table), config="", sweep_job=-1) == cfg
     assert len(read(["--config", f"{tmp_path}/kept.yaml", "-m", "epochs=1,2"], table).words) == 2
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs" / "ae").glob("**/*.yaml")), ids=lambda p: p.stem)
 def test_the_bundles_that_come_along_repeat_no_default(path):
-    found = read(["--config", str(path)])
-    cfg = found.configs[0] if isinstance(found, Jobs) else found
+    parsed = read(["--config", str(path)])
+    cfg = parsed.configs[0] if isinstance(parsed, Jobs) else parsed
     text = [line.partition(":")[0] for line in path.read_text().splitlines() if line and line[0] != "#"]
     default = asdict(type(cfg)()) | dict(multirun=False)
-    given = asdict(cfg) | dict(multirun=found.multirun)
+    given = asdict(cfg) | dict(multirun=parsed.multirun)
     assert [name for name in text if given[name] == default[name] and name != "latent_space"] == []
 
 

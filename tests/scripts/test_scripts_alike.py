@@ -62,6 +62,12 @@ def test_one_statement_per_line_and_lines_that_fit(name):
     assert len(comments) >= 0.085 * len(lines), f"{len(comments)} comments in {len(lines)} lines"
 
 
+BAD_MESSAGE = """raise DataError(
+f"{BAD_STEPS} steps in a row were not finite, up to step {state.step}\\n"
+f"try: a smaller --lr, or --dtype float32; last good file: {saver.last}"
+)"""
+
+
 def test_what_all_scripts_say_of_a_bad_step_and_of_a_long_warmup_is_the_same():
     for name, text in TEXTS.items():
         message = text[text.index("if state.skipped_in_row == BAD_STEPS:") :].partition("# 4. Log.")[0].split("\n\n")[0]
@@ -72,10 +78,12 @@ def test_what_all_scripts_say_of_a_bad_step_and_of_a_long_warmup_is_the_same():
         assert text.count("warmup cut from {cfg.warmup") == text.count(" steps, the whole schedule") == 1, name
 
 
-BAD_MESSAGE = """raise DataError(
-f"{BAD_STEPS} steps in a row were not finite, up to step {state.step}\\n"
-f"try: a smaller --lr, or --dtype float32; last good file: {saver.last}"
-)"""
+def test_the_rate_of_a_step_follows_from_the_schedule_and_not_from_a_budget():
+    for name, text in TEXTS.items():
+        function = text[text.index("    def lr_at(") :].split("\n\n")[0]
+        if name == "train_sr":
+            function += text[text.index("def schedule(") :].split("\n\n")[0]
+        assert "last_step" not in function and "max_" not in function, name
 
 
 # ---- flags -----------------------------------------------------------------------------------------------------------

@@ -100,10 +100,10 @@ def test_interrupted_and_resumed_equals_uninterrupted(kind, optimizer, puzzles, 
         assert runs[name].returncode == dict(SIGKILL=-9, SIGTERM=143)[name]
         out, _ = finish(train(tmp_path, *flags, f"--run_name={name}"))
         assert "exact resume is lost" not in out
-        found, found_rows = results(tmp_path / "runs" / name)
+        files, its_rows = results(tmp_path / "runs" / name)
         ignored = dict(config=None)
-        assert_same(found["final.pt"] | ignored, expected["final.pt"] | ignored)
-        assert found_rows == rows
+        assert_same(files["final.pt"] | ignored, expected["final.pt"] | ignored)
+        assert its_rows == rows
 
 
 def test_going_on_from_an_older_checkpoint_leaves_the_later_branch(tmp_path):
@@ -118,9 +118,9 @@ def test_going_on_from_an_older_checkpoint_leaves_the_later_branch(tmp_path):
     assert {p.name for p in folder.glob("*.pt")} == {"step_4.pt", "final.pt"}
     out, _ = finish(train(tmp_path, *flags))
     assert "final.pt at step 5" in out
-    found, _ = results(folder.parent)
+    files, _ = results(folder.parent)
     ignored = dict(config=None, evaluated=8)
-    assert_same(found["final.pt"] | ignored, expected["final.pt"] | ignored)
+    assert_same(files["final.pt"] | ignored, expected["final.pt"] | ignored)
 
 
 def test_the_same_budget_again_trains_nothing(tmp_path):

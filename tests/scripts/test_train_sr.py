@@ -129,9 +129,9 @@ def test_interrupted_and_resumed_equals_uninterrupted(tmp_path):
         assert "--resume-from auto" in err and "--fresh" in err
         out, _ = finish(train(tmp_path, *flags, "-o", name, "--resume-from", "auto", "-w", "2"))
         assert "exact resume is lost" not in out
-        found, found_rows = results(tmp_path / name)
-        assert_same(found, expected)
-        assert found_rows == rows
+        parts, its_rows = results(tmp_path / name)
+        assert_same(parts, expected)
+        assert its_rows == rows
 
 
 def test_saved_pools_wandb_and_starting_over(tmp_path):
@@ -195,8 +195,9 @@ def test_going_on_from_an_older_checkpoint_leaves_the_later_branch(tmp_path):
     assert "checkpoint_6 -> checkpoint_6.bak" in err and "checkpoint_4 -> checkpoint_4.bak" in err
     out, _ = finish(train(tmp_path, *flags, "--resume-from", "auto"))
     assert "checkpoint_5 at step 5" in out
-    found, _ = results(tmp_path / "run")
-    assert_same(*({name: parts[name] for name in ("state_dict.pt", "optimizer.pt")} for parts in (found, expected)))
+    parts, _ = results(tmp_path / "run")
+    for name in ("state_dict.pt", "optimizer.pt"):
+        assert_same(parts[name], expected[name])
     # a newest one that is damaged is passed over, and what is saved next is kept
     (tmp_path / "run" / "checkpoint_6" / "optimizer.pt").write_bytes(b"cut")
     (tmp_path / "run" / "state_dict.pt").unlink()
