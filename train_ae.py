@@ -426,7 +426,7 @@ def main(cfg):
 
     def results(stopped=0):
         """Return what main returns."""
-        final = state.histories.get("val_loss", [math.nan])[-1]
+        final = (state.histories.get("val_loss") or [math.nan])[-1]
         run_dir = str(folder) if cfg.save_artifacts else ""
         return asdict(state) | dict(final_val_loss=final, run_dir=run_dir, stopped=int(stopped))
 

@@ -321,7 +321,7 @@ def main(cfg):
         home = Path("runs", cfg.run_name)
         folder = home / "checkpoints"
     vocab_size = 98  # of a dry run, which reads no data
-    # Without data there is only the dry run, which needs no more than the sizes of a batch.
+    # A dry run reads no data: it needs the sizes of a batch alone.
     if train:
         data = open_questions(
             cfg.dataset,
@@ -367,7 +367,7 @@ def main(cfg):
         raise UsageError(str(e)) from e
     raw_model.to(device)
     millions = sum(p.numel() for p in raw_model.parameters()) / 1e6
-    # A dry run shows that the model fits and learns, before there are data. It leaves no file.
+    # A dry run shows that the model fits and has gradients, before there are data.
     if not train:
         batch = to_device(random_batch(cfg.batch_size, cfg.max_seq_len, vocab_size))
         with autocast:
