@@ -88,12 +88,12 @@ def test_the_rate_of_a_step_follows_from_the_schedule_and_not_from_a_budget():
 
 # ---- flags -----------------------------------------------------------------------------------------------------------
 
-TEXT, NAMES_OF = "expert mla", "expert mla hrm sr ae multimodal".split()
+SIX = "expert mla hrm sr ae multimodal".split()
 
 
 def everywhere(name):
     """The fields of an idea that all six scripts have under the same name."""
-    return dict.fromkeys(NAMES_OF, name)
+    return dict.fromkeys(SIX, name)
 
 
 def of(text="", **others):
@@ -147,20 +147,24 @@ VOCABULARY = {  # idea: (names of its flag that work wherever it is, {script: th
     "workers": ("num_workers workers", dict(hrm="dataset_workers", sr="num_workers", multimodal="workers")),
     "average of codes": ("codebook_decay ema_decay", dict(ae="codebook_decay")),
 }
-SAID_WHY = dict(hrm=["grad_accum_steps"], multimodal=["grad_accum_steps", "fsdp"], sr=["epochs", "max_epochs"])
-SAID_WHY |= dict(mla=["fsdp"], ae=["fsdp"])  # flags that a script does not have, and says why
+ABSENT = dict(  # flags that a script does not have, and says why
+    mla=["fsdp"],
+    hrm=["grad_accum_steps"],
+    sr=["epochs", "max_epochs"],
+    ae=["fsdp"],
+    multimodal=["grad_accum_steps", "fsdp"],
+)
+FIRST = dict(expert=["--expert=transformer"], hrm=["--dataset=synthetic"])  # words that a command line begins with
+VARIANTS = dict(train_hrm=[train_hrm.SyntheticConfig, train_hrm.SudokuConfig])
 
 
 def configurations(name):
     module = importlib.import_module(name)
-    return [module.Config, *getattr(module, "CONFIGS", {}).values(), *SYNTHETIC.get(name, ())]
-
-
-SYNTHETIC = dict(train_hrm=[train_hrm.SyntheticConfig, train_hrm.SudokuConfig])
+    return [module.Config, *getattr(module, "CONFIGS", {}).values(), *VARIANTS.get(name, ())]
 
 
 @pytest.mark.parametrize("idea", VOCABULARY)
-@pytest.mark.parametrize("name", NAMES_OF)
+@pytest.mark.parametrize("name", SIX)
 def test_an_idea_has_the_same_flag_in_every_script(name, idea):
     common, holders = VOCABULARY[idea]
     for cls in configurations(f"train_{name}"):
@@ -173,10 +177,10 @@ def test_an_idea_has_the_same_flag_in_every_script(name, idea):
                 assert not action or (name, word) == ("multimodal", "ema_decay"), f"{cls.__name__}: --{word}"
 
 
-@pytest.mark.parametrize("name", SAID_WHY)
+@pytest.mark.parametrize("name", ABSENT)
 def test_a_flag_that_a_script_does_not_have_is_an_error_that_says_why(name, capsys):
     module = importlib.import_module(f"train_{name}")
-    for word in SAID_WHY[name]:
+    for word in ABSENT[name]:
         for typed in (f"--{word}=2", f"{word}=2"):
             with pytest.raises(SystemExit) as stopped:
                 module.parse([typed])
@@ -184,30 +188,28 @@ def test_a_flag_that_a_script_does_not_have_is_an_error_that_says_why(name, caps
             assert stopped.value.code == 2 and word in message and "\ntry: " in message
 
 
-@pytest.mark.parametrize("name", NAMES_OF)
+@pytest.mark.parametrize("name", SIX)
 def test_steps_and_epochs_together_are_an_error_that_names_both(name, capsys):
     module = importlib.import_module(f"train_{name}")
-    first = ["--expert=transformer"] if name == "expert" else ["--dataset=synthetic"] if name == "hrm" else []
     for typed in (["--steps", "2000", "--epochs", "3"], ["steps=2000", "max_epochs=3"]):
         if name == "hrm":  # in its guide, steps override epochs: main says so
-            cfg = module.parse(first + typed)
+            cfg = module.parse([*FIRST.get(name, []), *typed])
             assert (cfg.steps, cfg.epochs) == (2000, 3)
             continue
         with pytest.raises((SystemExit, UsageError)) as error:
-            module.main(module.parse(first + typed))
+            module.main(module.parse([*FIRST.get(name, []), *typed]))
         message = capsys.readouterr().err or str(error.value)
         assert "--steps" in message and "epochs" in message
         assert not isinstance(error.value, SystemExit) or error.value.code == 2
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES_OF if name != "sr"])
+@pytest.mark.parametrize("name", [name for name in SIX if name != "sr"])
 def test_of_steps_and_epochs_the_one_that_is_typed_counts(name, tmp_path):
     module = importlib.import_module(f"train_{name}")
-    first = ["--expert=transformer"] if name == "expert" else ["--dataset=synthetic"] if name == "hrm" else []
     field = VOCABULARY["passes"][1][name]
 
     def lengths(*words):
-        cfg = module.parse([*first, *words])
+        cfg = module.parse([*FIRST.get(name, []), *words])
         return cfg.steps, getattr(cfg, field)
 
     for key, value, expected in (("steps", 70, (70, 0)), ("epochs", 7, (0, 7))):
