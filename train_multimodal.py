@@ -407,6 +407,7 @@ def main(cfg, begun=None):
     # A batch uses a few of ARC's many rules. An optimizer of their own leaves the others alone.
     rule_tables = [p for name, p in trained.items() if name == "rules.weight"]
     dense = {name: p for name, p in trained.items() if name != "rules.weight"}
+    # Decay is for matrices: it would pull the gains of norms to zero.
     matrices = [(name, p) for name, p in dense.items() if p.ndim > 1]
     others = [(name, p) for name, p in dense.items() if p.ndim <= 1]
     groups = [
@@ -431,6 +432,7 @@ def main(cfg, begun=None):
     average_file = folder / "ema_model.pt"
     rolling_file, previous_file = [folder / name for name in ROLLING_FILES]
     metrics_file = folder / "metrics.jsonl"
+    # A sample stays for several steps, so the samples at hand are part of the run's state too.
     slots = {}  # task -> its samples at hand
     for name, source in sources.items():
         slots[name] = Slots(data, name, source.task, local_rows, cfg, raw_model.limit(name))
