@@ -4,10 +4,10 @@ import importlib
 
 import pytest
 import torch
-from test_train_hrm import SIZES
-from test_train_sr import TINY
 
 from tests.helpers import train_flags
+from tests.scripts.test_train_hrm import SIZES
+from tests.scripts.test_train_sr import TINY
 
 AE = "events=200 limit=64 hidden=[8,8] latent_dim=4 codebook_size=8 batch_size=16 epochs=1 device=cpu out={home} "
 AE += "make_plots=false"

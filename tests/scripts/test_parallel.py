@@ -6,9 +6,6 @@ import importlib
 
 import pytest
 import torch
-from test_resume import assert_same
-from test_train_hrm import SIZES, results
-from test_train_sr import TINY
 
 import train_ae
 import train_multimodal
@@ -17,6 +14,9 @@ from data_utils.checkpoint import load_checkpoint, read, shared_like, to_plain
 from data_utils.config import from_cli
 from data_utils.errors import UsageError
 from tests.helpers import finish, start, start_two, torchrun, train_flags
+from tests.scripts.test_resume import assert_same
+from tests.scripts.test_train_hrm import SIZES, results
+from tests.scripts.test_train_sr import TINY
 
 HALF, WHOLE = 5, 10  # steps
 

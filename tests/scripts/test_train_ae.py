@@ -16,7 +16,6 @@ from typing import get_args
 import pytest
 import torch
 import yaml
-from test_resume import assert_same
 
 import train_ae
 from data_utils.checkpoint import load_checkpoint
@@ -26,6 +25,7 @@ from data_utils.events.decay_chain import decay_chain
 from data_utils.launch import launch
 from data_utils.overrides import Jobs
 from tests.helpers import ROOT, THREADS, finish, start, start_cold, start_two
+from tests.scripts.test_resume import assert_same
 from train_ae import AeConfig, DiffusionAeConfig, TestMlpConfig, main
 
 TOY = """hidden=[8,8] latent_dim=4 codebook_size=8 gnn_dim=8 gnn_layers=1 limit=64 batch_size=16 device=cpu epochs=2

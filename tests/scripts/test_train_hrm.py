@@ -8,13 +8,13 @@ import time
 import pytest
 import torch
 import yaml
-from test_resume import assert_same
 
 from data_utils.checkpoint import load_checkpoint
 from data_utils.config import cosmetic_names
 from data_utils.launch import launch
 from data_utils.reasoning.nested_config import flatten
 from tests.helpers import finish, start, start_cold, start_two
+from tests.scripts.test_resume import assert_same
 from train_hrm import HrmConfig, SudokuConfig, SyntheticConfig, main, parse, variant
 
 VOLATILE = {"seconds", "tokens_per_s", "peak_mb"}  # of a row of metrics

@@ -15,7 +15,6 @@ from typing import get_args
 import numpy as np
 import pytest
 import torch
-from test_resume import assert_same
 
 import train_multimodal
 from data_utils import files
@@ -26,6 +25,7 @@ from data_utils.pages import rolling_batch as slots
 from models import halting
 from models.multimodal import Multimodal
 from tests.helpers import ROOT, THREADS, finish, launch, start, start_two
+from tests.scripts.test_resume import assert_same
 from train_multimodal import MultimodalConfig, main
 
 # a few steps of all that there is; the arch is the documented one, with all features on

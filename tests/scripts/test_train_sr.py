@@ -13,11 +13,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from test_resume import assert_same
 
 from data_utils.checkpoint import read
 from data_utils.launch import launch
 from tests.helpers import ROOT, finish, start, start_two
+from tests.scripts.test_resume import assert_same
 from train_sr import main, parse, schedule
 
 TINY = """--encoder_dim 32 --decoder_input_dim 32 --decoder_model_dim 32 --encoder_n_heads 2 --decoder_n_heads 2
