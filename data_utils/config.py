@@ -362,8 +362,8 @@ def _resets(fields, given):
     """Return {name: 0} of the fields whose partner `given` sets, and not themselves."""
     fields = {f.name: f for f in fields}
     resets = {}
-    for f in fields.values():
-        pair = f.name, f.metadata.get("instead", f.name)
+    pairs = [(f.name, f.metadata["instead"]) for f in fields.values() if "instead" in f.metadata]
+    for pair in pairs:
         for name, partner in (pair, pair[::-1]):
             if given.get(partner, 0) > 0 and name not in given:
                 resets[name] = type_of(fields[name])[0]()  # 0 or 0.0

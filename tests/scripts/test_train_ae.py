@@ -336,6 +336,22 @@ def test_early_ends(events):
     assert Path("b", "last.pt.bak").exists() and Path("b", "facts.bak").is_dir() and len(lines("b")) == 5
 
 
+def test_a_schedule_in_steps_may_end_within_an_epoch(events, capfd):
+    result = run(events, "out=a epochs=0 steps=6")  # of four steps in an epoch
+    assert (result["step"], result["epoch"], result["tested"]) == (6, 2, 2)
+    assert len(result["histories"]["val_loss"]) == 2 and math.isfinite(result["test_loss"])
+    assert run(events, "out=a epochs=0 steps=6")["step"] == 6 and "a larger steps= goes on" in capfd.readouterr().out
+    result = run(events, "out=a epochs=0 steps=10")  # its second epoch goes on
+    assert (result["step"], result["epoch"], result["tested"]) == (10, 3, 3)
+    assert len(result["histories"]["val_loss"]) == 3
+    assert [line["epoch"] for line in lines("a") if line["moment"] == "on_epoch_end"] == [0, 1, 2]
+    run(events, "out=b epochs=0 steps=8")
+    run(events, "out=c")  # as many steps, in epochs
+    for name in ("model_state", "optimizer_state"):
+        states = [load_checkpoint(f"{home}/last.pt", "ae:ae")[name] for home in "bc"]
+        assert_same(*states)
+
+
 def as_before_flags_were_renamed(home):
     """Give the files of a run the keys that they had when `codebook_decay` was `ema_decay` and the floor fixed."""
     for path in (Path(home, "last.pt"), Path(home, "best_val.pt")):
