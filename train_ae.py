@@ -21,7 +21,7 @@ import os
 import sys
 import time
 import uuid
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -422,7 +422,8 @@ def main(cfg):
         log(checkpoint.resume_notice(resumed_from, saved, header, cosmetic_names(cfg)))
         del saved
     elif raw_model.latent_space == "vq":
-        start_codes(raw_model, data["train"], cfg)
+        # They are drawn in an order that no epoch has: that of the number of all epochs.
+        start_codes(raw_model, data["train"], replace(cfg, epochs=epochs))
 
     def results(stopped=0):
         """Return what main returns."""
