@@ -21,11 +21,11 @@ import os
 import sys
 import time
 import uuid
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
-from data_utils.config import at_least, complete, cosmetic, cosmetic_names, flag, from_cli
+from data_utils.config import at_least, complete, cosmetic, cosmetic_names, flag, from_cli, one_of
 from data_utils.errors import DataError, UsageError
 from data_utils.launch import check_torchrun, ends_cleanly, launch
 from data_utils.overrides import Overrides
@@ -36,7 +36,8 @@ MOMENTS = ("on_epoch_end", "on_train_end", "on_test_end")  # when figures can be
 
 
 # A `cosmetic` field may change on a resume, and the run still ends with the same bits. Names in
-# `also` are further names of the flag.
+# `also` are further names of the flag. Of a field and the one that it is `instead` of, the one that
+# is given resets the other to 0.
 @dataclass
 class AeConfig:
     # run
@@ -82,7 +83,7 @@ class AeConfig:
     latent_adv_weight: float = 0.1  # weight of encoder gan's critic of latents
     d_lr: float = 1e-3  # peak learning rate of the critic and of a discriminator
     # optimization
-    epochs: int = flag(10, also="max_epochs")  # passes over the events
+    epochs: int = flag(10, also="max_epochs", instead="steps")  # passes over the events
     batch_size: int = 128  # events per micro-batch and process
     accumulate: int = flag(  # micro-batches per optimizer step
         1, also=("grad_accum_steps", "gradient_accumulation_steps")
@@ -90,8 +91,9 @@ class AeConfig:
     lr: float = flag(1e-3, also="learning_rate")  # peak learning rate
     min_lr_ratio: float = flag(0.1, also="lr_min_ratio")  # floor of the cosine, share of the peak
     weight_decay: float = 0.0  # AdamW decay
-    warmup: float = flag(100.0, also="warmup_steps")  # steps of it; at most a tenth of all steps
+    warmup: float = flag(100.0, also="warmup_steps")  # steps of it; at most the whole schedule
     clip: float = flag(1.0, also=("grad_clip", "gradient_clip"))  # largest gradient norm; 0 = off
+    steps: int = 0  # length of the schedule in optimizer steps; 0 = as epochs says
     max_steps: int = cosmetic(0)  # stop earlier, on the same schedule; 0 = off
     max_seconds: float = cosmetic(0.0)  # stop after so many seconds; 0 = off
     # files and figures
@@ -119,6 +121,8 @@ class AeConfig:
 
     # launch advises this when the memory is too small.
     remedy = "a smaller batch_size=, accumulate=2, or a smaller hidden="
+    # Flags of other scripts, and why they are not here.
+    absent = dict(fsdp="its models are small\ntry: torchrun --standalone --nproc-per-node 2 train_ae.py")
 
 
 @dataclass
@@ -136,7 +140,7 @@ class DiffusionAeConfig(AeConfig):
     latent_space: Literal["none", "linear", "vq"] = "none"  # between them
     level: Literal["token", "event"] = "event"  # one latent per particle, or one per event
     hidden: tuple[int, ...] = (256, 256)  # widths of MLPs
-    epochs: int = flag(20, also="max_epochs")  # passes over the events
+    epochs: int = flag(20, also="max_epochs", instead="steps")  # passes over the events
     lr: float = flag(3e-3, also="learning_rate")  # peak learning rate
     diffusion_steps: int = 1000  # noise levels
     noise_schedule: Literal["cosine", "linear"] = "cosine"  # linear: beta rises from 1e-4 to 0.02
@@ -203,7 +207,7 @@ from models.codebook import decay_for, revive_for, usage_and_perplexity
 from models.diffusion import NoiseSchedule, ddim_errors
 from models.gan import Judges
 
-BAD_STEPS = 20  # steps in a row without a finite loss and gradient that end a run
+BAD_STEPS = 10  # steps in a row without a finite loss and gradient that end a run
 EVAL_BATCH = 1024  # events in a batch of an evaluation
 DENOISED = 1024  # events that an evaluation of diffusion_ae makes from noise
 
@@ -229,11 +233,12 @@ class RunState:
 
 def check(cfg):
     """Raise UsageError for a value that no run can have."""
-    at_least(cfg, 1, "epochs", "batch_size", "accumulate", "latent_dim", "gnn_dim", "gnn_layers")
+    at_least(cfg, 1, "batch_size", "accumulate", "latent_dim", "gnn_dim", "gnn_layers")
     at_least(cfg, 1, "noise_dim", "plot_every", "events")
     at_least(cfg, 0, "lr", "min_lr_ratio", "d_lr", "weight_decay", "warmup", "clip", "dropout")
     at_least(cfg, 0, "limit", "beta", "type_weight", "globals_beta", "seed", "latent_adv_weight")
     at_least(cfg, 0, "codebook_decay", "save_minutes", "max_steps", "max_seconds")
+    one_of(cfg, "steps", "epochs")
 
 
 @ends_cleanly
@@ -260,6 +265,7 @@ def main(cfg):
     if device == "auto":
         device = "mps" if torch.backends.mps.is_available() else "cpu"
         device = "cuda" if torch.cuda.is_available() else device
+    # Some drivers fail only when a device is used. One number on it shows that now.
     try:
         device = torch.device(f"cuda:{local_rank}" if device == "cuda" else device)
         torch.empty(1, device=device)
@@ -271,15 +277,18 @@ def main(cfg):
         torch.set_float32_matmul_precision("high")  # TF32 for products that stay in fp32
         fast_bf16 = torch.cuda.get_device_capability(device) >= (8, 0)  # before, it is emulated
     else:
+        # A CPU without these instructions emulates bfloat16, which is slower than float32.
         fast_bf16 = device.type == "cpu" and (
             torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
         )
+    # Old GPUs have float16 in place of bfloat16. Off a GPU, float16 is no faster than float32.
     if dtype == "bfloat16" and not fast_bf16:
         dtype = "float16"
     if dtype == "float16" and device.type != "cuda":
         dtype = "float32"
     autocast = torch.autocast(device.type, getattr(torch, dtype), enabled=dtype != "float32")
-    scaler = torch.amp.GradScaler(device.type, enabled=dtype == "float16")  # else it does nothing
+    # Only float16 needs a scaler: its small gradients would become zero. Disabled, it does nothing.
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == "float16")
     if world > 1 and not dist.is_initialized():
         # A group that torchrun restarted must not find the addresses of the one before.
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)
@@ -287,6 +296,7 @@ def main(cfg):
         store = dist.PrefixStore(f"attempt {attempt}", store)
         backend = "nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, store=store, rank=rank, world_size=world)
+    # One rank speaks for all. Each line would appear once per process otherwise.
     log = say if rank == 0 else lambda *_: None
     hardware = f"{device}, {dtype}"
     if device.type == "cuda" and fast_bf16:
@@ -294,6 +304,7 @@ def main(cfg):
     if world > 1:
         hardware += f", {world} processes"
     log(hardware)
+    # The weights start from this seed. Each step of the training has a seed of its own.
     torch.manual_seed(cfg.seed)
     # The marked lines end here.
 
@@ -310,10 +321,14 @@ def main(cfg):
     log(f"{meta['source']}: {sizes} events{dropped}")
     events = len(data["train"]["x"])
     # The last step of an epoch is filled up with events of its start.
-    batches = math.ceil(events / (cfg.batch_size * cfg.accumulate * world))  # steps per epoch
-    steps = cfg.epochs * batches
-    last_step = min(steps, cfg.max_steps or steps)  # the schedule stays that of all steps
-    warmup = min(cfg.warmup, 0.1 * steps)
+    steps_per_epoch = math.ceil(events / (cfg.batch_size * cfg.accumulate * world))
+    # The rate follows from `steps` alone. A run that stops early and goes on takes the same steps.
+    steps = cfg.steps or cfg.epochs * steps_per_epoch
+    epochs = math.ceil(steps / steps_per_epoch)  # with --steps, the last one may be shorter
+    last_step = min(steps, cfg.max_steps or steps)  # where this command ends
+    warmup = min(cfg.warmup, steps)
+    if warmup < cfg.warmup:
+        log(f"warmup cut from {cfg.warmup:g} to {warmup} steps, the whole schedule")
 
     # --- model and optimizer --------------------------------------------------------------
     settings = dict(adv_weight=0.0, adv_start=0.0) | asdict(cfg) | meta
@@ -337,10 +352,18 @@ def main(cfg):
         judges, _ = build(Judges)
     groups = [dict(peak=cfg.lr, weight_decay=cfg.weight_decay, params=list(raw_model.parameters()))]
     if judges:
-        how = dict(peak=cfg.d_lr, weight_decay=0, betas=(0.5, 0.9))
-        groups.append(dict(params=list(judges.parameters())) | how)
+        # Their target moves with the model, so the mean of their gradients must forget sooner.
+        groups.append(
+            dict(
+                peak=cfg.d_lr,
+                weight_decay=0,
+                betas=(0.5, 0.9),
+                params=list(judges.parameters()),
+            )
+        )
     optimizer = torch.optim.AdamW(groups, lr=cfg.lr, fused=device.type in ("cpu", "cuda"))
-    parts = dict(model_state=raw_model, optimizer_state=optimizer, amp_scaler=scaler)  # all saved
+    # One dict both saves and loads, so that no part of a run is saved and then forgotten.
+    parts = dict(model_state=raw_model, optimizer_state=optimizer, amp_scaler=scaler)
     if judges:
         parts["judges"] = judges
     # The loss is the sum of these means, as far as a loop has them.
@@ -355,12 +378,14 @@ def main(cfg):
     rolling_file = folder / "last.pt"
     link = folder / "model.pt"  # to the best file
     writes = rank == 0 and cfg.save_artifacts
+    # A second run in this folder would overwrite the files of the first.
     if writes:
         files.lock_run(folder, "ae", folder)
     # A file that --resume names is taken as it is. Otherwise the newest good one of the folder is.
     resume = cfg.resume if Path(cfg.resume).is_file() else "auto"
     candidates = [rolling_file, best_file, link]
     resumed_from, saved = checkpoint.find_checkpoint(resume, cfg.fresh, candidates, kind)
+    # A resume compares this with its own and names each difference that ends exactness.
     header = dict(
         kind=kind,
         format=1,
@@ -370,6 +395,7 @@ def main(cfg):
         meta=meta,
         world_size=world,
         steps=steps,
+        steps_per_epoch=steps_per_epoch,
         torch=str(torch.__version__),
         config=asdict(cfg),
         model_args=model_args,
@@ -381,28 +407,39 @@ def main(cfg):
         same_data = "data, labels, limit and seed"
         checkpoint.load_parts(parts, saved, resumed_from, header, same_data=same_data)
         state = RunState(**{name: saved[name] for name in vars(state)})
-        if saved["steps"] != saved["config"]["epochs"] * batches:
+        before = saved.get("steps_per_epoch")  # older files have none, and no schedule but epochs
+        before = before or saved["steps"] // saved["config"]["epochs"]
+        if before != steps_per_epoch:
             # An epoch has another number of steps now, so the one under way begins again.
-            state.step = state.epoch * batches
+            state.step = state.epoch * steps_per_epoch
             state.sums = {}
             state.epoch_seconds = 0.0
+        if state.step < steps:
+            # A shorter --steps may have ended within an epoch. That epoch now goes on.
+            state.epoch = min(state.epoch, state.step // steps_per_epoch)
+            histories = state.histories.items()
+            state.histories = {name: values[: state.epoch] for name, values in histories}
         log(checkpoint.resume_notice(resumed_from, saved, header, cosmetic_names(cfg)))
         del saved
     elif raw_model.latent_space == "vq":
-        start_codebook(raw_model, data["train"], cfg)
+        # They are drawn in an order that no epoch has: that of the number of all epochs.
+        start_codebook(raw_model, data["train"], replace(cfg, epochs=epochs))
 
     def results(stopped=0):
         """Return what main returns."""
-        final = state.histories.get("val_loss", [math.nan])[-1]
+        final = (state.histories.get("val_loss") or [math.nan])[-1]
         run_dir = str(folder) if cfg.save_artifacts else ""
         return asdict(state) | dict(final_val_loss=final, run_dir=run_dir, stopped=int(stopped))
 
-    if state.tested >= cfg.epochs:
+    # The same command, started again after its end, is no error.
+    if state.tested >= epochs and state.step >= steps:
         after = f"after {state.epoch} epochs, test loss {state.test_loss:.4f}"
-        log(f"{folder}: finished {after}; a larger epochs= goes on")
+        limit = "steps=" if cfg.steps else "epochs="
+        log(f"{folder}: finished {after}; a larger {limit} goes on")
         distributed.close()
         return results()
 
+    # Checkpoints hold raw_model: both wrappers prefix the names of the weights.
     model = torch.compile(raw_model) if cfg.compile else raw_model
     if world > 1:
         model = DistributedDataParallel(model)
@@ -423,9 +460,13 @@ def main(cfg):
     # The recorder keeps facts and figures. It fills state.histories and counts state.epoch.
     _, figures = LOOPS[cfg.loop]
     facts = folder if writes else None
-    record = Recorder(facts, cfg, figures, state, device, new=not resumed_from)
+    record = Recorder(facts, cfg, figures, state, epochs, device, new=not resumed_from)
 
     # --- schedule, evaluation, stop -------------------------------------------------------
+    def epochs_at(step):
+        """Return how many epochs have ended by a step; the end of the schedule ends one."""
+        return epochs if step >= steps else step // steps_per_epoch
+
     def lr_at(step, peak):
         """Return the rate of a step: linear warmup to the peak, then a cosine to the floor."""
         if step < warmup:
@@ -479,9 +520,11 @@ def main(cfg):
                 code_counts += torch.bincount(used, minlength=len(code_counts)).cpu()
         if noises and not stop:
             batch = take(columns, slice(DENOISED))
-            mine = slice(rank, None, world)
-            add(sums, ddim_errors(raw_model, noises, batch, cfg.ddim_steps, cfg.seed, mine))
+            local_events = slice(rank, None, world)
+            batch_sums = ddim_errors(raw_model, noises, batch, cfg.ddim_steps, cfg.seed, local_events)
+            add(sums, batch_sums)
         raw_model.train()
+        # A signal may have reached some ranks only. All of them drop the evaluation then.
         shards = distributed.gather((bool(stop), sums, code_counts))
         if any(stopped for stopped, _, _ in shards):
             return None, None
@@ -503,8 +546,9 @@ def main(cfg):
     stop_signal = 0
     save_due = False
     # A run that was stopped while it evaluated begins with that evaluation.
-    epoch_ended = state.epoch < state.step // batches
+    epoch_ended = state.epoch < epochs_at(state.step)
     show = rank == 0 and sys.stderr.isatty()
+    # The first signal only sets `stop`: the step that is under way is finished and saved.
     with Stop() as stop, Progress(last_step, state.step, show=show) as progress, record:
         start = saved_at = time.monotonic()
         record("on_resume" if resumed_from else "on_start")
@@ -512,10 +556,10 @@ def main(cfg):
             if not epoch_ended and not finished:
                 # 1. Data: the events of this step, by micro-batch and rank.
                 step_start = time.monotonic()
-                epoch, number = divmod(state.step, batches)
+                epoch, number = divmod(state.step, steps_per_epoch)
                 if order_of != epoch:
                     order_of = epoch
-                    shape = (batches, cfg.accumulate, world, cfg.batch_size)
+                    shape = (steps_per_epoch, cfg.accumulate, world, cfg.batch_size)
                     order = epoch_order(cfg.seed, epoch, events, shape)
                     train = data["train"]
                     if cfg.symmetries:
@@ -533,8 +577,8 @@ def main(cfg):
                     batch = take(train, order[number, m, rank])
                     with autocast:
                         output, batch_sums = compute_loss(model, batch)
-                        named = counts.keys() & batch_sums.keys()
-                        loss = total({name: batch_sums[name][0] / counts[name] for name in named})
+                        names = counts.keys() & batch_sums.keys()
+                        loss = total({name: batch_sums[name][0] / counts[name] for name in names})
                         if judges:
                             # They return their own loss and what they add to the model's. Neither
                             # has a gradient in the weights of the other side.
@@ -552,6 +596,8 @@ def main(cfg):
                 # 3. Step. All ranks take or skip it together.
                 for group in optimizer.param_groups:
                     group["lr"] = lr_at(state.step, group["peak"])
+                # The limit is meant for true gradients, so the scale goes first. Model and judges
+                # are clipped apart, or the larger gradient would shrink the other one.
                 scaler.unscale_(optimizer)
                 max_norm = cfg.clip or math.inf
                 clip = torch.nn.utils.clip_grad_norm_
@@ -559,6 +605,7 @@ def main(cfg):
                 now = time.monotonic()
                 save_due = 0 < 60 * cfg.save_minutes < now - saved_at
                 finished = state.step + 1 >= last_step or 0 < cfg.max_seconds < now - start
+                # A rank that left or skipped alone would leave the others waiting for it.
                 numbers = [number for pair in sums.values() for number in pair]
                 numbers = distributed.sum_over_ranks(*numbers)
                 bad = not math.isfinite(sum(norms) + sum(numbers))
@@ -574,22 +621,23 @@ def main(cfg):
                 elif scaler.is_enabled():  # an overflow of some rank: skip, and lower the scale
                     scaler.update(scaler.get_scale() * scaler.get_backoff_factor())
                 optimizer.zero_grad(set_to_none=True)
-                state.skipped += bool(bad)
-                if bad and scaler.get_scale() <= 1:  # above that, fp16 may still lower its scale
-                    state.skipped_in_row += 1
+                # A skipped step counts too: its events and its rate don't come again.
+                state.step += 1
+                if bad:
+                    state.skipped += 1
+                    state.skipped_in_row += scaler.get_scale() <= 1  # else fp16 may lower its scale
                 else:
                     state.skipped_in_row = 0
                 if state.skipped_in_row == BAD_STEPS:
-                    good = f"{best_file}, epoch {state.best_epoch + 1}"
-                    good = good if best_file.exists() else "none"
-                    advice = f"try a smaller lr=; last good: {good}"
-                    raise DataError(f"{BAD_STEPS} steps in a row not finite, {advice}")
-                state.step += 1
+                    raise DataError(
+                        f"{BAD_STEPS} steps in a row were not finite, up to step {state.step}\n"
+                        f"try: a smaller --lr, or --dtype float32; last good file: {saver.last}"
+                    )
                 state.epoch_seconds += now - step_start
-                epoch_ended = state.epoch < state.step // batches
+                epoch_ended = state.epoch < epochs_at(state.step)
 
                 # 4. Log. Rows of metrics are written per epoch.
-                progress(epoch=state.step // batches, **shown)
+                progress(epoch=state.step // steps_per_epoch, **shown)
 
             # 5. Evaluate.
             val_row = None
@@ -609,7 +657,7 @@ def main(cfg):
                 val_seconds = time.monotonic() - before
                 shown = record.epoch(train_row, val_row, code_counts, events, val_seconds)
                 texts = " | ".join(f"{name} {text}" for name, text in shown.items())
-                log(f"epoch {state.epoch}/{cfg.epochs} | {texts}")
+                log(f"epoch {state.epoch}/{epochs} | {texts}")
                 state.sums = {}
                 state.epoch_seconds = 0.0
                 save_due = True
@@ -617,6 +665,7 @@ def main(cfg):
             if improved:
                 state.best_val_loss = criterion
                 state.best_epoch = state.epoch - 1
+                # A copy, since a run with --no-save_artifacts has no file to take them from.
                 weights = raw_model.state_dict()
                 best_weights = {name: weight.clone() for name, weight in weights.items()}
 
@@ -634,7 +683,7 @@ def main(cfg):
                 break
 
         # After the last epoch the best weights are tested.
-        if state.epoch >= cfg.epochs and not stop_signal:
+        if state.epoch >= epochs and not stop_signal:
             record("on_train_end", epoch=state.epoch - 1, histories=state.histories)
             candidates = [best_file, rolling_file] if cfg.save_artifacts else []
             # The best epoch may be one of an earlier process.

@@ -7,11 +7,12 @@
     python train_expert.py --config configs/expert/smoke.yaml         # a bundle of flags
     torchrun --nproc-per-node 2 train_expert.py --expert transformer  # several GPUs
 
---fsdp lets the processes share the weights. The diffuser starts from a trained transformer.
+KEY=VALUE is --key value. --fsdp lets the processes share the weights. The diffuser starts from a
+trained transformer.
 
 Writes <expert>_expert.pt (best), <expert>_expert_epoch{N}.pt, <expert>_expert_interrupted.pt,
 <expert>_expert_metrics.jsonl and <expert>_expert_loss.png to --checkpoint_dir. In a notebook, paste
-this file into a cell, then call main(Config(max_steps=100)).
+this file into a cell, then call main(Config(steps=100)).
 
 B batch, T time, V vocabulary. A window is T tokens and, as targets, the T tokens that follow each.
 """
@@ -25,9 +26,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
-from data_utils.config import at_least, complete, cosmetic, cosmetic_names, flag, from_cli
+from data_utils.config import at_least, complete, cosmetic, cosmetic_names, flag, from_cli, one_of
 from data_utils.errors import DataError, UsageError
 from data_utils.launch import check_torchrun, ends_cleanly, launch
+from data_utils.overrides import Overrides
 
 
 @dataclass
@@ -78,7 +80,8 @@ class DataConfig:
 
 
 # A `cosmetic` field may change on a resume, and the run still ends with the same bits. Names in
-# `also` are further names of the flag.
+# `also` are further names of the flag. Of a field and the one that it is `instead` of, the one that
+# is given resets the other to 0.
 @dataclass
 class TrainExpertConfig(DataConfig):
     # run
@@ -91,16 +94,19 @@ class TrainExpertConfig(DataConfig):
     # optimization
     lr: float = flag(3e-4, also="learning_rate")  # peak learning rate
     min_lr_ratio: float = flag(0.1, also="lr_min_ratio")  # floor of the cosine, share of the peak
-    warmup_steps: int = 1000  # steps of linear warmup; at most a tenth of all steps
+    warmup_steps: int = 1000  # steps of linear warmup; at most all steps of the schedule
     weight_decay: float = 0.1  # AdamW decay, on matrices only
     batch_size: int = 32  # windows per micro-batch and process
     grad_accum_steps: int = flag(  # micro-batches per optimizer step
         1, also=("gradient_accumulation_steps", "accumulate")
     )
     grad_clip: float = flag(1.0, also=("gradient_clip", "clip"))  # largest gradient norm; 0 = off
-    max_epochs: int = cosmetic(20, also="epochs")  # passes over as many windows as there are
-    max_steps: int = cosmetic(0)  # end after so many optimizer steps; 0 = off
-    max_seconds: float = cosmetic(0.0)  # end after so many seconds; 0 = off
+    max_epochs: int = cosmetic(  # passes over as many windows as there are
+        20, also="epochs", instead="steps"
+    )
+    steps: int = 0  # length of the schedule in optimizer steps; 0 = as max_epochs says
+    max_steps: int = cosmetic(0)  # stop earlier, on the same schedule; 0 = off
+    max_seconds: float = cosmetic(0.0)  # stop after so many seconds; 0 = off
     patience: int = cosmetic(5)  # epochs without improvement before an early stop; 0 = off
     # evaluation, checkpoints, hardware
     save_every: int = cosmetic(5)  # epochs between numbered snapshots
@@ -134,7 +140,7 @@ class TrainDiffuserConfig(DiffuserConfig, TrainExpertConfig):
     expert: Literal["transformer", "state_space", "diffuser"] = "diffuser"  # model to train
     lr: float = flag(1e-4, also="learning_rate")  # peak learning rate
     batch_size: int = 64  # windows per micro-batch and process
-    warmup_steps: int = 500  # steps of linear warmup; at most a tenth of all steps
+    warmup_steps: int = 500  # steps of linear warmup; at most all steps of the schedule
 
 
 CONFIGS = dict(
@@ -147,7 +153,7 @@ Config = TrainTransformerConfig
 
 def parse(argv=None):
     """Return the configuration that the command line (or the list `argv`) asks for."""
-    return from_cli(CONFIGS, __doc__, argv, by="expert")
+    return from_cli(CONFIGS, __doc__, argv, by="expert", overrides=Overrides())
 
 
 if __name__ == "__main__":  # before torch is imported, so that --help and typos answer at once
@@ -192,10 +198,11 @@ def decays(name, parameter):
 def check(cfg):
     """Raise UsageError for a value that no run can have."""
     at_least(cfg, 1, "d_model", "n_heads", "n_layers", "max_seq_len", "batch_size")
-    at_least(cfg, 1, "grad_accum_steps", "max_epochs", "save_every", "log_interval")
+    at_least(cfg, 1, "grad_accum_steps", "save_every", "log_interval")
     at_least(cfg, 0, "lr", "min_lr_ratio", "warmup_steps", "weight_decay", "grad_clip", "dropout")
     at_least(cfg, 0, "seed", "max_steps", "max_seconds", "patience", "save_minutes", "keep")
     at_least(cfg, 0, "eval_interval", "eval_windows")
+    one_of(cfg, "steps", "max_epochs")
     if cfg.d_model % (2 * cfg.n_heads):
         sizes = f"--d_model {cfg.d_model} over --n_heads {cfg.n_heads}"
         raise UsageError(f"{sizes}: the head dim must be whole and even")
@@ -222,6 +229,7 @@ def main(cfg):
     if device == "auto":
         device = "mps" if torch.backends.mps.is_available() else "cpu"
         device = "cuda" if torch.cuda.is_available() else device
+    # Some drivers fail only when a device is used. One number on it shows that now.
     try:
         device = torch.device(f"cuda:{local_rank}" if device == "cuda" else device)
         torch.empty(1, device=device)
@@ -233,15 +241,18 @@ def main(cfg):
         torch.set_float32_matmul_precision("high")  # TF32 for products that stay in fp32
         fast_bf16 = torch.cuda.get_device_capability(device) >= (8, 0)  # before, it is emulated
     else:
+        # A CPU without these instructions emulates bfloat16, which is slower than float32.
         fast_bf16 = device.type == "cpu" and (
             torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
         )
+    # Old GPUs have float16 in place of bfloat16. Off a GPU, float16 is no faster than float32.
     if dtype == "bfloat16" and not fast_bf16:
         dtype = "float16"
     if dtype == "float16" and device.type != "cuda":
         dtype = "float32"
     autocast = torch.autocast(device.type, getattr(torch, dtype), enabled=dtype != "float32")
-    scaler = torch.amp.GradScaler(device.type, enabled=dtype == "float16")  # else it does nothing
+    # Only float16 needs a scaler: its small gradients would become zero. Disabled, it does nothing.
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == "float16")
     if world > 1 and not dist.is_initialized():
         # A group that torchrun restarted must not find the addresses of the one before.
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)
@@ -249,6 +260,7 @@ def main(cfg):
         store = dist.PrefixStore(f"attempt {attempt}", store)
         backend = "nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, store=store, rank=rank, world_size=world)
+    # One rank speaks for all. Each line would appear once per process otherwise.
     log = say if rank == 0 else lambda *_: None
     hardware = f"{device}, {dtype}"
     if device.type == "cuda" and fast_bf16:
@@ -256,6 +268,7 @@ def main(cfg):
     if world > 1:
         hardware += f", {world} processes"
     log(hardware)
+    # The weights start from this seed. Each step of the training has a seed of its own.
     torch.manual_seed(cfg.seed)
     # The marked lines end here.
     if cfg.fsdp and world == 1:
@@ -280,50 +293,59 @@ def main(cfg):
         say=log,
     )
     log(data.describe())
+    # Tokens differ between tokenizers, bytes don't: only losses per byte can be compared.
     token_bytes = torch.from_numpy(tokenizer.token_bytes).to(device)  # (V,) UTF-8 bytes of each
     # An epoch has as many micro-batches for each rank. Its last step may have fewer than others.
     batches = math.ceil(data.windows("train") / (cfg.batch_size * world)) * world
     steps_per_epoch = math.ceil(batches / (cfg.grad_accum_steps * world))
-    steps = min(cfg.max_epochs * steps_per_epoch, cfg.max_steps or math.inf)
-    warmup = min(cfg.warmup_steps, max(1, steps // 10))
+    # The rate follows from `steps` alone. A run that stops early and goes on takes the same steps.
+    steps = cfg.steps or cfg.max_epochs * steps_per_epoch
+    last_step = min(steps, cfg.max_steps or steps)  # where this command ends
+    warmup = min(cfg.warmup_steps, steps)
     if warmup < cfg.warmup_steps:
-        log(f"warmup cut from {cfg.warmup_steps} to {warmup} steps, a tenth of the run's {steps}")
+        log(f"warmup cut from {cfg.warmup_steps} to {warmup} steps, the whole schedule")
 
     def batch(split, index):
         """Return inputs and targets of the windows `index`: (B, T), (B, T)."""
         return [ids.to(device) for ids in data.batch(split, index)]
 
     # --- model and optimizer --------------------------------------------------------------
-    known = asdict(cfg) | dict(vocab_size=tokenizer.vocab_size)
+    settings = asdict(cfg) | dict(vocab_size=tokenizer.vocab_size)
+    # The diffuser takes latents, blocks and head from a transformer of its own sizes and tokens.
     if cfg.expert == "diffuser":
         names = ("vocab_size", "d_model", "max_seq_len", "n_heads", "rope_base")
-        expected = {name: known[name] for name in names} | dict(tokenizer_hash=tokenizer.hash)
+        expected = {name: settings[name] for name in names} | dict(tokenizer_hash=tokenizer.hash)
         transformer, source = load_expert(cfg.transformer_ckpt, "transformer", expected)
-        known["ffn_mult"] = source["model_args"]["ffn_mult"]
-        known["encoder_layers"] = source["model_args"]["n_layers"]
+        settings["ffn_mult"] = source["model_args"]["ffn_mult"]
+        settings["encoder_layers"] = source["model_args"]["n_layers"]
     arguments = inspect.signature(EXPERTS[cfg.expert]).parameters
-    model_args = {name: known[name] for name in arguments}
+    model_args = {name: settings[name] for name in arguments}
+    # Models know no flags. Sizes that don't fit each other are the user's to mend.
     try:
         raw_model = EXPERTS[cfg.expert](**model_args)  # saved without _orig_mod. and module.
     except ValueError as e:
         raise UsageError(str(e)) from e
     raw_model.to(device)
+    # The latents get mean 0 and variance 1 over a sample, which is the same for every --seed.
     if cfg.expert == "diffuser":
         sample = data.order(42, 0, math.ceil(100_000 / cfg.max_seq_len))
         ids, _ = batch("train", sample)
         raw_model.start_from(transformer.to(device), ids.flatten())
+    # Shards come before the optimizer, whose state then has their shapes.
     if cfg.fsdp:
         distributed.shard(raw_model)
     trained = {name: p for name, p in raw_model.named_parameters() if p.requires_grad}
     matrices = [p for name, p in trained.items() if decays(name, p)]
     others = [p for name, p in trained.items() if not decays(name, p)]
+    # Decay would pull the gains of norms and the vectors of rare tokens to zero.
     groups = [
         dict(params=matrices, weight_decay=cfg.weight_decay),
         dict(params=others, weight_decay=0.0),
     ]
     fused = device.type in ("cpu", "cuda")  # one kernel for all parameters, where there is one
     optimizer = torch.optim.AdamW(groups, lr=cfg.lr, betas=(0.9, 0.95), fused=fused)
-    parts = dict(model_state=raw_model, optimizer_state=optimizer, amp_scaler=scaler)  # all saved
+    # One dict both saves and loads, so that no part of a run is saved and then forgotten.
+    parts = dict(model_state=raw_model, optimizer_state=optimizer, amp_scaler=scaler)
 
     # --- resume ---------------------------------------------------------------------------
     state = RunState()
@@ -332,12 +354,14 @@ def main(cfg):
     rolling_file = folder / f"{run}_interrupted.pt"
     metrics_file = folder / f"{run}_metrics.jsonl"
     snapshot_name = rf"{run}_epoch(\d+)\.pt"
+    # A second run in this folder would overwrite the files of the first.
     if rank == 0:
         files.lock_run(folder, run)
     snapshots = checkpoint.numbered_files(folder, snapshot_name)
     # The rolling file is the newest one as a rule: it goes when a snapshot is written.
     candidates = [rolling_file, *snapshots, best_file]
     resumed_from, saved = checkpoint.find_checkpoint(cfg.resume, cfg.fresh, candidates, kind)
+    # A resume compares this with its own and names each difference that ends exactness.
     header = dict(
         kind=kind,
         format=1,
@@ -366,14 +390,18 @@ def main(cfg):
         del saved
     # The same command, started again after its end, is no error.
     out_of_patience = 0 < cfg.patience <= state.patience_used
-    if state.evaluated == state.step and (state.step >= steps or out_of_patience):
-        log(
-            f"{run}: finished at step {state.step}, best val_loss {state.best_val_loss:.4f}; "
-            "a larger --max_epochs goes on"
-        )
+    if state.evaluated == state.step and (state.step >= last_step or out_of_patience):
+        limit = "--steps" if cfg.steps else "--max_epochs"
+        if last_step < steps:
+            limit = "--max_steps"
+        if out_of_patience:
+            limit = "--patience"
+        best = f"best val_loss {state.best_val_loss:.4f}"
+        log(f"{run}: finished at step {state.step}, {best}; a larger {limit} goes on")
         distributed.close()
         return dict(step=state.step, best_val_loss=state.best_val_loss, stopped=0)
 
+    # Checkpoints hold raw_model: both wrappers prefix the names of the weights.
     model = torch.compile(raw_model) if cfg.compile else raw_model
     if world > 1 and not cfg.fsdp:
         model = DistributedDataParallel(model)
@@ -386,6 +414,7 @@ def main(cfg):
     def save(path, must=True):
         saver(path, payload(), must)  # on all ranks; the first one writes
 
+    # A full disk or a value that can't be saved is found here, not after an hour of training.
     size = checkpoint.rehearse(folder, run, payload())
     if rank == 0:
         if not resumed_from:
@@ -412,6 +441,7 @@ def main(cfg):
         """
         count = data.windows("val")
         windows = min(cfg.eval_windows or count, count)
+        # Windows at even distances are from all domains.
         windows = np.linspace(0, count, windows, endpoint=False, dtype=np.int64)
         sums = {}  # name -> (domains,)
         with distributed.full_weights(raw_model) as full_model, autocast:
@@ -428,6 +458,7 @@ def main(cfg):
                         sums[name] = torch.zeros(len(data.domains), dtype=torch.float64)
                     window_sums = numbers.cpu().double().sum(1)  # (B,); mps has no float64
                     sums[name].index_add_(0, data.domain("val", index), window_sums)
+        # A signal may have reached some ranks only. All of them drop the evaluation then.
         shards = distributed.gather((bool(stop), sums))
         if any(stopped for stopped, _ in shards):
             return None
@@ -442,7 +473,7 @@ def main(cfg):
     def at_evaluation():
         """Return whether an epoch, the budget or an interval ends with the current step."""
         at_interval = cfg.eval_interval > 0 and state.step % cfg.eval_interval == 0
-        return state.step_in_epoch == steps_per_epoch or state.step >= steps or at_interval
+        return state.step_in_epoch == steps_per_epoch or state.step >= last_step or at_interval
 
     # --- train ----------------------------------------------------------------------------
     order_of = -1  # epoch that `order` is of
@@ -453,7 +484,8 @@ def main(cfg):
     save_due = False
     # A run that was stopped while it evaluated begins with that evaluation.
     repeat_evaluation = state.evaluated < state.step and at_evaluation()
-    with Stop() as stop, Progress(steps, state.step, show=rank == 0) as progress:
+    # The first signal only sets `stop`: the step that is under way is finished and saved.
+    with Stop() as stop, Progress(last_step, state.step, show=rank == 0) as progress:
         start = saved_at = mark = time.monotonic()
         tokens_since_mark = 0
         while not finished and not stop_signal:
@@ -465,8 +497,11 @@ def main(cfg):
                     order = order.reshape(batches, cfg.batch_size)
                 first = state.step_in_epoch * cfg.grad_accum_steps * world
                 end = min(first + cfg.grad_accum_steps * world, batches)
+                # Ranks take turns, so that a step has the same windows on any number of processes.
                 numbers = range(first + rank, end, world)
                 micro_batches = {m: batch("train", order[m]) for m in numbers}
+                # The loss is a mean over all targets of the step. A mean of means would give those
+                # of a short window more weight.
                 local_targets = sum((y >= 0).sum().item() for _, y in micro_batches.values())
                 (targets,) = distributed.sum_over_ranks(local_targets)
 
@@ -491,12 +526,14 @@ def main(cfg):
                 rate = lr_at(state.step)
                 for group in optimizer.param_groups:
                     group["lr"] = rate
+                # The limit is meant for true gradients, so the scale goes first.
                 scaler.unscale_(optimizer)
                 max_norm = cfg.grad_clip or math.inf
                 norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), max_norm).item()
                 now = time.monotonic()
                 save_due = 0 < 60 * cfg.save_minutes < now - saved_at
                 out_of_time = 0 < cfg.max_seconds < now - start
+                # A rank that left or skipped alone would leave the others waiting for it.
                 (loss,) = distributed.sum_over_ranks(loss)
                 bad, stop_signal, save_due, out_of_time = distributed.max_over_ranks(
                     not math.isfinite(loss + norm), int(stop.signal), save_due, out_of_time
@@ -507,6 +544,7 @@ def main(cfg):
                 elif scaler.is_enabled():  # an overflow of some rank: skip, and lower the scale
                     scaler.update(scaler.get_scale() * scaler.get_backoff_factor())
                 optimizer.zero_grad(set_to_none=True)
+                # A skipped step counts too: its batch and its rate don't come again.
                 state.step += 1
                 state.step_in_epoch += 1
                 if bad:
@@ -517,7 +555,7 @@ def main(cfg):
                 if state.skipped_in_row == BAD_STEPS:
                     raise DataError(
                         f"{BAD_STEPS} steps in a row were not finite, up to step {state.step}\n"
-                        f"try: a smaller --lr, or --no-use_amp; last good file: {saver.last}"
+                        f"try: a smaller --lr, or --dtype float32; last good file: {saver.last}"
                     )
 
                 # 4. Log.
@@ -553,7 +591,7 @@ def main(cfg):
                 mark += time.monotonic() - before  # speed is that of training alone
 
             # 6. Save. A rolling save holds the state before the evaluation: one that was cut is
-            # repeated when the run goes on.
+            # repeated when the run goes on. It may fail, since a full disk can have room later.
             if stop_signal or save_due:
                 save(rolling_file, must=bool(stop_signal))
                 saved_at = time.monotonic()
@@ -562,12 +600,13 @@ def main(cfg):
             state.evaluated = state.step
             shown = dict(val=f"{val_row['loss']:.3f}", bpb=f"{val_row['bpb']:.3f}")
             if rank == 0:
-                about_step = dict(step=state.step, epoch=state.epoch + 1, split="val")
-                append_row(metrics_file, about_step | val_row)
+                row = dict(step=state.step, epoch=state.epoch + 1, split="val") | val_row
+                append_row(metrics_file, row)
 
-            # 7. End of an epoch or of the budget.
+            # 7. End of an epoch or of the run. Evaluations in between only show how it goes: the
+            # best file and the patience follow from epochs, whatever --eval_interval is.
             epoch_ended = state.step_in_epoch == steps_per_epoch
-            if not (epoch_ended or state.step >= steps or out_of_time):
+            if not (epoch_ended or state.step >= last_step or out_of_time):
                 continue
             improved = val_row["loss"] < state.best_val_loss
             if epoch_ended:
@@ -575,11 +614,11 @@ def main(cfg):
                 state.step_in_epoch = 0
                 state.patience_used = 0 if improved else state.patience_used + 1
             out_of_patience = 0 < cfg.patience <= state.patience_used
-            finished = state.step >= steps or out_of_time or out_of_patience
+            finished = state.step >= last_step or out_of_time or out_of_patience
             if improved:
                 state.best_val_loss = val_row["loss"]
                 state.best_step = state.step
-                save(best_file)
+                save(best_file)  # it holds its own score, so the state changes first
             if epoch_ended and (finished or state.epoch % cfg.save_every == 0):
                 save(folder / f"{run}_epoch{state.epoch}.pt")
                 if rank == 0:
@@ -599,7 +638,7 @@ def main(cfg):
         typed = [word for word in sys.argv if word != "--resume"]
         next_command = " ".join(["python", *typed, "--resume"])
     log(
-        f"{run}: step {state.step} of {steps}, best val_loss {state.best_val_loss:.4f} "
+        f"{run}: step {state.step} of {last_step}, best val_loss {state.best_val_loss:.4f} "
         f"at step {state.best_step}, {time.monotonic() - start:.0f} s, "
         f"peak {peak_mb(device):.0f} MB; next: {next_command}"
     )

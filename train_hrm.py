@@ -6,14 +6,15 @@
     python train_hrm.py --dry_run                                                  # a random batch
     torchrun --nproc-per-node 2 train_hrm.py --dataset sudoku --run_name sudoku9   # several GPUs
 
---fsdp lets the processes share the weights. prepare_data.py language makes the prepared rows.
+KEY=VALUE is --key value. --fsdp lets the processes share the weights. prepare_data.py language
+makes the prepared rows.
 
 Writes runs/<run_name>/checkpoints/{step_N,final}.pt with a .yaml each, best-model/, metrics.jsonl
 and loss.png. The same command goes on from the newest checkpoint there. In a notebook, paste this
 file into a cell, then call main(SyntheticConfig(steps=100)).
 
 B batch, S prompt, T answer, C width, V vocabulary. A segment is one optimizer step on a batch, and
-the next goes on from its states. The segments of a batch are steps: nothing accumulates gradients.
+the next goes on from its states.
 """
 
 import inspect
@@ -27,13 +28,25 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Literal
 
-from data_utils.config import at_least, below_one, check_name, complete, cosmetic, cosmetic_names, flag, from_cli
+from data_utils.config import (
+    at_least,
+    below_one,
+    check_name,
+    complete,
+    cosmetic,
+    cosmetic_names,
+    flag,
+    from_cli,
+)
 from data_utils.errors import DataError, UsageError
 from data_utils.launch import check_torchrun, ends_cleanly, launch
+from data_utils.overrides import Overrides
 from data_utils.reasoning.nested_config import flatten
 
 
-# A `cosmetic` field may change on a resume, and the run still ends with the same bits.
+# A `cosmetic` field may change on a resume, and the run still ends with the same bits. Names in
+# `also` are further names of the flag. Of a field and the one that it is `instead` of, the one that
+# is given resets the other to 0.
 @dataclass
 class HrmConfig:
     # data
@@ -77,19 +90,23 @@ class HrmConfig:
     learning_rate: float = flag(1e-3, also=("lr",))  # peak learning rate
     lr_scheduler: Literal["cosine", "linear", "constant"] = "cosine"  # after the warmup
     lr_min_ratio: float = flag(0.05, also=("min_lr_ratio",))  # floor as a share of the peak
-    warmup_steps: int = 0  # steps of linear warmup
+    warmup_steps: int = 0  # steps of linear warmup; at most all steps of the schedule
     weight_decay: float = 0.1  # AdamW decay, on matrices only
     beta1: float = 0.9  # AdamW decay of the mean gradient
     beta2: float = 0.95  # AdamW decay of the mean squared gradient
     ema: float = 0.99  # decay of the averaged weights that are evaluated; 0 = off
     batch_size: int = 32  # rows per step and process
     grad_clip: float = flag(0.0, also=("clip", "gradient_clip"))  # largest gradient norm; 0 = off
-    steps: int = 2000  # optimizer steps in all
-    epochs: int = flag(0, also=("max_epochs",))  # passes instead, where steps is 0 or not given
+    steps: int = 2000  # length of the schedule in optimizer steps; 0 = as epochs says
+    epochs: int = flag(  # passes over the rows; of no effect beside a given steps
+        0, also=("max_epochs",), instead="steps"
+    )
     max_steps: int = cosmetic(0)  # stop earlier, on the same schedule; 0 = off
     max_seconds: float = cosmetic(0.0)  # stop after so many seconds; 0 = off
     # evaluation, hardware
-    val_every: int = cosmetic(0, also=("eval_interval",))  # steps per evaluation; 0 = at the end
+    val_every: int = cosmetic(  # steps between evaluations; 0 = at the end only
+        0, also=("eval_interval", "validate_interval")
+    )
     eval_batch_size: int = cosmetic(0)  # rows per evaluation batch; 0 = as training
     eval_rows: int = cosmetic(0)  # validation rows used; 0 = all
     eval_segments: int = cosmetic(0)  # most segments with halting; 0 = four times segments
@@ -100,12 +117,15 @@ class HrmConfig:
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # auto: by mixed_precision
     compile: bool = cosmetic(False)  # torch.compile of the core: a minute to start, then faster
 
+    # Flags of other scripts, and why they are not here.
+    absent = dict(grad_accum_steps="each segment is an optimizer step of its own\ntry: a larger --batch_size")
+
 
 @dataclass
 class SyntheticConfig(HrmConfig):
     dataset: str = cosmetic("synthetic")  # synthetic, sudoku, or a folder of prepare_data.py
     batch_size: int = 256  # rows per step and process
-    steps: int = 1000  # optimizer steps in all
+    steps: int = 1000  # length of the schedule in optimizer steps; 0 = as epochs says
     max_seq_len: int = 32  # ids on each side, prompt and answer; longer rows are cut
     d_model: int = 64  # width C
     n_heads: int = 2  # attention heads
@@ -120,7 +140,7 @@ class SyntheticConfig(HrmConfig):
 @dataclass
 class SudokuConfig(HrmConfig):
     dataset: str = cosmetic("sudoku")  # synthetic, sudoku, or a folder of prepare_data.py
-    steps: int = 2300  # optimizer steps in all
+    steps: int = 2300  # length of the schedule in optimizer steps; 0 = as epochs says
     max_seq_len: int = 81  # cells
     d_model: int = 128  # width C
     encoder_layers: int = 0  # blocks that read the prompt
@@ -130,7 +150,7 @@ class SudokuConfig(HrmConfig):
     relation_bias: bool = True  # cells of a grid know who shares their row, column or box
     halting: bool = True  # learn when an answer is right, and stop there
     optimizer: Literal["adamw", "adamw_8bit", "muon"] = "muon"  # 8bit: in a quarter of the memory
-    warmup_steps: int = 100  # steps of linear warmup
+    warmup_steps: int = 100  # steps of linear warmup; at most all steps of the schedule
     grad_clip: float = flag(1.0, also=("clip", "gradient_clip"))  # largest gradient norm; 0 = off
     mixed_precision: Literal["none", "bf16", "fp16", "auto"] = "auto"  # auto: bf16 where it is fast
 
@@ -152,7 +172,7 @@ Config = HrmConfig
 
 def parse(argv=None):
     """Return the configuration that the command line (or the list `argv`) asks for."""
-    return from_cli(variant, __doc__, argv, by="dataset", flatten=flatten)
+    return from_cli(variant, __doc__, argv, by="dataset", flatten=flatten, overrides=Overrides())
 
 
 if __name__ == "__main__":  # before torch is imported, so that --help and typos answer at once
@@ -210,6 +230,8 @@ def check(cfg):
     at_least(cfg, 0, "learning_rate", "seed", "checkpoint_limit", "save_minutes", "val_every")
     at_least(cfg, 0, "eval_batch_size", "eval_rows", "eval_segments", "lr_min_ratio", "muon")
     at_least(cfg, 0, "weight_decay", "ema", "max_steps", "max_seconds", "halting_weight", "reveal")
+    if max(cfg.steps, cfg.epochs) < 1:
+        raise UsageError(f"--steps {cfg.steps} --epochs {cfg.epochs}: one must be 1 or more")
     below_one(cfg, "beta1", "beta2")
     if cfg.d_model % (2 * cfg.n_heads):
         sizes = f"--d_model {cfg.d_model} over --n_heads {cfg.n_heads}"
@@ -228,7 +250,7 @@ def main(cfg):
     train = cfg.dry_run == "0" or (cfg.dry_run == "auto" and bool(cfg.dataset))
     precisions = dict(none="float32", bf16="bfloat16", fp16="float16", auto="bfloat16")
     dtype = precisions[cfg.mixed_precision] if cfg.dtype == "auto" else cfg.dtype
-    asked_dtype = dtype
+    requested_dtype = dtype
 
     # --- hardware -------------------------------------------------------------------------
     # These lines are the same in all six scripts, and a test keeps them so.
@@ -240,6 +262,7 @@ def main(cfg):
     if device == "auto":
         device = "mps" if torch.backends.mps.is_available() else "cpu"
         device = "cuda" if torch.cuda.is_available() else device
+    # Some drivers fail only when a device is used. One number on it shows that now.
     try:
         device = torch.device(f"cuda:{local_rank}" if device == "cuda" else device)
         torch.empty(1, device=device)
@@ -251,15 +274,18 @@ def main(cfg):
         torch.set_float32_matmul_precision("high")  # TF32 for products that stay in fp32
         fast_bf16 = torch.cuda.get_device_capability(device) >= (8, 0)  # before, it is emulated
     else:
+        # A CPU without these instructions emulates bfloat16, which is slower than float32.
         fast_bf16 = device.type == "cpu" and (
             torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
         )
+    # Old GPUs have float16 in place of bfloat16. Off a GPU, float16 is no faster than float32.
     if dtype == "bfloat16" and not fast_bf16:
         dtype = "float16"
     if dtype == "float16" and device.type != "cuda":
         dtype = "float32"
     autocast = torch.autocast(device.type, getattr(torch, dtype), enabled=dtype != "float32")
-    scaler = torch.amp.GradScaler(device.type, enabled=dtype == "float16")  # else it does nothing
+    # Only float16 needs a scaler: its small gradients would become zero. Disabled, it does nothing.
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == "float16")
     if world > 1 and not dist.is_initialized():
         # A group that torchrun restarted must not find the addresses of the one before.
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)
@@ -267,6 +293,7 @@ def main(cfg):
         store = dist.PrefixStore(f"attempt {attempt}", store)
         backend = "nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, store=store, rank=rank, world_size=world)
+    # One rank speaks for all. Each line would appear once per process otherwise.
     log = say if rank == 0 else lambda *_: None
     hardware = f"{device}, {dtype}"
     if device.type == "cuda" and fast_bf16:
@@ -274,11 +301,13 @@ def main(cfg):
     if world > 1:
         hardware += f", {world} processes"
     log(hardware)
+    # The weights start from this seed. Each step of the training has a seed of its own.
     torch.manual_seed(cfg.seed)
     # The marked lines end here.
-    if asked_dtype == "float16" and device.type != "cuda":
-        asked = "--mixed_precision fp16" if cfg.dtype == "auto" else "--dtype float16"
-        raise UsageError(f"{asked} needs CUDA\ntry: --dtype bfloat16")
+    # The guide promises CUDA for fp16. Another precision must not take its place unseen.
+    if requested_dtype == "float16" and device.type != "cuda":
+        typed = "--mixed_precision fp16" if cfg.dtype == "auto" else "--dtype float16"
+        raise UsageError(f"{typed} needs CUDA\ntry: --dtype bfloat16")
     if cfg.fsdp and world == 1:
         raise UsageError(
             "--fsdp shares a model among processes, and this is the only one\n"
@@ -292,6 +321,7 @@ def main(cfg):
         home = Path("runs", cfg.run_name)
         folder = home / "checkpoints"
     vocab_size = 98  # of a dry run, which reads no data
+    # A dry run reads no data: it needs the sizes of a batch alone.
     if train:
         data = open_questions(
             cfg.dataset,
@@ -309,30 +339,35 @@ def main(cfg):
         n_val = min(cfg.eval_rows or data.rows("val"), data.rows("val"))
         if cfg.save_best_model and not (cfg.run_name and n_val):
             raise UsageError("--save_best_model needs a --run_name, and validation rows")
-        # The last batch of an epoch is filled up with rows from the epoch's start.
+        # The last batch of an epoch is filled up with rows from the epoch's start, so that each
+        # rank has as many rows in each batch.
         rows_per_batch = cfg.batch_size * world
         batches = math.ceil(data.rows("train") / rows_per_batch)  # per epoch
         local_rows = slice(rank * cfg.batch_size, (rank + 1) * cfg.batch_size)  # of a batch
-        steps = cfg.steps
-        if cfg.epochs and cfg.steps in (0, type(cfg).steps):
-            steps = cfg.epochs * batches * cfg.segments
-        if steps < 1:
-            raise UsageError(f"--steps {cfg.steps} --epochs {cfg.epochs}: one must be 1 or more")
-        last_step = min(steps, cfg.max_steps or steps)  # of this run; the schedule may go on
+        # The rate follows from `steps` alone. A run that stops early and goes on does the same.
+        steps = cfg.steps if cfg.steps > 0 else cfg.epochs * batches * cfg.segments
+        if cfg.steps > 0 and cfg.epochs > 0:  # as the guide has it
+            log(f"--steps {cfg.steps} overrides --epochs {cfg.epochs}")
+        last_step = min(steps, cfg.max_steps or steps)  # where this command ends
+        warmup = min(cfg.warmup_steps, steps)
+        if warmup < cfg.warmup_steps:
+            log(f"warmup cut from {cfg.warmup_steps} to {warmup} steps, the whole schedule")
 
     def to_device(batch):
         """Return the tensors of a batch on the device."""
         return {name: ids.to(device) for name, ids in batch.items()}
 
     # --- model and optimizer --------------------------------------------------------------
-    known = asdict(cfg) | dict(vocab_size=vocab_size)
-    model_args = {name: known[name] for name in inspect.signature(HRM).parameters}
+    settings = asdict(cfg) | dict(vocab_size=vocab_size)
+    model_args = {name: settings[name] for name in inspect.signature(HRM).parameters}
+    # Models know no flags. Sizes that don't fit each other are the user's to mend.
     try:
         raw_model = HRM(**model_args)  # saved without _orig_mod. and module.
     except ValueError as e:
         raise UsageError(str(e)) from e
     raw_model.to(device)
     millions = sum(p.numel() for p in raw_model.parameters()) / 1e6
+    # A dry run shows that the model fits and has gradients, before there are data.
     if not train:
         batch = to_device(random_batch(cfg.batch_size, cfg.max_seq_len, vocab_size))
         with autocast:
@@ -343,6 +378,7 @@ def main(cfg):
         log(f"dry run: {figures}; --dataset trains")
         distributed.close()
         return dict(step=0, best_val_loss=math.inf, stopped=0)
+    # Shards come before the optimizer, whose state then has their shapes.
     if cfg.fsdp:
         distributed.shard(raw_model, cfg.optimizer)
     trained = dict(raw_model.named_parameters())
@@ -363,7 +399,9 @@ def main(cfg):
     else:
         fused = device.type in ("cpu", "cuda")
         optimizer = torch.optim.AdamW(groups, lr=cfg.learning_rate, betas=betas, fused=fused)
+    # The averaged weights are evaluated: those of a single step vary too much to be compared.
     average = Average(trained, cfg.ema)
+    # One dict both saves and loads, so that no part of a run is saved and then forgotten.
     parts = dict(model_state=raw_model, optimizer_state=optimizer, amp_scaler=scaler, ema=average)
 
     # --- resume ---------------------------------------------------------------------------
@@ -372,11 +410,13 @@ def main(cfg):
     final_file = folder / "final.pt"  # where a run ended or was stopped
     metrics_file = home / "metrics.jsonl"
     snapshot_name = r"step_(\d+)\.pt"
+    # A second run in this folder would overwrite the files of the first.
     if rank == 0:
         files.lock_run(folder, "hrm", folder, best_file.parent)
     snapshots = checkpoint.numbered_files(folder, snapshot_name)
     candidates = checkpoint.by_step(snapshots, final_file, "hrm")
     resumed_from, saved = checkpoint.find_checkpoint(cfg.resume, cfg.fresh, candidates, "hrm")
+    # A resume compares this with its own and names each difference that ends exactness.
     header = dict(
         kind="hrm",
         format=1,
@@ -396,21 +436,26 @@ def main(cfg):
         checkpoint.load_parts(parts, saved, resumed_from, header)
         state = RunState(**{name: saved[name] for name in vars(state)})
         # The file has the states of all ranks of then. The ranks of now may share the rows anew.
+        # With another batch size the states fit no batch, and the next segment begins without.
         states = [torch.cat(shards) for shards in zip(*saved["carry"], strict=True)]
         if states and len(states[0]) == rows_per_batch:
             carry = tuple(z[local_rows].to(device) for z in states)
+        # A rewind: the next start must not jump back to the branch that is left here.
         if rank == 0:
             checkpoint.set_aside_later(candidates, state.step)
         log(checkpoint.resume_notice(resumed_from, saved, header, cosmetic_names(cfg)))
         del saved
     # This comes before the first step, so that the same command again trains nothing.
     if state.step >= last_step and (state.evaluated == state.step or not n_val):
-        larger = "a larger --steps" if state.step >= steps else "a larger --max_steps"
+        limit = "--steps" if cfg.steps > 0 else "--epochs"
+        if last_step < steps:
+            limit = "--max_steps"
         best = f"best val_loss {state.best_val_loss:.4f}"
-        log(f"{home}: finished at step {state.step}, {best}; {larger} goes on")
+        log(f"{home}: finished at step {state.step}, {best}; a larger {limit} goes on")
         distributed.close()
         return dict(step=state.step, best_val_loss=state.best_val_loss, stopped=0)
 
+    # Checkpoints hold raw_model: DDP prefixes the names of the weights.
     model = raw_model
     if cfg.compile:
         model = raw_model.compiled()  # the core's stacks alone, in place: weights keep their names
@@ -430,6 +475,7 @@ def main(cfg):
         if rank == 0:
             data.write_beside(path, asdict(cfg))
 
+    # A full disk or a value that can't be saved is found here, not after an hour of training.
     size = checkpoint.rehearse(folder, "hrm", payload([]))
     if rank == 0:
         if not resumed_from:
@@ -442,12 +488,12 @@ def main(cfg):
     # --- schedule, evaluation, stop -------------------------------------------------------
     def lr_at(step):
         """Return the rate, a pure function of the step: linear warmup, then down to the floor."""
-        if step < cfg.warmup_steps:
-            return cfg.learning_rate * (step + 1) / cfg.warmup_steps
-        share = min(1.0, (step - cfg.warmup_steps) / max(1, steps - cfg.warmup_steps))
+        if step < warmup:
+            return cfg.learning_rate * (step + 1) / warmup
+        share = min(1.0, (step - warmup) / max(1, steps - warmup))
         cosine = 0.5 + 0.5 * math.cos(math.pi * share)
-        left = dict(cosine=cosine, linear=1 - share, constant=1.0)[cfg.lr_scheduler]
-        return cfg.learning_rate * (cfg.lr_min_ratio + (1 - cfg.lr_min_ratio) * left)
+        height = dict(cosine=cosine, linear=1 - share, constant=1.0)[cfg.lr_scheduler]
+        return cfg.learning_rate * (cfg.lr_min_ratio + (1 - cfg.lr_min_ratio) * height)
 
     def evaluate():
         """Score the averaged weights on the same validation rows every time.
@@ -467,6 +513,7 @@ def main(cfg):
                 trace = full_model.trace(to_device(data.batch("val", index)), segments)
                 trace |= data.about("val", index)
                 traces.append({name: values.cpu() for name, values in trace.items()})
+        # A signal may have reached some ranks only. All of them drop the evaluation then.
         shards = distributed.gather((bool(stop), traces))
         if any(stopped for stopped, _ in shards):
             return None
@@ -489,6 +536,7 @@ def main(cfg):
     # A run that was stopped while it evaluated begins with that evaluation.
     repeat_evaluation = state.evaluated < state.step and at_evaluation(finished)
     show = rank == 0 and sys.stderr.isatty()  # the lines of stage 4 tell the same elsewhere
+    # The first signal only sets `stop`: the step that is under way is finished and saved.
     with Stop() as stop, Progress(last_step, state.step, show=show) as progress:
         start = saved_at = mark = time.monotonic()
         first_step = state.step
@@ -497,6 +545,7 @@ def main(cfg):
             if not repeat_evaluation:
                 # 1. Data: a new batch once its predecessor has had all its segments.
                 number, segment = divmod(state.step, cfg.segments)
+                # The number of a step alone says which batch and segment it is, on a resume too.
                 if batch_at_hand != number:
                     batch_at_hand = number
                     if order_of != number // batches:
@@ -507,7 +556,8 @@ def main(cfg):
                     local_batch = {name: ids[local_rows] for name, ids in batch.items()}
                     targets = (batch["labels"] >= 0).sum().item()
 
-                # 2. Forward and backward: one segment, from the states of the one before.
+                # 2. Forward and backward: one segment, from the states of the one before. Its
+                # gradient ends there, so the memory of a step doesn't grow with the segments.
                 states = carry if segment else None
                 with autocast:  # DDP takes the mean over ranks, hence the share of the targets
                     local_loss, _, carry = model(local_batch, states, targets / world)
@@ -517,16 +567,19 @@ def main(cfg):
                 rate = lr_at(state.step)
                 for group in optimizer.param_groups:
                     group["lr"] = rate
+                # The limit is meant for true gradients, so the scale goes first.
                 scaler.unscale_(optimizer)
                 max_norm = cfg.grad_clip or math.inf
                 norm = torch.nn.utils.clip_grad_norm_(trained.values(), max_norm).item()
                 now = time.monotonic()
                 save_due = 0 < 60 * cfg.save_minutes < now - saved_at
                 finished = state.step + 1 >= last_step or 0 < cfg.max_seconds < now - start
+                # A rank that left or skipped alone would leave the others waiting for it.
                 (loss,) = distributed.sum_over_ranks(local_loss.item() / world)
                 bad, stop_signal, save_due, finished = distributed.max_over_ranks(
                     not math.isfinite(loss + norm), int(stop.signal), save_due, finished
                 )
+                # A bad step also leaves the average as it is.
                 if not bad:
                     scaler.step(optimizer)
                     scaler.update()
@@ -534,6 +587,7 @@ def main(cfg):
                 elif scaler.is_enabled():  # an overflow of some rank: skip, and lower the scale
                     scaler.update(scaler.get_scale() * scaler.get_backoff_factor())
                 optimizer.zero_grad(set_to_none=True)
+                # A skipped step counts too: its batch and its rate don't come again.
                 state.step += 1
                 if bad:
                     state.skipped += 1
@@ -543,7 +597,7 @@ def main(cfg):
                 if state.skipped_in_row == BAD_STEPS:
                     raise DataError(
                         f"{BAD_STEPS} steps in a row were not finite, up to step {state.step}\n"
-                        f"try: a smaller --learning_rate; last good file: {saver.last}"
+                        f"try: a smaller --lr, or --dtype float32; last good file: {saver.last}"
                     )
 
                 # 4. Log.
@@ -551,10 +605,10 @@ def main(cfg):
                 progress(train=f"{loss:.3f}", **shown)
                 if rank == 0 and (state.step % cfg.log_steps == 0 or finished):
                     steps_per_s = (state.step - first_step) / (now - start)
-                    left = timedelta(seconds=int((last_step - state.step) / steps_per_s))
+                    eta = timedelta(seconds=int((last_step - state.step) / steps_per_s))
                     log(
                         f"step {state.step}/{last_step} | loss {loss:.3f} | grad {norm:.2f} | "
-                        f"lr {rate:.1e} | eta {left} | {steps_per_s:.1f} it/s"
+                        f"lr {rate:.1e} | eta {eta} | {steps_per_s:.1f} it/s"
                     )
                     row = dict(
                         step=state.step,
@@ -589,10 +643,12 @@ def main(cfg):
                 if val_row["loss"] < state.best_val_loss:
                     state.best_val_loss = val_row["loss"]
                     state.best_step = state.step
+                    # It holds its own score, so the state changes first.
                     if cfg.save_best_model:
                         save(best_file)
 
-            # 6. Save under the number of the step. Training survives a rolling save that fails.
+            # 6. Save under the number of the step. Training survives a rolling save that fails: a
+            # disk that is full now may have room at the next one.
             leaving = finished or stop_signal
             if not leaving and (save_due or evaluate_now):
                 save(folder / f"step_{state.step}.pt", must=not save_due)

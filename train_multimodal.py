@@ -30,7 +30,16 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
-from data_utils.config import at_least, below_one, complete, cosmetic, cosmetic_names, flag, from_cli
+from data_utils.config import (
+    at_least,
+    below_one,
+    complete,
+    cosmetic,
+    cosmetic_names,
+    flag,
+    from_cli,
+    one_of,
+)
 from data_utils.errors import DataError, UsageError
 from data_utils.launch import at_end, check_torchrun, ends_cleanly, launch
 from data_utils.overrides import Overrides
@@ -38,7 +47,9 @@ from data_utils.overrides import Overrides
 Names = tuple[str, ...]
 
 
-# A `cosmetic` field may change on a resume, and the run still ends with the same bits.
+# A `cosmetic` field may change on a resume, and the run still ends with the same bits. Names in
+# `also` are further names of the flag. Of a field and the one that it is `instead` of, the one that
+# is given resets the other to 0.
 @dataclass
 class MultimodalConfig:
     # run
@@ -124,12 +135,15 @@ class MultimodalConfig:
     dqn_step_cost: float = 0.01  # of a step of reasoning, in units of accuracy
     # optimization
     global_batch_size: int = 32  # samples in a step, over all processes
-    epochs: int = flag(100, also="max_epochs")  # passes over all samples, in steps of a full batch
+    epochs: int = flag(  # passes over all samples, in steps of a full batch
+        100, also="max_epochs", instead="steps"
+    )
+    steps: int = 0  # length of the schedule in optimizer steps; 0 = as epochs says
     max_steps: int = cosmetic(0)  # stop earlier, on the same schedule; 0 = off
     max_seconds: float = cosmetic(0.0)  # stop after so many seconds; 0 = off
     lr: float = flag(3e-4, also="learning_rate")  # peak learning rate
     lr_min_ratio: float = flag(0.1, also="min_lr_ratio")  # floor as a share of the peak
-    warmup_steps: int = 2000  # steps of linear warmup; at most a tenth of all steps
+    warmup_steps: int = 2000  # steps of linear warmup; at most all steps of the schedule
     id_lr: float = 1e-2  # learning rate of ARC's rules
     weight_decay: float = 0.1  # on matrices only
     beta1: float = 0.9  # AdamAtan2
@@ -139,10 +153,22 @@ class MultimodalConfig:
     ema_decay: float = 0.999  # of that average
     enable_gradient_checkpointing: bool = cosmetic(False)  # recompute activations, keep none
     # evaluation, hardware
-    eval_interval: int = cosmetic(10, also="eval_epochs")  # epochs between evaluations
+    eval_interval: int = cosmetic(  # epochs between evaluations
+        10, also="eval_epochs", instead="val_every"
+    )
+    val_every: int = cosmetic(  # steps between evaluations; 0 = as eval_interval says
+        0, also="validate_interval"
+    )
     device: str = cosmetic("auto")  # auto, cpu, cuda, cuda:1, mps
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # auto: bfloat16 if fast
     compile: bool = cosmetic(False)  # torch.compile of the blocks: slow to start, then faster
+
+    # Flags of other scripts, and why they are not here.
+    absent = dict(
+        fsdp="each process holds all weights, and the optimizer averages the gradients\n"
+        "try: torchrun --standalone --nproc-per-node 2 train_multimodal.py",
+        grad_accum_steps="a sample's states move at each step\ntry: a larger global_batch_size=",
+    )
 
     @property
     def remedy(self):
@@ -170,7 +196,14 @@ PICTURES = Overrides(  # KEY=VALUE on this script's command line
     snapshot="config.yaml",
 )
 ROLLING_FILES = ("latest.pt", "latest.prev.pt")  # the newest first
-MAY_BE_0 = ("seed", "warmup_steps", "grad_monitor_every", "dqn_warmstart_steps")
+MAY_BE_0 = (  # whole numbers that need not be 1 or more, besides those whose default is 0
+    "seed",
+    "epochs",
+    "eval_interval",
+    "warmup_steps",
+    "grad_monitor_every",
+    "dqn_warmstart_steps",
+)
 
 
 def parse(argv=None):
@@ -186,6 +219,8 @@ def check(cfg):
         elif type(field.default) is int:
             may_be_0 = field.default == 0 or field.name in MAY_BE_0
             at_least(cfg, 0 if may_be_0 else 1, field.name)
+    one_of(cfg, "steps", "epochs")
+    one_of(cfg, "eval_interval", "val_every")
     weights = cfg.task_weights
     if not cfg.data_paths or not cfg.tasks or len(weights or cfg.tasks) != len(cfg.tasks):
         expected = "expected a folder, tasks, as many weights or none"
@@ -263,6 +298,7 @@ def main(cfg, begun=None):
     cfg = complete(cfg, CONFIGS, overrides=PICTURES)
     exits = ExitStack()  # of the whole run
     at_end(lambda failed: exits.close())
+    # The first signal only sets `stop`: the step that is under way is finished and saved.
     stop = exits.enter_context(Stop())  # before the builder starts, so that a signal ends both
     begun = begun or begin(cfg)
     exits.enter_context(begun.builder)
@@ -280,6 +316,7 @@ def main(cfg, begun=None):
     if device == "auto":
         device = "mps" if torch.backends.mps.is_available() else "cpu"
         device = "cuda" if torch.cuda.is_available() else device
+    # Some drivers fail only when a device is used. One number on it shows that now.
     try:
         device = torch.device(f"cuda:{local_rank}" if device == "cuda" else device)
         torch.empty(1, device=device)
@@ -291,15 +328,18 @@ def main(cfg, begun=None):
         torch.set_float32_matmul_precision("high")  # TF32 for products that stay in fp32
         fast_bf16 = torch.cuda.get_device_capability(device) >= (8, 0)  # before, it is emulated
     else:
+        # A CPU without these instructions emulates bfloat16, which is slower than float32.
         fast_bf16 = device.type == "cpu" and (
             torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
         )
+    # Old GPUs have float16 in place of bfloat16. Off a GPU, float16 is no faster than float32.
     if dtype == "bfloat16" and not fast_bf16:
         dtype = "float16"
     if dtype == "float16" and device.type != "cuda":
         dtype = "float32"
     autocast = torch.autocast(device.type, getattr(torch, dtype), enabled=dtype != "float32")
-    scaler = torch.amp.GradScaler(device.type, enabled=dtype == "float16")  # else it does nothing
+    # Only float16 needs a scaler: its small gradients would become zero. Disabled, it does nothing.
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == "float16")
     if world > 1 and not dist.is_initialized():
         # A group that torchrun restarted must not find the addresses of the one before.
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)
@@ -307,6 +347,7 @@ def main(cfg, begun=None):
         store = dist.PrefixStore(f"attempt {attempt}", store)
         backend = "nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, store=store, rank=rank, world_size=world)
+    # One rank speaks for all. Each line would appear once per process otherwise.
     log = say if rank == 0 else lambda *_: None
     hardware = f"{device}, {dtype}"
     if device.type == "cuda" and fast_bf16:
@@ -314,6 +355,7 @@ def main(cfg, begun=None):
     if world > 1:
         hardware += f", {world} processes"
     log(hardware)
+    # The weights start from this seed. Each step of the training has a seed of its own.
     torch.manual_seed(cfg.seed)
     # The marked lines end here.
     B = cfg.global_batch_size
@@ -335,15 +377,18 @@ def main(cfg, begun=None):
         return untrained | dict(stopped=int(stop.signal))
     names = list(sources)  # of the tasks
     steps_per_epoch = math.ceil(sum(data.rows(name) for name in names) / B)
-    steps = cfg.epochs * steps_per_epoch
+    # The rate follows from `steps` alone. A run that stops early and goes on takes the same steps.
+    steps = cfg.steps or cfg.epochs * steps_per_epoch
+    # Tasks of few samples would be forgotten if each had steps in proportion to its samples.
     task_shares = np.array(cfg.task_weights or [1.0] * len(names))
     task_shares = task_shares / task_shares.sum()
 
     # --- model and optimizer --------------------------------------------------------------
     tasks = {name: asdict(source.task) for name, source in sources.items()}
     paths = cfg.latent_num_paths if cfg.enable_latent_planning else 1
-    known = asdict(cfg) | dict(tasks=tasks, paths=paths)
-    model_args = {name: known[name] for name in inspect.signature(Multimodal).parameters}
+    settings = asdict(cfg) | dict(tasks=tasks, paths=paths)
+    model_args = {name: settings[name] for name in inspect.signature(Multimodal).parameters}
+    # Models know no flags. Sizes that don't fit each other are the user's to mend.
     try:
         raw_model = Multimodal(**model_args).to(device)  # saved without _orig_mod.
     except ValueError as e:  # the model names arguments: show them as flags
@@ -365,17 +410,20 @@ def main(cfg, begun=None):
     # A batch uses a few of ARC's many rules. An optimizer of their own leaves the others alone.
     rule_tables = [p for name, p in trained.items() if name == "rules.weight"]
     dense = {name: p for name, p in trained.items() if name != "rules.weight"}
+    # Decay is for matrices: it would pull the gains of norms to zero.
     matrices = [(name, p) for name, p in dense.items() if p.ndim > 1]
     others = [(name, p) for name, p in dense.items() if p.ndim <= 1]
     groups = [
         dict(params=matrices, weight_decay=cfg.weight_decay),
         dict(params=others, weight_decay=0.0),
     ]
+    # It has no epsilon, so that small gradients take steps of the same size as large ones.
     optimizer = AdamAtan2(groups, lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), compile=cfg.compile)
     rules = SignRows([dict(params=rule_tables)], lr=cfg.id_lr, weight_decay=cfg.weight_decay)
     average = Average(trained, cfg.ema_decay if cfg.ema else 0.0)
     monitor = Monitor(raw_model, late=LATE, tables=TABLES)
-    parts = dict(model_state=raw_model, optimizer_state=optimizer, amp_scaler=scaler)  # all saved
+    # One dict both saves and loads, so that no part of a run is saved and then forgotten.
+    parts = dict(model_state=raw_model, optimizer_state=optimizer, amp_scaler=scaler)
     parts |= dict(ema_state=average)
     if agent:
         parts |= dict(dqn=agent)
@@ -387,11 +435,13 @@ def main(cfg, begun=None):
     average_file = folder / "ema_model.pt"
     rolling_file, previous_file = [folder / name for name in ROLLING_FILES]
     metrics_file = folder / "metrics.jsonl"
+    # A sample stays for several steps, so the samples at hand are part of the run's state too.
     slots = {}  # task -> its samples at hand
     for name, source in sources.items():
         slots[name] = RollingBatch(data, name, source.task, local_rows, cfg, raw_model.limit(name))
     candidates = [rolling_file, previous_file]
     resumed_from, saved = checkpoint.find_checkpoint(cfg.resume, cfg.fresh, candidates, kind)
+    # A resume compares this with its own and names each difference that ends exactness.
     header = dict(
         kind=kind,
         format=1,
@@ -419,11 +469,14 @@ def main(cfg, begun=None):
         del saved
     # The same command, started again after its end, is no error.
     if state.step >= steps and state.evaluated == state.step and not cfg.eval_only:
-        log(f"{folder}: finished at step {state.step}, best {state.best:.4f}; more --epochs go on")
+        limit = "--steps" if cfg.steps else "--epochs"
+        best = f"best {state.best:.4f}"
+        log(f"{folder}: finished at step {state.step}, {best}; a larger {limit} goes on")
         distributed.close()
         return dict(step=state.step, best_score=state.best, stopped=0)
 
-    # The optimizer averages gradients over ranks itself, so that no DDP is needed.
+    # The optimizer averages gradients over ranks itself, so that no DDP is needed. Checkpoints hold
+    # raw_model, whose weights have the same names with and without --compile.
     model = raw_model.compiled() if cfg.compile else raw_model
     saver = checkpoint.Saver()
 
@@ -454,22 +507,22 @@ def main(cfg, begun=None):
             rolling_file.replace(previous_file)
         saver(rolling_file, payload(shards), must)
 
-    # The rehearsal finds a full disk before the first step.
+    # A full disk or a value that can't be saved is found here, not after an hour of training.
     if rank == 0:
         size = checkpoint.rehearse(folder, kind, payload([]))
         if not resumed_from:
             files.set_aside([*candidates, average_file, best_file, metrics_file])
         start_rows(metrics_file, state.step, state.evaluated, asdict(cfg), device)
-        where = f"{steps_per_epoch} steps an epoch, checkpoints of {size / 1e6:.0f} MB"
+        where = f"{steps_per_epoch} steps per epoch, checkpoints of {size / 1e6:.0f} MB"
         log(f"{folder}: {where}; M parameters: {raw_model.sizes()}")
     wandb_mode = cfg.wandb if rank == 0 else "disabled"
     send_row = to_wandb(wandb_mode, cfg.wandb_project, "", folder.name, asdict(cfg))
 
     # --- schedule, evaluation, stop -------------------------------------------------------
-    warmup = min(cfg.warmup_steps, steps // 10)
+    warmup = min(cfg.warmup_steps, steps)
     if warmup < cfg.warmup_steps:
-        log(f"warmup cut from {cfg.warmup_steps} to {warmup} steps, a tenth of the run's {steps}")
-    steps_per_evaluation = cfg.eval_interval * steps_per_epoch
+        log(f"warmup cut from {cfg.warmup_steps} to {warmup} steps, the whole schedule")
+    steps_per_evaluation = cfg.val_every or cfg.eval_interval * steps_per_epoch
     last_step = max(state.step, min(steps, cfg.max_steps or steps))  # where this command ends
 
     def lr_at(step):
@@ -483,8 +536,8 @@ def main(cfg, begun=None):
     def write(row):
         """Add a row of the current step to the metrics and to Weights & Biases."""
         if rank == 0:
-            about_step = dict(step=state.step, epoch=state.step // steps_per_epoch)
-            append_row(metrics_file, about_step | row)
+            position = dict(step=state.step, epoch=state.step // steps_per_epoch)
+            append_row(metrics_file, position | row)
             send_row(row)
 
     def evaluate(split):
@@ -492,21 +545,36 @@ def main(cfg, begun=None):
 
         Writes and returns a row. Returns None if a signal came meanwhile.
         """
-        how = dict(paths=cfg.eval_paths, noise=cfg.latent_noise, select=cfg.latent_select)
-        how |= dict(size=B, seed=cfg.seed, device=device, autocast=autocast, rank=rank, world=world)
-        how["controls"] = split == "test"  # they tell whether answers depend on the picture
-        row = report(raw_model, average, sources, data, split, stop=stop, **how)
+        row = report(
+            raw_model,
+            average,
+            sources,
+            data,
+            split,
+            stop=stop,
+            paths=cfg.eval_paths,
+            noise=cfg.latent_noise,
+            select=cfg.latent_select,
+            controls=split == "test",  # they tell whether answers depend on the picture
+            size=B,
+            seed=cfg.seed,
+            device=device,
+            autocast=autocast,
+            rank=rank,
+            world=world,
+        )
         if row is None:
             return None
-        firsts = {}  # the first figure of each task
+        first_figures = {}  # task -> its first figure
         for key, value in row.items():
             if "@" not in key:
-                firsts.setdefault(key.split("/")[0], f"{key} {value:.4f}")
-        log(" | ".join([f"step {state.step}", split, *firsts.values()]))
+                first_figures.setdefault(key.split("/")[0], f"{key} {value:.4f}")
+        log(" | ".join([f"step {state.step}", split, *first_figures.values()]))
         write(dict(split=split) | row)
         return row
 
     # A codebook begins with the capsules that the untrained encoder makes of the first pages.
+    # Random codes would be far from all of them, and most would never be used.
     if cfg.use_vq_codebook and not resumed_from:
         try:
             start_codebook(raw_model, data, sources, cfg.seed, device, autocast)
@@ -516,7 +584,7 @@ def main(cfg, begun=None):
     # --- train ----------------------------------------------------------------------------
     # Losses are added up in this order, those that are on.
     factors = dict(ce=1, halt_loss=cfg.halt_weight, vq_loss=1, mtp_loss=cfg.mtp_weight, dqn_loss=1)
-    leaving = dict(policy=cfg.halt_policy, min_accuracy=cfg.memory_min_acc)
+    halting = dict(policy=cfg.halt_policy, min_accuracy=cfg.memory_min_acc)
     first_step = state.step
     taken = Counter()  # task -> steps of this command
     stop_signal = 0
@@ -527,20 +595,23 @@ def main(cfg, begun=None):
     evaluate_now = state.evaluated < state.step and (finished or at_interval)
     skip_step = evaluate_now or finished
     # Without a terminal, the lines of the log take the place of a progress bar.
-    with Progress(last_step, state.step, show=rank == 0 and sys.stderr.isatty()) as progress:
+    show = rank == 0 and sys.stderr.isatty()
+    with Progress(last_step, state.step, show=show) as progress:
         start = saved_at = time.monotonic()
         while not cfg.eval_only:
             if not skip_step:
                 # 1. Data: a batch of one task, the same task on all ranks.
                 draw = np.random.default_rng((cfg.seed, state.step))
                 name = names[draw.choice(len(names), p=task_shares)]
+                # The samples of a task stay in their slot between its steps, with their states.
                 slot = slots[name]
                 batch = slot.take(device)
                 (stop_signal,) = distributed.max_over_ranks(0 if batch else int(stop.signal))
                 if stop_signal:  # it came while a rank waited for data
                     save()
                     break
-                # Each sample has its own random numbers, whatever rank it is on.
+                # Each sample has its own random numbers, whatever rank it is on: all ranks draw for
+                # the batch of all, and each takes its rows.
                 draws = torch.from_numpy(draw.random((B, 4))[local_rows])
                 explores = draws[:, 0] < cfg.latent_explore
                 any_path = (draws[:, 1] * len(raw_model.starts)).long()
@@ -564,6 +635,7 @@ def main(cfg, begun=None):
                 for group in optimizer.param_groups:
                     group["lr"] = rate
                 optimizer.average_gradients(world, rules.gradients())
+                # The limit is meant for true gradients, so the scale goes first.
                 scaler.unscale_(optimizer)
                 watched = bool(cfg.grad_monitor_every) and state.step % cfg.grad_monitor_every == 0
                 if watched:
@@ -580,6 +652,7 @@ def main(cfg, begun=None):
                 norm, *figures = torch.stack([x.float() for x in (norm, *means, *sums)]).tolist()
                 divisors = [world] * len(means) + [B] * len(sums)
                 figures = [x / n for x, n in zip(figures, divisors, strict=True)]
+                # A rank that left or skipped alone would leave the others waiting for it.
                 figures = distributed.sum_over_ranks(*figures)
                 bad = not math.isfinite(norm + sum(figures))
                 bad, stop_signal, save_due, finished = distributed.max_over_ranks(
@@ -597,14 +670,14 @@ def main(cfg, begun=None):
                 optimizer.zero_grad()
                 rules.zero_grad()
                 # Samples that are done leave; all do after a bad step.
-                now_known = dict(step=state.step, draws=draws[:, 2:], bad=bad)
-                slot.settle(raw_model, agent, carry, outputs, **leaving, **now_known)
+                step_facts = dict(step=state.step, draws=draws[:, 2:], bad=bad)
+                slot.settle(raw_model, agent, carry, outputs, **halting, **step_facts)
                 taken[name] += 1
+                # A skipped step counts too: its batch and its rate don't come again.
                 state.step += 1
                 if bad:
                     state.skipped += 1
-                if bad and scaler.get_scale() <= 1:  # else fp16 may still lower its scale
-                    state.skipped_in_row += 1
+                    state.skipped_in_row += scaler.get_scale() <= 1  # else fp16 may lower its scale
                 else:
                     state.skipped_in_row = 0
                 if state.skipped_in_row == BAD_STEPS:
@@ -612,6 +685,7 @@ def main(cfg, begun=None):
                         f"{BAD_STEPS} steps in a row were not finite, up to step {state.step}\n"
                         f"try: a smaller --lr, or --dtype float32; last good file: {saver.last}"
                     )
+                # A weight that no task reaches is a bug, which no loss would show.
                 if watched and all(taken[task] > 1 for task in names):
                     untouched = ", ".join(monitor.never_trained()[:5])
                     if untouched:
@@ -653,7 +727,7 @@ def main(cfg, begun=None):
                         state.best = val_row["score"]
                         state.best_step = state.step
 
-            # 6. Save.
+            # 6. Save. A disk that is full for a while ends no run: a rolling save may fail.
             if finished or stop_signal or save_due:
                 save(must=bool(finished or stop_signal))
                 saved_at = time.monotonic()

@@ -6,7 +6,8 @@
     python train_sr.py --resume                                      # go on where it stopped
     torchrun --nproc-per-node 2 train_sr.py --batch_size 32          # two processes or GPUs
 
---fsdp lets the processes share the weights. The formulas are drawn during training.
+KEY=VALUE is --key value. --fsdp lets the processes share the weights. The formulas are drawn while
+the model trains.
 
 Writes models/ansr-models/<bundle>/: checkpoint_<step>/ folders, metrics.jsonl, loss.png, and at
 the end model.yaml, tokenizer.yaml and state_dict.pt: all that `generate.py formula` needs. Each
@@ -37,6 +38,7 @@ from data_utils.formulas.bundles import load_flags, save_config
 from data_utils.formulas.dataset import DataConfig
 from data_utils.formulas.skeletons import PoolConfig
 from data_utils.launch import check_torchrun, ends_cleanly, launch
+from data_utils.overrides import Overrides
 
 Norm = Literal["rms", "rms_set", "layer", "none"]
 CompileMode = Literal["", "off", "default", "reduce-overhead", "max-autotune"]
@@ -75,7 +77,9 @@ class ModelConfig:
     use_checkpointing: bool = False  # less memory for more time
 
 
-# A `cosmetic` field may change on a resume, and the run still ends with the same bits.
+# A `cosmetic` field may change on a resume, and the run still ends with the same bits. Names in
+# `also` are further names of the flag. Of a field and the one that it is `instead` of, the one that
+# is given resets the other to 0.
 @dataclass
 class SRConfig(ModelConfig, PoolConfig, DataConfig):
     # run
@@ -97,6 +101,7 @@ class SRConfig(ModelConfig, PoolConfig, DataConfig):
     lr: float = flag(1e-3, also="learning_rate")  # peak learning rate
     min_lr_ratio: float = flag(0.0, also="lr_min_ratio")  # last rate as a share of the peak
     warmup: float = flag(0.05, also="warmup_share")  # share of the steps with a rising rate
+    warmup_steps: int = flag(0, instead="warmup")  # steps of linear warmup; 0 = as warmup says
     cooldown: float = 0.4  # share of the steps with a falling rate
     lr_schedule: str = ""  # points 0:0,100000:1e-4,... instead: linear between, flat after the last
     optimizer: Literal["adamw", "adamw_8bit", "muon"] = "muon"  # 8bit: moments in 1/4 of the memory
@@ -109,7 +114,7 @@ class SRConfig(ModelConfig, PoolConfig, DataConfig):
     gradient_accumulation_steps: int = flag(  # micro-batches per optimizer step
         1, also=("grad_accum_steps", "accumulate")
     )
-    steps: int = 40000  # optimizer steps in all
+    steps: int = 40000  # length of the schedule in optimizer steps
     max_steps: int = cosmetic(0)  # stop earlier, on the same schedule; 0 = off
     max_seconds: float = cosmetic(0.0)  # stop after so many seconds; 0 = off
     # evaluation, checkpoints, hardware
@@ -133,13 +138,19 @@ class SRConfig(ModelConfig, PoolConfig, DataConfig):
     compile: bool = cosmetic(False)  # torch.compile, in mode default unless compile_mode says more
     compile_mode: CompileMode = cosmetic("")  # torch.compile in this mode; "" and off: as --compile
 
+    # Flags of other scripts, and why they are not here.
+    absent = dict.fromkeys(
+        ("epochs", "max_epochs"),
+        "formulas are drawn anew at each step\ntry: --steps alone",
+    )
+
 
 Config = SRConfig
 
 
 def parse(argv=None):
     """Return the configuration that the command line (or the list `argv`) asks for."""
-    return from_cli(SRConfig, __doc__, argv, load=load_flags)
+    return from_cli(SRConfig, __doc__, argv, load=load_flags, overrides=Overrides())
 
 
 if __name__ == "__main__":  # before torch is imported, so that --help and typos answer at once
@@ -192,8 +203,8 @@ def kind_of(name, parameter):
 def schedule(cfg):
     """Return points (step, rate): linear between them, flat after the last. Raises UsageError."""
     if not cfg.lr_schedule:
-        rise = cfg.warmup * cfg.steps
-        fall = (1 - cfg.cooldown) * cfg.steps
+        rise = min(cfg.warmup_steps, cfg.steps) or cfg.warmup * cfg.steps
+        fall = max(rise, (1 - cfg.cooldown) * cfg.steps)
         begin = 0.0 if rise else cfg.lr
         return [(0, begin), (rise, cfg.lr), (fall, cfg.lr), (cfg.steps, cfg.min_lr_ratio * cfg.lr)]
     try:
@@ -212,8 +223,11 @@ def check(cfg):
     at_least(cfg, 1, "val_batch_size", "log_interval", "val_choices", "val_size")
     at_least(cfg, 0, "num_workers", "warmup", "cooldown", "weight_decay", "clip", "max_steps")
     at_least(cfg, 0, "max_seconds", "seed", "save_minutes", "checkpoint_interval", "val_problems")
-    at_least(cfg, 0, "lr", "min_lr_ratio", "muon")
+    at_least(cfg, 0, "lr", "min_lr_ratio", "muon", "warmup_steps")
     below_one(cfg, "beta1", "beta2")
+    if cfg.warmup_steps and cfg.warmup:
+        both = f"--warmup_steps {cfg.warmup_steps} --warmup {cfg.warmup}"
+        raise UsageError(f"{both}: expected one of them")
     if cfg.warmup + cfg.cooldown > 1:
         shares = f"--warmup {cfg.warmup} --cooldown {cfg.cooldown}"
         raise UsageError(f"{shares}: shares of the steps, together at most 1")
@@ -224,8 +238,9 @@ def main(cfg):
     """Train as `cfg` says -> dict(step, best_val_loss, stopped: the signal that ended it, or 0)."""
     cfg = complete(cfg, SRConfig, load=load_flags)
     check(cfg)
+    # The rate follows from --steps alone. A run that stops early and goes on takes the same steps.
     points = schedule(cfg)
-    last_step = min(cfg.steps, cfg.max_steps or cfg.steps)  # the schedule is that of all steps
+    last_step = min(cfg.steps, cfg.max_steps or cfg.steps)  # where this command ends
     dtype = cfg.dtype
     if dtype == "auto":
         dtype = "bfloat16" if cfg.device != "cpu" and torch.cuda.is_available() else "float32"
@@ -240,6 +255,7 @@ def main(cfg):
     if device == "auto":
         device = "mps" if torch.backends.mps.is_available() else "cpu"
         device = "cuda" if torch.cuda.is_available() else device
+    # Some drivers fail only when a device is used. One number on it shows that now.
     try:
         device = torch.device(f"cuda:{local_rank}" if device == "cuda" else device)
         torch.empty(1, device=device)
@@ -251,15 +267,18 @@ def main(cfg):
         torch.set_float32_matmul_precision("high")  # TF32 for products that stay in fp32
         fast_bf16 = torch.cuda.get_device_capability(device) >= (8, 0)  # before, it is emulated
     else:
+        # A CPU without these instructions emulates bfloat16, which is slower than float32.
         fast_bf16 = device.type == "cpu" and (
             torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
         )
+    # Old GPUs have float16 in place of bfloat16. Off a GPU, float16 is no faster than float32.
     if dtype == "bfloat16" and not fast_bf16:
         dtype = "float16"
     if dtype == "float16" and device.type != "cuda":
         dtype = "float32"
     autocast = torch.autocast(device.type, getattr(torch, dtype), enabled=dtype != "float32")
-    scaler = torch.amp.GradScaler(device.type, enabled=dtype == "float16")  # else it does nothing
+    # Only float16 needs a scaler: its small gradients would become zero. Disabled, it does nothing.
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == "float16")
     if world > 1 and not dist.is_initialized():
         # A group that torchrun restarted must not find the addresses of the one before.
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)
@@ -267,6 +286,7 @@ def main(cfg):
         store = dist.PrefixStore(f"attempt {attempt}", store)
         backend = "nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, store=store, rank=rank, world_size=world)
+    # One rank speaks for all. Each line would appear once per process otherwise.
     log = say if rank == 0 else lambda *_: None
     hardware = f"{device}, {dtype}"
     if device.type == "cuda" and fast_bf16:
@@ -274,6 +294,7 @@ def main(cfg):
     if world > 1:
         hardware += f", {world} processes"
     log(hardware)
+    # The weights start from this seed. Each step of the training has a seed of its own.
     torch.manual_seed(cfg.seed)
     # The marked lines end here.
     if cfg.fsdp and world == 1:
@@ -287,6 +308,8 @@ def main(cfg):
     folder = Path(cfg.output_dir or f"models/ansr-models/{bundle_name}")
     data = open_formulas(cfg, rank, world)
     alphabet = data.alphabet
+    if cfg.warmup_steps > cfg.steps:
+        log(f"warmup cut from {cfg.warmup_steps} to {cfg.steps} steps, the whole schedule")
 
     def place(batch):
         """Return a batch with its tensors on the device."""
@@ -296,9 +319,11 @@ def main(cfg):
     model_args = {name: getattr(cfg, name) for name in ARGUMENTS}
     raw_model = build_model(alphabet, model_args)  # saved without _orig_mod. and module.
     raw_model.to(device)
+    # Shards come before the optimizer, whose state then has their shapes.
     if cfg.fsdp:
         distributed.shard(raw_model, cfg.optimizer)
     trained = dict(raw_model.named_parameters())
+    # Encoder and decoder are counted apart: one works per point, the other per token.
     encoder_size = sum(p.numel() for name, p in trained.items() if name.startswith("encoder"))
     decoder_size = sum(p.numel() for p in trained.values()) - encoder_size
     hidden_weights = [p for name, p in trained.items() if kind_of(name, p) == "hidden"]
@@ -318,23 +343,28 @@ def main(cfg):
     else:
         fused = device.type in ("cpu", "cuda")
         optimizer = torch.optim.AdamW(groups, lr=cfg.lr, betas=betas, fused=fused)
-    parts = dict(model_state=raw_model, optimizer_state=optimizer, amp_scaler=scaler)  # all saved
+    # One dict both saves and loads, so that no part of a run is saved and then forgotten.
+    parts = dict(model_state=raw_model, optimizer_state=optimizer, amp_scaler=scaler)
 
     # --- resume ---------------------------------------------------------------------------
     state = RunState()
     metrics_file = folder / "metrics.jsonl"
     model_file = folder / "state_dict.pt"  # a run that has it counts as finished
+    # A second run in this folder would overwrite the files of the first. The lock lies beside it,
+    # since --fresh renames the folder itself.
     if rank == 0:
         files.lock_run(folder.parent, folder.name)
         sweep(folder)
     resumed_from, saved, saved_parts = find_folder(cfg.resume_from, cfg.fresh, folder, "sr", SAVED)
     snapshots = checkpoint.numbered_files(folder, r"checkpoint_(\d+)")
+    # The guide resumes by name only. Starting over here would bury hours of work in a *.bak.
     unfinished = snapshots and not model_file.exists()
     if unfinished and not resumed_from and not cfg.fresh:
         raise UsageError(
             f"{folder} holds an unfinished run, up to {snapshots[0].name}\n"
             "try: --resume-from auto, which goes on, or --fresh, which keeps it as *.bak"
         )
+    # A resume compares this with its own and names each difference that ends exactness.
     header = dict(
         kind="sr",
         format=1,
@@ -367,6 +397,7 @@ def main(cfg):
             # A rewind: a later --resume must not jump back to the branch that is left here.
             checkpoint.set_aside_later(snapshots, state.step)
         del saved, saved_parts, tensors
+    # The same command, started again after its end, is no error.
     if state.step >= cfg.steps and state.evaluated == state.step and model_file.exists():
         log(
             f"{folder}: finished at step {state.step}, best val_loss {state.best_val_loss:.4f}; "
@@ -378,6 +409,7 @@ def main(cfg):
     compile_mode = "" if cfg.compile_mode == "off" else cfg.compile_mode
     if cfg.compile and not compile_mode:
         compile_mode = "default"
+    # Checkpoints hold raw_model: both wrappers prefix the names of the weights.
     model = torch.compile(raw_model, mode=compile_mode) if compile_mode else raw_model
     if world > 1 and not cfg.fsdp:
         model = DistributedDataParallel(model)
@@ -396,9 +428,11 @@ def main(cfg):
         if not resumed_from:
             files.set_aside([folder])
         folder.mkdir(parents=True, exist_ok=True)
+    # A full disk or a value that can't be saved is found here, not after an hour of training.
     tensors = {name: part.state_dict() for name, part in parts.items()}
     size = checkpoint.rehearse(folder, "checkpoint", header | asdict(state) | tensors)
     del tensors
+    # The model of an earlier end goes aside: a run counts as finished where that file is.
     if rank == 0:
         files.set_aside([model_file])
         start_rows(metrics_file, state.step, state.evaluated, asdict(cfg), device)
@@ -450,6 +484,7 @@ def main(cfg):
             if not stop:
                 numbers = range(rank, problems, world)
                 solved = solve_problems(full_model, data.val, numbers, choices, cfg.seed, stop)
+        # A signal may have reached some ranks only. All of them drop the evaluation then.
         (stopped,) = distributed.max_over_ranks(bool(stop))
         *totals, solved = distributed.sum_over_ranks(*sums.values(), solved)
         if stopped:
@@ -468,8 +503,10 @@ def main(cfg):
     # A run that was stopped while it evaluated begins with that evaluation.
     at_interval = state.step % cfg.validate_interval == 0
     repeat_evaluation = state.evaluated < state.step and (finished or at_interval)
+    # A batch is a function of the seed and its number, so the stream can begin at any step.
     stream = data.train.iterate(state.step, max(0, cfg.steps - state.step))
     bar = Progress(last_step, state.step, show=rank == 0 and cfg.verbose)
+    # The first signal only sets `stop`: the step that is under way is finished and saved.
     with data.train, Stop() as stop, bar as progress:
         start = saved_at = mark = time.monotonic()
         samples_since_mark = 0
@@ -481,6 +518,8 @@ def main(cfg):
                 numbers = range(cfg.gradient_accumulation_steps)
                 micro_batches = [place(next(stream)) for _ in numbers]
                 data_seconds += time.monotonic() - before
+                # The loss is a mean over all targets of the step. A mean of means would give those
+                # of a short formula more weight.
                 local_targets = sum((batch["labels"] >= 0).sum().item() for batch in micro_batches)
                 (targets,) = distributed.sum_over_ranks(local_targets)
 
@@ -504,12 +543,14 @@ def main(cfg):
                 rate = lr_at(state.step)
                 for group in optimizer.param_groups:
                     group["lr"] = rate
+                # The limit is meant for true gradients, so the scale goes first.
                 scaler.unscale_(optimizer)
                 max_norm = cfg.clip or math.inf
                 norm = torch.nn.utils.clip_grad_norm_(trained.values(), max_norm).item()
                 now = time.monotonic()
                 save_due = 0 < 60 * cfg.save_minutes < now - saved_at
                 finished = state.step + 1 >= last_step or 0 < cfg.max_seconds < now - start
+                # A rank that left or skipped alone would leave the others waiting for it.
                 (loss,) = distributed.sum_over_ranks(loss)
                 bad, stop_signal, save_due, finished = distributed.max_over_ranks(
                     not math.isfinite(loss + norm), int(stop.signal), save_due, finished
@@ -520,6 +561,7 @@ def main(cfg):
                 elif scaler.is_enabled():  # an overflow of some rank: skip, and lower the scale
                     scaler.update(scaler.get_scale() * scaler.get_backoff_factor())
                 optimizer.zero_grad(set_to_none=True)
+                # A skipped step counts too: its formulas and its rate don't come again.
                 state.step += 1
                 if bad:
                     state.skipped += 1
@@ -601,9 +643,10 @@ def main(cfg):
     if rank == 0 and finished:
         if state.step >= cfg.steps:
             save_config(data.bundle, folder)
-            # The weights come from the checkpoint: with --fsdp this rank has a part alone.
+            # The weights come from the checkpoint: with --fsdp this rank has only a part of them.
             weights = checkpoint.read(folder / f"checkpoint_{state.step}" / "state_dict.pt")
-            save_model(raw_model, folder, weights, dtype=cfg.dtype)  # last: the run now counts as finished
+            # This comes last: the run counts as finished from here on.
+            save_model(raw_model, folder, weights, dtype=cfg.dtype)
         draw_losses([metrics_file], folder / "loss.png", log)
     if state.step >= cfg.steps:
         next_command = f"python generate.py formula --model {folder} --data points.csv"

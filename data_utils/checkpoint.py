@@ -266,7 +266,9 @@ def resume_notice(path, state, about, cosmetic):
     As many micro-batches a step, on more processes or on fewer, are the same step.
     """
     names = ("data_hash", "world_size", "steps")
-    old, new = ({n: s[n] for n in names} | s["config"] for s in (state, about))
+    facts = [{n: s[n] for n in names} for s in (state, about)]
+    # Facts win: the schedule's true length, where config may say that it follows from the epochs.
+    old, new = (fact | s["config"] | fact for fact, s in zip(facts, (state, about), strict=True))
     split = [n for n in ("grad_accum_steps", "gradient_accumulation_steps", "world_size") if n in old and n in new]
     if len(split) == 2 and math.prod(old[n] for n in split) == math.prod(new[n] for n in split):
         cosmetic = (*cosmetic, *split)

@@ -1,4 +1,4 @@
-"""One flat dataclass is the whole command line: one field, one flag, one line of help.
+"""Turn one flat dataclass into the whole command line: one field, one flag, one line of help.
 
 Imports no torch, so that --help and typos answer at once.
 """
@@ -25,9 +25,10 @@ COMPLETE = "_complete"  # attribute of a configuration whose bundles are read an
 
 
 def flag(default, **metadata):
-    """Return a dataclass field. also: a further name of its flag, or a tuple of names; short: one like -o.
+    """Return a dataclass field whose flag has more to it than a name and a default.
 
-    bare: the value of a flag that stands alone.
+    also: a second name of the flag, or a tuple of names. short: a name like -o. bare: the value of the flag where it
+    stands alone. instead: another field that sets the same thing, so that giving one of the two resets the other to 0.
     """
     return dataclasses.field(default=default, metadata=metadata)
 
@@ -48,20 +49,31 @@ def flag_names(field):
     return [field.name, *([also] if isinstance(also, str) else also)]
 
 
+def bare_value(field):
+    """Return the value of a field's flag where it stands alone; None if it needs a value."""
+    return field.metadata.get("bare", BARE.get(field.name))
+
+
 class Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose errors are two lines: the slip with the nearest flag, and a command to try."""
+
+    absent = {}  # {name: why there is no such flag, and what to try}, of the configuration's class
+
     def error(self, message):
         unknown = message.partition("unrecognized arguments:")[2]
-        if "--fsdp" in unknown.split() and self.prog.startswith("train_"):
-            message = f"{self.prog} has no --fsdp; train_expert.py, train_hrm.py and train_sr.py have"
-            self.exit(2, f"error: {message}\ntry: torchrun --standalone --nproc-per-node 2 {self.prog}\n")
         for word in re.findall(r"(?<!\S)--?[\w-]+", unknown):
+            name = word.lstrip("-").replace("-", "_")
+            if name in self.absent:
+                self.exit(2, f"error: {self.prog} has no {word}: {self.absent[name]}\n")
             close = difflib.get_close_matches(word, self._option_string_actions, 1)
             message += f" (did you mean {close[0]}?)" if close else ""
-        self.exit(2, f"error: {message}\ntry: python {self.prog} --help\n")
+        if "\ntry: " not in message:
+            message += f"\ntry: python {self.prog} --help"
+        self.exit(2, f"error: {message}\n")
 
 
 class _Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Show defaults; keep the line breaks of the script's docstring, and paths whole."""
+    """Show defaults; keep the line breaks of the script's docstring, and paths in one piece."""
 
     def _split_lines(self, text, width):
         return textwrap.wrap(" ".join(text.split()), width, break_on_hyphens=False)
@@ -70,18 +82,20 @@ class _Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescription
 def from_cli(cls, doc="", argv=None, prog=None, by="", flatten=None, load=None, overrides=None):
     """Return cls() changed by --config FILE.yaml, then by the flags.
 
-    The comment that ends a field's line is its help, and the class that has the field its group, inherited fields
-    included. A Literal gives choices, a bool --flag/--no-flag, a tuple takes any number of values, at once or flag by
-    flag. --snake_case and --kebab-case both work. No default is None: say "", 0 or -1. A field's metadata may hold
-    `bare`, the value of a flag that stands alone, `also`, a second name, and `short`, one like -o. `cls` may be
-    {choice: class}: then the flag --`by` picks the class, so that each variant has defaults and help of its own; or a
-    function of that flag's value ("" if absent) -> class.
-    `flatten` turns the keys of a bundle into flags before they are looked at; `load` reads FILE instead (path -> dict,
-    ValueError or UsageError). Without it a field `config` of cls is an ordinary one. With a table of `overrides`
-    (data_utils/overrides.py), and cls {choice: class}, KEY=VALUE is a flag too, bundles have names, the first class is
-    the default, and --multirun returns the Jobs of a sweep. Exits with status 2 on a typo, a wrong type or a bad
-    choice, naming the nearest flag. Returns None in a notebook, where sys.argv is the kernel's: there call
-    main(Config(...)).
+    A field is a flag. The comment that ends its line is the help, and the class that has it is the group, inherited
+    fields included. A Literal gives choices, a bool --flag/--no-flag, a tuple takes any number of values, at once or
+    flag by flag. --snake_case and --kebab-case both work. No default is None: say "", 0 or -1. See `flag` for what a
+    field's metadata adds.
+
+    `cls` may be {choice: class}: then the flag --`by` picks the class, and each variant has its own defaults and help.
+    It may also be a function of that flag's value ("" if absent) -> class.
+    `flatten` turns the keys of a bundle into flags before they are checked. `load` reads FILE instead (path -> dict,
+    ValueError or UsageError); without it a field `config` of cls is an ordinary one.
+    `overrides` (data_utils/overrides.py) makes KEY=VALUE a flag too. If it names a folder of bundles, `cls` is {choice:
+    class}, its first class is the default, fields call bundles by name, and --multirun returns the Jobs of a sweep.
+
+    Exits with status 2 on a typo, a wrong type or a bad choice, and names the nearest flag. Returns None in a notebook,
+    where sys.argv is the kernel's: there call main(Config(...)).
     """
     if argv is None:
         share_cores()
@@ -89,28 +103,34 @@ def from_cli(cls, doc="", argv=None, prog=None, by="", flatten=None, load=None, 
             return None
         argv = sys.argv[1:]
         for name in ("stdout", "stderr"):
-            if getattr(sys, name) is None:  # closed, as by 2>&-: say it to nobody
+            if getattr(sys, name) is None:  # the shell closed it, as 2>&- does
                 setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))
     argv = [re.sub("^--no_", "--no-", word) for word in argv]
-    if overrides:
+    if overrides and overrides.folder:
         return _completed(overrides.read(cls, doc, argv, prog, by))
-    own = dataclasses.fields(cls) if dataclasses.is_dataclass(cls) else ()
-    short = {f.metadata["short"]: f"--{f.name}" for f in own if "short" in f.metadata}
+
+    fields = dataclasses.fields(cls) if dataclasses.is_dataclass(cls) else ()
+    short = {f.metadata["short"]: f"--{f.name}" for f in fields if "short" in f.metadata}
     argv = [{"-c": "--config", **short}.get(word, word) for word in argv]  # argparse would read -ci as -c i
-    plain = any(f.name == "config" for f in own) and not load
-    flags, path = ([], "") if plain else _bundle(argv, prog, flatten, load)
+    if overrides:
+        argv = overrides.flags(_classes(cls), argv, prog)
+    config_is_a_field = any(f.name == "config" for f in fields) and not load
+    bundle, path = ([], "") if config_is_a_field else _bundle(argv, prog, flatten, load)
     if by:
-        cls = _choose(cls, by, doc, flags + argv, prog)
+        cls = _choose(cls, by, doc, bundle + argv, prog)
+
+    # A bundle is only more flags: it has the same checks and errors, which then name the file.
     parser = parser_of(cls, doc, prog)
-    error, bundle = parser.error, f"--config {path}: " if path else ""
-    parser.error = lambda message: error(bundle + message)  # a bundle is only more flags: same checks, same errors
-    args = tuples(parser.parse_args(flags))
+    error = parser.error
+    if path:
+        parser.error = lambda message: error(f"--config {path}: {message}")
+    args = parse_layer(parser, cls, bundle)
     parser.error = error
-    args = tuples(parser.parse_args(argv, args))
+    args = parse_layer(parser, cls, argv, args)
     return _completed(cls(**{f.name: getattr(args, f.name) for f in dataclasses.fields(cls)}))
 
 
-def complete(cfg, cls, by="", **how):
+def complete(cfg, cls, by="", **settings):
     """Return `cfg` as flags would have made it, for a configuration that was made in Python, not by from_cli.
 
     Bundles that its fields name (config, arch, env, logging) are loaded. They apply where `cfg` has its class's
@@ -120,38 +140,49 @@ def complete(cfg, cls, by="", **how):
     """
     if hasattr(cfg, COMPLETE):
         return cfg
-    known = {f.name: f for f in dataclasses.fields(cfg)}
-    for name in vars(cfg).keys() - known.keys():  # cfg.max_step = 3
-        near = difflib.get_close_matches(name, known, 1)
+    fields = {f.name: f for f in dataclasses.fields(cfg)}
+    for name in vars(cfg).keys() - fields.keys():  # cfg.max_step = 3
+        near = difflib.get_close_matches(name, fields, 1)
         hint = f" (did you mean {near[0]}?)" if near else ""
         raise UsageError(f"{name}: not a field of {type(cfg).__name__}{hint}")
-    values = {name: _value(cfg, f) for name, f in known.items()}
-    typed = {name: value for name, value in values.items() if value != default_of(known[name])}
-    table = how.get("overrides")
+    values = {name: _value(cfg, f) for name, f in fields.items()}
+    changes = {name: value for name, value in values.items() if value != default_of(fields[name])}
+    table = settings.get("overrides")
     naming = ("config", "resume", *table.bundles) if table else ("config",)
-    words = [f"--{name}={typed[name]}" for name in naming if name in typed]
-    if typed.get("multirun"):
+    words = [f"--{name}={changes[name]}" for name in naming if name in changes]
+    if changes.get("multirun"):
         words.append("--multirun")
     variants = _variants(cls, by, type(cfg), values)
-    bundle_may_pick = table and by not in typed and type(cfg) is next(iter(variants.values()))
+    bundle_may_pick = table and by not in changes and type(cfg) is next(iter(variants.values()))
     if by and not bundle_may_pick:
         words.append(f"--{by}={values[by]}")
     message = io.StringIO()
     try:
         with contextlib.redirect_stderr(message):
-            base = from_cli(variants, argv=words, by=by, **how)
+            base = from_cli(variants, argv=words, by=by, **settings)
     except SystemExit:
         error = message.getvalue().removeprefix("error: ").partition("\ntry: ")[0].strip()
         raise UsageError(f"{error}\ntry: help({type(cfg).__name__}), which lists the fields") from None
     if getattr(base, "multirun", False):
-        raise UsageError("multirun: a sweep starts from the command line, each of its jobs is a process\n"
-                         "try: python train_ae.py --multirun KEY=VALUE,VALUE")  # fmt: skip
-    for name, value in typed.items():
+        raise UsageError(
+            "multirun: a sweep starts from the command line, each of its jobs is a process\n"
+            "try: python train_ae.py --multirun KEY=VALUE,VALUE"
+        )
+    for name, value in changes.items():
         if not hasattr(base, name):
             picked = type(base).__name__
-            raise UsageError(f"{name}={value!r}: not a field of {picked}, which {by}={values[by]!r} picks\n"
-                             f"try: help({picked}), which lists the fields")  # fmt: skip
-    return _completed(dataclasses.replace(base, **typed))
+            raise UsageError(
+                f"{name}={value!r}: not a field of {picked}, which {by}={values[by]!r} picks\n"
+                f"try: help({picked}), which lists the fields"
+            )
+    return _completed(dataclasses.replace(base, **_resets(fields.values(), changes), **changes))
+
+
+def _classes(cls):
+    """Return the dataclasses that the first argument of from_cli stands for."""
+    if isinstance(cls, dict):
+        return list(cls.values())
+    return [cls if dataclasses.is_dataclass(cls) else cls("")]
 
 
 def _variants(cls, by, kind, values):
@@ -169,15 +200,19 @@ def _completed(cfg):
     return cfg
 
 
+# ---- values and types ------------------------------------------------------------------------------------------------
+
+
 def _value(cfg, field):
     """Return the value of a field of `cfg`, coerced.
 
-    `Config.domains = ["x"]` in a notebook changes the class, not what Config() holds: it counts as an edited default.
+    `Config.domains = ["x"]` in a notebook changes the class, not the value that Config() has: it counts as an edited
+    default.
     """
     value = coerced(field, getattr(cfg, field.name))
-    of_class = getattr(type(cfg), field.name, field.default)
-    edited = of_class is not field.default and value == default_of(field)
-    return coerced(field, of_class) if edited else value
+    class_value = getattr(type(cfg), field.name, field.default)
+    edited = class_value is not field.default and value == default_of(field)
+    return coerced(field, class_value) if edited else value
 
 
 def default_of(field):
@@ -185,7 +220,8 @@ def default_of(field):
     return coerced(field, _as_written(field))
 
 
-def _as_written(field):  # dataclasses want a default_factory in place of a list
+def _as_written(field):
+    """Return the default as the script writes it; dataclasses want a default_factory in place of a list."""
     return field.default_factory() if field.default is dataclasses.MISSING else field.default
 
 
@@ -199,7 +235,7 @@ def type_of(field):
 
 
 def coerced(field, value):
-    """Return `value` as the field holds it.
+    """Return `value` with the type of its field.
 
     A list becomes a tuple, a single value a tuple of one, a whole number a float, numpy's numbers Python's, a Path a
     text, where the field has that type. Raises UsageError, naming the field, for another type or none of its choices.
@@ -223,7 +259,7 @@ def coerced(field, value):
 
 
 def _as(kind, value):
-    """Return `value` as a bool, int, float or str. Raises ValueError where that would change what it says."""
+    """Return `value` as a bool, int, float or str. Raises ValueError where that would change its meaning."""
     value = value.tolist() if hasattr(value, "tolist") else value
     value = os.fspath(value) if isinstance(value, os.PathLike) else value
     value = float(value) if kind is float and type(value) is int else value
@@ -232,23 +268,19 @@ def _as(kind, value):
     return value
 
 
-def tuples(args):
-    return argparse.Namespace(**{k: tuple(v) if isinstance(v, list) else v for k, v in vars(args).items()})
-
-
-class _Several(argparse.Action):
-    """--flag a --flag b is --flag a b; what stood there before this command line, a tuple, is replaced."""
-
-    def __call__(self, parser, namespace, values, option_string=None):
-        before = getattr(namespace, self.dest)
-        setattr(namespace, self.dest, [*before, *values] if isinstance(before, list) else list(values))
-
-
 def at_least(cfg, low, *names):
     """Raise UsageError for the first of the fields `names` that is below `low`."""
     for name in names:
         if not getattr(cfg, name) >= low:  # nan is not
             raise UsageError(f"--{name} {getattr(cfg, name)}: expected {low} or more")
+
+
+def one_of(cfg, *names):
+    """Raise UsageError unless one of the fields `names`, which set the same thing, is above 0 and the others are 0."""
+    at_least(cfg, 0, *names)
+    if sum(getattr(cfg, name) > 0 for name in names) != 1:
+        flags = " ".join(f"--{name} {getattr(cfg, name)}" for name in names)
+        raise UsageError(f"{flags}: expected one of them, with 1 or more")
 
 
 def below_one(cfg, *names):
@@ -267,31 +299,75 @@ def check_name(cfg, field):
         raise UsageError(f"--{field} {name}: a device of Windows\ntry: another name")
 
 
+# ---- parsers ---------------------------------------------------------------------------------------------------------
+
+
 def parser_of(cls, doc, prog):
+    """Return a Parser with a flag for each field of the dataclass `cls`."""
     parser = Parser(prog=prog, description=doc, formatter_class=_Formatter, allow_abbrev=False)
+    parser.absent = getattr(cls, "absent", {})
     if "config" not in (f.name for f in dataclasses.fields(cls)):
         parser.add_argument("-c", "--config", default="", metavar="FILE", help="YAML file of flags; typed flags win")
     groups = {}
     for f in dataclasses.fields(cls):
         owner, comment = _origin(cls, f.name)
-        group = groups.setdefault(owner, parser.add_argument_group(owner) if owner not in groups else None)
+        if owner not in groups:
+            groups[owner] = parser.add_argument_group(owner)
         try:
-            kind = dict(default=default_of(f), help=comment.replace("%", "%%"))
-        except UsageError as e:  # it was edited
+            options = dict(default=default_of(f), help=comment.replace("%", "%%"))
+        except UsageError as e:  # someone edited it
             parser.error(f"the default of {e}")
         value_type, several = type_of(f)
         if value_type is bool:
-            kind |= dict(action=argparse.BooleanOptionalAction)
+            options |= dict(action=argparse.BooleanOptionalAction)
         elif several:
-            kind |= dict(type=value_type, nargs="*", action=_Several)
+            options |= dict(type=value_type, nargs="*", action=_Several)
         else:
-            kind |= dict(type=value_type, choices=typing.get_args(f.type) or None)
-        if bare := f.metadata.get("bare", BARE.get(f.name)):
-            kind |= dict(nargs="?", const=bare)
-        flags = [*filter(None, [f.metadata.get("short")])]
+            options |= dict(type=value_type, choices=typing.get_args(f.type) or None)
+        if bare_value(f):
+            options |= dict(nargs="?", const=bare_value(f))
+        flags = [f.metadata["short"]] if "short" in f.metadata else []
         flags += dict.fromkeys("--" + n for name in flag_names(f) for n in (name, name.replace("_", "-")))
-        group.add_argument(*flags, **kind)
+        groups[owner].add_argument(*flags, **options)
     return parser
+
+
+class _Several(argparse.Action):
+    """Let --flag a --flag b mean --flag a b. A value from a lower layer, which is a tuple, is replaced."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        before = getattr(namespace, self.dest)
+        setattr(namespace, self.dest, [*before, *values] if isinstance(before, list) else list(values))
+
+
+def parse_layer(parser, cls, words, below=None):
+    """Return the values of `words` above the namespace `below`; without one, above the defaults of the class `cls`.
+
+    A flag of this layer resets its partner (see `instead` in `flag`), unless the layer gives both.
+    """
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    paired = {name for f in fields.values() if "instead" in f.metadata for name in (f.name, f.metadata["instead"])}
+    start = argparse.Namespace(**vars(below) if below else {})
+    for name in paired:  # argparse leaves an attribute as it is, so that None means: not in this layer
+        setattr(start, name, None)
+    args = parser.parse_args(words, start)
+    given = {name: getattr(args, name) for name in paired if getattr(args, name) is not None}
+    resets = _resets(fields.values(), given)
+    for name in paired - given.keys():
+        setattr(args, name, resets.get(name, getattr(below, name) if below else default_of(fields[name])))
+    return argparse.Namespace(**{k: tuple(v) if isinstance(v, list) else v for k, v in vars(args).items()})
+
+
+def _resets(fields, given):
+    """Return {name: 0} of the fields whose partner `given` sets, and not themselves."""
+    fields = {f.name: f for f in fields}
+    resets = {}
+    pairs = [(f.name, f.metadata["instead"]) for f in fields.values() if "instead" in f.metadata]
+    for pair in pairs:
+        for name, partner in (pair, pair[::-1]):
+            if given.get(partner, 0) > 0 and name not in given:
+                resets[name] = type_of(fields[name])[0]()  # 0 or 0.0
+    return resets
 
 
 def _origin(cls, name):
@@ -299,11 +375,11 @@ def _origin(cls, name):
     owner, comment = cls.__name__, " "
     for base in reversed(cls.__mro__[:-1]):
         try:
-            found = re.search(rf"^\s+{name}\s*:.*?#\s*(.+?)\s*$", _source(base), re.M)
+            match = re.search(rf"^\s+{name}\s*:.*?#\s*(.+?)\s*$", _source(base), re.M)
         except (OSError, TypeError):
-            found = None
+            match = None
         owner = base.__name__ if name in base.__dict__.get("__annotations__", {}) else owner
-        comment = found[1] if found else comment
+        comment = match[1] if match else comment
     return owner, comment
 
 
@@ -311,7 +387,7 @@ _source = functools.cache(inspect.getsource)  # which parses the whole file each
 
 
 def _choose(variants, by, doc, argv, prog):
-    """Return the class that flag `by` names; --help without that flag shows what all variants share."""
+    """Return the class that flag `by` names; --help without that flag shows the flags that all variants share."""
     probe = Parser(prog=prog, add_help=False, allow_abbrev=False)
     probe.add_argument("--" + by, choices=variants if isinstance(variants, dict) else None, default="")
     name = getattr(probe.parse_known_args(argv)[0], by)
@@ -327,16 +403,19 @@ def _choose(variants, by, doc, argv, prog):
     parser.parse_args(argv)
 
 
+# ---- bundles ---------------------------------------------------------------------------------------------------------
+
+
 def _bundle(argv, prog, flatten, load):
     """Return (the flags of --config FILE, FILE); ([], "") without one."""
     probe = Parser(prog=prog, add_help=False, allow_abbrev=False)
     probe.add_argument("--config", default="")
     path = probe.parse_known_args(argv)[0].config
-    return (as_flags(path, probe, flatten, load), path) if path else ([], "")
+    return (as_flags(path, probe.error, flatten, load), path) if path else ([], "")
 
 
-def read_flags(path, parser):
-    """Return (what the YAML file holds, the keys as they stand there, also those that stand there twice)."""
+def read_flags(path, error):
+    """Return (content of the YAML file, its keys in order, duplicates included); `error` is called with a message."""
     import yaml
 
     try:
@@ -344,35 +423,36 @@ def read_flags(path, parser):
             text = file.read()
         bundle = yaml.safe_load(text) or {}
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as e:  # a date of month 13, 5000 digits, deep nesting
-        there = ", ".join(map(str, sorted(Path(path).parent.glob("*.yaml")))) if isinstance(e, OSError) else ""
-        parser.error(f"--config {path}: {' '.join(str(e).split())}" + f"\nbundles there: {there}" * bool(there))
+        message = f"--config {path}: {' '.join(str(e).split())}"
+        neighbours = sorted(Path(path).parent.glob("*.yaml")) if isinstance(e, OSError) else []
+        if neighbours:
+            message += f"\nbundles there: {', '.join(map(str, neighbours))}"
+        error(message)
     return bundle, [key.replace("-", "_") for key in re.findall(r"^([\w-]+)\s*:", text, re.M)]
 
 
-def as_flags(path, parser, flatten, load):
+def as_flags(path, error, flatten=None, load=None):
+    """Return the words of flags that the YAML file at `path` stands for; `error` is called with a message."""
     keys = []
-    if load:
-        try:
+    try:
+        if load:
             bundle = load(path)
-        except (ValueError, UsageError) as e:
-            parser.error(f"--config {path}: {e}")
-    else:
-        bundle, keys = read_flags(path, parser)
-    if flatten and isinstance(bundle, dict):
-        try:
+        else:
+            bundle, keys = read_flags(path, error)
+        if flatten and isinstance(bundle, dict):
             bundle = flatten(bundle)
-        except ValueError as e:
-            parser.error(f"--config {path}: {e}")
-    flags = []
+    except (ValueError, UsageError) as e:
+        error(f"--config {path}: {e}")
+    words = []
     for key, value in bundle.items() if isinstance(bundle, dict) else [("", bundle)]:
-        flag = "--" + str(key)
+        name = "--" + str(key)
         nested = any(isinstance(v, (dict, list)) for v in (value if isinstance(value, list) else [value]))
         if value is None or nested or not key or keys.count(str(key).replace("-", "_")) > 1:
-            parser.error(f"--config {path}: {key or 'content'}: expected flat 'flag: value' lines, each flag once")
+            error(f"--config {path}: {key or 'content'}: expected flat 'flag: value' lines, each flag once")
         elif isinstance(value, bool):
-            flags += [flag if value else "--no-" + flag[2:]]
+            words += [name if value else "--no-" + name[2:]]
         elif isinstance(value, list):
-            flags += [flag, *map(str, value)]
+            words += [name, *map(str, value)]
         else:
-            flags += [f"{flag}={value}"]
-    return flags
+            words += [f"{name}={value}"]
+    return words

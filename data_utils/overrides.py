@@ -1,4 +1,4 @@
-"""KEY=VALUE beside --flags, bundles that have names, the jobs of a sweep. An override is only one more flag."""
+"""Read KEY=VALUE beside --flags, bundles by their name, and the jobs of a sweep. An override is only one more flag."""
 
 import dataclasses
 import difflib
@@ -8,9 +8,8 @@ import os
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import SimpleNamespace
 
-from data_utils.config import Parser, as_flags, default_of, flag_names, parser_of, read_flags, tuples
+from data_utils.config import Parser, as_flags, bare_value, default_of, flag_names, parse_layer, parser_of, read_flags
 from data_utils.files import root
 
 BOOLS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
@@ -19,21 +18,28 @@ NEAREST = 5  # keys shown for one that is not there
 SWEEP = "sweep.yaml"  # in the folder of a sweep
 
 
+@dataclass
+class _File:
+    config: str = ""  # --config FILE, which is a flag of every script and a field of few
+
+
 @dataclass(frozen=True)
 class Overrides:
-    """What KEY may be besides a field's name, and where bundles lie that a field calls by name.
+    """The keys that KEY=VALUE may have besides the names of fields, and the folder of bundles that have names.
 
-    prefixes may precede any field's name; aliases: {key: field}; ignored: whole words without effect; folder: of
-    bundles, below that of the scripts; bundles: {field: its folder in there}, the first below a --config and the
-    others above it; snapshot: the bundle in a run's folder that `resume=FOLDER` starts from.
+    prefixes may precede any field's name. aliases: {key: field}. ignored: words without effect. absent: {key: why there
+    is none}. folder: of bundles, below that of the scripts; without one there are neither named bundles nor sweeps.
+    bundles: {field: its folder in there}, the first below a --config and the others above it. snapshot: the bundle in a
+    run's folder that `resume=FOLDER` starts from.
     """
 
-    prefixes: tuple[str, ...]
-    aliases: dict[str, str]
-    ignored: tuple[str, ...]
-    folder: str
-    bundles: dict[str, str]
-    snapshot: str
+    prefixes: tuple[str, ...] = ()
+    aliases: dict[str, str] = field(default_factory=dict)
+    ignored: tuple[str, ...] = ()
+    absent: dict[str, str] = field(default_factory=dict)
+    folder: str = ""
+    bundles: dict[str, str] = field(default_factory=dict)
+    snapshot: str = ""
 
     def name(self, key):
         """Return the name of the field that KEY means, if there is such a field."""
@@ -41,8 +47,23 @@ class Overrides:
         name = key.removeprefix(prefix).replace("-", "_")
         return self.aliases.get(key) or self.aliases.get(name, name)
 
+    def of(self, classes):
+        """Return (this table with the aliases of the dataclasses' flags, {name: field} of all their fields)."""
+        fields = {f.name: f for cls in classes for f in dataclasses.fields(cls)}
+        also = {name: f.name for f in fields.values() for name in flag_names(f)[1:]}
+        absent = {name: reason for cls in classes for name, reason in getattr(cls, "absent", {}).items()}
+        return dataclasses.replace(self, aliases=self.aliases | also, absent=absent), fields
+
+    def flags(self, classes, argv, prog):
+        """Return the words of a command line with each KEY=VALUE as a flag. Exits with status 2, naming the nearest."""
+        table, fields = self.of([_File, *classes])
+        try:
+            return to_flags(split(argv, table, fields), fields)
+        except ValueError as e:
+            return Parser(prog=prog).error(str(e))
+
     def read(self, variants, doc, argv, prog, by):
-        """Return what the module's `read` makes of a command line with this table: config.py does not import it."""
+        """Return the configuration, or the Jobs, of a command line: config.py does not import this module."""
         return read(variants, doc, argv, prog, by, self)
 
 
@@ -55,18 +76,20 @@ class Item:
     value: str | None = None
 
     def text(self):
-        """Return what was typed as the value, of a flag too."""
+        """Return the text that was typed as the value, of a flag too."""
         _, equals, value = self.words[0].partition("=")
         return value if equals else " ".join(self.words[1:])
 
     def on(self):
-        """Return what it says of a bool."""
-        return BOOLS.get(self.value.lower(), True) if self.value is not None else not self.words[0].startswith("--no")
+        """Return whether it switches a bool on."""
+        if self.value is None:
+            return not self.words[0].startswith("--no")
+        return BOOLS.get(self.value.lower(), True)
 
 
 @dataclass
 class Jobs:
-    """What --multirun, or resume=FOLDER of a sweep, asks for: the words of each job and the configuration they make.
+    """The jobs that --multirun, or resume=FOLDER of a sweep, asks for: the words of each and its configuration.
 
     folder, rows: of the sweep that goes on, and its jobs as sweep.yaml has them; "" and [] for a new one.
     """
@@ -82,19 +105,17 @@ def read(variants, doc, argv, prog, by, table):
     """Return variants[choice]() changed by bundles, flags and overrides; or the Jobs of a sweep.
 
     Later ones win: the dataclass, the run that `resume` names, the first bundle of the table, --config, the other
-    bundles, the command line from left to right. Exits with status 2, naming what was typed and what is nearest to it.
+    bundles, the command line from left to right. Exits with status 2, naming the slip and the nearest key to it.
     """
     error = Parser(prog=prog).error
-    known = {f.name: f for cls in variants.values() for f in dataclasses.fields(cls)}
-    also = {name: f.name for f in known.values() for name in flag_names(f)[1:]}
-    table = dataclasses.replace(table, aliases=table.aliases | also)
+    table, fields = table.of(variants.values())
     try:
-        items = split(_full_names(argv, root() / table.folder), table, known)
-        layers = _layers(items, table, known, error)
+        items = split(_full_names(argv, root() / table.folder), table, fields)
+        layers = _layers(items, table, fields, error)
         last = {item.name: item for layer in [*layers.values(), items] for item in layer}
-        again = Path(last["resume"].text(), SWEEP) if "resume" in last else Path()
-        if again.is_file() or "multirun" in last and last["multirun"].on():
-            return _jobs(items, layers, table, again, lambda line: read(variants, doc, line, prog, by, table), error)
+        earlier = Path(last["resume"].text(), SWEEP) if "resume" in last else Path()
+        if earlier.is_file() or "multirun" in last and last["multirun"].on():
+            return _jobs(items, layers, earlier, lambda line: read(variants, doc, line, prog, by, table), error)
         choice = last[by].text() if by in last else next(iter(variants))
         if choice not in variants:
             raise ValueError(f"unknown {by} {choice}{_near(choice, variants)}\nthere are: {', '.join(variants)}")
@@ -103,7 +124,8 @@ def read(variants, doc, argv, prog, by, table):
             if owners and choice not in owners:
                 raise ValueError(f"{item.words[0]}: {item.name} is there with {by}={' or '.join(owners)}, not {choice}")
         others = ", ".join(name for name in variants if name != choice)
-        doc += f"\nMore flags and other defaults with --{by}: {others}" * bool(others)
+        if others:
+            doc += f"\nMore flags and other defaults with --{by}: {others}"
         return _one(items, layers, variants[choice], doc, prog)
     except ValueError as e:
         error(str(e))
@@ -115,15 +137,15 @@ def _near(word, words):
 
 
 def _full_names(argv, folder):
-    """Write -c, -m and --config-name out."""
-    words, found = iter(argv), []
+    """Return the words with -c, -m and --config-name written out."""
+    words, full = iter(argv), []
     for word in words:
         flag, equals, name = word.partition("=")
         if flag in ("--config-name", "--config_name"):
             name = name if equals else next(words, "")
             word = f"--config={_named(flag, name.removeprefix('phase1/').removesuffix('.yaml'), folder)}"
-        found.append({"-c": "--config", "-m": "--multirun"}.get(word, word))
-    return found
+        full.append({"-c": "--config", "-m": "--multirun"}.get(word, word))
+    return full
 
 
 def _named(key, name, folder):
@@ -131,12 +153,12 @@ def _named(key, name, folder):
     path = folder / f"{name}.yaml"
     if not path.is_file():
         pattern = "**/*.yaml" if key.startswith("--") else "*.yaml"
-        there = sorted(p.relative_to(folder).with_suffix("").as_posix() for p in folder.glob(pattern))
-        raise ValueError(f"{key}={name}: no such bundle{_near(name, there)}\nbundles there: {', '.join(there)}")
+        names = sorted(p.relative_to(folder).with_suffix("").as_posix() for p in folder.glob(pattern))
+        raise ValueError(f"{key}={name}: no such bundle{_near(name, names)}\nbundles there: {', '.join(names)}")
     return path
 
 
-def split(argv, table, known):
+def split(argv, table, fields):
     """Return the Items of a command line. Raises ValueError for a word that is neither flag nor KEY=VALUE."""
     items, room = [], 0  # room: how many words may still be values of the flag before
     for i, word in enumerate(argv):
@@ -144,40 +166,52 @@ def split(argv, table, known):
         name = table.name(key)
         if re.match(r"--?[A-Za-z]", word):
             name = key.lstrip("-").replace("-", "_")
-            name = name if name in known else name.removeprefix("no_")
+            name = name if name in fields else name.removeprefix("no_")
             name = table.aliases.get(name, name)
-            default = default_of(known[name]) if name in known else ""
+            default = default_of(fields[name]) if name in fields else ""
             room = 0 if equals or isinstance(default, bool) else math.inf if isinstance(default, tuple) else 1
             items.append(Item(name, [word]))
-        elif room and not (equals and name in known and (room > 1 or items[-1].name == "resume")):
+        elif room and not (equals and name in fields and (room > 1 or _may_stand_alone(items[-1], fields))):
             items[-1].words.append(word)
             room -= 1
         elif word in table.ignored:
             continue
-        elif equals and name in known:
+        elif equals and name in fields:
             items.append(Item(name, [word], value))
             room = 0
-        elif name in known:
+        elif name in fields:
             following = argv[i + 1] if i + 1 < len(argv) else "VALUE"
             raise ValueError(f"{key} needs =value, as in {key}={following}")
+        elif name in table.absent:
+            raise ValueError(f"there is no {key}: {table.absent[name]}")
         else:
-            raise ValueError(_unknown(key, table, known) if equals else f"{word}: expected KEY=VALUE or --flag")
+            raise ValueError(_unknown(key, table, fields) if equals else f"{word}: expected KEY=VALUE or --flag")
     return items
 
 
-def _unknown(key, table, known):
-    keys = [prefix + name for prefix in ("", *table.prefixes) for name in known] + list(table.aliases)
+def _may_stand_alone(item, fields):
+    return item.name in fields and bare_value(fields[item.name]) is not None
+
+
+def _unknown(key, table, fields):
+    """Return the message for a KEY that is no field: the nearest keys, and the prefixes that may precede them."""
+    keys = [prefix + name for prefix in ("", *table.prefixes) for name in fields] + list(table.aliases)
     word = table.name(key)
-    near = dict.fromkeys([*difflib.get_close_matches(word, known, NEAREST), *(name for name in known if word in name)])
-    like = f"\nkeys like it: {', '.join([*near][:NEAREST])}; alone or after {' '.join(table.prefixes)}"
-    return f"unknown key {key}{_near(key, keys)}" + like * (len(near) > 1)
+    near = [*difflib.get_close_matches(word, fields, NEAREST), *(name for name in fields if word in name)]
+    near = [*dict.fromkeys(near)][:NEAREST]
+    message = f"unknown key {key}{_near(key, keys)}"
+    if len(near) > 1:
+        message += f"\nkeys like it: {', '.join(near)}"
+        if table.prefixes:
+            message += f"; alone or after {' '.join(table.prefixes)}"
+    return message
 
 
-def _layers(items, table, known, error):
+def _layers(items, table, fields, error):
     """Return {file: its Items} of the bundles that a command line calls for, lowest first."""
 
     def bundle(path):
-        return {path: split(as_flags(path, SimpleNamespace(error=error), None, None), table, known)}
+        return {path: split(as_flags(path, error), table, fields)}
 
     named = {item.name: item.text() for item in items}
     snapshot = Path(named.get("resume", ""), table.snapshot)
@@ -185,7 +219,7 @@ def _layers(items, table, known, error):
     above = bundle(named["config"]) if named.get("config") else {}
     named = {item.name: item.text() for layer in above.values() for item in layer} | named
     for i, (key, inner) in enumerate(table.bundles.items()):
-        name = named.get(key, "" if below else default_of(known[key]))
+        name = named.get(key, "" if below else default_of(fields[key]))
         layer = bundle(_named(key, name, root() / table.folder / inner)) if name else {}
         above = above | layer if i else layer | above
     return below | above
@@ -193,47 +227,58 @@ def _layers(items, table, known, error):
 
 def _one(items, layers, cls, doc, prog):
     """Return the configuration of one run. Raises ValueError."""
-    parser, own = parser_of(cls, doc, prog), {f.name: f for f in dataclasses.fields(cls)}
-    error, args, typed = parser.error, None, to_flags(items, own)
+    parser = parser_of(cls, doc, prog)
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    error = parser.error
+    typed = to_flags(items, fields, sweeps=True)
+    args = None
     layers = [*layers.items(), ("", items)]
     for i, (path, layer) in enumerate(layers):
-        later = {item.name for _, above in layers[i + 1 :] for item in above}  # what is not used may hold a sweep
-        flags = [word for item in layer if item.name not in later for word in item.words] if path else typed
-        parser.error = lambda message, path=path: error(f"--config {path}: " * bool(path) + _with_nearest(message))
-        args = tuples(parser.parse_args(flags, args))
-    return cls(**{name: getattr(args, name) for name in own})
+        later = {item.name for _, above in layers[i + 1 :] for item in above}  # an unused value may hold a sweep
+        words = [word for item in layer if item.name not in later for word in item.words] if path else typed
+        place = f"--config {path}: " if path else ""
+        parser.error = lambda message, place=place: error(place + _with_nearest(message))
+        args = parse_layer(parser, cls, words, args)
+    return cls(**{name: getattr(args, name) for name in fields})
 
 
 def _with_nearest(message):
-    found = re.search(r"invalid choice: '?(.*?)'? \(choose from (.*)\)", message)
-    return message + _near(found[1], re.findall(r"[\w.-]+", found[2])) if found else message
+    match = re.search(r"invalid choice: '?(.*?)'? \(choose from (.*)\)", message)
+    return message + _near(match[1], re.findall(r"[\w.-]+", match[2])) if match else message
 
 
-def to_flags(items, known):
-    """Return the Items as words of flags alone; an override takes the place of what was typed before of its field.
+def to_flags(items, fields, sweeps=False):
+    """Return the Items as words of flags alone; an override replaces earlier words of its field.
 
-    Raises ValueError for a value that its flag could not have.
+    sweeps: whether commas outside of brackets separate the values of a sweep. Raises ValueError for a value that its
+    flag could not have.
     """
-    found = []
+    flags = []
     for item in items:
         words = item.words
         if item.value is not None:
-            found = [other for other in found if other.name != item.name]
-            words = _as_words(item, default_of(known[item.name]))
-        found.append(Item(item.name, words))
-    return [word for item in found for word in item.words]
+            flags = [other for other in flags if other.name != item.name]
+            words = _as_words(item, default_of(fields[item.name]), sweeps)
+        flags.append(Item(item.name, words))
+    return [word for item in flags for word in item.words]
 
 
-def _as_words(item, default):
+def _as_words(item, default, sweeps):
+    """Return the words of the flag that an override stands for; `default` tells the type of its field."""
     key, _, value = item.words[0].partition("=")
-    if len(values(value)) > 1:
-        remedy = f"{key}=[{value}] is one list, " if isinstance(default, tuple) else ""
-        raise ValueError(f"{key}={value}: expected one value\ntry: {remedy}--multirun makes a run of each")
+    is_list = isinstance(default, tuple)
+    if len(values(value)) > 1 and (sweeps or is_list):
+        remedies = []
+        if is_list:
+            remedies.append(f"{key}=[{value}] is one list")
+        if sweeps:
+            remedies.append("--multirun makes a run of each")
+        raise ValueError(f"{key}={value}: expected one value\ntry: {', '.join(remedies)}")
     if isinstance(default, bool):
         if value.lower() not in BOOLS:
             raise ValueError(f"{key}={value}: expected true or false")
         return [f"--{item.name}" if BOOLS[value.lower()] else f"--no-{item.name}"]
-    if isinstance(default, tuple):
+    if is_list:
         inner = value[1:-1] if re.fullmatch(r"[\[(].*[\])]", value) else value
         return [f"--{item.name}", *filter(None, (word.strip(" '\"") for word in inner.split(",")))]
     return [f"--{item.name}={value}"]
@@ -244,23 +289,27 @@ def values(text):
     return re.split(r",(?![^\[(]*[\])])", text)
 
 
-def _jobs(items, layers, table, again, parse, error):
-    """Return the Jobs of a sweep, each of them parsed; or the configuration of the one that `sweep_job` picks."""
+# ---- sweeps ----------------------------------------------------------------------------------------------------------
+
+
+def _jobs(items, layers, earlier, parse, error):
+    """Return the Jobs of a sweep, each of them parsed; or the configuration of the one that `sweep_job` picks.
+
+    earlier: the sweep.yaml of a sweep that goes on; no file for a new sweep.
+    """
     typed = {item.name: item.text() for item in items}
     bundled = {item.name: item.text() for layer in layers.values() for item in layer}
     number = typed.get("sweep_job", "-1")  # a bundle that a job of another sweep left may hold one too
     if not re.fullmatch(r"-?\d+", number):
         raise ValueError(f"sweep_job={number}: expected a whole number")
-    words, rows, number = [], [], int(number)
-    if again.is_file():
-        content, _ = read_flags(again, SimpleNamespace(error=error))
-        rows = content.get("jobs") if isinstance(content, dict) else None
-        rows, needed = rows if isinstance(rows, list) else [], {"overrides", "run_dir", "status"}
-        if not rows or not all(isinstance(row, dict) and needed <= row.keys() for row in rows):
-            raise ValueError(f"{again}: expected `jobs`, each with {', '.join(sorted(needed))}")
+    number = int(number)
+    rows = []
+    if earlier.is_file():
+        rows = _rows(earlier, error)
         new = [word for item in items if item.name not in ("resume", "multirun", "sweep_job") for word in item.words]
-        own = [[f"out={row['run_dir']}", "resume=auto"] * (number >= 0) for row in rows]
-        words = [[*row["overrides"], *new, *folder] for row, folder in zip(rows, own, strict=True)]
+        words = [[*row["overrides"], *new] for row in rows]
+        if number >= 0:
+            words = [[*line, f"out={row['run_dir']}", "resume=auto"] for line, row in zip(words, rows, strict=True)]
     else:
         words = expand(items, bundled)
     if not number < len(words):
@@ -271,7 +320,18 @@ def _jobs(items, layers, table, again, parse, error):
         raise ValueError("out: a sweep names the folders of its jobs\ntry: outputs=FOLDER, which is their root")
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 or "TORCHELASTIC_RUN_ID" in os.environ:
         raise ValueError("--multirun under torchrun: a sweep is one process\ntry: python in place of torchrun")
-    return Jobs(words, [parse([*line, "multirun=false"]) for line in words], str(again.parent) * bool(rows), rows)
+    configs = [parse([*line, "multirun=false"]) for line in words]
+    return Jobs(words, configs, str(earlier.parent) if rows else "", rows)
+
+
+def _rows(path, error):
+    """Return the jobs that a sweep.yaml lists. Raises ValueError where it lists none, or one without its keys."""
+    content, _ = read_flags(path, error)
+    rows = content.get("jobs") if isinstance(content, dict) else None
+    needed = {"overrides", "run_dir", "status"}
+    if not isinstance(rows, list) or not rows or not all(isinstance(row, dict) and needed <= set(row) for row in rows):
+        raise ValueError(f"{path}: expected `jobs`, each with {', '.join(sorted(needed))}")
+    return rows
 
 
 def expand(items, bundled):

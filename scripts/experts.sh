@@ -6,7 +6,7 @@ set -e
 if [ "$1" = --smoke ]; then
   name=smoke
   python prepare_data.py expert --toy --data_dir data/toy
-  short="--max_steps 60"
+  short="--steps 60 --warmup_steps 6"
 else
   name=demo
   python prepare_data.py expert --data_dir data/demo
@@ -16,7 +16,7 @@ folder=checkpoints/$name
 expert="python train_expert.py --config configs/expert/$name.yaml --resume auto"
 $expert --expert transformer $short
 $expert --expert state_space $short --d_inner 256 --dt_rank 8 --lr 0.004
-$expert --expert diffuser ${short:---max_steps 800} --lr 0.001 --transformer_ckpt $folder/transformer_expert.pt
+$expert --expert diffuser ${short:---steps 800} --lr 0.001 --transformer_ckpt $folder/transformer_expert.pt
 python train_mla.py --config configs/mla/$name.yaml --resume auto
 python train_mla.py --config configs/mla/$name.yaml --resume auto --checkpoint_dir ${folder}_store --use_vector_store
 python plot.py $folder/*_metrics.jsonl ${folder}_store/*_metrics.jsonl --out $folder/experts.png

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# 1000 held-out skeletons of configs/NAME, kept under the name MODEL: bash scripts/generate_validation_set.sh NAME [MODEL]
+# Make 1000 held-out skeletons of configs/NAME, under the name MODEL: bash scripts/generate_validation_set.sh NAME [MODEL]
 [ -n "$1" ] || { echo "error: which bundle of configs/? try: bash scripts/generate_validation_set.sh sr-cpu" >&2; exit 2; }
 cd "$(dirname "$0")/.." || exit 1
 [ -f .venv/bin/activate ] && . .venv/bin/activate

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The test sets as skeleton pools that training keeps off, in seconds and offline: bash scripts/import_test_sets.sh
+# Make skeleton pools of the test sets, which training holds out, in seconds and offline: bash scripts/import_test_sets.sh
 cd "$(dirname "$0")/.." || exit 1
 [ -f .venv/bin/activate ] && . .venv/bin/activate
 set -e

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# One run as a batch job that goes on by itself after it was stopped: scripts/job.sh [train_X.py] ARGUMENTS
-# Without a script it is train_ae.py. SIGTERM is passed on: the run saves and leaves with 143. SIGUSR1, or MAX_SECONDS
-# after the start, does the same and asks the scheduler for another turn, MAX_REQUEUE (100) times at most.
+# Run a script as a batch job that goes on by itself after a stop: scripts/job.sh [train_X.py] ARGUMENTS
+# Without a script it runs train_ae.py. SIGTERM is passed on: the run saves and leaves with 143. SIGUSR1, or MAX_SECONDS
+# after the start, does the same and asks the scheduler for another turn, at most MAX_REQUEUE (100) times.
 [ -f scripts/job.sh ] || cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1  # a scheduler may run a copy
 [ -f .venv/bin/activate ] && . .venv/bin/activate
 mkdir -p logs/stdout
@@ -12,7 +12,7 @@ id=${JOB_ID:-$SLURM_JOB_ID}
 [ -n "$SLURM_ARRAY_JOB_ID" ] && id=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID
 arguments=("$@")
 
-given() {  # whether a flag or key of that name was typed
+given() {  # whether the arguments have a flag or key of that name
   local word
   for word in "${arguments[@]}"; do
     case $word in "$1" | "$1"=* | *[/.]"$1"=* | --"$1" | --"$1"=* | --"${1//_/-}" | --"${1//_/-}"=*) return 0 ;; esac
@@ -31,13 +31,13 @@ sweeps() {  # whether the arguments, or a bundle among them, say --multirun
   return 1
 }
 
-# the same command is to resume
+# the same command must resume: these scripts begin anew unless told to go on
 case ${script##*/} in  # ./train_X.py and a path are the same script
   train_expert.py | train_mla.py) given resume || arguments+=(--resume auto) ;;
   train_sr.py) given resume_from || given resume || arguments+=(--resume-from auto) ;;
   train_ae.py)
     [ -n "$SLURM_ARRAY_TASK_ID" ] && sweeps && ! given sweep_job && arguments+=("sweep_job=$SLURM_ARRAY_TASK_ID")
-    if [ -n "$id" ] && sweeps && ! given sweep_job; then  # all its jobs in this one; its name says which it is
+    if [ -n "$id" ] && sweeps && ! given sweep_job; then  # all jobs of the sweep run in this one; the name says which job it is
       before=$(ls -d outputs/multiruns/exp_*"job$id" 2>/dev/null | tail -n 1)
       for i in "${!arguments[@]}"; do
         case ${arguments[i]} in name=* | --name=* | *.name=*) arguments[i]+=_job$id ;; esac
@@ -52,7 +52,7 @@ esac
 processes=${NPROC:-${SLURM_GPUS_ON_NODE:-1}}
 nodes=${SLURM_NNODES:-1}
 command=(python)
-if [ "$nodes" -gt 1 ]; then  # a launcher a node; since Slurm 22.05 srun does not take the job's --cpus-per-task over
+if [ "$nodes" -gt 1 ]; then  # one launcher per node; since Slurm 22.05 srun does not inherit the job's --cpus-per-task
   first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
   command=(srun --ntasks-per-node=1 "--cpus-per-task=${SLURM_CPUS_PER_TASK:-1}"
     torchrun "--nnodes=$nodes" "--nproc-per-node=$processes" --rdzv-backend=c10d
@@ -65,7 +65,7 @@ child= late= stopped=
 stop() {
   stopped=1
   if [ "$nodes" -gt 1 ]; then
-    scancel --signal=TERM "$SLURM_JOB_ID"  # srun would end its launchers: this reaches them and the ranks themselves
+    scancel --signal=TERM "$SLURM_JOB_ID"  # srun would end its launchers at once; this signal also reaches the ranks
   elif [ -n "$child" ]; then
     kill -TERM "$child" 2>/dev/null
   fi

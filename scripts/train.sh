@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Train a bundle of symbolic regression: bash scripts/train.sh configs/test, or just test, or a train.yaml; flags follow
+# Train a bundle of symbolic regression: bash scripts/train.sh configs/test (or test, or a train.yaml) FLAGS
 cd "$(dirname "$0")/.." || exit 1
 [ -f .venv/bin/activate ] && . .venv/bin/activate
 bundle=${1:-sr-cpu}

@@ -23,5 +23,5 @@ def experts(toy, tmp_path_factory):
     """A checkpoint folder with the three experts, a few steps old, transformer first."""
     folder = tmp_path_factory.mktemp("experts")
     for expert in SIZES:
-        finish(start(*train_flags(expert, toy, folder), f"--checkpoint_dir={folder}", "--max_steps=12"))
+        finish(start(*train_flags(expert, toy, folder), f"--checkpoint_dir={folder}", "--steps=12", "--warmup_steps=1"))
     return folder

@@ -37,9 +37,9 @@ def start(script, *flags, cwd=".", **env):
 def start_two(script, *flags, **more):
     """The same on two processes, with what torchrun tells them."""
     store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # on a free port
-    told = dict(WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(store.port))
-    told |= dict(TORCHELASTIC_USE_AGENT_STORE="True", TORCHELASTIC_RUN_ID="none")
-    ranks = [start(script, *flags, RANK=str(rank), LOCAL_RANK=str(rank), **told, **more) for rank in range(2)]
+    variables = dict(WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(store.port))
+    variables |= dict(TORCHELASTIC_USE_AGENT_STORE="True", TORCHELASTIC_RUN_ID="none")
+    ranks = [start(script, *flags, RANK=str(rank), LOCAL_RANK=str(rank), **variables, **more) for rank in range(2)]
     ranks[0].store = store  # lives as long as they do
     return ranks
 

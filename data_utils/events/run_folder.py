@@ -49,12 +49,13 @@ class Recorder:
     """`with Recorder(...) as record: record(moment, ...)` writes facts, and draws the figures of that moment.
 
     run_dir: None for a run that writes nothing. families: names of the figures that the loop has. state: of the run,
-    with step, epoch, histories, seconds and run_id. new: set aside the files of an older run. An exception that leaves
-    the block is recorded, and raised again.
+    with step, epoch, histories, seconds and run_id. epochs: of the whole run. new: set aside the files of an older run.
+    An exception that leaves the block is recorded, and raised again.
     """
 
-    def __init__(self, run_dir, cfg, families, state, device, new):
+    def __init__(self, run_dir, cfg, families, state, epochs, device, new):
         self.run_dir, self.cfg, self.families, self.state, self.device = run_dir, cfg, families, state, device
+        self.epochs = epochs
         self.start = time.monotonic()
         self.seconds_before = state.seconds
         self.write_failed = False
@@ -102,7 +103,7 @@ class Recorder:
                 warn("no figures: pip install matplotlib")
                 self.cfg.make_plots = False
                 return
-            epoch = dict(epoch=state.epoch - 1, last=state.epoch == self.cfg.epochs, histories=state.histories)
+            epoch = dict(epoch=state.epoch - 1, last=state.epoch == self.epochs, histories=state.histories)
             payload = event | dict(run_dir=self.run_dir) | epoch | (figure_data or {})
             handle_event(self.cfg, self.families, moment, payload)
 
@@ -149,11 +150,11 @@ class Recorder:
         state, cfg = self.state, self.cfg
         best = f"best val_loss {state.best_val_loss:.4f} at epoch {state.best_epoch + 1}"
         cost = f"{time.monotonic() - self.start:.0f} s, peak {peak_mb(self.device):.0f} MB"
-        line = f"{self.run_dir or cfg.loop}: epoch {state.epoch} of {cfg.epochs}, {best}, "
+        line = f"{self.run_dir or cfg.loop}: epoch {state.epoch} of {self.epochs}, {best}, "
         line += f"test_loss {state.test_loss:.4f}, {cost}"
         if not self.run_dir:
             return line
-        if state.tested < cfg.epochs:
+        if state.tested < self.epochs:
             command = f"train_ae.py resume={self.run_dir}"
         elif cfg.loop == "test_mlp":
             command = f"plot.py {self.run_dir}"

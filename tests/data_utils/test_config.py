@@ -16,7 +16,7 @@ import train_expert
 import train_hrm
 import train_mla
 import train_multimodal
-from data_utils.config import at_least, from_cli
+from data_utils.config import at_least, complete, flag, from_cli, one_of
 from data_utils.errors import DataError, UsageError
 from data_utils.launch import launch
 from tests.helpers import ROOT
@@ -73,8 +73,8 @@ def refused(capsys, *argv, cls=Child, **more):
     ],
 )
 def test_flags(flags, field, value):
-    found = getattr(from_cli(Child, argv=flags), field)
-    assert found == value and type(found) is type(value)
+    parsed = getattr(from_cli(Child, argv=flags), field)
+    assert parsed == value and type(parsed) is type(value)
 
 
 @pytest.mark.parametrize(
@@ -329,6 +329,43 @@ def test_launch_shows_a_bug_as_it_is():
         launch(fails(RuntimeError("shapes differ")), Child())
 
 
+@dataclass
+class Length:
+    steps: int = 0  # of the schedule
+    epochs: int = flag(10, instead="steps")  # passes
+    share: float = 0.5  # of the steps
+    count: int = flag(0, instead="share")  # of steps
+
+
+@pytest.mark.parametrize(
+    "text, flags, expected",
+    [
+        ("", "", (0, 10, 0.5, 0)),
+        ("", "--steps 5", (5, 0, 0.5, 0)),
+        ("", "--epochs 5", (0, 5, 0.5, 0)),
+        ("", "--steps 5 --epochs 6", (5, 6, 0.5, 0)),
+        ("", "--steps 0", (0, 10, 0.5, 0)),
+        ("", "--count 3", (0, 10, 0.0, 3)),
+        ("steps: 5\ncount: 2", "", (5, 0, 0.0, 2)),
+        ("steps: 5\ncount: 2", "--epochs 6 --share 0.1", (0, 6, 0.1, 0)),
+        ("steps: 0\nepochs: 4", "--steps 3", (3, 0, 0.5, 0)),
+    ],
+)
+def test_of_two_fields_that_set_the_same_thing_the_upper_layer_takes_one(text, flags, expected, tmp_path):
+    cfg = from_cli(Length, argv=[*bundle(tmp_path, text), *flags.split()])
+    assert (cfg.steps, cfg.epochs, cfg.share, cfg.count) == expected
+
+
+def test_the_same_in_python():
+    assert complete(Length(steps=5), Length) == Length(5, 0, 0.5, 0)
+    assert complete(Length(count=3), Length) == Length(0, 10, 0.0, 3)
+    assert complete(Length(steps=5, epochs=6), Length) == Length(5, 6, 0.5, 0)
+    one_of(Length(), "steps", "epochs")
+    for both in (Length(5, 6), Length(0, 0)):
+        with pytest.raises(UsageError, match=f"--steps {both.steps} --epochs {both.epochs}: expected one of them"):
+            one_of(both, "steps", "epochs")
+
+
 def test_at_least():
     at_least(Child(), 0, "rate", "max_steps")
     with pytest.raises(UsageError, match="--max_steps -1: expected 0 or more"):
@@ -355,9 +392,9 @@ assert peak_mb(torch.device("cpu")) == 0
 
 
 def test_everything_imports_and_stops_without_fcntl_sigusr1_and_sighup(tmp_path):
-    found = subprocess.run([sys.executable, "-c", WINDOWS, tmp_path], cwd=ROOT, capture_output=True, text=True)
-    assert found.returncode == 0, found.stderr
-    assert "can't be locked" in found.stderr
+    done = subprocess.run([sys.executable, "-c", WINDOWS, tmp_path], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "can't be locked" in done.stderr
 
 
 @pytest.mark.parametrize("script", ["train_expert", "generate"])
@@ -367,5 +404,5 @@ def test_the_command_line_is_read_before_torch_is_imported(script):
         f"try: runpy.run_path('{script}.py', run_name='__main__')\n"
         "except SystemExit as e: print(e.code, 'torch' in sys.modules, 'yaml' in sys.modules)"
     )
-    found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert found.stdout == "2 False False\n", found.stderr
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout == "2 False False\n", done.stderr

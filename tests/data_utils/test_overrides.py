@@ -1,13 +1,15 @@
 """KEY=VALUE is a flag under other names; bundles have an order; --multirun is a list of command lines."""
 
+import importlib
 import shlex
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
+from typing import get_args
 
 import pytest
 import yaml
 
 import train_ae
-from data_utils.config import from_cli
+from data_utils.config import flag_names, from_cli, type_of
 from data_utils.overrides import Jobs, values
 from tests.helpers import ROOT
 from train_ae import AeConfig, DiffusionAeConfig, GanAeConfig
@@ -101,6 +103,82 @@ def test_a_slip_names_the_key_and_the_nearest(line, words, capsys):
     assert message.count("\n") <= 3 and max(map(len, message.splitlines())) < 200
 
 
+# ---- scripts without bundles of a name -------------------------------------------------------------------------------
+
+FIRST = dict(train_expert=["--expert=transformer"], train_hrm=["--dataset=synthetic"])  # words of each command line
+OWN_RULES = "arch config env logging resume multirun sweep_job".split()  # bundles and sweeps, which other tests cover
+
+
+def example(field):
+    """Two lists of words that give a field the same value: as a flag, and as KEY=VALUE without its key."""
+    kind, several = type_of(field)
+    if kind is bool:
+        return ["--no-{}"], "false"
+    text = {int: "3", float: "0.5", str: "x"}[kind]
+    if several:
+        return ["--{}", text, text], f"[{text},{text}]"
+    choices = get_args(field.type)
+    text = str(choices[-1]) if choices else text
+    return ["--{}", text], text
+
+
+@pytest.mark.parametrize("name", ["train_expert", "train_mla", "train_hrm", "train_sr", "train_ae", "train_multimodal"])
+def test_each_flag_of_each_script_is_a_key_too(name):
+    module = importlib.import_module(name)
+    first = FIRST.get(name, [])
+    for f in fields(module.Config):
+        if f.name in OWN_RULES:
+            continue
+        words, value = example(f)
+        for key in flag_names(f):
+            for spelling in {key, key.replace("_", "-")}:
+                typed = [word.format(spelling) for word in words]
+                assert module.parse([*first, *typed]) == module.parse([*first, f"{spelling}={value}"]), spelling
+
+
+@pytest.mark.parametrize(
+    "name, line, flags",
+    [
+        ("train_expert", "expert=diffuser lr=1e-3 use_amp=false", "--expert diffuser --lr 1e-3 --no-use_amp"),
+        ("train_expert", "expert=transformer domains=[a,b] lr=1", "--expert transformer --domains a b --lr 1"),
+        ("train_expert", "--expert transformer --domains a b lr=1", "--expert transformer --domains a b --lr 1"),
+        ("train_expert", "--expert transformer --resume lr=1", "--expert transformer --resume --lr 1"),
+        ("train_expert", f"config={ROOT}/configs/expert/smoke.yaml", f"--config {ROOT}/configs/expert/smoke.yaml"),
+        ("train_mla", "use-vector-store=yes out=a=b", "--use_vector_store --checkpoint_dir a=b"),
+        ("train_mla", "lr=1 --lr 2 lr=3", "--lr 3"),
+        ("train_hrm", "dataset=sudoku --dry_run lr=0.1", "--dataset sudoku --dry_run 1 --learning_rate 0.1"),
+        ("train_sr", "-v lr_schedule=0:0,9:1e-4 -vi 3", "--verbose --lr_schedule 0:0,9:1e-4 --validate_interval 3"),
+        ("train_sr", "-o run resume=auto operators=[+,*]", "--output_dir run --resume --operators + *"),
+    ],
+)
+def test_keys_and_flags_mix(name, line, flags):
+    module = importlib.import_module(name)
+    assert module.parse(line.split()) == module.parse(flags.split())
+
+
+@pytest.mark.parametrize(
+    "name, line, words",
+    [
+        ("train_expert", "expert=transformer max_step=3", ["unknown key max_step (did you mean max_steps?)"]),
+        ("train_expert", "expert=transformer domain=a", ["unknown key domain (did you mean domains?)"]),
+        ("train_expert", "expert=transformer domains=a,b", ["domains=[a,b] is one list"]),
+        ("train_expert", "expert=gpt", ["--expert", "gpt"]),
+        ("train_expert", "expert=transformer d_state=4", ["unrecognized arguments: --d_state"]),
+        ("train_mla", "use_vector_store=maybe", ["use_vector_store=maybe: expected true or false"]),
+        ("train_mla", "lr 3", ["lr needs =value, as in lr=3"]),
+        ("train_hrm", "lr=fast", ["--lr", "fast"]),
+        ("train_hrm", "stray", ["stray: expected KEY=VALUE or --flag"]),
+        ("train_sr", "stepz=3", ["unknown key stepz (did you mean steps?)"]),
+    ],
+)
+def test_a_slip_in_a_key_is_named_as_one_in_a_flag(name, line, words, capsys):
+    with pytest.raises(SystemExit) as stop:
+        importlib.import_module(name).parse(line.split())
+    message = capsys.readouterr().err
+    assert stop.value.code == 2 and message.startswith("error: ") and "\ntry: " in message
+    assert all(word in message for word in words) and message.count("\n") <= 3, message
+
+
 # ---- bundles ---------------------------------------------------------------------------------------------------------
 
 
@@ -144,19 +222,19 @@ def test_a_run_that_is_resumed_brings_its_flags(table, tmp_path):
 
 def test_what_a_run_keeps_of_its_flags_is_a_bundle(table, tmp_path):
     cfg = read("loop=gan_ae labels=[] hidden=[3,4] lr=1e-7 revive=-1 --no-make-plots")
-    kept = {n: list(v) if isinstance(v, tuple) else v for n, v in asdict(cfg).items() if n not in ("env", "config")}
-    (tmp_path / "kept.yaml").write_text(yaml.safe_dump(kept | dict(sweep_job=7)))
+    settings = {n: list(v) if isinstance(v, tuple) else v for n, v in asdict(cfg).items() if n not in ("env", "config")}
+    (tmp_path / "kept.yaml").write_text(yaml.safe_dump(settings | dict(sweep_job=7)))
     assert replace(read(["--config", f"{tmp_path}/kept.yaml"], table), config="", sweep_job=-1) == cfg
     assert len(read(["--config", f"{tmp_path}/kept.yaml", "-m", "epochs=1,2"], table).words) == 2
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs" / "ae").glob("**/*.yaml")), ids=lambda p: p.stem)
 def test_the_bundles_that_come_along_repeat_no_default(path):
-    found = read(["--config", str(path)])
-    cfg = found.configs[0] if isinstance(found, Jobs) else found
+    parsed = read(["--config", str(path)])
+    cfg = parsed.configs[0] if isinstance(parsed, Jobs) else parsed
     text = [line.partition(":")[0] for line in path.read_text().splitlines() if line and line[0] != "#"]
     default = asdict(type(cfg)()) | dict(multirun=False)
-    given = asdict(cfg) | dict(multirun=found.multirun)
+    given = asdict(cfg) | dict(multirun=parsed.multirun)
     assert [name for name in text if given[name] == default[name] and name != "latent_space"] == []
 
 

@@ -4,10 +4,10 @@ import importlib
 
 import pytest
 import torch
-from test_train_hrm import SIZES
-from test_train_sr import TINY
 
 from tests.helpers import train_flags
+from tests.scripts.test_train_hrm import SIZES
+from tests.scripts.test_train_sr import TINY
 
 AE = "events=200 limit=64 hidden=[8,8] latent_dim=4 codebook_size=8 batch_size=16 epochs=1 device=cpu out={home} "
 AE += "make_plots=false"
@@ -20,9 +20,9 @@ FLAGS = dict(
 )
 
 
-def traced(model=None, *, mode=None, by=torch.compile, **how):
+def traced(model=None, *, mode=None, by=torch.compile, **options):
     """torch.compile as far as graphs."""
-    return by(model, backend="aot_eager", **how)
+    return by(model, backend="aot_eager", **options)
 
 
 @pytest.mark.parametrize(
@@ -38,7 +38,7 @@ def test_a_compiled_run_is_the_same_run(case, toy, experts, tmp_path, monkeypatc
         flags = [*FLAGS[name], *more]
     module = importlib.import_module(name)
     monkeypatch.setattr(torch, "compile", traced)
-    found = []
+    results = []
     for i, more in enumerate(([], ["--compile"])):
         torch._dynamo.reset()
         torch._dynamo.utils.counters.clear()
@@ -46,7 +46,7 @@ def test_a_compiled_run_is_the_same_run(case, toy, experts, tmp_path, monkeypatc
         home.mkdir()
         monkeypatch.chdir(home)
         words = [word.format(home=home / "run", data=tmp_path / "data") for word in flags] + more
-        found.append(module.main(module.parse(words)))
+        results.append(module.main(module.parse(words)))
     assert sum(torch._dynamo.utils.counters["stats"].values()), "nothing was compiled"
-    plain, compiled = (result.get("best_score", result.get("best_val_loss")) for result in found)
-    assert compiled == pytest.approx(plain, rel=1e-4) and found[1]["step"] == found[0]["step"] > 0
+    plain, compiled = (result.get("best_score", result.get("best_val_loss")) for result in results)
+    assert compiled == pytest.approx(plain, rel=1e-4) and results[1]["step"] == results[0]["step"] > 0

@@ -50,13 +50,13 @@ def scrubbed(notebook):
 
 def merged(outputs):
     """Return outputs with the text between two pictures as one, however it came."""
-    kept = []
+    joined = []
     for out in outputs:
-        if kept and out.output_type == kept[-1].output_type == "stream":
-            kept[-1].text += out.text
+        if joined and out.output_type == joined[-1].output_type == "stream":
+            joined[-1].text += out.text
         else:
-            kept.append(out)
-    return kept
+            joined.append(out)
+    return joined
 
 
 def pictures(notebook):

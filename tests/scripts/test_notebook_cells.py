@@ -42,10 +42,10 @@ def completed(module, cfg):
     """What main makes of a configuration first."""
     cls = dict(train_expert=train_expert.CONFIGS, train_ae=train_ae.CONFIGS, train_hrm=train_hrm.variant,
                train_multimodal=train_multimodal.CONFIGS)  # fmt: skip
-    how = dict(train_expert=dict(by="expert"), train_ae=dict(by="loop", overrides=train_ae.GUIDE),
+    settings = dict(train_expert=dict(by="expert"), train_ae=dict(by="loop", overrides=train_ae.GUIDE),
                train_hrm=dict(by="dataset"), train_sr=dict(load=train_sr.load_flags),
                train_multimodal=dict(overrides=train_multimodal.PICTURES))  # fmt: skip
-    return complete(cfg, cls.get(module.__name__, module.Config), **how.get(module.__name__, {}))
+    return complete(cfg, cls.get(module.__name__, module.Config), **settings.get(module.__name__, {}))
 
 
 def small(module, folder, toy, experts):
@@ -199,7 +199,7 @@ def test_a_second_interrupt_leaves_a_notebook_alive(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "module, made, flags",
+    "module, values, flags",
     [
         (train_multimodal, dict(), ""),
         (train_multimodal, dict(arch="sudoku4"), "--arch sudoku4"),
@@ -221,10 +221,10 @@ def test_a_second_interrupt_leaves_a_notebook_alive(monkeypatch):
         (train_mla, dict(max_seconds=60, domains="a"), "--max_seconds 60 --domains a"),
     ],
 )  # fmt: skip
-def test_a_configuration_made_in_python_is_what_its_flags_would_make(module, made, flags):
+def test_a_configuration_made_in_python_is_what_its_flags_would_make(module, values, flags):
     expected = module.parse(flags.split())
-    found = completed(module, module.Config(**made))
-    assert found == expected and type(found) is type(expected)
+    parsed = completed(module, module.Config(**values))
+    assert parsed == expected and type(parsed) is type(expected)
 
 
 def test_what_the_command_line_made_is_not_touched():
@@ -235,7 +235,7 @@ def test_what_the_command_line_made_is_not_touched():
 
 
 @pytest.mark.parametrize(
-    "module, made, flags",
+    "module, values, flags",
     [
         (train_multimodal, dict(arch="sudoku5"), "--arch=sudoku5"),
         (train_multimodal, dict(config="none.yaml"), "--config=none.yaml"),
@@ -245,14 +245,14 @@ def test_what_the_command_line_made_is_not_touched():
         (train_sr, dict(config="none.yaml"), "--config=none.yaml"),
     ],
 )
-def test_a_bundle_that_is_not_there_is_the_same_error_as_on_the_command_line(module, made, flags, capsys):
+def test_a_bundle_that_is_not_there_is_the_same_error_as_on_the_command_line(module, values, flags, capsys):
     with pytest.raises(SystemExit):
         module.parse([flags])
     typed = capsys.readouterr().err
     with pytest.raises(UsageError) as error:
-        completed(module, module.Config(**made))
+        completed(module, module.Config(**values))
     message = str(error.value).split("\ntry: ")[0]
-    assert message in typed and list(made.values())[0] in message
+    assert message in typed and list(values.values())[0] in message
     assert capsys.readouterr().err == ""
 
 
@@ -313,9 +313,9 @@ class Edited:
     ],
 )
 def test_what_is_meant_gets_the_type_of_its_field(name, value, expected):
-    found = getattr(complete(Edited(**{name: value}), Edited), name)
-    assert found == expected and type(found) is type(expected)
-    assert not isinstance(found, tuple) or [type(x) for x in found] == [type(x) for x in expected]
+    parsed = getattr(complete(Edited(**{name: value}), Edited), name)
+    assert parsed == expected and type(parsed) is type(expected)
+    assert not isinstance(parsed, tuple) or [type(x) for x in parsed] == [type(x) for x in expected]
 
 
 def test_edited_defaults_count_on_the_command_line_too():
@@ -332,7 +332,7 @@ def test_a_default_that_is_changed_on_the_class_counts(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "made, words",
+    "values, words",
     [
         (dict(domains=3), ["domains=3", "a tuple of str"]),
         (dict(widths=["x"]), ["widths=['x']", "a tuple of int"]),
@@ -344,9 +344,9 @@ def test_a_default_that_is_changed_on_the_class_counts(monkeypatch):
         (dict(kind="three"), ["kind='three'", "'one' or 'two'", "try: kind='one'"]),
     ],
 )
-def test_a_wrong_type_names_the_field(made, words):
+def test_a_wrong_type_names_the_field(values, words):
     with pytest.raises(UsageError) as error:
-        complete(Edited(**made), Edited)
+        complete(Edited(**values), Edited)
     assert all(word in str(error.value) for word in words)
 
 

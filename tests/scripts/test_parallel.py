@@ -6,9 +6,6 @@ import importlib
 
 import pytest
 import torch
-from test_resume import assert_same
-from test_train_hrm import SIZES, results
-from test_train_sr import TINY
 
 import train_ae
 import train_multimodal
@@ -17,6 +14,9 @@ from data_utils.checkpoint import load_checkpoint, read, shared_like, to_plain
 from data_utils.config import from_cli
 from data_utils.errors import UsageError
 from tests.helpers import finish, start, start_two, torchrun, train_flags
+from tests.scripts.test_resume import assert_same
+from tests.scripts.test_train_hrm import SIZES, results
+from tests.scripts.test_train_sr import TINY
 
 HALF, WHOLE = 5, 10  # steps
 
@@ -170,8 +170,8 @@ def test_a_restarted_group_does_not_meet_the_one_before(toy, tmp_path):
     first = start_two(script, *flags, "--max_steps=2")
     for process in first:
         finish(process)
-    told = dict(WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(first[0].store.port))
-    told |= dict(TORCHELASTIC_USE_AGENT_STORE="True", TORCHELASTIC_RUN_ID="none", TORCHELASTIC_RESTART_COUNT="1")
-    second = [start(script, *flags, "--max_steps=3", RANK=str(r), LOCAL_RANK=str(r), **told) for r in range(2)]
+    variables = dict(WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(first[0].store.port))
+    variables |= dict(TORCHELASTIC_USE_AGENT_STORE="True", TORCHELASTIC_RUN_ID="none", TORCHELASTIC_RESTART_COUNT="1")
+    second = [start(script, *flags, "--max_steps=3", RANK=str(r), LOCAL_RANK=str(r), **variables) for r in range(2)]
     out, _ = [finish(process) for process in second][0]
     assert "resumed" in out and "step 3 of 3" in out

@@ -27,22 +27,22 @@ def files(root):
 @pytest.fixture(scope="module")
 def toy(tmp_path_factory):
     root = tmp_path_factory.mktemp("toy") / "data"
-    found = call("expert", "--toy", "--data_dir", root)
-    assert found.returncode == 0, found.stderr
+    done = call("expert", "--toy", "--data_dir", root)
+    assert done.returncode == 0, done.stderr
     return root
 
 
 def test_listing_help_and_typos():
     for arguments in [], ["--help"], ["-h"]:
-        found = call(*arguments)
-        assert found.returncode == 0 and all(name in found.stdout for name in prepare_data.COMMANDS)
+        done = call(*arguments)
+        assert done.returncode == 0 and all(name in done.stdout for name in prepare_data.COMMANDS)
     start = time.perf_counter()
-    found = call("expert", "--help")
-    assert found.returncode == 0 and "--data_dir" in found.stdout and time.perf_counter() - start < 3
-    found = call("experts")
-    assert found.returncode == 2 and "no command experts" in found.stderr and "tokenizer" in found.stderr
-    found = call("expert", "--toyy")
-    assert found.returncode == 2 and "--toy" in found.stderr and "prepare_data.py expert --help" in found.stderr
+    done = call("expert", "--help")
+    assert done.returncode == 0 and "--data_dir" in done.stdout and time.perf_counter() - start < 3
+    done = call("experts")
+    assert done.returncode == 2 and "no command experts" in done.stderr and "tokenizer" in done.stderr
+    done = call("expert", "--toyy")
+    assert done.returncode == 2 and "--toy" in done.stderr and "prepare_data.py expert --help" in done.stderr
 
 
 def test_help_imports_nothing_heavy():
@@ -57,18 +57,18 @@ def test_commands_and_their_processes_start_without_torch_and_the_program(tmp_pa
     program.write_text("from data_utils.workers import in_order\nprint('imported')\n"
                        "if __name__ == '__main__':\n    print(list(in_order(abs, [-3, 2, -1], 2)))\n")  # fmt: skip
     environment = os.environ | dict(PYTHONPATH=str(ROOT))
-    found = subprocess.run([sys.executable, program], env=environment, capture_output=True, text=True)
-    assert found.stdout.split("\n") == ["imported", "[3, 2, 1]", ""], found.stderr
+    done = subprocess.run([sys.executable, program], env=environment, capture_output=True, text=True)
+    assert done.stdout.split("\n") == ["imported", "[3, 2, 1]", ""], done.stderr
 
 
 def test_toy_is_small_enough_large_enough_and_repeats(toy, tmp_path):
-    found = files(toy)
-    assert {name.split("/")[0] for name in found} == {*corpus.TOY, "SOURCES.md"}
-    assert 60_000 < sum(map(len, found.values())) < 120_000
+    contents = files(toy)
+    assert {name.split("/")[0] for name in contents} == {*corpus.TOY, "SOURCES.md"}
+    assert 60_000 < sum(map(len, contents.values())) < 120_000
     prepare_data.expert(prepare_data.ExpertConfig(str(tmp_path / "again"), toy=True))
-    assert files(tmp_path / "again") == found
-    assert all(domain in found["SOURCES.md"].decode() for domain in corpus.TOY)
-    rows = [json.loads(line) for line in found["code/toy.jsonl"].splitlines()]
+    assert files(tmp_path / "again") == contents
+    assert all(domain in contents["SOURCES.md"].decode() for domain in corpus.TOY)
+    rows = [json.loads(line) for line in contents["code/toy.jsonl"].splitlines()]
     assert all(set(row) == {"text", "source", "id"} for row in rows)
     options = dict(domains=(), val_split=0.1, window=64, cache_dir=tmp_path, say=lambda line: None)
     data = DomainText(toy, load_tokenizer("bytes"), **options)
@@ -76,21 +76,21 @@ def test_toy_is_small_enough_large_enough_and_repeats(toy, tmp_path):
 
 
 def test_check(toy, tmp_path):
-    found = call("check", "--data_dir", toy)
-    assert found.returncode == 0 and all(domain in found.stdout for domain in corpus.TOY)
+    done = call("check", "--data_dir", toy)
+    assert done.returncode == 0 and all(domain in done.stdout for domain in corpus.TOY)
     (tmp_path / "data" / "a").mkdir(parents=True)
     (tmp_path / "data" / "a" / "x.jsonl").write_bytes(b'{"text": "fine"}\n\n{"text": 1}\nno\n')
-    found = call("check", "--data_dir", tmp_path / "data")
-    assert found.returncode == 1 and "2 malformed lines" in found.stderr and "Traceback" not in found.stderr
-    assert "x.jsonl:3:" in found.stdout and "x.jsonl:4:" in found.stdout and "blank line" in found.stdout
-    found = call("check", "--data_dir", tmp_path / "none")
-    assert found.returncode == 1 and "prepare_data.py expert" in found.stderr
+    done = call("check", "--data_dir", tmp_path / "data")
+    assert done.returncode == 1 and "2 malformed lines" in done.stderr and "Traceback" not in done.stderr
+    assert "x.jsonl:3:" in done.stdout and "x.jsonl:4:" in done.stdout and "blank line" in done.stdout
+    done = call("check", "--data_dir", tmp_path / "none")
+    assert done.returncode == 1 and "prepare_data.py expert" in done.stderr
 
 
 def test_tokenizer(toy, tmp_path):
     out = tmp_path / "bpe.json"
-    found = call("tokenizer", "--data_dir", toy, "--vocab_size", 400, "--out", out)
-    assert found.returncode == 0, found.stderr
+    done = call("tokenizer", "--data_dir", toy, "--vocab_size", 400, "--out", out)
+    assert done.returncode == 0, done.stderr
     tokenizer = load_tokenizer(f"bpe:{out}")
     assert tokenizer.vocab_size == 400 and tokenizer.decode(tokenizer.encode("Thy mercy 👍")) == "Thy mercy 👍"
     assert call("tokenizer", "--data_dir", toy, "--vocab_size", 10, "--out", out).returncode == 2

@@ -55,14 +55,14 @@ def assert_same(a, b, path=""):
 
 @pytest.mark.parametrize("expert", ENDS)
 def test_interrupted_and_resumed_equals_uninterrupted(expert, toy, experts, tmp_path):
-    whole = run(expert, toy, experts, tmp_path / "whole")
+    uninterrupted = run(expert, toy, experts, tmp_path / "whole")
     cut = {end: run(expert, toy, experts, tmp_path / end) for end in ENDS[expert]}
     for end, process in cut.items():
         while not (tmp_path / end / f"{stem(expert)}_interrupted.pt").exists() and process.poll() is None:
             time.sleep(0.01)
         time.sleep(random.Random(expert + end).random() * 0.2)
         process.send_signal(getattr(signal, end))
-    finish(whole)
+    finish(uninterrupted)
     expected = results(expert, tmp_path / "whole")
     assert f"{stem(expert)}.pt" in expected[0] and len(expected[0]) >= 3
     for end, process in cut.items():
@@ -74,6 +74,32 @@ def test_interrupted_and_resumed_equals_uninterrupted(expert, toy, experts, tmp_
         assert "resumed" in out and "exact resume is lost" not in out
         assert_same(results(expert, tmp_path / end), expected)
         assert not list((tmp_path / end).glob("*.tmp-*"))
+
+
+@pytest.mark.parametrize("expert", ["transformer", "mla_store"])
+def test_a_budget_that_is_raised_changes_no_step(expert, toy, experts, tmp_path):
+    """--max_steps stops early on the same schedule, so that the rest is what one command would have done."""
+    flags = ["--steps=40", "--warmup_steps=10"]
+    one = run(expert, toy, experts, tmp_path / "one", *flags, "--max_steps=0")
+    finish(run(expert, toy, experts, tmp_path / "two", *flags, "--max_steps=13"))
+    out, _ = finish(run(expert, toy, experts, tmp_path / "two", *flags, "--max_steps=13", "--resume"))
+    assert "finished at step 13" in out and "a larger --max_steps goes on" in out
+    out, _ = finish(run(expert, toy, experts, tmp_path / "two", *flags, "--max_steps=99", "--resume"))
+    assert "resumed" in out and "exact resume is lost" not in out and "step 40 of 40" in out
+    finish(one)
+    (states, rows), (expected, expected_rows) = results(expert, tmp_path / "two"), results(expert, tmp_path / "one")
+    last, expected_last = (next(s for s in each.values() if s["step"] == 40) for each in (states, expected))
+    for part in ("model_state", "optimizer_state"):
+        assert_same(last[part], expected_last[part])
+    trained, expected_trained = ([row for row in each if row["split"] == "train"] for each in (rows, expected_rows))
+    assert trained == expected_trained and trained[0]["lr"] == pytest.approx(5 / 10 * 3e-3)
+
+
+def test_a_warmup_that_is_longer_than_the_schedule_is_cut_to_it_aloud(toy, experts, tmp_path):
+    out, _ = finish(run("transformer", toy, experts, tmp_path, "--max_steps=0", "--steps=4", "--log_interval=1"))
+    assert "warmup cut from 1000 to 4 steps, the whole schedule" in out
+    rates = [row["lr"] for row in results("transformer", tmp_path)[1] if row["split"] == "train"]
+    assert rates == pytest.approx([3e-3 * step / 4 for step in (1, 2, 3, 4)])
 
 
 def test_order_of_candidates_and_rewinding(toy, experts, tmp_path):

@@ -57,11 +57,11 @@ def test_a_table_read_in_order_has_the_gradient_of_an_index():
                 recompute=False)  # fmt: skip
     for dtype in (torch.float32, torch.bfloat16):
         table, weight = level.to(dtype).requires_grad_(), torch.randn(16, 64, 96, dtype=dtype)
-        found, wanted = (torch.autograd.grad(x, table, weight)[0] for x in (F.embedding(k, table), table[k]))
-        assert torch.equal(found, wanted)
-    found, wanted = core.biases(None), RELATION_SCALE * core.relation[..., core.relation_class]
-    weight = torch.randn_like(found)
-    assert torch.equal(found, wanted)
-    gradients = [torch.autograd.grad(x, core.relation, weight)[0] for x in (found, wanted)]
+        result, expected = (torch.autograd.grad(x, table, weight)[0] for x in (F.embedding(k, table), table[k]))
+        assert torch.equal(result, expected)
+    result, expected = core.biases(None), RELATION_SCALE * core.relation[..., core.relation_class]
+    weight = torch.randn_like(result)
+    assert torch.equal(result, expected)
+    gradients = [torch.autograd.grad(x, core.relation, weight)[0] for x in (result, expected)]
     assert torch.equal(*gradients)
     torch.set_num_threads(threads)

@@ -16,7 +16,6 @@ from typing import get_args
 import pytest
 import torch
 import yaml
-from test_resume import assert_same
 
 import train_ae
 from data_utils.checkpoint import load_checkpoint
@@ -26,6 +25,7 @@ from data_utils.events.decay_chain import decay_chain
 from data_utils.launch import launch
 from data_utils.overrides import Jobs
 from tests.helpers import ROOT, THREADS, finish, start, start_cold, start_two
+from tests.scripts.test_resume import assert_same
 from train_ae import AeConfig, DiffusionAeConfig, TestMlpConfig, main
 
 TOY = """hidden=[8,8] latent_dim=4 codebook_size=8 gnn_dim=8 gnn_layers=1 limit=64 batch_size=16 device=cpu epochs=2
@@ -62,7 +62,7 @@ def run(events, *words):
     return main(read(*TOY, f"data={events}", *words))
 
 
-def told(events, *words, status):
+def launched(events, *words, status):
     """Its last words as a program that leaves with `status`, on at most three lines."""
     handler = signal.getsignal(signal.SIGTERM)
     try:
@@ -94,11 +94,11 @@ def saved(home):
         state = load_checkpoint(Path(home, name), [f"ae:{loop}" for loop in train_ae.LOOPS])
         state |= dict(seconds=0, epoch_seconds=0, run_id="", test_loss=repr(state["test_loss"]))  # nan is not nan
         states[name] = state | dict(histories=without_times(state["histories"]))
-    told = [without_times(line) for line in lines(home)]
-    told = [line for line in told if line["moment"] not in ("on_start", "on_resume", "on_interrupt")]
-    told = [line | dict(run_dir="", histories=without_times(line.get("histories") or {})) for line in told]
+    entries = [without_times(line) for line in lines(home)]
+    entries = [line for line in entries if line["moment"] not in ("on_start", "on_resume", "on_interrupt")]
+    entries = [line | dict(run_dir="", histories=without_times(line.get("histories") or {})) for line in entries]
     rows = csv.DictReader(Path(home, "facts", "scalars.csv").read_text().splitlines())
-    return states, told, [without_times(row) for row in rows]
+    return states, entries, [without_times(row) for row in rows]
 
 
 def without_times(row):
@@ -290,9 +290,9 @@ def test_what_cannot_be_read_is_named_and_the_next_is_taken(events, capfd):
     assert_same(saved("a"), expected)
     for name in ("last.pt", "best_val.pt"):
         Path("a", name).write_bytes(b"cut")
-    told(events, "out=a epochs=3", status=1)
+    launched(events, "out=a epochs=3", status=1)
     assert "checkpoints can be read" in capfd.readouterr().err
-    told(events, "resume=a/last.pt", status=2)
+    launched(events, "resume=a/last.pt", status=2)
     assert "no fallback for a named file" in capfd.readouterr().err
 
 
@@ -307,9 +307,9 @@ def test_a_run_is_repeated_finished_and_made_longer(events, capfd):
     assert_same(saved("b"), saved("a"))
     result = main(read("resume=a epochs=4"))
     assert result["run_dir"] == "a" and result["epoch"] == 4 and result["run_id"] == first["run_id"]
-    kept = yaml.safe_load(Path("a", ".hydra", "config.yaml").read_text())
-    assert (kept["epochs"], kept["encoder"], kept["labels"], kept["lr"]) == (4, "gnn", [0, 1, 2], 0.002)
-    assert not {"config", "env", "logging", "out", "resume"} & kept.keys()
+    settings = yaml.safe_load(Path("a", ".hydra", "config.yaml").read_text())
+    assert (settings["epochs"], settings["encoder"], settings["labels"], settings["lr"]) == (4, "gnn", [0, 1, 2], 0.002)
+    assert not {"config", "env", "logging", "out", "resume"} & settings.keys()
     ends = [line["epoch"] for line in lines("a") if line["moment"] == "on_epoch_end"]
     assert ends == [0, 1, 2, 3] and moments("a").count("on_test_end") == 1
     main(read("resume=a/best_val.pt --config a/.hydra/config.yaml out=c"))  # all trained, not yet tested
@@ -334,6 +334,22 @@ def test_early_ends(events):
     assert run(events, "out=c max_seconds=1e-9")["step"] == 1
     run(events, "out=b fresh=true seed=3")
     assert Path("b", "last.pt.bak").exists() and Path("b", "facts.bak").is_dir() and len(lines("b")) == 5
+
+
+def test_a_schedule_in_steps_may_end_within_an_epoch(events, capfd):
+    result = run(events, "out=a epochs=0 steps=6")  # of four steps in an epoch
+    assert (result["step"], result["epoch"], result["tested"]) == (6, 2, 2)
+    assert len(result["histories"]["val_loss"]) == 2 and math.isfinite(result["test_loss"])
+    assert run(events, "out=a epochs=0 steps=6")["step"] == 6 and "a larger steps= goes on" in capfd.readouterr().out
+    result = run(events, "out=a epochs=0 steps=10")  # its second epoch goes on
+    assert (result["step"], result["epoch"], result["tested"]) == (10, 3, 3)
+    assert len(result["histories"]["val_loss"]) == 3
+    assert [line["epoch"] for line in lines("a") if line["moment"] == "on_epoch_end"] == [0, 1, 2]
+    run(events, "out=b epochs=0 steps=8")
+    run(events, "out=c")  # as many steps, in epochs
+    for name in ("model_state", "optimizer_state"):
+        states = [load_checkpoint(f"{home}/last.pt", "ae:ae")[name] for home in "bc"]
+        assert_same(*states)
 
 
 def as_before_flags_were_renamed(home):
@@ -421,7 +437,7 @@ def test_what_is_refused(words, status, name, events, finished, tmp_path, capfd)
     places = dict(a=finished, file=tmp_path / "file")
     places["file"].write_text("")
     before = {p: p.read_bytes() for p in finished.rglob("*") if p.is_file()}
-    told(events, words.format(**places), status=status)
+    launched(events, words.format(**places), status=status)
     err = [line for line in capfd.readouterr().err.splitlines() if line]
     assert len(err) <= 3 and err[0].startswith("error: ") and name.format(**places) in "\n".join(err), err
     assert {p: p.read_bytes() for p in before} == before and [p.name for p in tmp_path.rglob("*")] == ["file"]
@@ -458,7 +474,7 @@ def test_no_symlinks(events, monkeypatch):
 @pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may write anywhere")
 def test_a_folder_that_is_read_only(events, capfd):
     Path("closed").mkdir(mode=0o500)
-    told(events, "out=closed/a", status=1)
+    launched(events, "out=closed/a", status=1)
     assert "closed/a can't be written" in capfd.readouterr().err
     assert run(events, "out=closed/a save_artifacts=false")["test_loss"] > 0
 
@@ -472,7 +488,7 @@ def test_a_disk_that_fills_up(events, monkeypatch, capfd):
 
     with monkeypatch.context() as patch:
         patch.setattr(torch, "save", full)
-        told(events, "out=a epochs=4", status=1)
+        launched(events, "out=a epochs=4", status=1)
     assert "was not written" in capfd.readouterr().err and moments("a")[-1] == "on_exception"
     assert Path("a", "best_val.pt").read_bytes() == before and not list(Path("a").glob("*.tmp-*"))
     run(events, "out=a epochs=4")
@@ -495,10 +511,10 @@ def test_the_batch_size_acts(events):
 
 def test_facts(events):
     run(events, "out=a loop=gan_ae encoder=gan epochs=12 lr=0.003")
-    told, home = lines("a"), Path("a")
+    entries, home = lines("a"), Path("a")
     sizes = [len(line) for line in (home / "facts" / "events.jsonl").read_text().splitlines()]
     assert sizes[12] < 1.2 * sizes[1]  # an epoch's line does not grow
-    last = told[12]
+    last = entries[12]
     assert (last["epoch"], last["step"], last["split"], last["run_dir"]) == (11, 48, "val", "a")
     assert set(last["metrics"]) >= set(
         """rec_tokens rec_types type_accuracy rec_globals commit perplexity usage revived
@@ -506,10 +522,10 @@ def test_facts(events):
     )
     assert last["val_loss"] > 0 and last["throughput"] > 0 and last["max_memory_mib"] > 10
     assert last["total_time_s"] > last["epoch_time_s"] > 0 and last["meta"]["loop"] == "gan_ae"
-    histories = told[13]["histories"]
-    assert told[13]["moment"] == "on_train_end" and len(histories["val_loss"]) == 12
-    assert histories["val_loss"] == [line["val_loss"] for line in told[1:13]]
-    assert sum("histories" in line and line["histories"] is not None for line in told) == 1
+    histories = entries[13]["histories"]
+    assert entries[13]["moment"] == "on_train_end" and len(histories["val_loss"]) == 12
+    assert histories["val_loss"] == [line["val_loss"] for line in entries[1:13]]
+    assert sum("histories" in line and line["histories"] is not None for line in entries) == 1
     rows = list(csv.DictReader((home / "facts" / "scalars.csv").read_text().splitlines()))
     assert [(row["epoch"], row["split"]) for row in rows] == [
         *((str(epoch), split) for epoch in range(12) for split in ("train", "val")), ("11", "test")
@@ -529,22 +545,22 @@ def test_an_exception_is_recorded_and_goes_on(events, monkeypatch, capfd):
     event = lines("a")[-1]
     assert event["moment"] == "on_exception" and event["error"].startswith("OutOfMemoryError: CUDA out of memory")
     assert "in out_of_memory" in event["traceback"] and event["meta"]["run_id"] == lines("a")[0]["meta"]["run_id"]
-    told(events, "out=a epochs=3", status=1)
+    launched(events, "out=a epochs=3", status=1)
     assert "smaller batch_size=, accumulate=2, or a smaller hidden=" in capfd.readouterr().err
 
 
 def test_steps_that_are_not_finite_end_a_run_but_not_what_it_had(events, capfd):
     run(events, "out=a")
     expected = saved("a")[0]
-    told(events, "out=a epochs=20 lr=1e38 clip=0", status=1)
+    launched(events, "out=a epochs=20 lr=1e38 clip=0", status=1)
     err = capfd.readouterr().err
-    assert "20 steps in a row not finite" in err and "lr=" in err and "a/best_val.pt, epoch 2" in err
+    assert "10 steps in a row were not finite, up to step" in err and "--lr" in err and "last good file: " in err
     assert_same(saved("a")[0], expected)
     event = lines("a")[-1]
-    assert event["moment"] == "on_exception" and event["error"].startswith("DataError: 20 steps")
+    assert event["moment"] == "on_exception" and event["error"].startswith("DataError: 10 steps")
     bad = [line for line in lines("a") if "val_loss" in line["nonfinite"]]
     assert bad and all(line["val_loss"] is None for line in bad)
-    with pytest.raises(DataError, match="last good: none"):
+    with pytest.raises(DataError, match="last good file: none"):
         run(events, "save_artifacts=false epochs=20 lr=1e38 clip=0")
     run(events, "out=a epochs=3")
     assert [line["epoch"] for line in lines("a") if line["moment"] == "on_epoch_end"] == [0, 1, 2]

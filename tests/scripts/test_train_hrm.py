@@ -8,13 +8,13 @@ import time
 import pytest
 import torch
 import yaml
-from test_resume import assert_same
 
 from data_utils.checkpoint import load_checkpoint
 from data_utils.config import cosmetic_names
 from data_utils.launch import launch
 from data_utils.reasoning.nested_config import flatten
 from tests.helpers import finish, start, start_cold, start_two
+from tests.scripts.test_resume import assert_same
 from train_hrm import HrmConfig, SudokuConfig, SyntheticConfig, main, parse, variant
 
 VOLATILE = {"seconds", "tokens_per_s", "peak_mb"}  # of a row of metrics
@@ -100,10 +100,10 @@ def test_interrupted_and_resumed_equals_uninterrupted(kind, optimizer, puzzles, 
         assert runs[name].returncode == dict(SIGKILL=-9, SIGTERM=143)[name]
         out, _ = finish(train(tmp_path, *flags, f"--run_name={name}"))
         assert "exact resume is lost" not in out
-        found, found_rows = results(tmp_path / "runs" / name)
+        files, its_rows = results(tmp_path / "runs" / name)
         ignored = dict(config=None)
-        assert_same(found["final.pt"] | ignored, expected["final.pt"] | ignored)
-        assert found_rows == rows
+        assert_same(files["final.pt"] | ignored, expected["final.pt"] | ignored)
+        assert its_rows == rows
 
 
 def test_going_on_from_an_older_checkpoint_leaves_the_later_branch(tmp_path):
@@ -118,9 +118,9 @@ def test_going_on_from_an_older_checkpoint_leaves_the_later_branch(tmp_path):
     assert {p.name for p in folder.glob("*.pt")} == {"step_4.pt", "final.pt"}
     out, _ = finish(train(tmp_path, *flags))
     assert "final.pt at step 5" in out
-    found, _ = results(folder.parent)
+    files, _ = results(folder.parent)
     ignored = dict(config=None, evaluated=8)
-    assert_same(found["final.pt"] | ignored, expected["final.pt"] | ignored)
+    assert_same(files["final.pt"] | ignored, expected["final.pt"] | ignored)
 
 
 def test_the_same_budget_again_trains_nothing(tmp_path):
@@ -240,12 +240,12 @@ def test_nested_and_flat_configurations_agree(tmp_path, capsys):
     flat |= dict(batch_size=7)
     assert flatten(nested) == flat
     assert "bridge.kind" in capsys.readouterr().out
-    found = []
+    parsed = []
     for number, content in enumerate((nested, flat)):
         path = tmp_path / f"{number}.yaml"
         path.write_text(yaml.safe_dump(content))
-        found.append(parse(["--config", str(path)]))
-    assert found[0] == found[1]
+        parsed.append(parse(["--config", str(path)]))
+    assert parsed[0] == parsed[1]
     with pytest.raises(ValueError, match="core_layers"):
         flatten(dict(hrm=dict(h_layers=1, l_layers=2)))
     (tmp_path / "bad.yaml").write_text("hrm:\n  unknown_key: 3\n")

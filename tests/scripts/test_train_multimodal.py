@@ -15,7 +15,6 @@ from typing import get_args
 import numpy as np
 import pytest
 import torch
-from test_resume import assert_same
 
 import train_multimodal
 from data_utils import files
@@ -25,6 +24,7 @@ from data_utils.pages import arc, rolling_batch, shard_builder, shards
 from models import halting
 from models.multimodal import Multimodal
 from tests.helpers import ROOT, THREADS, finish, launch, start, start_two
+from tests.scripts.test_resume import assert_same
 from train_multimodal import MultimodalConfig, main
 
 # a few steps of all that there is; the arch is the documented one, with all features on
@@ -111,7 +111,7 @@ def run(*words):
     return main(read(*words))
 
 
-def told(*words, status):
+def launched(*words, status):
     """Its end as a program that leaves with `status`."""
     handler = signal.getsignal(signal.SIGTERM)
     try:
@@ -156,8 +156,8 @@ def saved(home):
     """All that checkpoints and metrics of a run hold, but for what a clock measures and where it was."""
     states = {name: load_checkpoint(Path(home, name), "multimodal")
               for name in ("latest.pt", "ema_model.pt", "best_model.pt")}  # fmt: skip
-    told = [{key: repr(value) for key, value in row.items() if key not in TIMES} for row in rows(home)[1:]]
-    return {name: state | dict(config={}) for name, state in states.items()}, told
+    entries = [{key: repr(value) for key, value in row.items() if key not in TIMES} for row in rows(home)[1:]]
+    return {name: state | dict(config={}) for name, state in states.items()}, entries
 
 
 # ---- commands --------------------------------------------------------------------------------------------------------
@@ -282,9 +282,9 @@ def wait_for(there, process):
         time.sleep(0.005)
 
 
-def without_starts(found):
+def without_starts(run_results):
     """Without the rows that are written three steps after each start."""
-    states, rows = found
+    states, rows = run_results
     return states, [row for row in rows if row["split"] != "'train'" or int(row["step"]) % 2 == 0]
 
 
@@ -310,9 +310,9 @@ def test_interrupted_and_resumed_equals_uninterrupted(pages, tmp_path):
     run(*TOY, LONG, "data_paths=cut/data checkpoint_path=cut/a")
     assert "exact resume is lost" not in Path("train.log").read_text()
     run(*TOY, LONG, f"data_paths={pages} checkpoint_path=whole incremental=false")
-    whole = saved("whole")
-    assert_same(without_starts(saved("cut/a")), without_starts(whole))
-    state = whole[0]["latest.pt"]
+    uninterrupted = saved("whole")
+    assert_same(without_starts(saved("cut/a")), without_starts(uninterrupted))
+    state = uninterrupted[0]["latest.pt"]
     memory = state["model_state_dict"]["memory.samples"]
     assert state["dqn"]["ring"]["added"] > 60 and (memory >= 0).all() and state["step"] == 3 * STEPS  # all was in use
     assert {"dqn_loss", "vq_loss", "mtp_loss", "halt_loss", "ce"} <= rows("whole")[-4].keys()
@@ -324,13 +324,13 @@ def test_training_while_data_come_is_training_on_all_of_them(pages, monkeypatch)
     run(*TOY, f"data_paths={pages} checkpoint_path=whole incremental=false epochs=2")
     shutil.copytree(pages, "data")
     path, woken = Path("data", "manifest.json"), []
-    whole = json.loads(path.read_text())
-    assert len(whole["shards"]) == 2
-    path.write_text(json.dumps(whole | dict(shards=whole["shards"][:1], complete=False, content="")))
+    manifest = json.loads(path.read_text())
+    assert len(manifest["shards"]) == 2
+    path.write_text(json.dumps(manifest | dict(shards=manifest["shards"][:1], complete=False, content="")))
 
     def come(seconds):
         woken.append(len(rows("a")))
-        path.write_text(json.dumps(whole))
+        path.write_text(json.dumps(manifest))
 
     monkeypatch.setattr(shards, "start_builder", lambda out, cfg, **_: shards.Builder(out, None))
     with monkeypatch.context() as patch:
@@ -352,10 +352,10 @@ def test_damaged_checkpoints(pages, finished, capfd):
     for name in ("latest.pt", "latest.prev.pt"):
         Path("a", name).write_bytes(b"cut")
     before = sorted(Path("a").iterdir())
-    told(*words, "epochs=2", status=1)
+    launched(*words, "epochs=2", status=1)
     err = capfd.readouterr().err
     assert "latest.pt" in err and "latest.prev.pt" in err and sorted(Path("a").iterdir()) == before
-    told(*words, "resume=a/latest.pt", status=2)
+    launched(*words, "resume=a/latest.pt", status=2)
     assert "no fallback for a named file" in capfd.readouterr().err
     run(*words, "fresh=true max_steps=1")
     assert Path("a", "latest.pt.bak").exists() and Path("a", "best_model.pt.bak").exists()
@@ -371,8 +371,8 @@ def test_two_ranks_equal_one(pages, tmp_path):
     one, two = (load_checkpoint(f"{name}/latest.pt", "multimodal") for name in ("one", "two"))
     for part in ("model_state_dict", "ema_state_dict"):
         torch.testing.assert_close(two[part], one[part], rtol=0, atol=1e-5)
-    for task, whole in one["slots"][0].items():
-        for key, values in dict(whole["carry"], draws=whole["draws"]).items():
+    for task, slot in one["slots"][0].items():
+        for key, values in dict(slot["carry"], draws=slot["draws"]).items():
             both = torch.cat([dict(rank[task]["carry"], draws=rank[task]["draws"])[key] for rank in two["slots"]])
             torch.testing.assert_close(both, values, rtol=0, atol=1e-4)
     first, second = ([row for row in rows(name)[1:] if row["split"] != "train"] for name in ("one", "two"))
@@ -452,8 +452,8 @@ def test_a_finished_run_is_left_alone_and_made_longer(finished, pages, capfd):
     run(*words, "eval_only=true")
     last = rows("a")[-1]
     assert last["split"] == "test" and last["step"] == STEPS and len(rows("a")) == len(rows(finished)) + 1
-    known = next(row for row in rows(finished) if row.get("split") == "test")
-    assert last == pytest.approx(known, nan_ok=True)
+    expected = next(row for row in rows(finished) if row.get("split") == "test")
+    assert last == pytest.approx(expected, nan_ok=True)
     assert (Path("a") / "latest.pt").read_bytes() == before[Path("a") / "latest.pt"]
     assert run(*words, "epochs=2 max_steps=20")["step"] == 20
     assert run(*words, "epochs=2 max_seconds=1e-9")["step"] == 21
@@ -463,10 +463,10 @@ def test_a_finished_run_is_left_alone_and_made_longer(finished, pages, capfd):
 def test_stopped_while_it_evaluates(when, finished, pages, monkeypatch):
     words, report = [*TOY, f"data_paths={pages} checkpoint_path=a"], train_multimodal.report
 
-    def interrupted(*args, stop, **how):
+    def interrupted(*args, stop, **options):
         if args[4] == when:
             os.kill(os.getpid(), signal.SIGTERM)
-        return report(*args, stop=stop, **how)
+        return report(*args, stop=stop, **options)
 
     with monkeypatch.context() as patch:
         patch.setattr(train_multimodal, "report", interrupted)
@@ -547,7 +547,7 @@ def test_what_is_refused(words, status, name, finished, pages, grids, tmp_path, 
     rest += [f"data_paths={pages}"] * ("data_paths" not in words) + ["checkpoint_path=b"] * (
         "checkpoint_path" not in words
     )
-    told(*rest, words, status=status)
+    launched(*rest, words, status=status)
     err = [line for line in capfd.readouterr().err.splitlines() if line]
     assert (
         len(err) <= 3
@@ -565,20 +565,20 @@ WRONG = ["tasks=[sudoku5]", "stories=none.txt", "text_source=code code_dir=none"
 @pytest.mark.parametrize("wrong", WRONG)
 def test_what_is_wrong_with_the_sources_is_said_before_anything_is_written(wrong, dataset_only, capfd):
     status = 2 if wrong.split("=")[0] in ("tasks", "page_cols") else 1
-    told(*TOY, f"data_paths=new checkpoint_path=b log_file='' dataset_only={dataset_only}", wrong, status=status)
+    launched(*TOY, f"data_paths=new checkpoint_path=b log_file='' dataset_only={dataset_only}", wrong, status=status)
     assert capfd.readouterr().err.startswith("error: ") and not list(Path().iterdir())
 
 
 def test_a_run_that_is_in_use(finished, pages, capfd):
     with files.lock_run(finished, "multimodal"):
-        told(*TOY, f"data_paths={pages} checkpoint_path={finished}", status=2)
+        launched(*TOY, f"data_paths={pages} checkpoint_path={finished}", status=2)
     assert str(os.getpid()) in capfd.readouterr().err
 
 
 def test_steps_that_are_not_finite_end_a_run_but_not_what_it_had(finished, pages, capfd):
     shutil.copytree(finished, "a")
     words = [*TOY, f"data_paths={pages} checkpoint_path=a epochs=3"]
-    told(*words, "lr=1e38 gradient_clip=0", status=1)
+    launched(*words, "lr=1e38 gradient_clip=0", status=1)
     assert "10 steps in a row were not finite" in capfd.readouterr().err
     assert run(*words, "max_steps=18")["step"] == 18
 
@@ -586,7 +586,7 @@ def test_steps_that_are_not_finite_end_a_run_but_not_what_it_had(finished, pages
 def test_a_part_that_nothing_trains_is_named(pages, monkeypatch, capfd):
     see = Multimodal.see
     monkeypatch.setattr(Multimodal, "see", lambda model, batch: see(model, batch).detach())
-    told(*TOY, f"data_paths={pages} checkpoint_path=a", status=1)
+    launched(*TOY, f"data_paths={pages} checkpoint_path=a", status=1)
     assert "parameters without any gradient so far: look.text.weight" in capfd.readouterr().err
 
 
@@ -595,7 +595,7 @@ def test_out_of_memory_names_the_cures_that_are_left(pages, monkeypatch, capfd):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB\nmore")
 
     monkeypatch.setattr(Multimodal, "forward", full)
-    told(*TOY, f"data_paths={pages} checkpoint_path=a enable_memory=false global_batch_size=16", status=1)
+    launched(*TOY, f"data_paths={pages} checkpoint_path=a enable_memory=false global_batch_size=16", status=1)
     err = capfd.readouterr().err
     assert "global_batch_size=8 enable_latent_planning=false enable_gradient_checkpointing=true" in err
     assert "enable_memory" not in err and len(err.splitlines()) <= 3
@@ -610,7 +610,7 @@ def test_a_disk_that_fills_up(finished, pages, monkeypatch, capfd):
 
     with monkeypatch.context() as patch:
         patch.setattr(torch, "save", fail)
-        told(*words, status=1)
+        launched(*words, status=1)
     assert "was not written" in capfd.readouterr().err and not list(Path("a").glob("*.tmp-*"))
     run(*words)
     assert "resumed a/latest" in capfd.readouterr().out

@@ -13,11 +13,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from test_resume import assert_same
 
 from data_utils.checkpoint import read
 from data_utils.launch import launch
 from tests.helpers import ROOT, finish, start, start_two
+from tests.scripts.test_resume import assert_same
 from train_sr import main, parse, schedule
 
 TINY = """--encoder_dim 32 --decoder_input_dim 32 --decoder_model_dim 32 --encoder_n_heads 2 --decoder_n_heads 2
@@ -129,9 +129,9 @@ def test_interrupted_and_resumed_equals_uninterrupted(tmp_path):
         assert "--resume-from auto" in err and "--fresh" in err
         out, _ = finish(train(tmp_path, *flags, "-o", name, "--resume-from", "auto", "-w", "2"))
         assert "exact resume is lost" not in out
-        found, found_rows = results(tmp_path / name)
-        assert_same(found, expected)
-        assert found_rows == rows
+        parts, its_rows = results(tmp_path / name)
+        assert_same(parts, expected)
+        assert its_rows == rows
 
 
 def test_saved_pools_wandb_and_starting_over(tmp_path):
@@ -195,8 +195,9 @@ def test_going_on_from_an_older_checkpoint_leaves_the_later_branch(tmp_path):
     assert "checkpoint_6 -> checkpoint_6.bak" in err and "checkpoint_4 -> checkpoint_4.bak" in err
     out, _ = finish(train(tmp_path, *flags, "--resume-from", "auto"))
     assert "checkpoint_5 at step 5" in out
-    found, _ = results(tmp_path / "run")
-    assert_same(*({name: parts[name] for name in ("state_dict.pt", "optimizer.pt")} for parts in (found, expected)))
+    parts, _ = results(tmp_path / "run")
+    for name in ("state_dict.pt", "optimizer.pt"):
+        assert_same(parts[name], expected[name])
     # a newest one that is damaged is passed over, and what is saved next is kept
     (tmp_path / "run" / "checkpoint_6" / "optimizer.pt").write_bytes(b"cut")
     (tmp_path / "run" / "state_dict.pt").unlink()
