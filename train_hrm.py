@@ -100,6 +100,9 @@ class HrmConfig:
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # auto: by mixed_precision
     compile: bool = cosmetic(False)  # torch.compile of the core: a minute to start, then faster
 
+    # launch advises this when the memory is too small.
+    remedy = "a smaller --batch_size or --d_model, or --fsdp on several GPUs"
+
 
 @dataclass
 class SyntheticConfig(HrmConfig):

@@ -103,6 +103,9 @@ class TrainMLAConfig(MLAConfig, DataConfig):
     amp_dtype: Literal["bf16", "fp16"] = "bf16"  # fp16 where bf16 is slow; fp32 where both are
     compile: bool = cosmetic(False)  # torch.compile: slow to start, then faster on a GPU
 
+    # launch advises this when the memory is too small.
+    remedy = "a smaller --batch_size with a larger --grad_accum_steps"
+
 
 Config = TrainMLAConfig
 

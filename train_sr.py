@@ -134,6 +134,9 @@ class SRConfig(ModelConfig, PoolConfig, DataConfig):
     compile: bool = cosmetic(False)  # torch.compile, in mode default unless compile_mode says more
     compile_mode: CompileMode = cosmetic("")  # torch.compile in this mode; "" and off: as --compile
 
+    # launch advises this when the memory is too small.
+    remedy = "a smaller --batch_size, more --gradient_accumulation_steps, or --fsdp on several GPUs"
+
 
 Config = SRConfig
 
