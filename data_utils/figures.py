@@ -1,7 +1,7 @@
-"""Figures: their style, a file with a mark, and the losses of runs. Imported only where something is drawn.
+"""Figures: their style, files with a mark, and the losses of runs. Needs matplotlib.
 
-matplotlib takes half a second and need not be installed, so no other file of data_utils/ imports this one on top, but
-for the figures.py of a room. They take pyplot from here, where its backend is chosen before it starts.
+matplotlib takes half a second to import and may be missing. So only the figures.py of a room imports this file at its
+top; other files do so where they draw. Rooms take pyplot from here, where its backend is chosen first.
 """
 
 import io
@@ -11,8 +11,8 @@ from pathlib import Path
 
 import matplotlib
 
-if "ipykernel" not in sys.modules:  # else a notebook's own figures would no longer show
-    matplotlib.use("Agg")  # files only, so that no screen is needed
+if "ipykernel" not in sys.modules:  # in a notebook the user's own figures must still show
+    matplotlib.use("Agg")  # writes files without a screen
 import matplotlib.pyplot as plt
 from matplotlib.ticker import LogLocator, NullFormatter
 
@@ -22,20 +22,20 @@ from data_utils.files import MARK, is_marked, make_room, write_atomic
 COLOURS = plt.get_cmap("tab10").colors
 RED = COLOURS[3]
 ROWS = "metrics.jsonl"
-SHARES = "exact", "exact_short", "exact_halting", "cells", "recovery", "top1"  # of train_hrm.py and train_sr.py
-MARKED = {".png": "Software", ".pdf": "Creator", ".svg": "Creator", ".ps": "Creator", ".eps": "Creator"}
+SHARES = "exact", "exact_short", "exact_halting", "cells", "recovery", "top1"  # scores of train_hrm.py, train_sr.py
+METADATA_KEYS = {".png": "Software", ".pdf": "Creator", ".svg": "Creator", ".ps": "Creator", ".eps": "Creator"}
 
 
 # ---- files and style -------------------------------------------------------------------------------------------------
 
 
 def write_figure(figure, out):
-    """Write a figure whole or not at all, with a mark that it may be drawn again; another picture is set aside.
+    """Write a figure atomically, with MARK in its metadata: a marked picture may be drawn again, another is renamed.
 
-    A name without an ending is of a PNG. Raises DataError.
+    A name without an ending becomes a PNG. Raises DataError.
     """
     out = Path(out) if Path(out).suffix else Path(f"{out}.png")
-    key = MARKED.get(out.suffix.lower())
+    key = METADATA_KEYS.get(out.suffix.lower())
     content = io.BytesIO()
     try:
         make_room(out, is_marked)
@@ -49,13 +49,13 @@ def write_figure(figure, out):
 
 
 def open_frame(ax):
-    """Give axes a light grid and take their frame away above and on the right."""
+    """Give axes a light grid, and no frame above and on the right."""
     ax.grid(alpha=0.25)
     ax.spines[["top", "right"]].set_visible(False)
 
 
 def scale(ax, values, linear=False):
-    """Whole epochs below; a logarithmic axis with plain numbers for values of more than a decade, unless `linear`."""
+    """Label x with integers; make y logarithmic if `values` span more than a decade, unless `linear`."""
     ax.xaxis.get_major_locator().set_params(integer=True)
     if not linear and values and min(values) > 0 and max(values) > 10 * min(values):
         ax.set_yscale("log")
@@ -67,8 +67,8 @@ def scale(ax, values, linear=False):
 # ---- rows of metrics.jsonl -------------------------------------------------------------------------------------------
 
 
-def numbered(rows):
-    """Return the rows of metrics whose step is a number; a loss that is none is None."""
+def rows_with_steps(rows):
+    """Return the rows of metrics whose step is a number; a loss that is no number becomes None."""
     rows = [row for row in rows if _is_number(row.get("step"))]
     return [row | dict(loss=row.get("loss") if _is_number(row.get("loss")) else None) for row in rows]
 
@@ -78,7 +78,7 @@ def _is_number(value):
 
 
 def score_names(row):
-    """Return the shares in a row of validation: of each task, TASK/SCORE, the first one; else those of answers."""
+    """Return the names of scores in a validation row: the first TASK/SCORE of each task, else those of SHARES."""
     first = {}
     for name in row:
         first.setdefault(name.split("/")[0], name)
@@ -86,73 +86,88 @@ def score_names(row):
 
 
 def _run_name(path):
-    """What a file of metrics is called: by its folder when it has no name of its own."""
+    """Return the name of a run: that of its metrics file, or of its folder if the file has the standard name."""
     path = Path(path)
     return path.resolve().parent.name if path.name == ROWS else path.name.removesuffix(f"_{ROWS}")
 
 
-def _weights(rows):
-    """{expert: {domain: mean weight}} of the last evaluation; {} for a run without a router."""
+def _router_weights(rows):
+    """Return {expert: {domain: mean weight}} of the last evaluation; {} for a run without a router."""
     domains = next((row["domains"] for row in reversed(rows) if "domains" in row), {})
-    names = [n.removeprefix("weight_") for row in list(domains.values())[:1] for n in row if n.startswith("weight_")]
+    first = next(iter(domains.values()), {})
+    names = [name.removeprefix("weight_") for name in first if name.startswith("weight_")]
     return {name: {domain: row[f"weight_{name}"] for domain, row in domains.items()} for name in names}
 
 
 def plot_losses(runs, out):
-    """Write a figure to `out`: training and validation loss over steps, and validation bits per byte by domain.
+    """Write a figure of losses and scores over steps to `out`. Raises DataError for a file without rows.
 
-    runs: (path of metrics.jsonl, its rows) of each run. With several the right panel has one line per run, over all
-    domains; a single run with a router gets a third panel, its mean weights by domain. A run of tasks has one line of
-    training for each of them, and instead of bits the first score of each. Raises DataError for a file without rows.
+    runs: (path of metrics.jsonl, its rows) of each run. The left panel has training and validation loss; a run of
+    several tasks has one training line per task. The right panel has validation bits per byte, by domain if there is
+    one run, or the scores of runs whose answers are scored. A single run with a router gets a third panel: the mean
+    weight of each expert by domain.
     """
     single = len(runs) == 1
-    shares = _weights(runs[0][1]) if single else {}
-    figure, panels = plt.subplots(1, 3 if shares else 2, figsize=(15.5 if shares else 11, 4.2), layout="constrained")
+    router = _router_weights(runs[0][1]) if single else {}
+    figure, panels = plt.subplots(1, 3 if router else 2, figsize=(15.5 if router else 11, 4.2), layout="constrained")
     left, right = panels[:2]
     for colour, dashes, (path, rows) in zip(COLOURS, cycle(("-", "--", ":", "-.")), runs):
         name = _run_name(path)
-        rows = numbered(rows)
-        train, val = ([row for row in rows if row.get("split") == split] for split in ("train", "val"))
+        rows = rows_with_steps(rows)
+        train = [row for row in rows if row.get("split") == "train"]
+        val = [row for row in rows if row.get("split") == "val"]
         if not train and not val:
             raise DataError(f"{path}: no row of metrics")
         scores = score_names(val[-1]) if val else []
         tasks = [*(score.split("/")[0] for score in scores), *(row.get("task") for row in train)]
-        shades = dict(zip(dict.fromkeys(tasks), COLOURS[1:], strict=False))
+        task_colours = dict(zip(dict.fromkeys(tasks), COLOURS[1:], strict=False))
         for task in dict.fromkeys(row.get("task") for row in train):
-            style = dict(color=shades[task], label=task) if task and single else dict(color=colour)
-            steps = [row["step"] for row in train if row.get("task") == task]
-            losses = [row["loss"] for row in train if row.get("task") == task]
-            left.plot(steps, losses, alpha=0.35, lw=1, **style)
+            style = dict(color=task_colours[task], label=task) if task and single else dict(color=colour)
+            _plot_column(
+                left, [row for row in train if row.get("task") == task], "loss", "-", alpha=0.35, lw=1, **style
+            )
         if any("task" in row for row in train):
             scale(left, [row["loss"] for row in (*train, *val) if row["loss"] is not None])
-        left.plot([r["step"] for r in val], [r["loss"] for r in val], "o-", color=colour, ms=3.5, label=name)
-        if val and "domains" not in val[-1]:  # answers: the shares of them that are right
+        _plot_column(left, val, "loss", "o-", color=colour, ms=3.5, label=name)
+        if val and "domains" not in val[-1]:  # a run whose answers are scored
+            right.set(ylabel="share of right answers", title="validation")
             for shade, score in zip(COLOURS[1:], scores, strict=False):
                 words = score.replace("/", " ")
                 label = f"{words} {val[-1][score]:.3f}" if single else f"{name} {words}"
-                scored = [r for r in val if r.get(score) is not None]
-                right.plot([r["step"] for r in scored], [r[score] for r in scored], f"o{dashes}", color=shade, ms=3.5,
-                           label=label)  # fmt: skip
-            right.set(ylabel="share of answers that are right", title="validation")
-            continue
-        right.set(ylabel="bits per byte", title="validation" + ", by domain" * single)
-        if not single:
-            right.plot([r["step"] for r in val], [r["bpb"] for r in val], "o-", color=colour, ms=3.5, label=name)
-            continue
-        for shade, domain in zip(COLOURS[1:], val[-1]["domains"] if val else (), strict=False):
-            numbers = [r["domains"][domain]["bpb"] for r in val]
-            label = f"{domain} {numbers[-1]:.2f}"
-            right.plot([r["step"] for r in val], numbers, "o-", color=shade, ms=3.5, label=label)
+                scored = [row for row in val if row.get(score) is not None]
+                _plot_column(right, scored, score, f"o{dashes}", color=shade, ms=3.5, label=label)
+        elif single:
+            right.set(ylabel="bits per byte", title="validation, by domain")
+            for shade, domain in zip(COLOURS[1:], val[-1]["domains"] if val else (), strict=False):
+                by_domain = [dict(step=row["step"], bpb=row["domains"][domain]["bpb"]) for row in val]
+                label = f"{domain} {by_domain[-1]['bpb']:.2f}"
+                _plot_column(right, by_domain, "bpb", "o-", color=shade, ms=3.5, label=label)
+        else:
+            right.set(ylabel="bits per byte", title="validation")
+            _plot_column(right, val, "bpb", "o-", color=colour, ms=3.5, label=name)
     left.set(xlabel="step", ylabel="loss (nats per token)", title="loss: training thin, validation thick")
     right.set(xlabel="step")
-    for name, by_domain in shares.items():
-        before = [sum(shares[n][d] for n in list(shares)[: list(shares).index(name)]) for d in by_domain]
-        panels[2].bar(by_domain.keys(), by_domain.values(), bottom=before, label=name, width=0.7)
-        panels[2].set(ylabel="mean weight", title="how far the router believes each expert", ylim=(0, 1.2))
-        panels[2].legend(frameon=False, ncols=3, loc="upper center")
+    if router:
+        _plot_router(panels[2], router)
     for axes in panels:
         open_frame(axes)
     for axes, place in ((left, {}), (right, dict(loc="center left", bbox_to_anchor=(1, 0.5)))):
         if axes.get_legend_handles_labels()[0]:
             axes.legend(frameon=False, **place)
     write_figure(figure, out)
+
+
+def _plot_column(axes, rows, name, form, **style):
+    axes.plot([row["step"] for row in rows], [row[name] for row in rows], form, **style)
+
+
+def _plot_router(axes, router):
+    """Draw one stacked bar per domain: the mean weights {expert: {domain: weight}}."""
+    bottom = dict.fromkeys(next(iter(router.values())), 0.0)
+    for expert, weights in router.items():
+        axes.bar(
+            weights.keys(), weights.values(), bottom=[bottom[domain] for domain in weights], label=expert, width=0.7
+        )
+        bottom = {domain: bottom[domain] + weight for domain, weight in weights.items()}
+    axes.set(ylabel="mean weight", title="trust of the router in each expert", ylim=(0, 1.2))
+    axes.legend(frameon=False, ncols=3, loc="upper center")
