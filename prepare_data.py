@@ -3,6 +3,7 @@
 Every command can be run again: it writes the same bytes, and each file completely or not at all.
 """
 
+import inspect
 import sys
 from dataclasses import dataclass, field, fields
 from typing import Literal
@@ -441,7 +442,7 @@ def run(argv):
         sys.exit(2)
     cls, function = COMMANDS[argv[0]]
     sys.argv[0] = f"prepare_data.py {argv[0]}"  # the name in usage and error messages
-    launch(main, from_cli(cls, function.__doc__, argv[1:]))
+    launch(main, from_cli(cls, inspect.cleandoc(function.__doc__), argv[1:]))
 
 
 if __name__ == "__main__":

@@ -169,8 +169,8 @@ from torch.nn.parallel import DistributedDataParallel
 from data_utils import checkpoint, distributed, files
 from data_utils.metrics import append_row, draw_losses, start_rows
 from data_utils.progress import Progress, peak_mb, say
-from data_utils.reasoning.answers import summarize
-from data_utils.reasoning.questions import open_questions, random_batch
+from data_utils.reasoning.dataset import open_dataset, random_batch
+from data_utils.reasoning.halting import summarize
 from data_utils.stop import Stop
 from models.hrm import HRM
 from models.optim.adamw8bit import AdamW8bit
@@ -296,7 +296,7 @@ def main(cfg):
         folder = home / "checkpoints"
     vocab_size = 98  # of a dry run, which reads no data
     if train:
-        data = open_questions(
+        data = open_dataset(
             cfg.dataset,
             max_seq_len=cfg.max_seq_len,
             data_seed=cfg.data_seed,
@@ -468,7 +468,7 @@ def main(cfg):
                     break
                 index = np.arange(start, min(start + size, n_val))
                 trace = full_model.trace(to_device(data.batch("val", index)), segments)
-                trace |= data.about("val", index)
+                trace |= data.row_facts("val", index)
                 traces.append({name: values.cpu() for name, values in trace.items()})
         shards = distributed.gather((bool(stop), traces))
         if any(stopped for stopped, _ in shards):

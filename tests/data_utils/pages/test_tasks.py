@@ -40,7 +40,7 @@ def test_sudoku_pages_have_one_solution(size, givens):
         assert sample.page.shape == (size, size) and sample.page.dtype == sample.target.dtype == np.uint8
         typed = to_text(sample.page).replace("_", ".")
         assert sum(sign != "." for sign in typed) == givens
-        assert (puzzles.solve(puzzles.parse(typed), size) + ord("0") - 32 == sample.target).all()
+        assert (puzzles.solve(puzzles.parse_puzzle(typed), size) + ord("0") - 32 == sample.target).all()
         shown = sample.page.reshape(-1) != HOLE
         assert (sample.page.reshape(-1)[shown] == sample.target[shown]).all()
 
