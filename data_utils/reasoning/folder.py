@@ -307,10 +307,6 @@ class Writer:
         return self.state["task"]
 
     @property
-    def plan(self):
-        return self.state["plan"]
-
-    @property
     def counts(self):
         return self.state["counts"]
 

@@ -91,45 +91,6 @@ def _search(grid, size, limit, draw=None):
     return fill([cell for cell, digit in enumerate(grid) if not digit], limit)
 
 
-def solve(puzzle, size):
-    """Return the solution (N,) uint8 of a puzzle. Raises DataError if it has none or more than one."""
-    count = _search(puzzle.tolist(), size, 2)
-    if count != 1:
-        raise DataError("the puzzle has no solution" if not count else "the puzzle has more than one solution")
-    grid = puzzle.tolist()
-    draw = random.Random(0)
-    while not _search(grid, size, 1, draw):
-        pass
-    return np.array(grid, np.uint8)
-
-
-def guesses(puzzle, size):
-    """Return how often a search, fewest candidates first, had to guess to solve a puzzle (N,).
-
-    0: every step has a cell with a single candidate.
-    """
-    grid = puzzle.tolist()
-    guessed = 0
-    all_digits = set(range(1, size + 1))
-
-    def fill_in():
-        nonlocal guessed
-        free = {i: all_digits - {grid[j] for j in peers(size)[i]} for i, digit in enumerate(grid) if not digit}
-        if not free:
-            return True
-        cell = min(free, key=lambda i: len(free[i]))
-        guessed += len(free[cell]) > 1
-        for digit in sorted(free[cell]):
-            grid[cell] = digit
-            if fill_in():
-                return True
-        grid[cell] = 0
-        return False
-
-    fill_in()
-    return guessed
-
-
 def sudoku(*, size, givens, n, seed, first=0):
     """Return puzzles and solutions, (n, N) uint8 each; puzzle i depends on (seed, first + i) only.
 
