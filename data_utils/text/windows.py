@@ -268,13 +268,6 @@ class DomainText:
         """Return the number of windows of a split."""
         return int(self.edges[split][-1])
 
-    def tokens(self, split):
-        """Return the number of targets in one pass over all windows of a split."""
-        streams = self.streams[split]
-        if split == "val":
-            return sum(stream.tokens for stream in streams)
-        return sum(max(s.windows - 1, 0) * self.window + min(s.tokens, self.window) for s in streams)
-
     def describe(self):
         """Return a table with documents, megabytes of text, train and val tokens of each domain."""
         lines = [f"{'domain':<16} {'documents':>10} {'MB':>8} {'train tokens':>13} {'val tokens':>11}"]
