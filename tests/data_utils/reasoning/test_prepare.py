@@ -569,6 +569,13 @@ def test_generators_write_prepared_folders(tmp_path):
             prepare_data.COMMANDS[command][1](config(command, out=str(tmp_path / out)))
 
 
+def test_main_takes_a_configuration_made_in_python(tmp_path):
+    prepare_data.main(prepare_data.ArithmeticConfig(out=tmp_path / "sums", digits=1))
+    assert open_pairs(tmp_path / "sums").rows("val") == 20
+    with pytest.raises(UsageError, match="size=5"):
+        prepare_data.main(prepare_data.SudokuConfig(size=5))
+
+
 @pytest.mark.skipif(not GSM8K.exists(), reason="no shared data")
 def test_gsm8k(tmp_path):
     options = dict(

@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+import generate
+from data_utils.errors import DataError, UsageError
 from generate import choose, size_of, stream, write
 from models.state_space import StateSpace
 from models.transformer import Transformer
@@ -60,3 +62,10 @@ def test_characters_of_several_tokens_come_whole(capsys):
 
     count, size = stream(Bytes(), ((byte, 7) for byte in "añ€😀".encode()))
     assert capsys.readouterr().out == "añ€😀\n" and (count, size) == (10, 7)
+
+
+def test_main_takes_a_configuration_made_in_python(tmp_path):
+    with pytest.raises(DataError, match="none.pt is missing"):
+        generate.main(generate.Config(checkpoint=tmp_path / "none.pt"))
+    with pytest.raises(UsageError, match="sampler='x'"):
+        generate.main(generate.Config(sampler="x"))
