@@ -11,6 +11,7 @@ import time
 import zipfile
 from array import array
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -98,11 +99,18 @@ def _tokenize(path, tokenizer, base, dtype, skip_bad_lines):
     write_atomic(f"{base}.npz", lambda file: np.savez(file, **arrays))
 
 
-def _load(base, dtype):
-    """Return (tokens (N,), offsets (documents + 1,), hashes (documents, 2), bytes, problems) of one file.
+class _Part(NamedTuple):
+    """The cached tokens of one file."""
 
-    Returns None if the cache is missing or incomplete.
-    """
+    tokens: np.ndarray  # (N,), eos after each document
+    offsets: np.ndarray  # (documents + 1,): 0, then the end of each document
+    hashes: np.ndarray  # (documents, 2) of the texts
+    n_bytes: int  # of the texts
+    problems: dict  # as read_documents counts them
+
+
+def _load(base, dtype):
+    """Return the _Part in the cache; None if it is missing or incomplete."""
     try:
         with np.load(f"{base}.npz") as arrays:
             offsets, hashes = arrays["offsets"], arrays["hashes"]
@@ -110,7 +118,7 @@ def _load(base, dtype):
             problems = json.loads(str(arrays["problems"]))
         empty = offsets[-1] == 0  # memmap refuses an empty file
         tokens = np.zeros(0, dtype) if empty else np.memmap(f"{base}.bin", dtype, "r")
-        return (tokens, offsets, hashes, n_bytes, problems) if len(tokens) == offsets[-1] else None
+        return _Part(tokens, offsets, hashes, n_bytes, problems) if len(tokens) == offsets[-1] else None
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
         return None
 
@@ -118,7 +126,7 @@ def _load(base, dtype):
 class _Stream:
     """Slices of files, read as one sequence of tokens with an eos before it, so that every token is a target.
 
-    slices: [(part, begins, ends)]; a part is the result of `_load` for one file.
+    slices: [(part, begins, ends)] of each file, in tokens.
     """
 
     def __init__(self, slices, window):
@@ -146,14 +154,14 @@ class _Stream:
         end = 0
         for done, part, first, last in self._pieces(start, len(out)):
             end = done + last - first
-            out[done:end] = part[0][first:last]
+            out[done:end] = part.tokens[first:last]
         return end
 
     def documents(self, start, out):
         """Fill `out` with the text hash of each token's document."""
-        for done, (_, offsets, hashes, *_), first, last in self._pieces(start, len(out)):
-            document = np.searchsorted(offsets, np.arange(first, last), side="right") - 1
-            out[done : done + last - first] = hashes[document, 0].astype(np.int64)
+        for done, part, first, last in self._pieces(start, len(out)):
+            document = np.searchsorted(part.offsets, np.arange(first, last), side="right") - 1
+            out[done : done + last - first] = part.hashes[document, 0].astype(np.int64)
 
 
 class DomainText:
@@ -185,9 +193,11 @@ class DomainText:
             digests = [_digest(path) for path in files]
             parts = []
             for path, digest in zip(files, digests, strict=True):
-                parts.append(self._tokens(path, digest, folders, skip_bad_lines, rank, say))
-                _merge(problems, path, parts[-1][4], skip_bad_lines)
-            if not sum(len(part[2]) for part in parts):
+                part = self._part(path, digest, folders, skip_bad_lines, rank, say)
+                _merge(problems, path, part.problems, skip_bad_lines)
+                parts.append(part)
+            n_documents = sum(len(part.hashes) for part in parts)
+            if not n_documents:
                 if named:
                     raise DataError(f"domain {domain} in {data_dir} holds no document")
                 say(f"warning: domain {domain} holds no document: left out")
@@ -196,7 +206,7 @@ class DomainText:
             self.domains.append(domain)
             self.streams["train"].append(train)
             self.streams["val"].append(val)
-            self.rows.append((domain, sum(len(part[2]) for part in parts), sum(part[3] for part in parts)))
+            self.rows.append((domain, n_documents, sum(part.n_bytes for part in parts)))
             contents.append([domain, *digests])
         if problems:
             say(format_problems(problems))
@@ -220,8 +230,8 @@ class DomainText:
                 raise DataError(f"no domain {name} in {data_dir}; there are: {', '.join(existing)}")
         return [(name, existing[name], bool(names)) for name in names or existing]
 
-    def _tokens(self, path, digest, folders, skip_bad_lines, rank, say):
-        """Return the part of one file from the cache; rank 0 writes the cache if needed."""
+    def _part(self, path, digest, folders, skip_bad_lines, rank, say):
+        """Return the _Part of one file from the cache; rank 0 writes the cache if needed."""
         name = f"{digest}-{self.tokenizer.hash}"
         started = time.monotonic()
         while True:
@@ -239,23 +249,22 @@ class DomainText:
 
     def _split(self, domain, parts, say):
         """Return the train and val streams: the first val_split of the distinct text hashes, in their order, is val."""
-        distinct, place = np.unique(np.concatenate([part[2] for part in parts]), axis=0, return_inverse=True)
+        distinct, place = np.unique(np.concatenate([part.hashes for part in parts]), axis=0, return_inverse=True)
         if len(distinct) == 1:
-            return self._split_one(domain, next(part for part in parts if len(part[2])), say)
+            return self._split_one(domain, next(part for part in parts if len(part.hashes)), say)
         is_val = place.reshape(-1) < max(1, round(self.val_split * len(distinct)))
         train, val = [], []
         for part in parts:
-            offsets = part[1]
-            n_documents = len(offsets) - 1
+            n_documents = len(part.hashes)
             in_val, is_val = is_val[:n_documents], is_val[n_documents:]
             for slices, mask in ((train, ~in_val), (val, in_val)):
                 edges = np.flatnonzero(np.diff(np.concatenate([[0], mask, [0]])))  # neighbours become one slice
-                slices.append((part, offsets[edges[0::2]], offsets[edges[1::2]]))
+                slices.append((part, part.offsets[edges[0::2]], part.offsets[edges[1::2]]))
         return _Stream(train, self.window), _Stream(val, self.window)
 
     def _split_one(self, domain, part, say):
         """Split a domain of one document: its end is val, one window between the two is left out."""
-        n = int(part[1][1])
+        n = int(part.offsets[1])
         start = n - max(1, int(self.val_split * n))
         if start - self.window < 1:
             needed = max(self.window + 2, int(np.ceil((self.window + 1) / (1 - self.val_split))))
