@@ -9,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_prepare import config, content, language, put, texts
 
 import plot
 import prepare_data
@@ -24,6 +23,7 @@ from data_utils.reasoning import folder as prepared
 from data_utils.reasoning import normalize_qa as qa
 from data_utils.reasoning import prepare
 from data_utils.text import corpus
+from tests.data_utils.reasoning.test_prepare import config, content, language, put, texts
 
 
 def refused(call, *words):
