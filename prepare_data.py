@@ -40,11 +40,7 @@ class CheckConfig:
 
 @dataclass
 class ReadingConfig:
-    text_field: tuple[str, ...] = (
-        "revised_text",
-        "text",
-        "raw_content",
-    )  # fields that may hold the text, best first
+    text_field: tuple[str, ...] = ("revised_text", "text", "raw_content")  # fields that may hold the text, best first
     lang: str = ""  # keep only rows of this `language`
     collapse_whitespace: bool = False  # replace any white space by one space
     skip_bad_lines: bool = False  # count malformed rows instead of stopping at the first
