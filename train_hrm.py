@@ -119,6 +119,8 @@ class HrmConfig:
 
     # Flags of other scripts, and why they are not here.
     absent = dict(grad_accum_steps="each segment is an optimizer step of its own\ntry: a larger --batch_size")
+    # launch advises this when the memory is too small.
+    remedy = "a smaller --batch_size or --d_model, or --fsdp on several GPUs"
 
 
 @dataclass
@@ -186,8 +188,8 @@ from torch.nn.parallel import DistributedDataParallel
 from data_utils import checkpoint, distributed, files
 from data_utils.metrics import append_row, draw_losses, start_rows
 from data_utils.progress import Progress, peak_mb, say
-from data_utils.reasoning.answers import summarize
-from data_utils.reasoning.questions import open_questions, random_batch
+from data_utils.reasoning.dataset import open_dataset, random_batch
+from data_utils.reasoning.halting import summarize
 from data_utils.stop import Stop
 from models.hrm import HRM
 from models.optim.adamw8bit import AdamW8bit
@@ -323,7 +325,7 @@ def main(cfg):
     vocab_size = 98  # of a dry run, which reads no data
     # A dry run reads no data: it needs the sizes of a batch alone.
     if train:
-        data = open_questions(
+        data = open_dataset(
             cfg.dataset,
             max_seq_len=cfg.max_seq_len,
             data_seed=cfg.data_seed,
@@ -511,7 +513,7 @@ def main(cfg):
                     break
                 index = np.arange(start, min(start + size, n_val))
                 trace = full_model.trace(to_device(data.batch("val", index)), segments)
-                trace |= data.about("val", index)
+                trace |= data.row_facts("val", index)
                 traces.append({name: values.cpu() for name, values in trace.items()})
         # A signal may have reached some ranks only. All of them drop the evaluation then.
         shards = distributed.gather((bool(stop), traces))

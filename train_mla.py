@@ -114,6 +114,8 @@ class TrainMLAConfig(MLAConfig, DataConfig):
         fsdp="each rank needs the frozen experts as they are\n"
         "try: torchrun --standalone --nproc-per-node 2 train_mla.py"
     )
+    # launch advises this when the memory is too small.
+    remedy = "a smaller --batch_size with a larger --grad_accum_steps"
 
 
 Config = TrainMLAConfig

@@ -143,6 +143,8 @@ class SRConfig(ModelConfig, PoolConfig, DataConfig):
         ("epochs", "max_epochs"),
         "formulas are drawn anew at each step\ntry: --steps alone",
     )
+    # launch advises this when the memory is too small.
+    remedy = "a smaller --batch_size, more --gradient_accumulation_steps, or --fsdp on several GPUs"
 
 
 Config = SRConfig

@@ -32,9 +32,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.report import command_line, figure, measure, seconds, timed
 from data_utils.errors import DataError
-from data_utils.reasoning.answers import load_reasoner, pick_threshold, stops
-from data_utils.reasoning.dataset import open_pairs
-from data_utils.reasoning.questions import BUILT_IN
+from data_utils.reasoning.dataset import BUILT_IN, open_pairs
+from data_utils.reasoning.generate import load_reasoner
+from data_utils.reasoning.halting import pick_threshold, stops
 from data_utils.reasoning.sudoku import make, peers
 from models.hrm import HRM
 from models.optim.adamw8bit import AdamW8bit

@@ -80,7 +80,7 @@ def documents():
     found = []
     for read, *_ in corpus.SOURCES.values():
         try:
-            found += [text for _, text in corpus.clean(read())]
+            found += [text for _, text in corpus.clean_documents(read())]
         except FileNotFoundError:
             continue
     random.Random(0).shuffle(found)

@@ -1,6 +1,6 @@
-"""Plain torch checkpoints: whole or absent, verified when read, tensors and plain Python only.
+"""Plain torch checkpoints: written atomically, verified when read, tensors and plain Python only.
 
-Imports torch where tensors are: prepare_data.py writes files too, and has none.
+Imports torch inside functions: prepare_data.py also imports this file and runs without torch.
 """
 
 import math
@@ -14,45 +14,50 @@ from data_utils.errors import CheckpointError, DataError, UsageError
 from data_utils.files import set_aside, warn, write_atomic
 
 PLAIN = (int, float, str, bool, bytes, type(None))
-FAILED_SAVES = 3  # rolling saves in a row that fail before a run gives up
-FOLDER = 0x10  # attribute of a zip's entry, outside all checksums: torch reads whatever memory holds for a tensor's
-OTHER_NAMES = dict(  # old ones, read but never written; and those of train_multimodal.py's guide
-    model_state=("model", "model_state_dict"), optimizer_state=("optimizer", "optimizer_state_dict"),
-    amp_scaler=("scaler",), ema_state=("ema_state_dict",),
-)  # fmt: skip
+FAILED_SAVES = 3  # rolling saves that may fail in a row before a run gives up
+# This bit of a zip entry is in no checksum. If it flips, torch fills the tensor with uninitialized memory.
+FOLDER = 0x10
+OTHER_NAMES = {  # read, never written: old names, and those of train_multimodal.py's guide
+    "model_state": ("model", "model_state_dict"),
+    "optimizer_state": ("optimizer", "optimizer_state_dict"),
+    "amp_scaler": ("scaler",),
+    "ema_state": ("ema_state_dict",),
+}
 
 
 def writes():
-    """Whether this process, of those that train one model, is the one that writes."""
+    """Return whether this process is the one of its run that writes files."""
     import torch.distributed as dist
 
     return not dist.is_initialized() or dist.get_rank() == 0
 
 
 def full_tensor(tensor):
-    """Return a tensor whole: of one that processes share (FSDP2) all of them give their part."""
+    """Return the full tensor; for an FSDP2-sharded one all ranks must call this."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
-def shared_like(whole, own):
-    """Return of a tensor the part that this process keeps of `own`: all of it, unless processes share that."""
-    if not hasattr(own, "full_tensor"):
-        return whole
+def shared_like(tensor, local):
+    """Return the part of a full tensor that this rank holds of the FSDP2-sharded `local`; all of it if not sharded."""
+    if not hasattr(local, "full_tensor"):
+        return tensor
     from torch.distributed.tensor import distribute_tensor
 
-    return distribute_tensor(whole, own.device_mesh, own.placements, src_data_rank=None)  # each has read the file
+    # src_data_rank=None: nothing is sent, since every rank has read the file
+    return distribute_tensor(tensor, local.device_mesh, local.placements, src_data_rank=None)
 
 
 def to_plain(x, path="checkpoint", keep=True):
-    """Return a copy of `x` on the CPU. Raises TypeError, with the key's path, on what weights_only would refuse.
+    """Return a copy of `x` on the CPU, with full tensors. keep=False puts None in place of each tensor.
 
-    Tensors that processes share are gathered, for which each calls this. keep False: None instead of any tensor.
+    All ranks must call this if tensors are sharded. Raises TypeError, naming the key, for a type that
+    torch.load(weights_only=True) would refuse.
     """
     import torch
 
     if isinstance(x, torch.Tensor):
-        whole = full_tensor(x.detach())
-        return whole.to("cpu", copy=True) if keep else None
+        tensor = full_tensor(x.detach())
+        return tensor.to("cpu", copy=True) if keep else None
     if type(x) is dict or type(x).__name__ == "OrderedDict":
         return {k: to_plain(v, f"{path}.{k}", keep) for k, v in x.items()}
     if type(x) in (list, tuple):
@@ -63,15 +68,16 @@ def to_plain(x, path="checkpoint", keep=True):
 
 
 def canonical_keys(state):
-    """Return what a file holds under the names that are used here."""
-    found = {new: state[old] for new, others in OTHER_NAMES.items() for old in others if old in state}
-    return found | state
+    """Return `state` with the keys that this project uses added for those of OTHER_NAMES."""
+    renamed = {new: state[old] for new, others in OTHER_NAMES.items() for old in others if old in state}
+    return renamed | state
 
 
 def save_checkpoint(path, state):
-    """Write `state` to `path`; what was there stays if anything fails. Refuses weights that are not finite.
+    """Write `state` to `path`. If anything fails, the old file stays.
 
-    Each process calls this where they share weights, else one is enough; the first one writes.
+    The first rank writes. All ranks must call this if weights are sharded. Raises CheckpointError, also for
+    weights that are not finite.
     """
     import torch
 
@@ -89,38 +95,45 @@ def read(path):
     import torch
 
     try:
-        with zipfile.ZipFile(path) as archive:  # torch.load checks no checksum: most flipped bits would go unseen
-            about = [(entry.compress_type, entry.external_attr & FOLDER) for entry in archive.infolist()]
-            if any(part != (zipfile.ZIP_STORED, 0) for part in about) or archive.testzip() is not None:
+        with zipfile.ZipFile(path) as archive:  # torch.load checks no checksum and would miss most flipped bits
+            entries = archive.infolist()
+            plain = all(entry.compress_type == zipfile.ZIP_STORED for entry in entries)
+            folders = any(entry.external_attr & FOLDER for entry in entries)
+            if not plain or folders or archive.testzip() is not None:
                 raise ValueError("checksum differs")
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as e:  # truncation and flipped bits raise a dozen types
-        reason, culprit = (str(e).splitlines() or [""])[0], re.search(r"GLOBAL (\S+)", str(e))
-        if reason.startswith("Weights only load failed"):  # where torch goes on to advise an unsafe load
+        reason = (str(e).splitlines() or [""])[0]
+        if reason.startswith("Weights only load failed"):  # torch's own message advises an unsafe load
+            culprit = re.search(r"GLOBAL (\S+)", str(e))
             reason = f"holds {culprit[1] if culprit else 'a pickle'}, not tensors and plain Python only"
         raise CheckpointError(f"{path} can't be read: {type(e).__name__}: {reason}") from e
 
 
 def load_checkpoint(path, kinds):
-    """Return what was saved, on the CPU. Raises CheckpointError on any damage, UsageError if not one of `kinds`."""
+    """Return the state in a checkpoint, on the CPU.
+
+    Raises CheckpointError on any damage, UsageError if state["kind"] is not one of `kinds` (a str or several).
+    """
     state = read(path)
     kinds = [kinds] if isinstance(kinds, str) else kinds
     if not isinstance(state, dict) or state.get("kind") not in kinds:
-        found = state.get("kind") if isinstance(state, dict) else type(state).__name__
-        raise UsageError(f"{path} is of kind {found}, expected {' or '.join(kinds)}")
+        kind = state.get("kind") if isinstance(state, dict) else type(state).__name__
+        raise UsageError(f"{path} is of kind {kind}, expected {' or '.join(kinds)}")
     return state
 
 
 def numbered_files(folder, pattern):
-    """Files of `folder` that match the regular expression whole, largest number first (not by name, not by mtime)."""
-    found = [(int(m[1]), p) for p in Path(folder).glob("*") if (m := re.fullmatch(pattern, p.name))]
-    return [p for _, p in sorted(found, reverse=True)]
+    """Return the files of `folder` whose names match `pattern`, by its first group, the largest number first."""
+    matches = [(re.fullmatch(pattern, path.name), path) for path in Path(folder).glob("*")]
+    numbered = [(int(match[1]), path) for match, path in matches if match]
+    return [path for _, path in sorted(numbered, reverse=True)]
 
 
 def by_step(files, final, kind):
-    """Return step files (largest number first) with `final` among them by the step that it holds; first if unreadable.
+    """Return step files (largest number first) with `final` inserted by its step, before a file of the same step.
 
-    So that what cannot be read is named, and of two with the same step the final one is taken.
+    An unreadable `final` comes first, so that the reader names it.
     """
     if not final.exists():
         return files or [final]
@@ -128,113 +141,139 @@ def by_step(files, final, kind):
         step = load_checkpoint(final, kind)["step"]
     except CheckpointError:
         step = math.inf
-    place = sum(int(re.search(r"\d+", p.stem)[0]) > step for p in files)
+    place = sum(int(re.search(r"\d+", path.stem)[0]) > step for path in files)
     return [*files[:place], final, *files[place:]]
 
 
 def first_good(paths, load):
-    """Return (path, load(path)) of the first checkpoint that loads, warning about each that does not.
+    """Return (path, load(path)) of the first checkpoint that loads; warn about each one before it.
 
-    (None, None) for none. Raises CheckpointError when there are candidates and all are bad: never start over silently.
+    Returns (None, None) if no file exists. Raises CheckpointError if files exist and none loads: a run never
+    starts over silently.
     """
-    bad = []
+    unreadable = 0
     for path in filter(os.path.exists, paths):
         try:
             return path, load(path)
         except CheckpointError as e:
-            bad.append(str(e))
+            unreadable += 1
             warn(f"{e}; trying the next one")
-    if bad:
-        raise CheckpointError(f"none of {len(bad)} checkpoints can be read\ntry: --fresh to start over")
+    if unreadable:
+        raise CheckpointError(f"none of {unreadable} checkpoints can be read\ntry: --fresh to start over")
     return None, None
 
 
 def find_checkpoint(resume, fresh, files, kind):
-    """Return (path, state) as --resume and --fresh say; (None, None) to begin.
+    """Return the (path, state) that --resume and --fresh ask for; (None, None) to start from step 0.
 
-    resume: "" or none begins, latest must find one of `files` (best first), auto takes one if there is one, anything
-    else is a file, without fallback. Raises UsageError or CheckpointError.
+    resume: "" and "none" start from step 0. "latest" takes the first readable one of `files` and fails if there is
+    none. "auto" takes it if there is one. Any other value is a path, without fallback.
+    Raises UsageError, DataError or CheckpointError.
     """
     if fresh and resume not in ("", "none", "latest", "auto"):
-        raise UsageError(f"--fresh starts over, --resume {resume} goes on: give one of them")
+        raise UsageError(f"--fresh starts over, --resume {resume} continues: give one of them")
     if fresh or resume in ("", "none"):
         return None, None
     if resume in ("latest", "auto"):
         path, state = first_good(files, lambda path: load_checkpoint(path, kind))
         if not state and resume == "latest":
-            names = ", ".join(p.name for p in files)
-            raise DataError(f"--resume: nothing in {files[0].parent} like {names}\ntry: the command without --resume")
+            names = ", ".join(path.name for path in files)
+            raise DataError(
+                f"--resume: {files[0].parent} has no checkpoint named {names}\ntry: the command without --resume"
+            )
         return path, state
     if not os.path.isfile(resume):
-        there = ", ".join(str(p) for p in files if p.exists()) or "none"
-        raise UsageError(f"--resume {resume}: no such file\ncheckpoints of this run: {there}")
+        existing = ", ".join(str(path) for path in files if path.exists()) or "none"
+        raise UsageError(f"--resume {resume}: no such file\ncheckpoints of this run: {existing}")
     try:
         return Path(resume), load_checkpoint(resume, kind)
     except CheckpointError as e:
         raise UsageError(f"{e}\nno fallback for a named file; --resume alone takes the newest good one") from e
 
 
-def load_parts(parts, state, path, about, allow_partial=None, same_data=""):
-    """Load state[name] into parts[name] (model, optimizer, scaler). Raises UsageError, listing keys, unless all fits.
+def load_parts(parts, state, path, header, allow_partial=None, same_data=""):
+    """Load state[name] into parts[name] (model, optimizer, scaler, ...).
 
-    `about` is what this run would save about itself: tokenizer and model_args must be those of the file.
-    With allow_partial (None: the script has no such flag) the weights that fit are loaded, the rest is listed, and the
-    optimizer starts anew. The run's weight decay and betas stand: torch would put back the file's without a word. The
-    rate is the schedule's business.
-    same_data: the flags that say which data it is, where other data than the file's are an error too.
+    header: what this run would save; its tokenizer and model_args must equal those of the file. allow_partial: the
+    weights that fit are loaded, the others are listed, and the optimizer starts anew (None: the script has no such
+    flag). same_data: the flags that choose the data, in scripts that refuse a checkpoint of other data.
+    Weight decay and betas stay those of this run; torch would silently restore those of the file. The learning rate
+    follows from the schedule. Raises UsageError, listing the keys, if something does not fit.
     """
-    if state.get("tokenizer_hash") != about.get("tokenizer_hash"):
-        theirs, ours = (f"{a['tokenizer']} ({a['tokenizer_hash'][:8]})" for a in (state, about))
-        raise UsageError(f"{path} was trained with tokenizer {theirs}, this run has {ours}")
-    if same_data and state["data_hash"] != about["data_hash"]:
-        raise UsageError(f"{path} was trained on other data: data_hash {state['data_hash'][:8]}, here "
-                         f"{about['data_hash'][:8]}\ntry: the {same_data} that it was trained with")  # fmt: skip
-    differs = changed(state["model_args"], about["model_args"])
-    if differs and not allow_partial:
-        remedy = "the settings it was trained with, or another folder"
-        remedy = remedy if allow_partial is None else "--allow_partial loads what fits"
-        raise UsageError(f"{path} has another model: {differs}\ntry: {remedy}")
-    state, model = canonical_keys(state), parts["model_state"]
+    _check_header(state, path, header, allow_partial, same_data)
+    state = canonical_keys(state)
+    model = parts["model_state"]
     if "optimizer_state" in parts and "optimizer_state" not in state:
-        raise UsageError(f"{path} holds weights to be used, not a run to go on with\ntry: latest.pt beside it")
-    saved = {re.sub(r"^(_orig_mod\.|module\.)+", "", k): v for k, v in state["model_state"].items()}
-    own = model.state_dict()
-    missing, extra = sorted(own.keys() - saved.keys()), sorted(saved.keys() - own.keys())
-    shapes = [k for k in own.keys() & saved.keys() if own[k].shape != saved[k].shape]
-    if missing or extra or shapes:
-        lists = dict(missing=missing, extra=extra, **{"wrong shape": sorted(shapes)})
-        found = "; ".join(f"{len(v)} {k}: {', '.join(v[:3])}" for k, v in lists.items() if v)
-        fits = {k: v for k, v in saved.items() if k in own and k not in shapes}
-        share = sum(v.numel() for v in fits.values()) / max(1, sum(v.numel() for v in own.values()))
-        if not allow_partial:
-            remedy = "" if allow_partial is None else f"\ntry: --allow_partial loads {share:.0%} of it"
-            raise UsageError(f"{path} does not fit this model: {found}{remedy}")
-        if share < 0.5:
-            raise UsageError(f"{path} fits only {share:.0%} of this model: {found}")
-        warn(f"{path}: {found}; {share:.0%} loaded, the optimizer starts anew")
-        model.load_state_dict({k: shared_like(v, own[k]) for k, v in fits.items()}, strict=False)
+        raise UsageError(f"{path} holds weights alone: training can't continue from it\ntry: latest.pt beside it")
+    saved = {re.sub(r"^(_orig_mod\.|module\.)+", "", name): w for name, w in state["model_state"].items()}
+    weights = model.state_dict()
+    fitting = _fitting(saved, weights, path, allow_partial)
+    complete = len(fitting) == len(weights) == len(saved)
+    model.load_state_dict({name: shared_like(w, weights[name]) for name, w in fitting.items()}, strict=complete)
+    if not complete:
         state = {}  # nothing else fits
-    else:
-        model.load_state_dict({k: shared_like(v, own[k]) for k, v in saved.items()})
     for name, part in parts.items():
         if part is model:
             continue
-        if not state.get(name):  # an empty scaler is that of a run without one
-            if hasattr(part, "restart"):  # averaged weights begin as the loaded ones, not as random ones
+        if not state.get(name):  # also the empty scaler of a run without one
+            if hasattr(part, "restart"):  # averaged weights start from the loaded ones, not from random ones
                 part.restart()
             continue
         if name == "optimizer_state":
-            slots = _checked(part, state[name], path)
+            slots = _fitting_slots(part, state[name], path)
             pairs = zip(part.state_dict()["param_groups"], state[name]["param_groups"], strict=False)
-            groups = [own | dict(lr=old.get("lr", own["lr"])) for own, old in pairs]
+            groups = [group | dict(lr=old.get("lr", group["lr"])) for group, old in pairs]
             part.load_state_dict(state[name] | dict(state=slots, param_groups=groups))
         else:
-            now = part.state_dict()
-            part.load_state_dict({k: shared_like(v, now.get(k)) for k, v in state[name].items()})
+            current = part.state_dict()
+            part.load_state_dict({key: shared_like(v, current.get(key)) for key, v in state[name].items()})
 
 
-def _checked(optimizer, saved, path):
-    """Return the states of an optimizer, shared like its parameters.
+def _check_header(state, path, header, allow_partial, same_data):
+    """Raise UsageError if tokenizer, data or model arguments of a checkpoint differ from those of this run."""
+    if state.get("tokenizer_hash") != header.get("tokenizer_hash"):
+        theirs, ours = (f"{h['tokenizer']} ({h['tokenizer_hash'][:8]})" for h in (state, header))
+        raise UsageError(f"{path} was trained with tokenizer {theirs}, this run has {ours}")
+    if same_data and state["data_hash"] != header["data_hash"]:
+        theirs, ours = (h["data_hash"][:8] for h in (state, header))
+        raise UsageError(
+            f"{path} was trained on other data: data_hash {theirs}, here {ours}\n"
+            f"try: the {same_data} that it was trained with"
+        )
+    differs = changed(state["model_args"], header["model_args"])
+    if differs and not allow_partial:
+        remedy = "--allow_partial loads what fits"
+        if allow_partial is None:
+            remedy = "the settings it was trained with, or another folder"
+        raise UsageError(f"{path} has another model: {differs}\ntry: {remedy}")
+
+
+def _fitting(saved, weights, path, allow_partial):
+    """Return the saved weights whose names and shapes fit `weights`.
+
+    Raises UsageError unless all fit, or with allow_partial at least half of the numbers.
+    """
+    problems = {
+        "missing": sorted(weights.keys() - saved.keys()),
+        "extra": sorted(saved.keys() - weights.keys()),
+        "wrong shape": sorted(k for k in weights.keys() & saved.keys() if weights[k].shape != saved[k].shape),
+    }
+    fitting = {k: w for k, w in saved.items() if k in weights and k not in problems["wrong shape"]}
+    if not any(problems.values()):
+        return fitting
+    listing = "; ".join(f"{len(names)} {kind}: {', '.join(names[:3])}" for kind, names in problems.items() if names)
+    share = sum(w.numel() for w in fitting.values()) / max(1, sum(w.numel() for w in weights.values()))
+    if not allow_partial:
+        remedy = "" if allow_partial is None else f"\ntry: --allow_partial loads {share:.0%} of it"
+        raise UsageError(f"{path} does not fit this model: {listing}{remedy}")
+    if share < 0.5:
+        raise UsageError(f"{path} fits only {share:.0%} of this model: {listing}")
+    warn(f"{path}: {listing}; {share:.0%} loaded, the optimizer starts anew")
+    return fitting
+
+
+def _fitting_slots(optimizer, saved, path):
+    """Return the saved states of an optimizer, sharded like its parameters.
 
     Raises UsageError for shapes that don't fit: torch accepts any here and fails at the next step.
     """
@@ -243,62 +282,69 @@ def _checked(optimizer, saved, path):
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     for i, slots in saved["state"].items():
         tensors = {name: t for name, t in slots.items() if torch.is_tensor(t) and t.ndim}
-        whole = [t for name, t in tensors.items() if not name.endswith(("_codes", "_scales"))]  # not in blocks
-        if i >= len(parameters) or any(t.shape != parameters[i].shape for t in whole):
+        # 8-bit states have shapes of their own
+        unquantized = [t for name, t in tensors.items() if not name.endswith(("_codes", "_scales"))]
+        if i >= len(parameters) or any(t.shape != parameters[i].shape for t in unquantized):
             raise UsageError(f"{path}: optimizer state {i} does not fit its parameter")
         slots.update({name: shared_like(t, parameters[i]) for name, t in tensors.items()})
     return saved["state"]
 
 
 def changed(old, new, cosmetic=()):
-    """Return 'lr 0.0003 -> 0.001, ...' for the keys of `new` that differ in `old`, but for the cosmetic ones; or ''."""
-    keys = [k for k in new if k in old and k not in cosmetic and _listed(old[k]) != _listed(new[k])]
+    """Return "lr 0.0003 -> 0.001, ..." for the keys in both dicts whose values differ, without the `cosmetic` ones."""
+    keys = [k for k in new if k in old and k not in cosmetic and _as_list(old[k]) != _as_list(new[k])]
     return ", ".join(f"{k} {old[k]} -> {new[k]}" for k in keys)
 
 
-def _listed(x):
+def _as_list(x):
     return list(x) if isinstance(x, tuple) else x
 
 
-def resume_notice(path, state, about, cosmetic):
-    """Return the line that says what a run goes on from, and which changes end exact resuming.
+def resume_notice(path, state, header, cosmetic):
+    """Return the line that names the resumed checkpoint and the changes that end exact resuming.
 
-    As many micro-batches a step, on more processes or on fewer, are the same step.
+    More processes with fewer micro-batches each, or the reverse, give the same step.
     """
     names = ("data_hash", "world_size", "steps")
-    facts = [{n: s[n] for n in names} for s in (state, about)]
-    # Facts win: the schedule's true length, where config may say that it follows from the epochs.
-    old, new = (fact | s["config"] | fact for fact, s in zip(facts, (state, about), strict=True))
-    split = [n for n in ("grad_accum_steps", "gradient_accumulation_steps", "world_size") if n in old and n in new]
-    if len(split) == 2 and math.prod(old[n] for n in split) == math.prod(new[n] for n in split):
-        cosmetic = (*cosmetic, *split)
+    facts = [{name: h[name] for name in names} for h in (state, header)]
+    # Facts win: the schedule has its true length there, where the config may say that it follows from the epochs.
+    old, new = (fact | h["config"] | fact for fact, h in zip(facts, (state, header), strict=True))
+    factors = ("grad_accum_steps", "gradient_accumulation_steps", "world_size")
+    factors = [name for name in factors if name in old and name in new]
+    if len(factors) == 2 and math.prod(old[n] for n in factors) == math.prod(new[n] for n in factors):
+        cosmetic = (*cosmetic, *factors)
+    notice = f"resumed {path} at step {state['step']}"
     differs = changed(old, new, cosmetic)
-    return f"resumed {path} at step {state['step']}" + f", {differs}: exact resume is lost" * bool(differs)
+    if differs:
+        notice += f", {differs}: exact resume is lost"
+    return notice
 
 
 class Saver:
-    """saver(path, state, must): save; a rolling save (must=False) may fail FAILED_SAVES - 1 times in a row."""
+    """saver(path, state, must) saves; a rolling save (must=False) may fail FAILED_SAVES - 1 times in a row."""
 
     def __init__(self, save=save_checkpoint):
-        self.save, self.failed, self.last = save, 0, "none of this run"
+        self.save = save
+        self.failed = 0
+        self.last = "none of this run"
 
     def __call__(self, path, state, must=True):
         try:
             self.save(path, state)
-            self.failed, self.last = 0, path
+            self.failed = 0
+            self.last = path
         except CheckpointError as e:
             self.failed += 1
             if must or self.failed == FAILED_SAVES:
                 raise CheckpointError(f"{e}\nlast good file: {self.last}") from e
-            warn(f"{e}; what was there stays, training goes on")
+            warn(f"{e}; the old file stays, training continues")
 
 
 def rehearse(folder, name, state):
-    """Write `state` into `folder`, read it back, remove it; return the size in bytes that a checkpoint will have.
+    """Write `state` into `folder`, read it back and remove it; return the size in bytes of a checkpoint.
 
-    Called as save_checkpoint is; the processes that write nothing return 0.
-
-    Raises CheckpointError when that fails or there is no room for two of them: better now than after a night.
+    All ranks must call this if weights are sharded; those that write nothing return 0. Raises CheckpointError if
+    it fails or the disk has no room for two checkpoints: a run must find out before it trains for a night.
     """
     trial = Path(folder) / f"{name}.tmp-rehearsal-{os.getpid()}"
     try:
@@ -310,7 +356,7 @@ def rehearse(folder, name, state):
     finally:
         if trial.parent.is_dir():
             trial.unlink(missing_ok=True)
-    if not state["step"]:  # AdamW is empty before its first step; then it has two numbers of 4 bytes a parameter
+    if not state["step"]:  # AdamW has no state before its first step, then two float32 numbers per parameter
         size += 8 * sum(p.numel() for p in canonical_keys(state)["model_state"].values())
     free = shutil.disk_usage(folder).free
     if free < 2 * size:
@@ -319,29 +365,32 @@ def rehearse(folder, name, state):
 
 
 def rotate(paths, keep):
-    """Remove all but the first `keep` of `paths` (newest first), once the newest reads well; 0 keeps all."""
+    """Remove all but the first `keep` of `paths` (newest first), if the newest is undamaged; 0 keeps all."""
     if not keep or len(paths) <= keep:
         return
     try:
         with zipfile.ZipFile(paths[0]) as newest:
-            good = newest.testzip() is None
+            intact = newest.testzip() is None
     except (OSError, zipfile.BadZipFile):
-        good = False
-    for path in paths[keep:] if good else ():
-        path.unlink(missing_ok=True)
+        intact = False
+    if intact:
+        for path in paths[keep:]:
+            path.unlink(missing_ok=True)
 
 
 def set_aside_later(paths, step):
-    """Set aside those of the step files or folders `paths` that are of a later step than a run goes on from.
+    """Rename step files or folders of a later step than `step` to *.bak.
 
-    They are of a branch that is left, or damaged: the next start must not take them, nor `rotate` keep them as newest.
-    A file without a number in its name is asked for its step.
+    They belong to an abandoned branch or are damaged. The next start must not resume from them, and `rotate` must
+    not count them as the newest. A file without a number in its name holds its step.
     """
     later = []
     for path in filter(os.path.exists, paths):
         number = re.search(r"\d+", Path(path).stem)
         try:
-            later += [path] * ((int(number[0]) if number else read(path)["step"]) > step)
-        except CheckpointError:  # it was named when it was passed over
+            path_step = int(number[0]) if number else read(path)["step"]
+        except CheckpointError:  # first_good has warned about it
             continue
+        if path_step > step:
+            later.append(path)
     set_aside(later)

@@ -1,7 +1,6 @@
-"""What the ranks of a run tell each other, and weights that they share (FSDP2).
+"""Collectives: numbers and objects over all ranks of a run, and sharded weights (FSDP2).
 
-Every function may be called in a run of one process too, where it does nothing or returns what it was given. All ranks
-must call each of them, in the same order.
+All ranks must call each function, in the same order. In a run of one process they do nothing or return their argument.
 """
 
 import contextlib
@@ -16,11 +15,12 @@ from data_utils.checkpoint import full_tensor
 from data_utils.errors import UsageError
 from data_utils.files import warn
 
-LARGE = 2e9  # parameters from which on a gathered model may not fit the machine
-TWINS = weakref.WeakKeyDictionary()  # sharded model -> its modules without memory, for evaluations
+LARGE = 2e9  # parameters above which the full model may not fit into memory
+TWINS = weakref.WeakKeyDictionary()  # sharded model -> the same modules on the meta device, for evaluation
 
 
 def world_size():
+    """Return the number of ranks."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
@@ -44,7 +44,7 @@ def _reduce(numbers, operation):
 
 
 def gather(part):
-    """Return a list with the `part` of every rank: plain Python or CPU tensors."""
+    """Return a list with the `part` of every rank, which holds plain Python or CPU tensors."""
     parts = [part] * world_size()
     if world_size() > 1:
         dist.all_gather_object(parts, part)
@@ -52,7 +52,7 @@ def gather(part):
 
 
 def average_gradients(parameters):
-    """Average the gradients of parameters that DistributedDataParallel does not know."""
+    """Average over ranks the gradients of parameters outside DistributedDataParallel."""
     if world_size() == 1:
         return
     for parameter in parameters:
@@ -61,24 +61,25 @@ def average_gradients(parameters):
 
 
 def shard(model, optimizer="adamw"):
-    """Let each rank keep a part of every weight of `model`, in place. Build the optimizer of these parts, afterwards.
+    """Shard every weight of `model` over the ranks, in place (PyTorch FSDP, arXiv 2304.11277).
 
-    Children of a ModuleList are gathered when they are called, and again in the backward pass. The rest, tied weights
-    too, is gathered in the forward pass and kept. PyTorch FSDP, arXiv 2304.11277. Raises UsageError for an optimizer
-    that needs whole matrices (muon) or blocks of its own (adamw_8bit).
+    Build the optimizer afterwards, from the sharded parameters. Children of a ModuleList are gathered when they are
+    called, and again in the backward pass. The other weights, tied ones too, are gathered in the forward pass and
+    kept. Raises UsageError for an optimizer that needs full matrices (muon) or its own blocks (adamw_8bit).
     """
     if optimizer != "adamw":
-        raise UsageError(f"--fsdp with --optimizer {optimizer}, which needs whole weights\ntry: --optimizer adamw")
+        raise UsageError(f"--fsdp with --optimizer {optimizer}, which needs full weights\ntry: --optimizer adamw")
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method  # takes half a second
+    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method  # half a second
 
     empty = {id(p): Parameter(p.to("meta"), p.requires_grad) for p in model.parameters()}
     TWINS[model] = copy.deepcopy(model, empty).to("meta")
     mesh = init_device_mesh(next(model.parameters()).device.type, (world_size(),))
     lists = [part for part in model.modules() if isinstance(part, ModuleList)]
-    for child in (child for part in reversed(lists) for child in part if not isinstance(child, ModuleList)):
+    children = [child for part in reversed(lists) for child in part if not isinstance(child, ModuleList)]
+    for child in children:
         fully_shard(child, mesh=mesh)
-        if hasattr(child, "keys"):  # of what a decoder reads: called by itself, before the child
+        if hasattr(child, "keys"):  # a decoder calls this method before the child itself
             register_fsdp_forward_method(child, "keys")
     fully_shard(model, mesh=mesh)
     count = sum(p.numel() for p in model.parameters())
@@ -88,9 +89,9 @@ def shard(model, optimizer="adamw"):
 
 @contextlib.contextmanager
 def full_weights(model):
-    """`with full_weights(model) as full_model:` a model in eval mode, with all weights on every rank.
+    """`with full_weights(model) as full_model:` gives a model in eval mode with all weights on every rank.
 
-    Each rank may call it as often as it likes, and any of its methods. Afterwards `model` trains on.
+    Each rank may call any of its methods, any number of times. Afterwards `model` is in train mode again.
     """
     full_model = model
     if model in TWINS:
@@ -108,10 +109,10 @@ def full_weights(model):
 
 
 def close():
-    """Leave the process group.
+    """Leave the process group, unless it is Gloo's, which stays until the process ends (see `launch`).
 
-    Gloo's stays until the process ends (`launch`): its thread may still hold tensors of the last reduction and wait for
-    the interpreter, which would wait for that thread while it destroys the group.
+    Gloo's thread may still hold tensors of the last reduction. It waits for the interpreter, and destroying the group
+    would make the interpreter wait for that thread.
     """
     if world_size() > 1 and dist.get_backend() == "nccl":
         dist.destroy_process_group()

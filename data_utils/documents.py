@@ -11,13 +11,14 @@ MALFORMED = ("invalid UTF-8", "invalid JSON", "not an object", 'no string "text"
 
 
 def find_domains(data_dir, say=print):
-    """Return {domain: sorted *.jsonl paths}, domains sorted. Raises DataError, with the layout, when there is none."""
-    root, domains = Path(data_dir), {}
+    """Return {domain: sorted *.jsonl paths}, domains sorted. Raises DataError, showing the layout, if there is none."""
+    root = Path(data_dir)
+    domains = {}
     if root.is_dir():
         for folder in sorted(root.iterdir()):
             if not folder.name.startswith(".") and _stays_inside(folder, root, say) and folder.is_dir():
-                files = (p for p in sorted(folder.glob("*.jsonl")) if _stays_inside(p, root, say))
-                domains[folder.name] = [p for p in files if p.is_file()]
+                paths = (path for path in sorted(folder.glob("*.jsonl")) if _stays_inside(path, root, say))
+                domains[folder.name] = [path for path in paths if path.is_file()]
     if any(domains.values()):
         return domains
     message = f"no domain in {root}: expected {root}/<domain>/*.jsonl"
@@ -30,9 +31,9 @@ def find_domains(data_dir, say=print):
 
 
 def read_documents(path, problems=None, skip_bad_lines=False):
-    """Yield the text of each line that has one; what is wrong is counted in problems {kind: [count, 5 examples]}.
+    """Yield the text of each line that has one; count the others in problems {kind: [count, up to 5 examples]}.
 
-    Raises DataError("file:line: reason") at a malformed line unless skip_bad_lines, and at one above MAX_LINE_BYTES.
+    Raises DataError("file:line: reason") at a malformed line, unless skip_bad_lines, and at one above MAX_LINE_BYTES.
     """
     problems = {} if problems is None else problems
     with open(path, "rb") as file:
@@ -45,7 +46,8 @@ def read_documents(path, problems=None, skip_bad_lines=False):
             if kind:
                 entry = problems.setdefault(kind, [0, []])
                 entry[0] += 1
-                entry[1] += [f"{path}:{number}: {reason}"] if len(entry[1]) < 5 else []
+                if len(entry[1]) < 5:
+                    entry[1].append(f"{path}:{number}: {reason}")
             if kind in MALFORMED and not skip_bad_lines:
                 raise DataError(f"{path}:{number}: {reason}\ntry: mend the line, or --skip_bad_lines")
             if text:
@@ -53,10 +55,10 @@ def read_documents(path, problems=None, skip_bad_lines=False):
 
 
 def cut(text, limit):
-    """Yield pieces of at most `limit` characters whose token ids, one after the other, are those of the whole text.
+    """Yield pieces of at most `limit` characters whose token ids, concatenated, are those of the full text.
 
-    A cut before a single space between two non-spaces is where byte-level BPE cuts as well; where a piece has no such
-    place the cut is at the limit, which costs a token, never a character.
+    Byte-level BPE also splits before a single space between two non-spaces, so pieces end there. A piece without such
+    a place ends at the limit, which may cost a token but never a character.
     """
     start = 0
     while len(text) - start > limit:
@@ -70,7 +72,7 @@ def cut(text, limit):
 
 
 def format_problems(problems):
-    """Return one table of problems {kind: [count, examples]}."""
+    """Return problems {kind: [count, examples]} as a table."""
     lines = ["lines that are not plain documents:"]
     for kind, (count, examples) in sorted(problems.items()):
         lines += [f"  {count:>8}  {kind}", *(f"            {example}" for example in examples)]
@@ -80,7 +82,7 @@ def format_problems(problems):
 def _stays_inside(path, root, say):
     try:
         inside = not path.is_symlink() or path.resolve(strict=True).is_relative_to(root.resolve())
-    except (OSError, RuntimeError):  # a loop, or a link to nothing
+    except (OSError, RuntimeError):  # a loop or a broken link
         inside = False
     if not inside:
         say(f"warning: {path} is a link out of {root} or a loop: not followed")
@@ -95,7 +97,7 @@ def _read_line(line):
         row = json.loads(line.decode("utf-8-sig"))
     except UnicodeDecodeError as e:
         return "invalid UTF-8", f"invalid UTF-8: {e.reason}", ""
-    except (ValueError, RecursionError) as e:  # nesting, and integers of thousands of digits
+    except (ValueError, RecursionError) as e:  # deep nesting, integers of thousands of digits
         kind = "invalid JSON" if line.endswith(b"\n") else "truncated last line"
         return kind, f"{kind}: {e}", ""
     if not isinstance(row, dict):

@@ -73,7 +73,7 @@ def scale(ax, values, linear=False):
 # ---- rows of metrics.jsonl -------------------------------------------------------------------------------------------
 
 
-def numbered(rows):
+def rows_with_steps(rows):
     """Return the rows of metrics whose step is a number; a loss that is no number becomes None."""
     rows = [row for row in rows if _is_number(row.get("step"))]
     return [row | dict(loss=row.get("loss") if _is_number(row.get("loss")) else None) for row in rows]
@@ -110,7 +110,7 @@ def plot_losses(runs, out):
     figure, panels = plt.subplots(1, columns, figsize=(width, 4.2), layout="constrained")
     left, right = panels[:2]
     for colour, dashes, (path, rows) in zip(COLOURS, cycle(("-", "--", ":", "-.")), runs):
-        name, rows = _run_name(path), numbered(rows)
+        name, rows = _run_name(path), rows_with_steps(rows)
         train = [row for row in rows if row.get("split") == "train"]
         val = [row for row in rows if row.get("split") == "val"]
         if not train and not val:

@@ -1,4 +1,4 @@
-"""Files that are whole or absent, locks, and what a command may replace: nothing of the user's, unasked."""
+"""Atomic writes, locks and backups. No command replaces a file of the user's unless told to."""
 
 import mmap
 import os
@@ -11,10 +11,12 @@ from pathlib import Path
 from data_utils.errors import CheckpointError, UsageError
 from data_utils.launch import at_end
 
-MARK = b"made by petri"  # in files that a person may also make: pictures, events
-TORN = r"\.tmp-(rehearsal-)?\d+"  # how the name of a temporary file ends: the process that writes it
-OF_A_RUN = r"(step_\d+|final|best_model|best_val|last|latest(\.prev)?|ema_model|model)\.(pt|yaml)"  # files of a run
-OF_A_RUN = rf"({OF_A_RUN}|(meta|tokenizer)\.json|metrics\.jsonl)"
+MARK = b"made by petri"  # stands in files that other programs write too: pictures, events
+TEMPORARY = r"\.tmp-(rehearsal-)?\d+"  # end of the name of a temporary file: the id of the writing process
+RUN_FILES = (  # names of the files that a training run writes
+    r"((step_\d+|final|best_model|best_val|last|latest(\.prev)?|ema_model|model)\.(pt|yaml)"
+    r"|(meta|tokenizer)\.json|metrics\.jsonl)"
+)
 
 
 def root():
@@ -23,14 +25,18 @@ def root():
 
 
 def warn(message):
+    """Print a warning to stderr; a closed or full stderr is ignored."""
     try:
         print(f"warning: {message}", file=sys.stderr, flush=True)
-    except OSError:  # nobody reads it, or its disk is full
+    except OSError:
         pass
 
 
 def write_atomic(path, write):
-    """Call write(file) on a temporary neighbour of `path`, flush it, rename it: readers see the old file or the new."""
+    """Call write(file) on a temporary file, flush it and rename it to `path`.
+
+    Readers see either the old file or the new one. Raises CheckpointError; the old file then stays.
+    """
     path = Path(path)
     temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
     try:
@@ -41,7 +47,8 @@ def write_atomic(path, write):
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except (OSError, RuntimeError) as e:  # torch reports a full disk as a RuntimeError
-        raise CheckpointError(f"{path} was not written: {(str(e).splitlines() or [type(e).__name__])[0]}") from e
+        reason = (str(e).splitlines() or [type(e).__name__])[0]
+        raise CheckpointError(f"{path} was not written: {reason}") from e
     finally:
         if temporary.parent.is_dir():
             temporary.unlink(missing_ok=True)
@@ -52,7 +59,7 @@ def write_atomic(path, write):
 
 
 def holds(path, mark):
-    """Return whether the bytes of a file contain `mark`; False for what can't be read."""
+    """Return whether a file contains the bytes `mark`; False if it can't be read."""
     try:
         with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
             return content.find(mark) >= 0
@@ -61,11 +68,12 @@ def holds(path, mark):
 
 
 def is_marked(path):
+    """Return whether a file contains MARK."""
     return holds(path, MARK)
 
 
 def begins(path, *starts):
-    """Return whether a file begins with one of the bytes `starts`."""
+    """Return whether a file begins with one of the bytes `starts`; False if it can't be read."""
     try:
         with open(path, "rb") as file:
             return file.read(max(map(len, starts))).startswith(starts)
@@ -74,33 +82,37 @@ def begins(path, *starts):
 
 
 def check_replaceable(path, fresh, made_here=lambda path: False, *, flag="--out", inputs=(), other=""):
-    """Raise UsageError where writing `path` would replace a file that this command did not make.
+    """Raise UsageError if writing `path` would replace a file that this command did not make.
 
-    made_here(path): whether the content of the file proves that the command made it. With `fresh` a file without that
-    proof is let through: `make_room` sets it aside. inputs: files that the command reads; it replaces none of them,
-    fresh or not. other: a value of the flag that is free.
+    made_here(path) says whether the content of the file proves that this command made it.
+    With `fresh`, other files pass too: `make_room` renames them later.
+    inputs: files that the command reads. It never replaces one, even with `fresh`.
+    other: a free value of the flag, for the message.
     """
-    if not path or not os.path.isfile(path):  # nothing to write or to replace; or a folder, which the writer refuses
+    if not path or not os.path.isfile(path):  # nothing to replace; a folder is refused by the writer
         return
     path = Path(path)
-    advice = f"try: {flag} {shlex.quote(str(other or unused(path, '_new')))}"
-    if any(os.path.exists(other) and os.path.samefile(path, other) for other in inputs if other):
-        raise UsageError(f"{flag} {path} is a file that this command reads\n{advice}")
-    if made_here(path):
+    free = other or unused(path, "_new")
+    advice = f"try: {flag} {shlex.quote(str(free))}"
+    for source in inputs:
+        if source and os.path.exists(source) and os.path.samefile(path, source):
+            raise UsageError(f"{flag} {path} is a file that this command reads\n{advice}")
+    if made_here(path) or fresh:
         return
-    if not fresh:
-        raise UsageError(f"{path} exists, and nothing in it says that this command made it\n"
-                         f"{advice}, or --fresh, which renames it to {backup_of(path).name}")  # fmt: skip
+    raise UsageError(
+        f"{path} exists, and nothing in it says that this command made it\n"
+        f"{advice}, or --fresh, which renames it to {backup_of(path).name}"
+    )
 
 
 def make_room(path, made_here=lambda path: False):
-    """Set a file aside that is about to be replaced, unless made_here(path) proves that the same command made it."""
+    """Rename a file that is about to be replaced to *.bak, unless made_here(path) proves that the command made it."""
     if os.path.isfile(path) and not made_here(path):
         set_aside([path])
 
 
 def unused(path, end):
-    """Return the neighbour of `path` with `end` after its stem that does not exist yet."""
+    """Return a neighbour of `path` that does not exist yet: `end`, and a number if needed, follows its stem."""
     path = Path(path)
     if path.name in ("", ".."):
         path = Path(os.path.realpath(path))
@@ -108,11 +120,11 @@ def unused(path, end):
     return next(name for name in names if not os.path.lexists(name))
 
 
-def lock_run(folder, name, *own):
-    """Keep other runs out of run `name` in `folder` until main (ends_cleanly) or this process ends; return the lock.
+def lock_run(folder, name, *run_folders):
+    """Lock run `name` in `folder` until main (ends_cleanly) or this process ends; return the lock.
 
-    Raises UsageError if it is in use. Removes temporary files that a killed process left: those of files that begin
-    with the name, and those of a run's files (OF_A_RUN) in the folders `own`, which hold this run alone.
+    Also removes temporary files that a killed process left: those of files whose names begin with `name`,
+    and those of RUN_FILES in `run_folders`, which belong to this run alone. Raises UsageError if the run is locked.
     """
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
@@ -133,23 +145,24 @@ def lock_run(folder, name, *own):
     lock.truncate(0)
     lock.write(f"{os.getpid()} on {platform.node()}")
     lock.flush()
-    sweep(folder, rf"{re.escape(name)}([._].*)?")  # not those of a run with a longer name
-    for place in own:
-        sweep(place, OF_A_RUN)
+    sweep(folder, rf"{re.escape(name)}([._].*)?")  # not the files of a run with a longer name
+    for run_folder in run_folders:
+        sweep(run_folder, RUN_FILES)
     return lock
 
 
 def sweep(folder, names):
-    """Remove the temporary files that a killed process left of the files whose names match the regular expression."""
-    for torn in Path(folder).glob("*.tmp-*"):
-        if re.fullmatch(names + TORN, torn.name) and torn.is_file():
-            torn.unlink(missing_ok=True)
+    """Remove temporary files that a killed process left; `names` is a regular expression of the final names."""
+    for path in Path(folder).glob("*.tmp-*"):
+        if re.fullmatch(names + TEMPORARY, path.name) and path.is_file():
+            path.unlink(missing_ok=True)
 
 
 def backup_of(path):
     """Return the first of path.bak, path.bak2, path.bak3, ... that does not exist yet."""
-    path, number = Path(path), 2
+    path = Path(path)
     backup = path.with_name(f"{path.name}.bak")
+    number = 2
     while os.path.lexists(backup):
         backup = path.with_name(f"{path.name}.bak{number}")
         number += 1
@@ -157,7 +170,7 @@ def backup_of(path):
 
 
 def set_aside(paths):
-    """Rename files or folders to *.bak, *.bak2, ..., aloud: starting over loses nothing, and no older backup."""
+    """Rename files or folders to *.bak, *.bak2, ... and print each; no older backup is replaced."""
     for path in map(Path, paths):
         if path.exists():
             backup = backup_of(path)

@@ -6,10 +6,7 @@ from data_utils.errors import UsageError
 
 
 def open_device(name):
-    """Return the torch.device that `name` (auto, cpu, cuda, cuda:1, mps) stands for, ready for use.
-
-    Raises UsageError when it is not there.
-    """
+    """Return the torch.device for `name` (auto, cpu, cuda, cuda:1, mps). Raises UsageError if it can't be used."""
     if name == "auto":
         name = "mps" if torch.backends.mps.is_available() else "cpu"
         name = "cuda" if torch.cuda.is_available() else name
@@ -26,10 +23,10 @@ def open_device(name):
 
 
 def bf16_autocast(device):
-    """Return torch.autocast to bf16 where the device multiplies in it by itself, else one that does nothing."""
+    """Return torch.autocast to bfloat16, enabled only where the device computes in it natively."""
+    fast = False
     if device.type == "cuda":
-        fast = torch.cuda.get_device_capability(device) >= (8, 0)  # older ones only emulate it
-    else:
-        units = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-        fast = device.type == "cpu" and units
+        fast = torch.cuda.get_device_capability(device) >= (8, 0)  # older GPUs emulate it
+    elif device.type == "cpu":
+        fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     return torch.autocast(device.type, torch.bfloat16, enabled=fast)

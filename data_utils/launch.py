@@ -1,4 +1,4 @@
-"""How a program starts and ends: threads that share the cores, errors as a status, what main must let go."""
+"""Start and end a program: cores shared with others, exit status instead of a traceback, resources released."""
 
 import contextlib
 import contextvars
@@ -11,25 +11,26 @@ import time
 
 from data_utils.errors import DataError, UsageError
 
-_endings = contextvars.ContextVar("endings", default=None)  # the calls that the main under way makes when it ends
-WAITING = "OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"  # each says how OpenMP's threads wait
+_endings = contextvars.ContextVar("endings", default=None)  # calls that the running main makes at its end
+WAITING = "OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"  # each sets how OpenMP's threads wait
+TORCHRUN = "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"  # set beside WORLD_SIZE
 
 
 def share_cores():
-    """Let torch's threads wait without spinning long where other processes want the cores. To be called before torch.
+    """Make torch's idle threads spin for a shorter time if other processes need the cores.
 
-    A thread that spins at a barrier keeps the core from the one it waits for. Nothing is changed where the user has
-    chosen, and numbers never change. benchmarks/busy.py measured the counts.
+    A thread that spins at a barrier keeps the core from the thread that it waits for. Call this before torch is
+    imported. It changes no result, and nothing if the user has set a policy. benchmarks/busy.py measured the counts.
     """
     if "torch" in sys.modules or any(name in os.environ for name in WAITING):
         return
     cores = os.cpu_count() or 1
-    asked = re.match(r"\d+", os.environ.get("OMP_NUM_THREADS", ""))
-    threads = int(asked[0]) if asked else cores
+    setting = re.match(r"\d+", os.environ.get("OMP_NUM_THREADS", ""))
+    threads = int(setting[0]) if setting else cores
     if others_running() > cores - threads + 0.5:
         os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
         os.environ["GOMP_SPINCOUNT"] = "1000"
-    else:  # a neighbour may still come
+    else:  # another process may still start
         os.environ["GOMP_SPINCOUNT"] = "10000"
 
 
@@ -40,17 +41,14 @@ def others_running(samples=10, seconds=0.02):
         for _ in range(samples):
             time.sleep(seconds / samples)
             with open("/proc/loadavg", encoding="ascii") as file:  # 0.20 0.18 0.12 1/80 11206
-                counts.append(int(file.read().split()[3].split("/")[0]) - 1)  # this process itself runs
+                counts.append(int(file.read().split()[3].split("/")[0]) - 1)  # without this process
         return sum(counts) / samples
-    except (OSError, ValueError, IndexError):  # no Linux
+    except (OSError, ValueError, IndexError):  # not Linux
         return os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
 
 
-TORCHRUN = "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"  # set beside WORLD_SIZE
-
-
 def check_torchrun(device):
-    """Raise UsageError for a WORLD_SIZE without its neighbours, and for one GPU that all processes would share."""
+    """Raise UsageError for a WORLD_SIZE without torchrun's other variables, and if all ranks would share one GPU."""
     world = int(os.environ.get("WORLD_SIZE", 1))
     missing = [name for name in TORCHRUN if name not in os.environ]
     if world > 1 and missing:
@@ -63,9 +61,9 @@ def check_torchrun(device):
 
 
 def ends_cleanly(main):
-    """Decorate main: what it holds (locks, its W&B run, processes) is let go when it ends, however it ends.
+    """Decorate main so that its locks, its W&B run and its processes are released however it ends.
 
-    A notebook's kernel lives on, and keeps the traceback of an error with all that main's variables refer to.
+    A notebook needs this: its kernel lives on, and keeps the traceback of an error with all of main's variables.
     """
 
     @functools.wraps(main)
@@ -79,59 +77,51 @@ def ends_cleanly(main):
 
 
 def at_end(call):
-    """Have call(failed) made when the main under way ends, `failed` if by an exception; never where there is none."""
+    """Register call(failed) for the end of the running main; failed: whether by an exception. No main, no call."""
     endings = _endings.get()
     if endings is not None:
         endings.push(lambda kind, error, trace: call(kind is not None) and None)
 
 
 def launch(main, cfg, leave=True):
-    """Run main(cfg) as a program: a short message and a status instead of a traceback for what a user can mend.
+    """Run main(cfg) as a program and exit: 0 done, 1 bad data or failed run, 2 usage, 128 + signal when stopped.
 
-    0 done, 1 data or run, 2 usage, 128 + signal when stopped. leave=False: what comes before the program; it leaves
-    only if that fails, else returns what it returned. Does nothing with the None that from_cli returns in a notebook:
-    call main(Config(...)) there.
+    An error that the user can fix prints a short message instead of a traceback. leave=False: return the result of
+    main, and exit only if it fails. Does nothing if cfg is None, which from_cli returns in a notebook: there call
+    main(Config(...)). cfg.remedy, if there is one, is the advice for too little memory.
     """
     if cfg is None:
         return None
-    # under torchrun a stopped rank leaves with 0: it would take 143 for a failure and start the ranks again
-    torchrun = "TORCHELASTIC_RUN_ID" in os.environ
     status = 0
     try:
-        signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # while there is nothing to save
-        made = main(cfg)
+        signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # until there is a state to save
+        result = main(cfg)
         if not leave:
-            return made
-        stopped = made.get("stopped", 0)
-        status = 0 if not stopped else 130 if stopped == signal.SIGINT else 143
+            return result
+        stopped = result.get("stopped", 0)
+        if stopped:
+            status = 130 if stopped == signal.SIGINT else 143
     except (UsageError, DataError) as e:
         status = 2 if isinstance(e, UsageError) else 1
         print(f"error: {e}", file=sys.stderr)
     except KeyboardInterrupt:
         status = 130
     except (RuntimeError, MemoryError) as e:
+        status = 1
         text = f"{type(e).__name__} {e}"
-        reason = (str(e).splitlines() or ["no reason given"])[0][:300]
         if re.search("out of memory|OutOfMemory|MemoryError|can't allocate memory", text):
-            print(f"error: out of memory: {reason}\ntry: {_remedy(cfg)}", file=sys.stderr)
+            reason = (str(e).splitlines() or ["no reason given"])[0][:300]
+            remedy = getattr(cfg, "remedy", "smaller sizes")
+            print(f"error: out of memory: {reason}\ntry: {remedy}", file=sys.stderr)
         elif re.search("InvalidCxxCompiler|No working C\\+\\+ compiler|Failed to find C compiler", text):
-            print("error: --compile needs a C++ compiler, and there is none\n"
-                  "try: the same command without --compile", file=sys.stderr)  # fmt: skip
+            print("error: --compile needs a C++ compiler, and there is none", file=sys.stderr)
+            print("try: the same command without --compile", file=sys.stderr)
         else:
             raise
-        status = 1
-    status = 0 if torchrun and status > 128 else status
+    if "TORCHELASTIC_RUN_ID" in os.environ and status > 128:
+        status = 0  # torchrun takes another status for a failure and restarts the ranks
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:  # see distributed.close
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)
     sys.exit(status)
-
-
-def _remedy(cfg):
-    """Return what takes less memory than a run with this configuration: its `remedy`, if its class has one."""
-    remedy = getattr(cfg, "remedy", "")
-    if remedy:
-        return remedy() if callable(remedy) else remedy
-    shared = ", or --fsdp" * (not getattr(cfg, "fsdp", True) and int(os.environ.get("WORLD_SIZE", 1)) > 1)
-    return "a smaller --batch_size with a larger --grad_accum_steps" + shared

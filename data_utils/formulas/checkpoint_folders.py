@@ -156,7 +156,7 @@ def _has_only_saved_files(path):
 def sweep(out):
     """Remove what a killed process left half written: checkpoint folders, and files of the run beside them."""
     for torn in Path(out).glob("checkpoint_*.tmp-*"):
-        if torn.is_dir() and re.fullmatch(FOLDER + files.TORN, torn.name):
+        if torn.is_dir() and re.fullmatch(FOLDER + files.TEMPORARY, torn.name):
             shutil.rmtree(torn, ignore_errors=True)
     names = "|".join(map(re.escape, ("metrics.jsonl", "state_dict.pt", "checkpoint", *sorted(BUNDLE))))
     files.sweep(out, f"({names})")

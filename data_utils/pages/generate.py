@@ -147,7 +147,7 @@ def read_page(text, task):
     rows = ["".join(line.split()) for line in text.split("\n") if line.strip()]  # spaces do not count
     if len(rows) == 1 and len(rows[0]) == task.length:  # all in one line
         rows = [rows[0][first : first + task.cols] for first in range(0, task.length, task.cols)]
-    grid = puzzles.parse("".join(as_rows(rows, task)))
+    grid = puzzles.parse_puzzle("".join(as_rows(rows, task)))
     return np.where(grid == 0, np.uint8(HOLE), grid + DIGIT).reshape(task.rows, task.cols)
 
 

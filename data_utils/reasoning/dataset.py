@@ -1,6 +1,8 @@
-"""Prompt and answer as ids: padded batches of a prepared folder (see prepared.py) or of rows made in memory.
+"""The data sets of train_hrm.py behind one interface: sums, Sudokus, prepared folders, or one random batch.
 
-B rows, S ids of the encoder, T labels; position = batch number, so that a resumed run needs no state of a loader.
+Each has meta (vocab_size, ...), hash, tokenizer, rows(split), order(seed, epoch), batch(split, index, number) -> dict
+of (B, ...) tensors, and row_facts(split, index) -> the numbers per row that `halting.summarize` needs.
+B rows, S ids of the encoder, T labels, N cells. A batch follows from its number, so a loader has no state to resume.
 """
 
 import hashlib
@@ -9,26 +11,100 @@ import time
 from functools import partial
 from itertools import islice
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
 
 from data_utils.errors import DataError, UsageError
 from data_utils.reasoning import sources
+from data_utils.reasoning.arithmetic import build_synthetic_dataset
 from data_utils.reasoning.folder import Writer, read_index, read_meta, read_row, write_beside
 from data_utils.reasoning.rows import SPLITS, id_type, pack, read_ids
+from data_utils.reasoning.sudoku import augment, load_puzzles, make
 from data_utils.tokenizer import SimpleTokenizer, load_tokenizer
 from data_utils.workers import cores, in_order
 
-HEARTBEAT = 200_000  # rows between two lines while JSONL is read
-LEAK_ROWS = 1000  # looked at, evenly spread: reading all would cost what the memory map saves
+HEARTBEAT = 200_000  # rows between two printed lines while JSONL is read
+LEAK_ROWS = 1000  # rows searched for leaks, evenly spread: reading all would cost what the memory map saves
+BUILT_IN = dict(size=9, givens=40, train=2000, val=1000)  # of --dataset sudoku
+
+
+def open_dataset(dataset, *, max_seq_len, data_seed, reveal, say, **reading):
+    """Return the data set "synthetic", "sudoku", or that of a prepared folder; **reading as in open_pairs."""
+    if dataset == "synthetic":
+        pairs = from_rows(*build_synthetic_dataset(seed=data_seed), max_seq_len=max_seq_len)
+        pairs.short = len("What is 12 + 34?") + 2  # ids of a prompt with two operands of two digits
+        return pairs
+    meta = dict(kind="sudoku", vocab_size=10, size=9) if dataset == "sudoku" else read_meta(dataset)
+    if meta["kind"] != "sudoku":
+        return open_pairs(dataset, max_seq_len=max_seq_len, say=say, **reading)
+    if max_seq_len != meta["size"] ** 2:
+        raise UsageError(f"--max_seq_len {max_seq_len}: the puzzles have {meta['size'] ** 2} cells")
+    if dataset == "sudoku":
+        say(f"making {BUILT_IN['train']} + {BUILT_IN['val']} puzzles")
+        grids = make(**BUILT_IN, seed=data_seed, processes=cores())
+    else:
+        grids = load_puzzles(dataset)
+    return Puzzles(grids, meta, seed=data_seed, reveal=reveal)
+
+
+def random_batch(n, length, vocab_size):
+    """Return a batch of random ids: n rows of prompts and answers of `length`."""
+    ids = torch.randint(vocab_size, (3, n, length))
+    return dict(zip(("encoder_ids", "decoder_input_ids", "labels"), ids, strict=True))
+
+
+# ---- Sudokus ---------------------------------------------------------------------------------------------------------
+
+
+class Puzzles:
+    """Sudokus {split: (puzzles, solutions)}, uint8 (n, N) each; training rows are augmented anew in each batch."""
+
+    tokenizer = SimpleNamespace(name="digits", hash="")
+
+    def __init__(self, grids, meta, *, seed, reveal):
+        self.grids = grids
+        self.meta = meta
+        self.seed = seed
+        self.reveal = reveal
+        content = b"".join(np.ascontiguousarray(grid).tobytes() for split in grids.values() for grid in split)
+        self.hash = hashlib.sha256(content).hexdigest()
+
+    def rows(self, split):
+        """Return the number of puzzles."""
+        return len(self.grids[split][0])
+
+    def order(self, seed, epoch):
+        """Return the rows of "train" in the order of an epoch, (n,) int64."""
+        return np.random.default_rng((seed, epoch)).permutation(self.rows("train"))
+
+    def batch(self, split, index, number=None):
+        """Return encoder_ids and labels (B, N) int64; those of training batch `number` are augmented."""
+        puzzles, solutions = (grid[index] for grid in self.grids[split])
+        if number is not None:
+            rng = np.random.default_rng((self.seed, number))
+            puzzles, solutions = augment(puzzles, solutions, size=self.meta["size"], rng=rng, reveal=self.reveal)
+        return dict(encoder_ids=torch.from_numpy(puzzles).long(), labels=torch.from_numpy(solutions).long())
+
+    def write_beside(self, path, config):
+        """Write config.yaml and meta.json for the checkpoint `path`."""
+        write_beside(path, config, self.meta)
+
+    def row_facts(self, split, index):
+        """Return {labels, blanks}, (B,) each: the number of cells, and of blank ones."""
+        blanks = torch.from_numpy(self.grids[split][0][index] == 0).sum(1)
+        return dict(labels=torch.full_like(blanks, self.meta["size"] ** 2), blanks=blanks)
+
+
+# ---- prompts and answers ---------------------------------------------------------------------------------------------
 
 
 def pad_batch(rows, *, pad_id, max_seq_len=0):
-    """Return a dict of int64 of rows (encoder_ids, decoder_input_ids, labels), cut on the right at max_seq_len.
+    """Pad rows (encoder_ids, decoder_input_ids, labels), cut on the right at max_seq_len, into a dict of int64.
 
-    encoder_ids, encoder_mask (B, S); decoder_input_ids, labels, decoder_mask (B, T). Masks are 1 where a row has ids,
-    from its length: a real id that equals pad_id is not masked. Labels are padded with -100.
+    encoder_ids, encoder_mask (B, S); decoder_input_ids, labels, decoder_mask (B, T). Masks follow from the lengths, so
+    a real id that equals pad_id is not masked. Labels are padded with -100.
     """
     cut = max_seq_len or None
     sides = [[np.asarray(ids, np.int64)[:cut] for ids in side] for side in zip(*rows, strict=True)]
@@ -46,7 +122,7 @@ def _pad(side, fill):
 
 
 def open_tokenizer(folder, meta):
-    """Return the tokenizer of a prepared folder; DataError when unreadable or with more ids than meta.json says."""
+    """Return the tokenizer of a prepared folder. Raises DataError if it is unreadable or larger than meta.json says."""
     path = Path(folder, meta["tokenizer_file"])
     try:
         state = json.loads(path.read_text(encoding="utf-8"))
@@ -60,9 +136,10 @@ def open_tokenizer(folder, meta):
 
 
 def open_splits(folder, *, workers=0, skip_bad_lines=False, cache_dir="", rank=0, say=print):
-    """Return (meta, {split: (ids, index)}) of a prepared folder; JSONL is converted once into <folder>/.cache.
+    """Return (meta, {split: (ids, index)}) of a prepared folder.
 
-    Where that takes no files, into cache_dir. Rank 0 converts, the others wait. Raises DataError, with file:line.
+    JSONL is converted once, into <folder>/.cache or, if that can't be written, into cache_dir. Rank 0 converts, the
+    other ranks wait. Raises DataError, with file:line for a bad line.
     """
     folder, meta = Path(folder), read_meta(folder)
     if meta["kind"] == "sudoku":
@@ -73,18 +150,19 @@ def open_splits(folder, *, workers=0, skip_bad_lines=False, cache_dir="", rank=0
         stamps |= {name: meta[name] for name in ("vocab_size", "bos_id")}
         places = [Path(place, ".cache") for place in (folder, cache_dir) if place]
         cache = _convert(files, stamps, meta, workers, skip_bad_lines, places, rank, say)
-        folder, meta = cache, meta | {k: v for k, v in read_meta(cache).items() if k.endswith(("samples", "sha256"))}
+        meta |= {k: v for k, v in read_meta(cache).items() if k.endswith(("samples", "sha256"))}
+        folder = cache
     return meta, {split: read_index(folder, split, meta) for split in SPLITS}
 
 
 def _convert(files, stamps, meta, workers, skip_bad_lines, places, rank, say):
-    """Return the folder that holds the binary form of the JSONL files."""
+    """Return the folder with the binary form of the JSONL files; rank 0 writes it if needed."""
     started = time.monotonic()
     while True:
         for place in places:
             try:
-                found = read_meta(place)
-                if found["stamps"] == stamps and (skip_bad_lines or not found["counts"].get("bad_rows")):
+                cached = read_meta(place)
+                if cached["stamps"] == stamps and (skip_bad_lines or not cached["counts"].get("bad_rows")):
                     return place
             except (DataError, KeyError):
                 continue
@@ -100,21 +178,22 @@ def _convert(files, stamps, meta, workers, skip_bad_lines, places, rank, say):
     except UsageError as e:
         if "in use" in str(e):
             raise
-        writer = Writer(place, "bin", specification, fresh=True)  # of older files
+        writer = Writer(place, "bin", specification, fresh=True)  # the cache is of older files
     read = partial(read_ids, vocab_size=meta["vocab_size"], bos_id=meta["bos_id"], skip_bad_lines=skip_bad_lines)
-    rows = said = 0
+    rows = printed = 0
     with writer:
-        for part in in_order(read, islice(sources.split(files), writer.task, None), min(workers, cores())):
+        tasks = islice(sources.split_tasks(files), writer.task, None)
+        for part in in_order(read, tasks, min(workers, cores())):
             writer.add(part)
             rows += sum(part["counts"][f"{split}_samples"] for split in SPLITS)
-            if rows // HEARTBEAT > said:
-                said = rows // HEARTBEAT
+            if rows // HEARTBEAT > printed:
+                printed = rows // HEARTBEAT
                 say(f"{files[0].parent}: {rows} rows, {rows / (time.monotonic() - started):.0f} rows/s")
         bad = writer.counts.get("bad_rows", 0)
         if bad:
             say(f"{files[0].parent}: {bad} bad lines skipped")
-        about = {name: meta[name] for name in ("vocab_size", "pad_id", "bos_id", "eos_id", "max_seq_len", "kind")}
-        writer.finish(about | dict(format="bin", stamps=stamps), columns=3)
+        names = ("vocab_size", "pad_id", "bos_id", "eos_id", "max_seq_len", "kind")
+        writer.finish({name: meta[name] for name in names} | dict(format="bin", stamps=stamps), columns=3)
     return place
 
 
@@ -135,7 +214,7 @@ def open_pairs(folder, *, max_seq_len=0, allow_leak=False, say=print, **reading)
 
 
 def from_rows(train, val, tokenizer, *, max_seq_len=0):
-    """Return the Pairs of rows (encoder_ids, decoder_input_ids, labels) made in memory; decoder inputs made anew."""
+    """Return the Pairs of rows (encoder_ids, decoder_input_ids, labels) in memory; inputs follow from labels."""
     rows = {split: [tuple(map(np.array, row[::2])) for row in side] for split, side in (("train", train), ("val", val))}
     dtype = id_type(tokenizer.vocab_size)
     part = pack(rows, dtype, "bin", tokenizer.bos_id)
@@ -149,32 +228,36 @@ def from_rows(train, val, tokenizer, *, max_seq_len=0):
     return Pairs(splits, meta | dict(part["counts"]), tokenizer, max_seq_len=max_seq_len)
 
 
-def _leaks(encoder_ids, inputs, labels):
+def _leaks(encoder_ids, inputs):
+    """Return whether the encoder sees the answer."""
     return np.array_equal(encoder_ids, inputs)
 
 
 class Pairs:
-    """Batches of {split: (ids, index)}; `hash` names the data, `leak` is true where the encoder is shown the answer.
+    """Batches of {split: (ids, index)}. `hash` identifies the data; `leak`: the encoder sees the answers.
 
-    Rows whose encoder ids are the decoder inputs show it: above 1 % of those looked at they are cut in half, prefix ->
-    continuation, unless allow_leak.
+    It sees the answer of a row whose encoder ids equal the decoder inputs. If more than 1 % of the searched rows leak,
+    leaking rows are cut in half, prefix -> continuation, unless allow_leak.
     """
 
     def __init__(self, splits, meta, tokenizer, *, max_seq_len=0, allow_leak=False, say=print):
-        self.splits, self.meta, self.tokenizer, self.max_seq_len = splits, meta, tokenizer, max_seq_len
+        self.splits = splits
+        self.meta = meta
+        self.tokenizer = tokenizer
+        self.max_seq_len = max_seq_len
         self.hash = meta.get("data_sha256") or hashlib.sha256(json.dumps(meta).encode()).hexdigest()
         self.cut_leaks = self.leak = False
-        self.short = 0  # ids of a prompt below which it is scored apart; 0: none is
+        self.short = 0  # shorter prompts are scored apart; 0: none
         n = self.rows("train")
         if not n:
             raise DataError("no training row")
         sample = np.unique(np.linspace(0, n - 1, min(n, LEAK_ROWS), dtype=np.int64))
-        share = sum(_leaks(*self._row("train", i)) for i in sample) / len(sample)
+        share = sum(_leaks(*self._row("train", i)[:2]) for i in sample) / len(sample)
         if share > 0.01:
             self.leak, self.cut_leaks = allow_leak, not allow_leak
-            done = "kept as --allow_leak says" if allow_leak else "cut in half, prefix -> continuation"
-            say(f"warning: {share:.0%} of the rows show the encoder what the decoder must predict: {done}")
-        longest = meta["max_seq_len"] or max_seq_len + 1  # meta.json spares the look at every row
+            action = "kept as --allow_leak says" if allow_leak else "cut in half, prefix -> continuation"
+            say(f"warning: {share:.0%} of the rows show the encoder what the decoder must predict: {action}")
+        longest = meta["max_seq_len"] or max_seq_len + 1  # if meta.json knows it, no row needs a look
         if 0 < max_seq_len < longest:
             long = sum(self._count_long(split) for split in SPLITS)
             if long:
@@ -188,29 +271,31 @@ class Pairs:
         """Return the rows of "train" in the order of an epoch, (n,) int64."""
         return np.random.default_rng((seed, epoch)).permutation(self.rows("train"))
 
-    def about(self, split, index):
-        """Return {labels, bytes, short}, (B,) each: ids and UTF-8 bytes of the answer, whether it is a short sum."""
+    def row_facts(self, split, index):
+        """Return {labels, bytes, short}, (B,) each: ids and UTF-8 bytes of the answer, whether the prompt is short."""
         batch = self.batch(split, index)
-        real, sizes = batch["labels"] >= 0, torch.from_numpy(self.tokenizer.token_bytes.astype(np.int64))
-        octets = (sizes[batch["labels"].clamp_min(0)] * real).sum(1)
-        found = dict(labels=real.sum(1), bytes=octets)
-        return found | dict(short=batch["encoder_mask"].sum(1) < self.short) if self.short else found
+        real = batch["labels"] >= 0
+        sizes = torch.from_numpy(self.tokenizer.token_bytes.astype(np.int64))
+        facts = dict(labels=real.sum(1), bytes=(sizes[batch["labels"].clamp_min(0)] * real).sum(1))
+        if self.short:
+            facts["short"] = batch["encoder_mask"].sum(1) < self.short
+        return facts
 
     def write_beside(self, path, config):
         """Write config.yaml, meta.json and tokenizer.json for the checkpoint `path`."""
         write_beside(path, config, self.meta, self.tokenizer)
 
     def batch(self, split, index, number=None):
-        """Return the dict of pad_batch for the rows `index` (B,); `number`, that of the batch, changes nothing here."""
+        """Return the dict of pad_batch for the rows `index` (B,); the number of the batch changes nothing here."""
         ids, places = self.splits[split]
         index = np.asarray(index, np.int64)
-        found = np.asarray(places[index])
+        edges = np.asarray(places[index])  # (B, 2 or 3)
         begin = np.where(index > 0, np.asarray(places[np.maximum(index, 1) - 1, -1]), 0)
-        own = found[:, -1] > found[:, 1]
-        if self.cut_leaks or own.any():
-            return self._plain(split, index)
-        encoder_ids, encoder_mask = self._gather(ids, begin, found[:, 0], self.meta["pad_id"])
-        labels, decoder_mask = self._gather(ids, found[:, 0], found[:, 1], self.meta["pad_id"])
+        has_inputs = edges[:, -1] > edges[:, 1]
+        if self.cut_leaks or has_inputs.any():
+            return self._padded_rows(split, index)
+        encoder_ids, encoder_mask = self._gather(ids, begin, edges[:, 0], self.meta["pad_id"])
+        labels, decoder_mask = self._gather(ids, edges[:, 0], edges[:, 1], self.meta["pad_id"])
         inputs = np.empty_like(labels)
         inputs[:, 0], inputs[:, 1:] = self.meta["bos_id"], labels[:, :-1]
         inputs[~decoder_mask] = self.meta["pad_id"]
@@ -222,18 +307,20 @@ class Pairs:
     def _gather(self, ids, begin, end, fill):
         """Return ids[begin : end] of each row padded with `fill` (B, L) int64, and where it has ids (B, L) bool."""
         lengths = end - begin
-        lengths = np.minimum(lengths, self.max_seq_len) if self.max_seq_len else lengths
+        if self.max_seq_len:
+            lengths = np.minimum(lengths, self.max_seq_len)
         steps = np.arange(lengths.max())
         mask = steps < lengths[:, None]
         out = np.take(ids, begin[:, None] + steps, mode="clip").astype(np.int64)
         out[~mask] = fill
         return out, mask
 
-    def _plain(self, split, index):
+    def _padded_rows(self, split, index):
+        """Return the same as `batch`, row by row: for leaking rows and decoder inputs of their own."""
         rows = []
         for i in index.tolist():
             encoder_ids, inputs, labels = self._row(split, i)
-            if self.cut_leaks and _leaks(encoder_ids, inputs, labels) and len(labels) > 1:
+            if self.cut_leaks and _leaks(encoder_ids, inputs) and len(labels) > 1:
                 half = len(labels) // 2
                 encoder_ids, labels = encoder_ids[:half], labels[half - 1 :]
                 inputs = np.concatenate([[self.meta["bos_id"]], labels[:-1]])
@@ -241,11 +328,16 @@ class Pairs:
         return pad_batch(rows, pad_id=self.meta["pad_id"], max_seq_len=self.max_seq_len)
 
     def _row(self, split, i):
-        encoder_ids, labels, own = read_row(*self.splits[split], i)
-        return encoder_ids, own if len(own) else np.concatenate([[self.meta["bos_id"]], labels[:-1]]), labels
+        """Return (encoder_ids, decoder_input_ids, labels) of row i."""
+        encoder_ids, labels, inputs = read_row(*self.splits[split], i)
+        if not len(inputs):
+            inputs = np.concatenate([[self.meta["bos_id"]], labels[:-1]])
+        return encoder_ids, inputs, labels
 
     def _count_long(self, split):
-        places, long = self.splits[split][1], 0
+        """Return the number of rows longer than max_seq_len on either side."""
+        places = self.splits[split][1]
+        long = 0
         for start in range(0, len(places), 2**16):
             block = np.asarray(places[max(0, start - 1) : start + 2**16])
             begins = np.concatenate([[0] if not start else [], block[:, -1]])[:-1]

@@ -1,10 +1,11 @@
-"""Prepared folders: rows of ids as JSONL or binary files, meta.json last; written so that a kill costs seconds.
+"""Prepared folders: rows of ids as JSONL or binary files. A killed command loses seconds of work.
 
-train.jsonl    {"encoder_ids": [..], "decoder_input_ids": [..], "labels": [..]} a line
-train.bin      of each row the ids of the encoder, then the labels; uint16, above 65,536 ids uint32
-train.idx.npy  int64 (rows, 2): start of the labels, end; a third column, the end of decoder inputs of their own,
-               where a row has some
-tokenizer.json, meta.json, and val.* like train.*
+train.jsonl    one {"encoder_ids": [..], "decoder_input_ids": [..], "labels": [..]} per line
+train.bin      the ids of the encoder, then the labels, row by row; uint16, or uint32 above 65,536 ids
+train.idx.npy  int64 (rows, 2): where the labels of a row start and end in train.bin. A third column is the end of
+               decoder inputs, if rows have other ones than bos and the shifted labels
+val.*          the same of the held-out rows
+tokenizer.json, meta.json; meta.json is written last
 """
 
 import contextlib
@@ -24,14 +25,16 @@ from data_utils.files import lock_run, set_aside, sweep, unused, write_atomic
 from data_utils.reasoning.rows import SPLITS
 from data_utils.tokenizer import SimpleTokenizer
 
-FILES = {form: [f"{split}.{kind}" for split in SPLITS for kind in kinds]
-         for form, kinds in dict(jsonl=["jsonl"], bin=["bin", "idx"]).items()}  # fmt: skip
-FILES["both"] = FILES["jsonl"] + FILES["bin"]
+FILES = {
+    "jsonl": ["train.jsonl", "val.jsonl"],
+    "bin": ["train.bin", "train.idx", "val.bin", "val.idx"],
+    "both": ["train.jsonl", "val.jsonl", "train.bin", "train.idx", "val.bin", "val.idx"],
+}
 FINISHED = {name: f"{name}.npy" if name.endswith("idx") else name for name in FILES["both"]}
 KNOWN = {*FINISHED.values(), "train.npy", "val.npy", "meta.json", "tokenizer.json", "progress.json", ".prepare.lock"}
 KNOWN |= {f"{name}.partial" for name in FILES["both"]}
-SUDOKU = ("train.npy", "val.npy")  # all the data of that command
-FLAGS = dict(language="--dest", merge="--output_dir", mix="--output_dir", convert="--output_dir")  # else --out
+SUDOKU = ("train.npy", "val.npy")  # data files of the command sudoku
+FLAGS = dict(language="--dest", merge="--output_dir", mix="--output_dir", convert="--output_dir")  # others have --out
 
 
 def write_json(path, state):
@@ -44,7 +47,10 @@ def _json_bytes(state):
 
 
 def write_beside(path, config, meta, tokenizer=None):
-    """Write what belongs to the checkpoint `path`: <name>.yaml with every flag, meta.json, tokenizer.json."""
+    """Write the companions of the checkpoint `path`: <name>.yaml with every flag, meta.json, tokenizer.json.
+
+    Also removes step_*.yaml files whose checkpoint is gone.
+    """
     import yaml
 
     path = Path(path)
@@ -60,7 +66,7 @@ def write_beside(path, config, meta, tokenizer=None):
 
 
 def _write_unless_equal(path, content):
-    """Write a file that a checkpoint stands beside; one of other content, which is not of this run, is set aside."""
+    """Write a file, and rename an older one with other content to *.bak: it belongs to another run."""
     if path.exists() and path.read_bytes() != content:
         set_aside([path])
     if not path.exists():
@@ -68,10 +74,10 @@ def _write_unless_equal(path, content):
 
 
 def read_meta(folder):
-    """Return meta.json of a finished folder, defaults filled in. Raises DataError that says what is there instead."""
+    """Return meta.json of a finished folder with defaults filled in. Raises DataError, listing the files."""
     folder = Path(folder)
-    there = sorted(p.name for p in folder.iterdir())[:8] if folder.is_dir() else []
-    if "progress.json" in there and "meta.json" not in there:
+    names = sorted(path.name for path in folder.iterdir())[:8] if folder.is_dir() else []
+    if "progress.json" in names and "meta.json" not in names:
         raise DataError(f"{folder} is unfinished: run the same command again")
     try:
         meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
@@ -83,102 +89,112 @@ def read_meta(folder):
         if not present or meta["format"] not in FILES:
             raise ValueError("no train.jsonl or train.bin")
         sizes = [meta["vocab_size"], meta["pad_id"], meta["bos_id"], meta["eos_id"]]
-        if not all(type(n) is int and 0 <= n < 2**32 for n in sizes) or max(sizes[1:]) >= sizes[0]:
+        if not all(type(size) is int and 0 <= size < 2**32 for size in sizes) or max(sizes[1:]) >= sizes[0]:
             raise ValueError(f"vocab_size, pad_id, bos_id, eos_id are {sizes}")
         if Path(str(meta["tokenizer_file"])).name != meta["tokenizer_file"]:
             raise ValueError(f"tokenizer_file {meta['tokenizer_file']} is not a name in this folder")
         return meta
     except OSError:
-        reason = f"no meta.json in {folder}; there are: {', '.join(there) or 'no files'}"
+        reason = f"no meta.json in {folder}; there are: {', '.join(names) or 'no files'}"
     except (ValueError, KeyError, TypeError, RecursionError) as e:
-        reason = f"{folder}: {type(e).__name__}: {e}; there are: {', '.join(there)}"
+        reason = f"{folder}: {type(e).__name__}: {e}; there are: {', '.join(names)}"
     raise DataError(f"{reason}\ntry: {_advice(folder)}")
 
 
 def _advice(folder):
-    """Return the command that makes a prepared folder: from the rows in `folder`, if these are not prepared yet."""
+    """Return the command that makes a prepared folder, from the rows in `folder` if there are any."""
     endings = (".jsonl", ".json", ".txt", ".parquet", ".arrow", ".gz")
     readable = folder.is_dir() and any(path.suffix in endings for path in folder.rglob("*"))
     source = folder if readable and not (folder / "meta.json").exists() else "FILES"
     dest = folder
     if folder.exists() and any(folder.iterdir()):
-        dest = unused(folder, "_prepared")  # never among the user's own files
+        dest = unused(folder, "_prepared")  # never among the user's files
     return f"python prepare_data.py language --source {shlex.quote(str(source))} --dest {shlex.quote(str(dest))}"
 
 
 def read_index(folder, split, meta):
-    """Return (ids (N,), index (rows, 2 or 3)) of a binary folder as memory maps; DataError when they do not fit."""
+    """Return (ids (N,), index (rows, 2 or 3)) of a binary folder as memory maps; DataError if they do not fit."""
     ids, index = np.zeros(0, np.uint16), np.zeros((0, 2), np.int64)
     dtype = np.uint16 if meta["vocab_size"] <= 65536 else np.uint32
     path = Path(folder, f"{split}.idx.npy")
     try:
         if Path(folder, f"{split}.bin").stat().st_size:  # an empty file can't be mapped
-            index = np.asarray(np.load(path, mmap_mode="r", allow_pickle=False))  # plain arrays index faster
+            index = np.asarray(np.load(path, mmap_mode="r", allow_pickle=False))  # a plain array is indexed faster
             ids = np.asarray(np.memmap(Path(folder, f"{split}.bin"), dtype, "r"))
     except (OSError, ValueError, EOFError) as e:
         raise DataError(f"{path}: {str(e).splitlines()[0]}") from e
-    good = index.dtype == np.int64 and index.ndim == 2 and index.shape[1] in (2, 3)
-    if not good or (index[-1, -1] if len(index) else 0) != len(ids):
+    valid = index.dtype == np.int64 and index.ndim == 2 and index.shape[1] in (2, 3)
+    if not valid or (index[-1, -1] if len(index) else 0) != len(ids):
         raise DataError(f"{path} does not fit {split}.bin\ntry: prepare {folder} again with --fresh")
     return ids, index
 
 
 def read_row(ids, index, i):
-    """Return the encoder ids, labels and decoder inputs (empty: BOS and the shifted labels) of row i."""
+    """Return the encoder ids, labels and decoder inputs of row i; empty inputs mean bos and the shifted labels."""
     begin = index[i - 1, -1] if i else 0
     return ids[begin : index[i, 0]], ids[index[i, 0] : index[i, 1]], ids[index[i, 1] : index[i, -1]]
 
 
 def refuse_complete(folder, fresh):
-    """Raise UsageError when the folder is finished, unless it is to be made again."""
+    """Raise UsageError if the folder is finished, unless `fresh`."""
     if not fresh and Path(folder, "meta.json").exists():
-        if "specification" in _read_json(Path(folder, "progress.json")):  # a kill came between the two
+        if "specification" in _read_json(Path(folder, "progress.json")):  # killed before it was removed
             Path(folder, "progress.json").unlink()
         raise UsageError(f"{folder} is complete\ntry: --fresh to make it again")
 
 
 def check_apart(dest, flag, sources):
-    """Raise UsageError when `dest` is one of `sources`, lies in one, or holds one; links are followed."""
+    """Raise UsageError if `dest` is, contains or lies in one of `sources`; links are followed."""
     target = Path(os.path.realpath(dest))
     for source in sources:
         place = Path(os.path.realpath(source))
         if target == place or target in place.parents or place in target.parents:
             outer = source if place in target.parents else dest
-            raise UsageError(f"{flag} {dest} and the source {source} overlap: nothing is written among what is read\n"
-                             f"try: {flag} {shlex.quote(str(unused(outer, '_prepared')))}")  # fmt: skip
+            raise UsageError(
+                f"{flag} {dest} and the source {source} overlap: output never goes among the input\n"
+                f"try: {flag} {shlex.quote(str(unused(outer, '_prepared')))}"
+            )
 
 
 def clear(folder, fresh, flag):
-    """Remove what an earlier command of this project wrote into `folder`, to begin there.
+    """Remove the files that an earlier command of this project wrote into `folder`.
 
-    Raises UsageError for files of the same names that it did not write; with `fresh` these are set aside.
+    Raises UsageError for files of the same names from elsewhere; with `fresh` they are renamed to *.bak.
     """
     folder = Path(folder)
-    there = {name for name in KNOWN - {".prepare.lock"} if os.path.lexists(folder / name)}
-    proven = written_here(folder) if there else set()
-    foreign = sorted(there - proven)
+    existing = {name for name in KNOWN - {".prepare.lock"} if os.path.lexists(folder / name)}
+    proven = written_here(folder) if existing else set()
+    foreign = sorted(existing - proven)
     if foreign and not fresh:
-        shown = ", ".join(foreign[:4]) + ", ..." * (len(foreign) > 4)
-        raise UsageError(f"{folder} holds {shown}: not written by prepare_data.py, so not replaced\n"
-                         f"try: {flag} {shlex.quote(str(unused(folder, '_prepared')))}, or --fresh, which renames "
-                         "them to *.bak")  # fmt: skip
+        shown = ", ".join(foreign[:4])
+        if len(foreign) > 4:
+            shown += ", ..."
+        raise UsageError(
+            f"{folder} holds {shown}: not written by prepare_data.py, so not replaced\n"
+            f"try: {flag} {shlex.quote(str(unused(folder, '_prepared')))}, or --fresh, which renames them to *.bak"
+        )
     set_aside(folder / name for name in foreign)
-    for name in sorted(there & proven, reverse=True):  # meta.json, which proves the data, goes after these
+    for name in sorted(existing & proven, reverse=True):  # data before the meta.json that proves it
         (folder / name).unlink(missing_ok=True)
 
 
 def written_here(folder):
     """Return the names of the files in `folder` that its meta.json or its progress.json proves to be written here.
 
-    meta.json proves it by the hashes of the data and of the tokenizer; without these it proves nothing.
+    meta.json proves them by the hashes of data and tokenizer; without hashes it proves nothing.
     """
-    folder, names = Path(folder), set()
-    progress, meta = (_read_json(folder / name) for name in ("progress.json", "meta.json"))
+    folder = Path(folder)
+    names = set()
+    progress = _read_json(folder / "progress.json")
+    meta = _read_json(folder / "meta.json")
     if "specification" in progress:
         sizes = progress.get("sizes", {})
-        renamed = [name for name in sizes if not (folder / f"{name}.partial").exists()]  # by a finish that was killed
         names |= {"progress.json", *(f"{name}.partial" for name in sizes)}
-        names |= {"tokenizer.json", *(FINISHED[name] for name in renamed)} if sizes else set(SUDOKU)
+        if sizes:  # a killed finish may have renamed some files
+            renamed = [name for name in sizes if not (folder / f"{name}.partial").exists()]
+            names |= {"tokenizer.json", *(FINISHED[name] for name in renamed)}
+        else:
+            names |= set(SUDOKU)
     data = SUDOKU if meta.get("kind") == "sudoku" else FILES.get(meta.get("format"), ())
     data = [FINISHED.get(name, name) for name in data]
     if data and all((folder / name).is_file() for name in data):
@@ -190,9 +206,9 @@ def written_here(folder):
 
 
 def _tokenizer_hash(path):
-    """Return the hash that meta.json has of a tokenizer; '' for a file that is none."""
+    """Return the hash of a tokenizer file as meta.json has it; "" if there is none."""
     state = _read_json(path)
-    if state.get("kind") != "characters":  # what `arithmetic` writes has a hash of its content
+    if state.get("kind") != "characters":  # that of `arithmetic` has a hash of its own
         return hash_of([path]) if path.is_file() else ""
     try:
         return SimpleTokenizer.from_dict(state).hash
@@ -201,7 +217,7 @@ def _tokenizer_hash(path):
 
 
 def hash_of(paths):
-    """Return the SHA-256 of the files' contents, one after the other."""
+    """Return the SHA-256 of the concatenated contents of the files."""
     digest = hashlib.sha256()
     for path in paths:
         with open(path, "rb") as file:
@@ -211,7 +227,7 @@ def hash_of(paths):
 
 
 def _read_json(path):
-    """Return the object in a file; an empty one when there is none, or something else."""
+    """Return the JSON object in a file; {} if there is none."""
     try:
         state = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
@@ -220,34 +236,37 @@ def _read_json(path):
 
 
 class Writer:
-    """The files of a prepared folder, appended to part by part; run again, it goes on where the last record stands.
+    """Append parts to the files of a prepared folder; the same command run again continues after the last record.
 
-    `specification`: what makes the bytes, {name: value}; `seconds` between two records. `task` is the number of the
-    next task, `plan` what the command wants to find again. Raises UsageError when the folder is complete, in use, or
-    was begun by another specification, unless `fresh`, and as `clear` does.
+    specification: {name: value} of everything that decides the bytes. plan: data that a continued command needs again.
+    seconds: time between two records. `task` is the number of the next task.
+    Raises UsageError if the folder is complete, in use, or was begun with another specification (unless `fresh`), and
+    as `clear` does.
     """
 
     def __init__(self, folder, form, specification, *, fresh=False, plan=None, seconds=5):
-        self.folder, self.seconds, self.files = Path(folder), seconds, {}
+        self.folder = Path(folder)
+        self.seconds = seconds
+        self.files = {}
         self.lock = lock_run(self.folder, "prepare")
         try:
             begun = None if fresh else read_progress(self.folder)
             refuse_complete(folder, fresh)
             specification = json.loads(json.dumps(specification))
             if begun and begun["specification"] != specification:
-                differs = changed(begun["specification"], specification) or "other flags"
-                raise UsageError(f"{folder} was begun otherwise: {differs}\ntry: the same command, or --fresh")
-            if not begun and self.folder.name == ".cache":  # a copy of rows that lie elsewhere
+                differs = changed(begun["specification"], specification) or "another command"
+                raise UsageError(f"{folder} was begun with other flags: {differs}\ntry: the same command, or --fresh")
+            if not begun and self.folder.name == ".cache":  # a copy of rows in the folder above
                 for name in sorted(KNOWN - {".prepare.lock"}):
                     (self.folder / name).unlink(missing_ok=True)
             elif begun:
                 self._refuse_others(begun["sizes"])
             else:
                 clear(self.folder, fresh, FLAGS.get(specification.get("command"), "--out"))
-            sweep(self.folder, "|".join(map(re.escape, KNOWN)).join("()"))
+            sweep(self.folder, f"({'|'.join(map(re.escape, KNOWN))})")
             begin = dict(task=0, sizes=dict.fromkeys(FILES[form], 0), ends=dict.fromkeys(SPLITS, 0), counts={})
             self.state = begun or begin | dict(specification=specification, plan=plan)
-            write_json(self.folder / "progress.json", self.state)  # before the files that it accounts for
+            write_json(self.folder / "progress.json", self.state)  # before the files, which it proves to be ours
             for name, size in self.state["sizes"].items():
                 self._open(name, size)
             self.record()
@@ -256,17 +275,17 @@ class Writer:
             raise
 
     def _refuse_others(self, sizes):
-        """Raise UsageError for a finished file beside the partial one that is to take its place."""
+        """Raise UsageError for a finished file that a partial one would replace."""
         for name in sizes:
             partial, final = self.folder / f"{name}.partial", self.folder / FINISHED[name]
-            if partial.exists() and final.exists() and not name.endswith("idx"):  # an index is written, then removed
+            if partial.exists() and final.exists() and not name.endswith("idx"):  # an index has both for a moment
                 move = f"mv {shlex.quote(str(final))} {shlex.quote(str(unused(final, '_mine')))}"
                 raise UsageError(f"{final} is in the way: not written by prepare_data.py, so not replaced\ntry: {move}")
 
     def _open(self, name, size):
         path = self.folder / f"{name}.partial"
         if not path.exists() and (self.folder / FINISHED[name]).exists():
-            return  # the kill came between two renames
+            return  # killed between two renames
         file = self.files[name] = open(path, "ab")
         if file.tell() < size:
             raise DataError(f"{path} is shorter than progress.json says\ntry: --fresh")
@@ -288,25 +307,25 @@ class Writer:
         return self.state["task"]
 
     @property
-    def plan(self):
-        return self.state["plan"]
-
-    @property
     def counts(self):
         return self.state["counts"]
 
     def add(self, part):
-        """Append the part of the next task; now and then make it durable. Returns whether it was."""
+        """Append the part of the next task; return whether everything was recorded, which happens every few seconds."""
         for name, file in self.files.items():
             content = part.get(name, b"")
             if name.endswith(".idx") and len(content):  # lengths become positions
                 split = name[:-4]
                 places = self.state["ends"][split] + np.cumsum(content).reshape(content.shape)
-                self.state["ends"][split], content = int(places[-1, -1]), places.tobytes()
+                self.state["ends"][split] = int(places[-1, -1])
+                content = places.tobytes()
             with self._disk():
                 file.write(content)
         for name, n in part["counts"].items():
-            self.counts[name] = min(n, self.counts.get(name, n)) if name == "lowest" else self.counts.get(name, 0) + n
+            if name == "lowest":
+                self.counts[name] = min(n, self.counts.get(name, n))
+            else:
+                self.counts[name] = self.counts.get(name, 0) + n
         self.state["task"] += 1
         due = time.monotonic() - self.recorded >= self.seconds
         if due:
@@ -314,7 +333,7 @@ class Writer:
         return due
 
     def record(self):
-        """Make all that was added durable, then say so in progress.json."""
+        """Flush all files to the disk, then record their sizes in progress.json."""
         for name, file in self.files.items():
             with self._disk():
                 file.flush()
@@ -328,11 +347,11 @@ class Writer:
         try:
             yield
         except OSError as e:
-            advice = "make room; the same command goes on from the last record"
+            advice = "free some space; the same command goes on from the last record"
             raise DataError(f"{self.folder}: {e.strerror}\ntry: {advice}") from e
 
     def finish(self, meta, columns=2):
-        """Give the files their names, then write meta.json: `meta`, the counts and the hash of the data."""
+        """Give the files their final names, then write meta.json: `meta`, the counts and the hash of the data."""
         self.record()
         for name in self.files:
             path, final = self.folder / f"{name}.partial", self.folder / FINISHED[name]
@@ -342,8 +361,8 @@ class Writer:
             else:
                 os.replace(path, final)
         digest = hash_of(self.folder / FINISHED[name] for name in sorted(self.state["sizes"]))
-        sizes = {f"{split}_{what}": self.counts.pop(f"{split}_{what}", 0)
-                 for split in SPLITS for what in ("samples", "tokens")}  # fmt: skip
+        names = [f"{split}_{unit}" for split in SPLITS for unit in ("samples", "tokens")]
+        sizes = {name: self.counts.pop(name, 0) for name in names}
         self.counts.pop("lowest", None)
         meta = meta | sizes | dict(counts=self.counts, data_sha256=digest)
         write_json(self.folder / "meta.json", meta)
@@ -352,7 +371,7 @@ class Writer:
 
 
 def read_progress(folder):
-    """Return what progress.json records, None when there is none, or one of another program."""
+    """Return the content of progress.json; None if there is none or another program wrote it."""
     try:
         state = json.loads(Path(folder, "progress.json").read_text(encoding="utf-8"))
         return state if isinstance(state, dict) and "specification" in state else None

@@ -1,4 +1,4 @@
-"""Questions and answers of any shape -> {"prompt": .., "response": ..} a line: paths, templates, shuffling."""
+"""Turn questions and answers of any shape into one {"prompt": .., "response": ..} per line."""
 
 import json
 import re
@@ -16,8 +16,8 @@ from data_utils.reasoning import sources
 from data_utils.stop import Stop
 from data_utils.workers import cores, in_order
 
-PROCESS_BYTES = 16 * 2**20  # of input for each process: starting one takes as long as reading that much
-EACH = "[]"  # the step of a path that gives a record per element
+PROCESS_BYTES = 16 * 2**20  # input per process: starting a process takes as long as reading this much
+EACH = "[]"  # the step of a path that makes a record per element
 ESCAPES = {r"\n": "\n", r"\t": "\t", r"\\": "\\", "{{": "{", "}}": "}"}
 
 
@@ -25,12 +25,15 @@ def parse_path(text, flag):
     """Return the steps of "data[].answers.text[0]": names, numbers, EACH. Raises UsageError."""
     if not re.fullmatch(r"[^.\[\]]+(\[\d*\])*(\.[^.\[\]]+(\[\d*\])*)*", text):
         raise UsageError(f"--{flag} {text}: expected names and [i] like data.answers.text[0], or [] for each element")
-    found = re.findall(r"\[(\d*)\]|([^.\[\]]+)", text)
-    return tuple(name or (int(number) if number else EACH) for number, name in found)
+    steps = re.findall(r"\[(\d*)\]|([^.\[\]]+)", text)
+    return tuple(name or (int(number) if number else EACH) for number, name in steps)
 
 
 def parse_template(text, flag):
-    """Return [literal or (name,), ...] of a template. By a pattern: str.format would read attributes."""
+    """Return [literal or (name,), ...] of a template. Raises UsageError.
+
+    A pattern reads it, because str.format would also read attributes.
+    """
     parts = []
     for word in re.findall(r"\{\{|\}\}|\{[^{}]*\}|\\[nt\\]|[{}]|[^{}\\]+|\\", text):
         name = word[1:-1] if word[0] == "{" and word[-1] == "}" else None
@@ -45,16 +48,17 @@ def parse_template(text, flag):
 def records(row, paths):
     """Yield one {name: text} for each element that the EACH steps of paths["question"] reach.
 
-    The other paths start from the same elements as far as they agree. A list means its first element, numbers become
-    text, what is missing "".
+    The other paths start from the same elements, as far as they agree. A list stands for its first element, a number
+    becomes text, and a missing value "".
     """
     main = paths["question"]
-    edges = [i + 1 for i, step in enumerate(main) if step == EACH]
+    edges = [i + 1 for i, step in enumerate(main) if step == EACH]  # lengths of the prefixes that end with EACH
     if not edges:
         yield {name: _text(_follow(row, steps)) for name, steps in paths.items()}
         return
 
     def walk(bound):
+        """Bind the next EACH step to each of its elements; bound: {prefix of the path: element}."""
         if len(bound) == len(edges) + 1:
             yield {name: _text(_resolve(bound, steps)) for name, steps in paths.items()}
             return
@@ -67,6 +71,7 @@ def records(row, paths):
 
 
 def _resolve(bound, steps):
+    """Follow a path from its longest bound prefix."""
     start = max((prefix for prefix in bound if steps[: len(prefix)] == prefix), key=len)
     return _follow(bound[start], steps[len(start) :])
 
@@ -92,7 +97,9 @@ def _text(value):
 
 def normalize_task(task, *, paths, templates, skip_missing):
     """Return (lines, counts) of one task."""
-    lines, counts, quoted = [], Counter(), json.JSONEncoder(ensure_ascii=False).encode
+    lines = []
+    counts = Counter()
+    quoted = json.JSONEncoder(ensure_ascii=False).encode
     columns = {steps[0] for steps in paths.values()}
     for place, row in sources.rows(task, columns):
         if isinstance(row, ValueError):
@@ -103,24 +110,31 @@ def normalize_task(task, *, paths, templates, skip_missing):
             if len(present) < 2 and skip_missing:
                 counts["skipped"] += 1
                 continue
-            prompt, response = ("".join(record.get(p[0], "") if isinstance(p, tuple) else p for p in template)
-                                for template in templates)  # fmt: skip
+            prompt, response = (_fill(template, record) for template in templates)
             line = f'{{"prompt": {quoted(prompt)}, "response": {quoted(response)}}}\n'
             lines.append(line.encode("utf-8", errors="replace"))
             counts["records"] += 1
     return lines, counts
 
 
+def _fill(template, record):
+    return "".join(record.get(part[0], "") if isinstance(part, tuple) else part for part in template)
+
+
 def _is_normalized(path):
-    """Return whether each line of a file looks as if it was written here."""
+    """Return whether each line of a file has the form that is written here."""
+
+    def fits(line):
+        return line.startswith(b'{"prompt": "') and b'", "response": "' in line and line.endswith(b'"}\n')
+
     with open(path, "rb") as file:
-        return all(line.startswith(b'{"prompt": "') and b'", "response": "' in line and line.endswith(b'"}\n')
-                   for line in file)  # fmt: skip
+        return all(map(fits, file))
 
 
 def normalize(cfg):
-    """A file of questions -> JSONL; cfg: NormalizeConfig of prepare_data.py."""
-    started, output = time.monotonic(), Path(cfg.output)
+    """Write the records of a file of questions as JSONL; cfg: NormalizeConfig of prepare_data.py."""
+    started = time.monotonic()
+    output = Path(cfg.output)
     if not (cfg.input and cfg.output and cfg.question_field and cfg.answer_field):
         raise UsageError("--input FILE --output FILE --question-field NAME --answer-field NAME: all are needed")
     at_least(cfg, 0, "num_threads", "max_records")
@@ -132,13 +146,15 @@ def normalize(cfg):
     share = max(1, sum(path.stat().st_size for path in files) // PROCESS_BYTES)
     processes = min(cfg.num_threads or cores(), cores(), share)
     function = partial(normalize_task, paths=paths, templates=templates, skip_missing=cfg.skip_missing)
-    counts, stop = Counter(), Stop()
+    counts = Counter()
+    stop = Stop()
 
     def write(file):
+        """Write the lines in order; return where each one begins, for a shuffle."""
         offsets = array("q", [0])
-        for lines, found in in_order(function, sources.split(files), processes):
+        for lines, task_counts in in_order(function, sources.split_tasks(files), processes):
             room = cfg.max_records - counts["records"] if cfg.max_records else len(lines)
-            counts.update(found)
+            counts.update(task_counts)
             file.write(b"".join(lines[:room]))
             for line in lines[:room] if cfg.shuffle else ():
                 offsets.append(offsets[-1] + len(line))
@@ -158,13 +174,18 @@ def normalize(cfg):
                 ordered.seek(edges[i])
                 file.write(ordered.read(edges[i + 1] - edges[i]))
 
-    def checked(file):
-        write_shuffled(file) if cfg.shuffle else write(file)
+    def write_checked(file):
+        if cfg.shuffle:
+            write_shuffled(file)
+        else:
+            write(file)
         if not (counts["records"] and counts["question"] and counts["answer"]):
-            first = next((row for task in sources.split(files) for _, row in sources.rows(task)), {})
+            first = next((row for task in sources.split_tasks(files) for _, row in sources.rows(task)), {})
             names = ", ".join(map(str, first)) or "none" if isinstance(first, dict) else first
-            found = f"no question or no answer in {cfg.input}: fields of the first row: {names}"
-            raise DataError(f"{found}\ntry: other --question-field, --answer-field")
+            raise DataError(
+                f"no question or no answer in {cfg.input}: fields of the first row: {names}\n"
+                "try: other --question-field, --answer-field"
+            )
         make_room(output, _is_normalized)  # last, so that a failure changes nothing
 
     with lock_run(output.parent, output.name):
@@ -172,15 +193,18 @@ def normalize(cfg):
             raise UsageError(f"{output} is complete\ntry: --fresh to make it again")
         try:
             with stop:
-                write_atomic(output, checked)
+                write_atomic(output, write_checked)
         except _Stopped:
             print("stopped: nothing was written")
             return dict(stopped=stop.signal)
-    size, spent = output.stat().st_size / 1e6, time.monotonic() - started
-    about = f"{counts['question']} with a question, {counts['answer']} with an answer, {counts['skipped']} skipped"
-    print(f"{output}: {counts['records']} records, {about}; {size:.1f} MB, {spent:.1f} s")
+    megabytes = output.stat().st_size / 1e6
+    seconds = time.monotonic() - started
+    print(
+        f"{output}: {counts['records']} records, {counts['question']} with a question, {counts['answer']} with an "
+        f"answer, {counts['skipped']} skipped; {megabytes:.1f} MB, {seconds:.1f} s"
+    )
     return {}
 
 
 class _Stopped(Exception):
-    pass
+    """A signal asked for a stop while the file was written."""

@@ -1,6 +1,6 @@
-"""Prepared folders out of text, out of each other, out of the generators: the work of prepare_data.py's commands.
+"""The commands of prepare_data.py that write prepared folders: from text, from other folders, from generators.
 
-What reads rows back needs torch and is imported where it is used: `language` starts at once.
+open_splits needs torch and is imported where it is used, so that `language` starts at once.
 """
 
 import hashlib
@@ -26,23 +26,23 @@ from data_utils.stop import Stop
 from data_utils.tokenizer import CONTROL, load_tokenizer, train_bpe
 from data_utils.workers import cores, in_order
 
-BLOCK_BYTES = 4 * 2**20  # a task of merge
-BLOCK_ROWS = 4096  # a task of convert and mix
-LINE_SECONDS = 10
+BLOCK_BYTES = 4 * 2**20  # bytes per task of merge
+BLOCK_ROWS = 4096  # rows per task of convert and mix
+LINE_SECONDS = 10  # between two printed lines
 
 
 def run(writer, parts, added=None):
-    """Add all parts -> number of the signal that stopped it, or 0. `added(task)` is called after each."""
-    start = said = time.monotonic()
+    """Add all parts; return the signal that stopped it, or 0. added(task) is called after each."""
+    start = printed = time.monotonic()
     with Stop() as stop:
         for part in parts:
             writer.add(part)
             if added:
                 added(writer.task - 1)
-            if time.monotonic() - said > LINE_SECONDS:
-                said = time.monotonic()
+            if time.monotonic() - printed > LINE_SECONDS:
+                printed = time.monotonic()
                 rows = sum(writer.counts.get(f"{split}_samples", 0) for split in SPLITS)
-                print(f"{rows} rows, {said - start:.0f} s", flush=True)
+                print(f"{rows} rows, {printed - start:.0f} s", flush=True)
             if stop:
                 writer.record()
                 print(f"stopped after task {writer.task}; the same command goes on")
@@ -51,10 +51,12 @@ def run(writer, parts, added=None):
 
 
 def summary(folder, started):
+    """Print rows, size and time of a finished folder."""
     meta = read_meta(folder)
-    size = sum(p.stat().st_size for p in Path(folder).iterdir()) / 1e6
+    megabytes = sum(path.stat().st_size for path in Path(folder).iterdir()) / 1e6
     rows = f"{meta['train_samples']} train rows, {meta['val_samples']} val rows"
-    print(f"{folder}: {rows}, {size:.1f} MB, {time.monotonic() - started:.1f} s; dropped or changed: {meta['counts']}")
+    seconds = time.monotonic() - started
+    print(f"{folder}: {rows}, {megabytes:.1f} MB, {seconds:.1f} s; dropped or changed: {meta['counts']}")
     return {}
 
 
@@ -62,7 +64,7 @@ def summary(folder, started):
 
 
 def language(cfg):
-    """Source files -> prepared folder; cfg: LanguageConfig of prepare_data.py."""
+    """Write a prepared folder from source files; cfg: LanguageConfig of prepare_data.py."""
     started = time.monotonic()
     if not cfg.source or not cfg.dest:
         raise UsageError("--source FILES --dest FOLDER: both are needed")
@@ -73,61 +75,80 @@ def language(cfg):
         raise UsageError(f"--val_ratio {cfg.val_ratio} --prefix_ratio {cfg.prefix_ratio}: below 1")
     files = sources.find_files(cfg.source, cfg.max_files)
     prepared.check_apart(cfg.dest, "--dest", [cfg.source, *files])
-    given = Path(cfg.tokenizer).read_bytes() if cfg.tokenizer and Path(cfg.tokenizer).is_file() else b""
-    if cfg.tokenizer:
-        print(f"--tokenizer {cfg.tokenizer}: {'--vocab_size is ignored' if given else 'no such file, training one'}")
+    given = b""  # content of an existing tokenizer
+    if cfg.tokenizer and Path(cfg.tokenizer).is_file():
+        given = Path(cfg.tokenizer).read_bytes()
+        print(f"--tokenizer {cfg.tokenizer}: --vocab_size is ignored")
+    elif cfg.tokenizer:
+        print(f"--tokenizer {cfg.tokenizer}: no such file, training one")
     threads = min(cfg.tokenizer_num_threads or cores(), cores())
     os.environ["RAYON_NUM_THREADS"] = str(threads)
     names = ("text_field", "lang", "collapse_whitespace", "skip_bad_lines")
     reading = {name: getattr(cfg, name) for name in names}
     options = ["max_seq_len", "val_ratio", "seed", "format", "prefix_ratio"]
-    options += [] if given else ["vocab_size", "max_chars", "doc_cap"]
+    if not given:
+        options += ["vocab_size", "max_chars", "doc_cap"]
     specification = dict(command="language", sources=_stamp(files), tokenizer=hashlib.sha256(given).hexdigest())
     specification |= reading | {name: getattr(cfg, name) for name in options}
     dest = Path(cfg.dest)
     with Writer(dest, cfg.format, specification, fresh=cfg.fresh) as writer:
         tokenizer = _tokenizer(dest / "tokenizer.json", given, files, cfg, reading)
-        function = partial(encode_task, tokenizer=dest / "tokenizer.json", digest=tokenizer.hash, form=cfg.format,
-                           max_seq_len=cfg.max_seq_len, prefix_ratio=cfg.prefix_ratio, val_ratio=cfg.val_ratio,
-                           seed=cfg.seed, batch=cfg.tokenizer_batch_size, reading=reading)  # fmt: skip
-        signal = run(writer, in_order(function, islice(sources.split(files), writer.task, None), threads))
+        function = partial(
+            encode_task,
+            tokenizer=dest / "tokenizer.json",
+            digest=tokenizer.hash,
+            form=cfg.format,
+            max_seq_len=cfg.max_seq_len,
+            prefix_ratio=cfg.prefix_ratio,
+            val_ratio=cfg.val_ratio,
+            seed=cfg.seed,
+            batch=cfg.tokenizer_batch_size,
+            reading=reading,
+        )
+        tasks = islice(sources.split_tasks(files), writer.task, None)
+        signal = run(writer, in_order(function, tasks, threads))
         if signal:
             return dict(stopped=signal)
         _check_rows(writer.counts, cfg, files)
         kind = "pairs" if writer.counts.get("pairs") else "text"
         root = Path(cfg.source)
-        meta = dict(_about(tokenizer), kind=kind, format=cfg.format, max_seq_len=cfg.max_seq_len, seed=cfg.seed)
+        meta = _tokenizer_meta(tokenizer)
+        meta |= dict(kind=kind, format=cfg.format, max_seq_len=cfg.max_seq_len, seed=cfg.seed)
         meta["source_files"] = [path.name if path == root else path.relative_to(root).as_posix() for path in files]
         writer.finish(meta)
     return summary(dest, started)
 
 
 def train_tokenizer(files, vocab_size, *, max_chars, doc_cap, reading):
-    """Return the JSON text of a BPE; each file gives its share of max_chars (0: all), a document doc_cap at most."""
+    """Train a BPE and return its JSON text.
+
+    The files share max_chars characters equally (0: all), of which a document gives at most doc_cap.
+    """
 
     def texts():
-        left = max_chars or float("inf")
+        budget = max_chars or float("inf")
         for number, path in enumerate(files):
-            share = end = left / (len(files) - number)
-            documents = (d for task in sources.split([path]) for d in read_texts(task, Counter(), **reading))
+            file_budget = budget / (len(files) - number)  # files that were shorter leave theirs to the others
+            remaining = file_budget
+            documents = (d for task in sources.split_tasks([path]) for d in read_texts(task, Counter(), **reading))
             for document in documents:
                 for text in [document] if isinstance(document, str) else sum(map(list, document), []):
-                    text = text[: min(doc_cap or len(text), int(min(share, 2**62)))]
-                    share -= len(text)
+                    text = text[: min(doc_cap or len(text), int(min(remaining, 2**62)))]
+                    remaining -= len(text)
                     yield text
-                if share <= 0:
+                if remaining <= 0:
                     break
-            left -= end - share
+            budget -= file_budget - remaining
 
     return train_bpe(texts(), vocab_size, CONTROL)
 
 
 def _tokenizer(path, given, files, cfg, reading):
-    """Return the tokenizer of the folder: as begun, as given, or trained."""
+    """Return the tokenizer of the folder: its own if the command continues, else the given one, else a trained one."""
     if given and not path.exists():
         write_atomic(path, lambda file: file.write(given))
     elif not path.exists():
-        if not 260 <= cfg.vocab_size:
+        if cfg.vocab_size < 260:
             raise UsageError(f"--vocab_size {cfg.vocab_size}: 256 bytes and 4 control tokens are the least")
         options = dict(max_chars=cfg.max_chars, doc_cap=cfg.doc_cap, reading=reading)
         content = train_tokenizer(files, cfg.vocab_size, **options).encode("utf-8")
@@ -139,22 +160,25 @@ def _tokenizer(path, given, files, cfg, reading):
 
 
 def _check_rows(counts, cfg, files):
+    """Raise DataError if there are no rows, warn if none is held out, print the bytes per token."""
     if not counts.get("train_samples") and not counts.get("val_samples"):
-        _, row = next(((p, r) for task in sources.split(files) for p, r in sources.rows(task)), (0, {}))
-        fields = ", ".join(row) if isinstance(row, dict) else row
+        first = next((row for task in sources.split_tasks(files) for _, row in sources.rows(task)), {})
+        fields = ", ".join(first) if isinstance(first, dict) else first
         raise DataError(f"no text in {cfg.source}: {dict(counts)}; the first row has {fields}\ntry: --text-field NAME")
     if cfg.val_ratio and not counts.get("val_samples"):
         warn(f"no document is held out: --val_ratio {counts['lowest'] * 1.01:.3g} holds one out")
-    print(f"{counts.get('text_bytes', 0) / max(1, counts.get('text_tokens', 0)):.2f} bytes per token")
+    bytes_per_token = counts.get("text_bytes", 0) / max(1, counts.get("text_tokens", 0))
+    print(f"{bytes_per_token:.2f} bytes per token")
 
 
 def _stamp(files):
-    """Return what changes when a source file does."""
+    """Return a hash that changes when a source file does."""
     stamps = [[str(path), path.stat().st_size, path.stat().st_mtime_ns] for path in files]
     return hashlib.sha256(repr(stamps).encode("utf-8")).hexdigest()
 
 
-def _about(tokenizer):
+def _tokenizer_meta(tokenizer):
+    """Return the entries of meta.json about the tokenizer."""
     ids = {name: getattr(tokenizer, name) for name in ("vocab_size", "pad_id", "bos_id", "eos_id")}
     return ids | dict(tokenizer_file="tokenizer.json", tokenizer_sha256=tokenizer.hash)
 
@@ -163,31 +187,25 @@ def _about(tokenizer):
 
 
 def merge(cfg):
-    """Chunks of a folder -> one prepared folder, or a mixture of folders; cfg: MergeConfig of prepare_data.py."""
+    """Join the chunks of a folder into one prepared folder, or mix several folders; cfg: MergeConfig."""
     started = time.monotonic()
     if not cfg.output_dir or bool(cfg.batches) == bool(cfg.sources):
         raise UsageError("--output-dir FOLDER with --batches FOLDER, or with --sources FOLDER FOLDER ... --weights ...")
     if cfg.sources:
         return _mix(cfg, started)
     output = Path(cfg.output_dir)
-    prepared.refuse_complete(output, cfg.fresh)  # else the chunks, already deleted, would be missed
+    prepared.refuse_complete(output, cfg.fresh)  # before the chunks are missed: they may be deleted already
     begun = None if cfg.fresh else prepared.read_progress(output)
-    chunks = begun["plan"] if begun else None  # those already deleted are only known from there
+    chunks = begun["plan"] if begun else None  # also lists chunks that are deleted already
     if not chunks:
-        root = Path(cfg.batches)
-        if not root.is_dir():
-            raise DataError(f"no chunk in {cfg.batches}: no such folder")
-        result = os.path.realpath(output)
-        folders = sorted(p for p in root.iterdir() if p.is_dir() and os.path.realpath(p) != result)
-        if not folders:
-            raise DataError(f"no chunk in {cfg.batches}: expected one folder each, with meta.json")
-        prepared.check_apart(output, "--output_dir", folders)
-        chunks = [_chunk(folder) for folder in folders]
-        _check_alike({c["folder"]: c["meta"] for c in chunks})
+        chunks = _chunks(cfg.batches, output)
     first = chunks[0]["meta"]
-    tasks = [(c["folder"], name, start) for c in chunks for name, size in c["sizes"].items()
-             for start in range(0, size, BLOCK_BYTES)]  # fmt: skip
-    last = {max(i for i, task in enumerate(tasks) if task[0] == c["folder"]): c for c in chunks}
+    tasks = []  # (folder, name of a file, first byte)
+    last = {}  # last task of a chunk: the chunk
+    for chunk in chunks:
+        for name, size in chunk["sizes"].items():
+            tasks += [(chunk["folder"], name, start) for start in range(0, size, BLOCK_BYTES)]
+        last[len(tasks) - 1] = chunk
     specification = dict(command="merge", chunks=[[Path(c["folder"]).name, c["sizes"]] for c in chunks])
     with Writer(output, first["format"], specification, fresh=cfg.fresh, plan=chunks) as writer:
         if not (output / "tokenizer.json").exists():
@@ -199,19 +217,37 @@ def merge(cfg):
                 writer.record()
                 _remove(last[task], (output / "tokenizer.json").read_bytes())
 
-        for task in (t for t in last if t < writer.task):  # a kill came between record and removal
-            added(task)
-        metas = {task: c["meta"] for task, c in last.items()}
+        for task in last:  # a kill may have come between record and removal
+            if task < writer.task:
+                added(task)
+        metas = {task: chunk["meta"] for task, chunk in last.items()}
         parts = (_copy(*tasks[i], metas.get(i)) for i in range(writer.task, len(tasks)))
-        if signal := run(writer, parts, added):
+        signal = run(writer, parts, added)
+        if signal:
             return dict(stopped=signal)
-        writer.finish(_joined([c["meta"] for c in chunks]))
+        writer.finish(_joined([chunk["meta"] for chunk in chunks]))
     return summary(output, started)
 
 
+def _chunks(batches, output):
+    """Return the _chunk of each folder in `batches` but `output`. Raises DataError unless they can be joined."""
+    root = Path(batches)
+    if not root.is_dir():
+        raise DataError(f"no chunk in {batches}: no such folder")
+    result = os.path.realpath(output)
+    folders = sorted(path for path in root.iterdir() if path.is_dir() and os.path.realpath(path) != result)
+    if not folders:
+        raise DataError(f"no chunk in {batches}: expected one folder each, with meta.json")
+    prepared.check_apart(output, "--output_dir", folders)
+    chunks = [_chunk(folder) for folder in folders]
+    _check_alike({chunk["folder"]: chunk["meta"] for chunk in chunks})
+    return chunks
+
+
 def _chunk(folder):
-    """Return what merging needs to know of one chunk. Raises DataError when it is unfinished or cut short."""
-    meta, sizes = read_meta(folder), {}
+    """Return folder, meta and file sizes of one chunk. Raises DataError if it is unfinished or truncated."""
+    meta = read_meta(folder)
+    sizes = {}
     if meta["kind"] == "sudoku":
         raise DataError(f"{folder} holds Sudokus: make more of them instead")
     for name in FILES[meta["format"]]:
@@ -223,9 +259,11 @@ def _chunk(folder):
             with open(path, "rb") as file:
                 file.seek(-1, os.SEEK_END)
                 if file.read() != b"\n":
-                    raise DataError(f"{path} is cut short: its last line has no end")
+                    raise DataError(f"{path} is truncated: its last line has no end")
         if name.endswith(".idx"):
             sizes[name] = read_index(folder, name[:-4], meta)[1].size * 8
+    if not any(sizes.values()):
+        raise DataError(f"{folder} has no rows")
     meta["tokenizer_sha256"] = meta.get("tokenizer_sha256") or _hash_of(folder / meta["tokenizer_file"])
     return dict(folder=str(folder), meta=meta, sizes=sizes)
 
@@ -238,19 +276,19 @@ def _hash_of(path):
 
 
 def _check_alike(metas):
-    """Raise DataError, with both folders and both values, unless all were made with one tokenizer in one format."""
+    """Raise DataError, naming the folders and values, unless all have the same tokenizer and format."""
     names = ("tokenizer_sha256", "vocab_size", "pad_id", "bos_id", "eos_id", "format")
     (first, expected), *others = [(f, {name: meta.get(name) for name in names}) for f, meta in metas.items()]
-    for folder, found in others:
-        if found != expected:
-            raise DataError(f"{first} and {folder} differ: {changed(expected, found)}")
+    for folder, values in others:
+        if values != expected:
+            raise DataError(f"{first} and {folder} differ: {changed(expected, values)}")
 
 
 def _copy(folder, name, start, meta):
-    """Return a block of one file of a chunk as a part; `meta` with its last block, whose counts are then added."""
+    """Return a block of a file of a chunk as a part; the last block of a chunk adds the counts of its `meta`."""
     part = dict(counts={})
     if meta:
-        names = [f"{split}_{what}" for split in SPLITS for what in ("samples", "tokens")]
+        names = [f"{split}_{unit}" for split in SPLITS for unit in ("samples", "tokens")]
         part["counts"] = {key: meta.get(key, 0) for key in names} | meta["counts"]
     if name.endswith(".idx"):
         index = read_index(folder, name[:-4], read_meta(folder))[1]
@@ -263,7 +301,7 @@ def _copy(folder, name, start, meta):
 
 
 def _remove(chunk, tokenizer):
-    """Delete the files of a chunk whose content was merged, and the folder unless it holds others."""
+    """Delete the merged files of a chunk, and its folder unless it holds other files."""
     folder, meta = Path(chunk["folder"]), chunk["meta"]
     if not folder.is_dir():
         return
@@ -284,14 +322,16 @@ def _remove(chunk, tokenizer):
 
 
 def _joined(metas):
-    """Return the meta.json of several folders, but for the counts."""
+    """Return the joined meta.json of several folders, without the counts."""
     meta = {k: v for k, v in metas[0].items() if not k.endswith(("_samples", "_tokens", "counts", "data_sha256"))}
     meta["kind"] = "text" if all(m["kind"] == "text" for m in metas) else "pairs"
-    longest, files = max(m["max_seq_len"] for m in metas), [name for m in metas for name in m["source_files"]]
-    return meta | dict(tokenizer_file="tokenizer.json", max_seq_len=longest, source_files=files)
+    meta["max_seq_len"] = max(m["max_seq_len"] for m in metas)
+    meta["source_files"] = [name for m in metas for name in m["source_files"]]
+    return meta | dict(tokenizer_file="tokenizer.json")
 
 
 def _mix(cfg, started):
+    """Write a mixture of the folders --sources by --weights."""
     from data_utils.reasoning.dataset import open_splits
 
     prepared.check_apart(cfg.output_dir, "--output_dir", cfg.sources)
@@ -306,23 +346,25 @@ def _mix(cfg, started):
         sizes = [len(index) for _, index in sides]
         lists[split] = sides, *mixture(cfg.weights, sizes, wanted or sum(sizes), cfg.seed)
         tasks += [(split, start) for start in range(0, len(lists[split][1]), BLOCK_ROWS)]
-    specification = dict(command="mix", sources=[m.get("data_sha256", "") for m in metas], weights=cfg.weights,
-                         train_samples=cfg.train_samples, val_samples=cfg.val_samples, seed=cfg.seed)  # fmt: skip
+    hashes = [meta.get("data_sha256", "") for meta in metas]
+    specification = dict(command="mix", sources=hashes, weights=cfg.weights, seed=cfg.seed)
+    specification |= dict(train_samples=cfg.train_samples, val_samples=cfg.val_samples)
 
     def part(task):
         split, start = task
         sides, source, row = lists[split]
-        chosen = zip(source[start : start + BLOCK_ROWS].tolist(), row[start : start + BLOCK_ROWS].tolist(), strict=True)
-        rows = [read_row(*sides[i], j) for i, j in chosen]
+        block = slice(start, start + BLOCK_ROWS)
+        rows = [read_row(*sides[i], j) for i, j in zip(source[block].tolist(), row[block].tolist(), strict=True)]
         return _packed({split: rows}, metas[0], metas[0]["format"])
 
     return _rewrite(cfg, metas, specification, tasks, part, Path(cfg.sources[0]), started)
 
 
 def mixture(weights, sizes, n, seed):
-    """Return (source, row) of n rows: shares by largest remainder, each row from the source furthest behind its share.
+    """Return (source, row) of the n rows of a mixture, (n,) int64 each.
 
-    Rows of a source come in random order, again in another one when its share is larger than it is.
+    The shares are rounded by largest remainder, and each row comes from the source furthest behind its share. The rows
+    of a source come in random order; when all are used, they come again in another order.
     """
     exact = np.array(weights) / sum(weights) * n
     quotas = np.floor(exact).astype(np.int64)
@@ -339,7 +381,7 @@ def mixture(weights, sizes, n, seed):
 
 
 def convert(cfg):
-    """A prepared folder in the other format, equal ids; cfg: ConvertConfig of prepare_data.py."""
+    """Write a prepared folder in the other format, with equal ids; cfg: ConvertConfig of prepare_data.py."""
     from data_utils.reasoning.dataset import open_splits
 
     started = time.monotonic()
@@ -361,20 +403,23 @@ def convert(cfg):
 
 
 def _packed(rows, meta, form):
+    """Return the part of rows (encoder ids, labels, decoder inputs). Raises DataError for inputs in a binary form."""
     if form != "jsonl":
-        if any(len(own) for side in rows.values() for _, _, own in side):
+        if any(len(inputs) for side in rows.values() for _, _, inputs in side):
             raise DataError("decoder inputs other than BOS and the shifted labels: only --format jsonl holds them")
         rows = {split: [row[:2] for row in side] for split, side in rows.items()}
     return pack(rows, id_type(meta["vocab_size"]), form, meta["bos_id"])
 
 
 def _rewrite(cfg, metas, specification, tasks, part, source, started):
-    """Write the parts of all tasks with the tokenizer of folder `source`."""
-    output, meta = Path(cfg.output_dir), _joined(metas)
+    """Write part(task) of all tasks, and the tokenizer of the folder `source`."""
+    output = Path(cfg.output_dir)
+    meta = _joined(metas)
     content = (source / metas[0]["tokenizer_file"]).read_bytes()
     with Writer(output, meta["format"], specification, fresh=cfg.fresh) as writer:
         write_atomic(output / "tokenizer.json", lambda file: file.write(content))
-        if signal := run(writer, (part(task) for task in tasks[writer.task :])):
+        signal = run(writer, (part(task) for task in tasks[writer.task :]))
+        if signal:
             return dict(stopped=signal)
         writer.finish(meta)
     return summary(output, started)
@@ -384,7 +429,7 @@ def _rewrite(cfg, metas, specification, tasks, part, source, started):
 
 
 def arithmetic(cfg):
-    """Questions of arithmetic as a prepared folder; cfg: ArithmeticConfig of prepare_data.py."""
+    """Write arithmetic questions as a prepared folder; cfg: ArithmeticConfig of prepare_data.py."""
     from data_utils.reasoning.arithmetic import build_synthetic_dataset
 
     started = time.monotonic()
@@ -398,21 +443,22 @@ def arithmetic(cfg):
         prepared.write_json(Path(cfg.out, "tokenizer.json"), tokenizer.to_dict())
         if not writer.task:
             writer.add(pack(rows, np.uint16, "both", tokenizer.bos_id))
-        writer.finish(dict(_about(tokenizer), kind="pairs", format="both", max_seq_len=longest, seed=cfg.seed))
+        writer.finish(dict(_tokenizer_meta(tokenizer), kind="pairs", format="both", max_seq_len=longest, seed=cfg.seed))
     return summary(cfg.out, started)
 
 
 def sudoku(cfg):
-    """Puzzles with one solution as a prepared folder; cfg: SudokuConfig of prepare_data.py."""
-    started, out = time.monotonic(), Path(cfg.out)
+    """Write Sudoku puzzles with one solution as a prepared folder; cfg: SudokuConfig of prepare_data.py."""
+    started = time.monotonic()
+    out = Path(cfg.out)
     at_least(cfg, 1, "train", "val")
     options = {name: getattr(cfg, name) for name in ("size", "givens", "train", "val", "seed")}
     with lock_run(out, "prepare"):
         prepared.refuse_complete(out, cfg.fresh)
         prepared.clear(out, cfg.fresh, "--out")
         prepared.write_json(out / "progress.json", dict(specification=dict(command="sudoku", **options)))
-        made = puzzles.make(**options, processes=min(cfg.num_threads or cores(), cores()))
-        for split, grids in made.items():
+        splits = puzzles.make(**options, processes=min(cfg.num_threads or cores(), cores()))
+        for split, grids in splits.items():
             write_atomic(out / f"{split}.npy", lambda file, grids=grids: np.save(file, np.stack(grids, 1)))
         sizes = dict(train_samples=cfg.train, val_samples=cfg.val, max_seq_len=cfg.size**2, vocab_size=cfg.size + 1)
         digest = prepared.hash_of(out / name for name in prepared.SUDOKU)

@@ -1,7 +1,7 @@
-"""What the processes of `prepare_data.py language` and of reading JSONL do: rows of text or lines of ids -> a part.
+"""Work of single processes: rows of text (`language`) or lines of ids (reading JSONL) -> a part.
 
-A part is what one task adds to the files of a prepared folder: bytes of <split>.bin and <split>.jsonl, lengths (n, 2)
-of <split>.idx (ids of the encoder, labels; a third column where decoder inputs of their own follow), and counts.
+A part is what one task adds to the files of a prepared folder: bytes of <split>.bin and <split>.jsonl, counts, and
+the lengths of <split>.idx, (n, 2): ids of the encoder, labels; a third column for decoder inputs of their own.
 Imports no torch: a process should start at once and stay small.
 """
 
@@ -18,32 +18,33 @@ from data_utils.errors import DataError
 from data_utils.reasoning import sources
 from data_utils.tokenizer import load_tokenizer
 
-PIECE_CHARACTERS = 1_000_000  # bounds what the tokenizer holds at once
+PIECE_CHARACTERS = 1_000_000  # bounds the memory of the tokenizer
 SPLITS = ("train", "val")
 QUESTIONS = (("prompt", "response"), ("question", "answer"), ("instruction", "output"))
 CONVERSATIONS = (("messages", "role", "content"), ("conversations", "from", "value"))
 ASSISTANTS = ("assistant", "gpt", "model")
 COLUMNS = {"input", "language", "messages", "conversations", *(name for pair in QUESTIONS for name in pair)}
 
-tokenizer_of = functools.cache(lambda path, digest: load_tokenizer(f"bpe:{path}"))  # one load a process and content
+tokenizer_of = functools.cache(lambda path, digest: load_tokenizer(f"bpe:{path}"))  # one load per process and content
 
 
 def id_type(vocab_size):
+    """Return the numpy type of ids in binary files."""
     return np.uint16 if vocab_size <= 65536 else np.uint32
 
 
 def pack(rows, dtype, form, bos_id, counts=()):
-    """Return the part of rows {split: [(encoder ids, labels) or (encoder ids, labels, decoder inputs or empty)]}."""
+    """Return the part of {split: rows}; a row is (encoder ids, labels) or (encoder ids, labels, decoder inputs)."""
     part = dict(counts=Counter(counts))
     for split in SPLITS:
-        mine = rows.get(split, [])
-        lengths = np.array([[len(ids) for ids in row] for row in mine] or np.zeros((0, 2)), np.int64)
-        part["counts"] |= {f"{split}_samples": len(mine), f"{split}_tokens": int(lengths[:, :2].sum())}
+        side = rows.get(split, [])
+        lengths = np.array([[len(ids) for ids in row] for row in side] or np.zeros((0, 2)), np.int64)
+        part["counts"] |= {f"{split}_samples": len(side), f"{split}_tokens": int(lengths[:, :2].sum())}
         if form != "jsonl":
-            flat = np.concatenate([ids for row in mine for ids in row] or [np.zeros(0)])
+            flat = np.concatenate([ids for row in side for ids in row] or [np.zeros(0)])
             part |= {f"{split}.bin": flat.astype(dtype).tobytes(), f"{split}.idx": lengths}
         if form != "bin":
-            part[f"{split}.jsonl"] = "".join(_line(bos_id, *row) for row in mine).encode()
+            part[f"{split}.jsonl"] = "".join(_line(bos_id, *row) for row in side).encode()
     return part
 
 
@@ -58,19 +59,21 @@ def _line(bos_id, encoder_ids, labels, decoder=()):
 
 
 def texts_of(row, text_field):
-    """Return (prompt, answer) pairs of a row of questions or a conversation, or the text of another row.
+    """Return [(prompt, answer), ...] of a row with questions or a conversation, else the text of the row.
 
-    Raises ValueError when there is none, or it is no string.
+    Raises ValueError if there is none or it is no string.
     """
     for turns, role, content in CONVERSATIONS:
         if isinstance(row.get(turns), list):
-            said = [(turn.get(role), _string(turn, content)) for turn in row[turns] if isinstance(turn, dict)]
-            asked = [(i, text) for i, (who, text) in enumerate(said) if who in ASSISTANTS]
-            return [("\n".join(text for _, text in said[:i]), answer) for i, answer in asked]
+            messages = [(turn.get(role), _string(turn, content)) for turn in row[turns] if isinstance(turn, dict)]
+            answers = [(i, text) for i, (speaker, text) in enumerate(messages) if speaker in ASSISTANTS]
+            return [("\n".join(text for _, text in messages[:i]), answer) for i, answer in answers]
     for question, answer in QUESTIONS:
         if question in row and answer in row:
-            more = [_string(row, "input")] if question == "instruction" and row.get("input") else []
-            return [("\n".join([_string(row, question), *more]), _string(row, answer))]
+            prompt = _string(row, question)
+            if question == "instruction" and row.get("input"):
+                prompt += "\n" + _string(row, "input")
+            return [(prompt, _string(row, answer))]
     field = next((name for name in text_field if name in row), None)
     if field is None:
         raise ValueError(f"no text: fields {', '.join(map(str, row)) or '(none)'}; name one with --text-field")
@@ -84,7 +87,7 @@ def _string(row, name):
 
 
 def read_texts(task, counts, *, text_field, lang, collapse_whitespace, skip_bad_lines):
-    """Yield texts_of each row of a task, cleaned as asked; what is dropped goes into counts.
+    """Yield the cleaned texts_of each row of a task, and count the rows that are dropped or changed in `counts`.
 
     Raises DataError("file:line: reason") at a bad row unless skip_bad_lines.
     """
@@ -106,55 +109,56 @@ def read_texts(task, counts, *, text_field, lang, collapse_whitespace, skip_bad_
             if lang and row.get("language") != lang:
                 counts["other_language"] += 1
                 continue
-            found = texts_of(row, text_field)
+            texts = texts_of(row, text_field)
         except ValueError as e:
             if not skip_bad_lines:
                 raise DataError(f"{sources.where(task, place)}: {e}\ntry: mend it, or --skip-bad-lines") from None
             counts["bad_rows"] += 1
             continue
-        if not (found if isinstance(found, list) else found.strip()):
+        if not (texts if isinstance(texts, list) else texts.strip()):
             counts["empty_rows"] += 1
-        elif isinstance(found, str):
-            yield clean(found)
+        elif isinstance(texts, str):
+            yield clean(texts)
         else:
-            yield [(clean(prompt), clean(answer)) for prompt, answer in found]
+            yield [(clean(prompt), clean(answer)) for prompt, answer in texts]
 
 
 def encode_task(task, *, tokenizer, digest, max_seq_len, prefix_ratio, val_ratio, seed, batch, form, reading):
-    """Return the part of one task; counts["lowest"] is the smallest --val-ratio that would hold a document out."""
-    loaded, counts, lowest = tokenizer_of(tokenizer, digest), Counter(), 1.0
-    bos, eos = np.array([loaded.bos_id]), np.array([loaded.eos_id])
-    options = dict(bos=bos, eos=eos, size=max_seq_len)
+    """Return the part of one task; counts["lowest"] is the smallest --val_ratio that would hold out a document."""
+    loaded = tokenizer_of(tokenizer, digest)
+    options = dict(bos=np.array([loaded.bos_id]), eos=np.array([loaded.eos_id]), size=max_seq_len)
+    counts = Counter()
+    lowest = 1.0
     rows = dict(train=[], val=[])
     for group in _groups(read_texts(task, counts, **reading), batch):
-        flat = [text for document in group for text in _flat(document)]
-        encoded = iter(_encode(loaded, flat))
+        encoded = iter(_encode(loaded, [text for document in group for text in _flat(document)]))
         for document in group:
             texts = _flat(document)
             counts["documents"] += 1
-            hashed = hashlib.sha256("\n".join([str(seed), *texts]).encode()).digest()
-            fraction = int.from_bytes(hashed[:8]) / 2**64
+            digest = hashlib.sha256("\n".join([str(seed), *texts]).encode()).digest()
+            fraction = int.from_bytes(digest[:8]) / 2**64
             lowest = min(lowest, fraction)
-            mine = rows["val" if fraction < val_ratio else "train"]
+            side = rows["val" if fraction < val_ratio else "train"]
             ids = [next(encoded) for _ in texts]
             counts["text_bytes"] += sum(len(text.encode("utf-8")) for text in texts)
             counts["text_tokens"] += sum(map(len, ids))
             if isinstance(document, str):
-                mine += _chunks(ids[0], prefix_ratio, **options)
-                continue
-            counts["pairs"] += len(document)
-            mine += [_pair(*pair, counts, **options) for pair in zip(ids[::2], ids[1::2], strict=True)]
+                side += _chunks(ids[0], prefix_ratio, **options)
+            else:
+                counts["pairs"] += len(document)
+                side += [_pair(*pair, counts, **options) for pair in zip(ids[::2], ids[1::2], strict=True)]
     part = pack(rows, id_type(loaded.vocab_size), form, loaded.bos_id, counts)
     part["counts"]["lowest"] = lowest
     return part
 
 
 def _flat(document):
+    """Return the texts of a document: itself, or prompts and answers in turn."""
     return [document] if isinstance(document, str) else [text for pair in document for text in pair]
 
 
 def _groups(documents, most):
-    """Yield lists of at most `most` documents, shorter where they are long."""
+    """Yield lists of at most `most` documents, fewer if they are long."""
     group, characters = [], 0
     for document in documents:
         group.append(document)
@@ -167,14 +171,14 @@ def _groups(documents, most):
 
 
 def _encode(tokenizer, texts):
-    """Return the ids of each text, (n,) arrays; long texts in pieces."""
+    """Return the ids of each text, (n,) arrays; long texts are encoded in pieces."""
     pieces = [list(cut(text, PIECE_CHARACTERS)) for text in texts]
-    found = iter(tokenizer.encode_arrays([piece for text in pieces for piece in text]))
-    return [np.concatenate([next(found) for _ in text]) for text in pieces]
+    encoded = iter(tokenizer.encode_arrays([piece for text in pieces for piece in text]))
+    return [np.concatenate([next(encoded) for _ in text]) for text in pieces]
 
 
 def _chunks(ids, prefix_ratio, *, bos, eos, size):
-    """Yield (prompt, rest) of at most size - 2 ids each; only the last rest of a document ends with eos."""
+    """Yield (bos and the first share, the rest) of each chunk of at most size - 2 ids; eos ends the document."""
     for start in range(0, len(ids), size - 2):
         chunk = ids[start : start + size - 2]
         middle = int(prefix_ratio * len(chunk))
@@ -183,7 +187,7 @@ def _chunks(ids, prefix_ratio, *, bos, eos, size):
 
 
 def _pair(prompt, answer, counts, *, bos, eos, size):
-    """A prompt that is too long loses its beginning, an answer its end."""
+    """Return (prompt ids, labels) of at most `size` ids each: a long prompt loses its beginning, an answer its end."""
     counts["prompts_cut"] += len(prompt) > size - 2
     counts["answers_cut"] += len(answer) > size - 1
     labels = np.concatenate([answer, eos])[:size]
@@ -194,12 +198,14 @@ def _pair(prompt, answer, counts, *, bos, eos, size):
 
 LIST = rb"\[(?!,|0[0-9])([0-9,]++)(?<!,)\]"
 PLAIN = re.compile(rb'\{"encoder_ids": ?%b,"decoder_input_ids": ?%b,"labels": ?%b\}\r?\n?' % (LIST, LIST, LIST))
-ODD = re.compile(rb",(?:,|0[0-9])")  # no JSON
+ODD = re.compile(rb",(?:,|0[0-9])")  # not JSON
 
 
 def read_ids(task, *, vocab_size, bos_id, skip_bad_lines):
-    """Return the part of a task of train.jsonl or val.jsonl, decoder inputs kept where they are not BOS and labels."""
-    path, rows, counts = task[0], [], Counter()
+    """Return the part of a task of train.jsonl or val.jsonl, with decoder inputs if they are no shifted labels."""
+    path = task[0]
+    rows = []
+    counts = Counter()
 
     def parse(line):
         return _plain_ids(line, vocab_size, bos_id) or sources.parse_line(line)
@@ -217,26 +223,30 @@ def read_ids(task, *, vocab_size, bos_id, skip_bad_lines):
 
 
 def _plain_ids(line, vocab_size, bos_id):
-    """Return what _ids does, of a good line of bytes written as `language` or json.dump would; None of any other.
+    """Return the same as _ids for a valid line in the format of `language` or json.dump, None for any other line.
 
-    Several times faster than by way of Python's integers.
+    Several times faster than parsing JSON into Python's integers.
     """
-    found = PLAIN.fullmatch(line) or PLAIN.fullmatch(line.replace(b", ", b","))
-    if not found:
+    match = PLAIN.fullmatch(line) or PLAIN.fullmatch(line.replace(b", ", b","))
+    if not match:
         return None
-    encoder_ids, decoder, labels = found.groups()
-    both, shifted = encoder_ids + b"," + labels, labels.rpartition(b",")[0]
-    if decoder != (b"%d,%b" % (bos_id, shifted) if shifted else b"%d" % bos_id) or ODD.search(both):
+    encoder_ids, decoder, labels = match.groups()
+    both = encoder_ids + b"," + labels
+    shifted = labels.rpartition(b",")[0]
+    standard = b"%d,%b" % (bos_id, shifted) if shifted else b"%d" % bos_id
+    if decoder != standard or ODD.search(both):
         return None
-    ids, middle = np.fromstring(both, np.int64, sep=","), encoder_ids.count(b",") + 1
+    ids = np.fromstring(both, np.int64, sep=",")
+    middle = encoder_ids.count(b",") + 1
     return (ids[:middle], ids[middle:], ids[:0]) if ids.max() < vocab_size else None
 
 
 def _ids(line, vocab_size, bos_id):
+    """Return (encoder ids, labels, decoder inputs or empty if standard) of a JSON object. Raises ValueError."""
     row = []
     for name, other in (("encoder_ids", "input_ids"), ("labels", "targets"), ("decoder_input_ids", "")):
-        found = line.get(name, line.get(other, []))
-        ids = np.asarray(found if isinstance(found, list) else [found])
+        value = line.get(name, line.get(other, []))
+        ids = np.asarray(value if isinstance(value, list) else [value])
         if len(ids) and (ids.dtype.kind not in "iu" or ids.ndim > 1):
             raise ValueError(f"{name}: expected integers in [0, {vocab_size})")
         if len(ids) and (ids.min() < 0 or ids.max() >= vocab_size):

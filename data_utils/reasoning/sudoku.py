@@ -1,6 +1,6 @@
 """Sudoku of 4 x 4, 6 x 6 (boxes of 2 rows, 3 columns) and 9 x 9 cells: puzzles with one solution, their symmetries.
 
-A grid is a row of size^2 uint8 numbers, 0 = blank. B puzzles, N = size^2 cells.
+A grid is a row of size^2 uint8 digits, 0 = blank. B puzzles, N = size^2 cells. `draw` is a random.Random.
 """
 
 import hashlib
@@ -13,12 +13,12 @@ from data_utils.errors import DataError, UsageError
 from data_utils.workers import in_order
 
 BOXES = {4: (2, 2), 6: (2, 3), 9: (3, 3)}  # rows and columns of a box
-NODES = 400  # of a fill that is started again: the rare long searches cost more than the short ones
+NODES = 400  # visited by a random fill before it restarts: the rare long searches cost more than all the short ones
 
 
 @cache
 def units(size):
-    """Return (row, column, box) of each cell."""
+    """Return the (row, column, box) of each cell."""
     high, wide = BOXES[size]
     return [(i // size, i % size, i // size // high * (size // wide) + i % size // wide) for i in range(size * size)]
 
@@ -34,13 +34,14 @@ def peers(size):
 
 
 def _search(grid, size, limit, draw=None):
-    """Fill the blanks of the list `grid`, fewest candidates first -> solutions found, at most `limit`.
+    """Fill the blanks of the list `grid`, fewest candidates first; return the number of solutions, at most `limit`.
 
-    With `draw` (random.Random) cell and digits are drawn at random and the grid stays filled at the first solution;
-    then 0 also means that NODES were not enough. Rows, columns and boxes are bit masks of what is still free.
+    With `draw` cell and digits are random, and the grid stays filled at the first solution; then 0 may also mean that
+    NODES were not enough. The free digits of rows, columns and boxes are bit masks.
     """
-    places, everything = units(size), (1 << size) - 1
-    rows, columns, boxes = [everything] * size, [everything] * size, [everything] * size
+    places = units(size)
+    all_free = (1 << size) - 1
+    rows, columns, boxes = [all_free] * size, [all_free] * size, [all_free] * size
     nodes = NODES
 
     def flip(cell, bit):
@@ -68,20 +69,21 @@ def _search(grid, size, limit, draw=None):
             elif draw and count == fewest:
                 tied.append((cell, free))
         cell, free = draw.choice(tied) if draw else tied[0]
-        left, found = [b for b in blanks if b != cell], 0
+        others = [blank for blank in blanks if blank != cell]
+        solutions = 0
         digits = [d for d in range(size) if free >> d & 1]
         if draw:
             draw.shuffle(digits)
         for digit in digits:
             flip(cell, 1 << digit)
             grid[cell] = digit + 1
-            found += fill(left, wanted - found)
+            solutions += fill(others, wanted - solutions)
             flip(cell, 1 << digit)
-            if found >= wanted:
+            if solutions >= wanted:
                 break
-        if not found or not draw:
+        if not solutions or not draw:
             grid[cell] = 0
-        return found
+        return solutions
 
     for cell, digit in enumerate(grid):
         if digit:
@@ -89,48 +91,12 @@ def _search(grid, size, limit, draw=None):
     return fill([cell for cell, digit in enumerate(grid) if not digit], limit)
 
 
-def solve(puzzle, size):
-    """Return the solution (N,) uint8 of a puzzle; DataError when it has none, or more than one."""
-    count = _search(puzzle.tolist(), size, 2)
-    if count != 1:
-        raise DataError("the puzzle has no solution" if not count else "the puzzle has more than one solution")
-    grid, draw = puzzle.tolist(), random.Random(0)
-    while not _search(grid, size, 1, draw):
-        pass
-    return np.array(grid, np.uint8)
-
-
-def guesses(puzzle, size):
-    """Return how often a search for the solution of a puzzle (N,), fewest candidates first, met a cell with several.
-
-    0: single candidates alone solve it.
-    """
-    grid, guessed, everything = puzzle.tolist(), 0, set(range(1, size + 1))
-
-    def fill_in():
-        nonlocal guessed
-        free = {i: everything - {grid[j] for j in peers(size)[i]} for i, digit in enumerate(grid) if not digit}
-        if not free:
-            return True
-        cell = min(free, key=lambda i: len(free[i]))
-        guessed += len(free[cell]) > 1
-        for digit in sorted(free[cell]):
-            grid[cell] = digit
-            if fill_in():
-                return True
-        grid[cell] = 0
-        return False
-
-    fill_in()
-    return guessed
-
-
 def sudoku(*, size, givens, n, seed, first=0):
     """Return puzzles and solutions, (n, N) uint8 each; puzzle i depends on (seed, first + i) only.
 
-    A solution is a random fill of the empty grid, not a shuffle of one pattern: shuffles of one grid are what
-    `augment` makes, so that held-out ones would have been trained on. Then cells are emptied in random order while the
-    solution stays the only one, down to `givens` (0: until no cell can be emptied).
+    A solution is a random fill of the empty grid. It is no shuffle of one pattern, because `augment` makes shuffles:
+    held-out grids would then have been trained on. Cells are emptied in random order while the solution stays the only
+    one, down to `givens` (0: until no cell can be emptied).
     """
     if size not in BOXES or not 0 <= givens <= size * size:
         raise UsageError(f"--size {size} --givens {givens}: sizes are 4, 6, 9, givens 0 to size^2")
@@ -143,7 +109,7 @@ def sudoku(*, size, givens, n, seed, first=0):
 
 
 def fill(size, draw):
-    """Return a full grid, a list of N digits, drawn by `draw` (random.Random)."""
+    """Return a random full grid, a list of N digits."""
     grid = [0] * (size * size)
     while not _search(grid, size, 1, draw):
         grid = [0] * (size * size)
@@ -151,38 +117,42 @@ def fill(size, draw):
 
 
 def empty(grid, size, givens, draw):
-    """Return the full `grid` with cells emptied in an order drawn by `draw`, as `sudoku` does it."""
-    grid, left = list(grid), size * size
+    """Return the full `grid` with cells emptied in random order, as in `sudoku`."""
+    grid = list(grid)
+    filled = size * size
     for cell in draw.sample(range(size * size), size * size):
-        if left <= givens:
+        if filled <= givens:
             break
-        digit, left = grid[cell], left - 1
+        digit = grid[cell]
         for other in set(range(1, size + 1)) - {grid[peer] for peer in peers(size)[cell]}:
             grid[cell] = other
-            if other != digit and _search(list(grid), size, 1):
-                grid[cell], left = digit, left + 1
+            if other != digit and _search(list(grid), size, 1):  # a second solution: the digit must stay
+                grid[cell] = digit
                 break
         else:
             grid[cell] = 0
+            filled -= 1
     return grid
 
 
 def make(*, size, givens, train, val, seed, processes=1):
     """Return {split: (puzzles, solutions)}; no val solution is a relabelling or transposition of a train one.
 
-    The same for any number of processes. Raises UsageError when the hash leaves a split without any solution.
+    The result does not depend on the number of processes. Raises UsageError if too few solutions fall into a split.
     """
-    share, needed = val / max(1, train + val), dict(train=train, val=val)
-    found, firsts = dict(train=[], val=[]), range(0, 20 * (train + val) + 1000, 100)
+    share = val / max(1, train + val)
+    needed = dict(train=train, val=val)
+    pairs = dict(train=[], val=[])
+    firsts = range(0, 20 * (train + val) + 1000, 100)
     for puzzles, solutions in in_order(partial(_block, size, givens, seed), firsts, processes):
         for puzzle, solution in zip(puzzles, solutions, strict=True):
-            hashed = hashlib.sha256(f"{seed} ".encode() + canonical(solution, size)).digest()
-            split = "val" if int.from_bytes(hashed[:8]) < share * 2**64 else "train"
-            if len(found[split]) < needed[split]:
-                found[split].append((puzzle, solution))
-        if all(len(found[split]) == n for split, n in needed.items()):
+            digest = hashlib.sha256(f"{seed} ".encode() + canonical(solution, size)).digest()
+            split = "val" if int.from_bytes(digest[:8]) < share * 2**64 else "train"
+            if len(pairs[split]) < needed[split]:
+                pairs[split].append((puzzle, solution))
+        if all(len(pairs[split]) == n for split, n in needed.items()):
             cells = size * size
-            return {s: tuple(np.array(x, np.uint8).reshape(-1, 2, cells).swapaxes(0, 1)) for s, x in found.items()}
+            return {s: tuple(np.array(x, np.uint8).reshape(-1, 2, cells).swapaxes(0, 1)) for s, x in pairs.items()}
     raise UsageError(f"--size {size} --seed {seed}: too few different solutions for two splits\ntry: another --seed")
 
 
@@ -193,23 +163,26 @@ def _block(size, givens, seed, first):
 def canonical(solution, size):
     """Return bytes that are the same for a solution, its relabellings and its transpositions."""
     grid = solution.reshape(size, size)
-    return min(_relabelled(g.reshape(-1)) for g in ((grid, grid.T) if BOXES[size][0] == BOXES[size][1] else (grid,)))
+    high, wide = BOXES[size]
+    grids = (grid, grid.T) if high == wide else (grid,)
+    return min(_relabelled(g.reshape(-1)) for g in grids)
 
 
 def _relabelled(cells):
+    """Return the cells with digits renamed in order of appearance."""
     names = {}
     return bytes(names.setdefault(digit, len(names)) for digit in cells.tolist())
 
 
 def augment(puzzles, solutions, *, size, rng, reveal=0.0):
-    """Return copies of (B, N) puzzles and solutions: digits, bands, their rows, stacks, their columns, axes permuted.
+    """Return (B, N) puzzles and solutions under random symmetries: digits, bands, stacks, their lines, transposition.
 
-    rng: numpy Generator. `reveal`: share of the puzzles of which a random part of the blanks is filled in.
+    rng: numpy Generator. reveal: share of the puzzles in which a random part of the blanks is filled.
     """
     high, wide = BOXES[size]
     rows, columns = (_lines(len(puzzles), size, block, rng) for block in (high, wide))
     cells = rows[:, :, None] * size + columns[:, None, :]  # (B, size, size): where each cell comes from
-    if high == wide:  # else a transposed box has another shape
+    if high == wide:  # transposition keeps the shape of a square box
         turned = rng.random(len(puzzles)) < 0.5
         cells = np.where(turned[:, None, None], cells.transpose(0, 2, 1), cells)
     digits = np.zeros((len(puzzles), size + 1), np.uint8)
@@ -223,25 +196,25 @@ def augment(puzzles, solutions, *, size, rng, reveal=0.0):
 
 
 def _lines(n, size, block, rng):
-    """Return (n, size) orders of lines: blocks permuted, and lines inside each block."""
+    """Return n random orders of lines (n, size): blocks permuted, and lines within each block."""
     blocks = rng.random((n, size // block)).argsort(1)
     inside = rng.random((n, size // block, block)).argsort(2)
     return (blocks[:, :, None] * block + inside).reshape(n, size)
 
 
 def solved(grids, size):
-    """Return (B,) bool: every row, column and box of the (B, N) grids holds every digit once."""
-    good = np.ones(len(grids), bool)
+    """Return (B,) bool: whether every row, column and box of the (B, N) grids has every digit once."""
+    valid = np.ones(len(grids), bool)
     for place in np.array(units(size)).T:
         groups = grids[:, place.argsort(kind="stable")].reshape(len(grids), size, size)
-        good &= (np.sort(groups, 2) == np.arange(1, size + 1)).all((1, 2))
-    return good
+        valid &= (np.sort(groups, 2) == np.arange(1, size + 1)).all((1, 2))
+    return valid
 
 
-def parse(text):
-    """Return the puzzle (N,) uint8 that a user typed: size^2 digits, "." or 0 for a blank; spaces do not count.
+def parse_puzzle(text):
+    """Return the puzzle (N,) uint8 of a text: size^2 digits, "." or 0 for a blank, white space ignored.
 
-    Raises UsageError on another length, another sign, or a digit twice in a row, column or box.
+    Raises UsageError for another length or character, and for a digit twice in a row, column or box.
     """
     signs = "".join(text.split())
     size = {n * n: n for n in BOXES}.get(len(signs))
@@ -262,8 +235,8 @@ def parse(text):
 
 
 def load_puzzles(folder):
-    """Return {split: (puzzles, solutions)}, (n, N) uint8 memory maps each, of a prepared Sudoku folder."""
-    found = {}
+    """Return {split: (puzzles, solutions)} of a prepared Sudoku folder, (n, N) uint8 memory maps each."""
+    splits = {}
     for split in ("train", "val"):
         path = f"{folder}/{split}.npy"
         try:
@@ -273,5 +246,5 @@ def load_puzzles(folder):
         cells = {n * n for n in BOXES}
         if grids.dtype != np.uint8 or grids.ndim != 3 or grids.shape[1] != 2 or grids.shape[2] not in cells:
             raise DataError(f"{path}: expected uint8 (n, 2, cells), found {grids.dtype} {grids.shape}")
-        found[split] = grids[:, 0], grids[:, 1]
-    return found
+        splits[split] = grids[:, 0], grids[:, 1]
+    return splits

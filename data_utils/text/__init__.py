@@ -1,6 +1,6 @@
 """Language models on domain folders of text.
 
-corpus.py   real text out of installed packages, and a toy copy
-windows.py  domain folders as packed windows of tokens
+corpus.py   real text from installed packages, and a toy corpus
+windows.py  the data set: domain folders as packed windows of tokens
 experts.py  trained language models, rebuilt from their checkpoints
 """

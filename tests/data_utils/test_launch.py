@@ -1,4 +1,4 @@
-"""What a run refuses of the machine that it is started on, and how its threads wait."""
+"""Environments that a run refuses, and how its threads wait."""
 
 import sys
 
@@ -13,7 +13,7 @@ TORCHRUN = dict(WORLD_SIZE="2", RANK="1", LOCAL_RANK="1", MASTER_ADDR="127.0.0.1
 
 @pytest.fixture
 def no_policy(monkeypatch):
-    """An environment in which nobody chose how threads wait; torch counts as not imported."""
+    """Remove every policy of waiting threads from the environment, and torch from the modules."""
     for name in launch.WAITING:
         monkeypatch.setenv(name, "")
         monkeypatch.delenv(name)
@@ -50,14 +50,14 @@ def test_threads_spin_less_where_others_want_the_cores(no_policy, threads, other
 @pytest.mark.parametrize(
     "name, value", [("OMP_WAIT_POLICY", "ACTIVE"), ("GOMP_SPINCOUNT", "5"), ("KMP_BLOCKTIME", "0")]
 )
-def test_what_the_user_chose_about_waiting_stands(no_policy, name, value):
+def test_a_policy_that_the_user_set_stays(no_policy, name, value):
     no_policy.setenv(name, value)
     no_policy.setattr(launch, "others_running", lambda: 9)
     share_cores()
     assert {n: launch.os.environ[n] for n in launch.WAITING if n in launch.os.environ} == {name: value}
 
 
-def test_what_else_runs_is_counted_or_at_worst_taken_for_nothing(monkeypatch):
+def test_other_threads_are_counted_with_and_without_proc(monkeypatch):
     assert launch.others_running(samples=2, seconds=0) >= 0
     monkeypatch.setattr("builtins.open", lambda *_, **__: (_ for _ in ()).throw(OSError()))
     monkeypatch.setattr(launch.os, "getloadavg", lambda: (1.5, 0, 0))

@@ -1,4 +1,4 @@
-"""Tokenizers: lossless, no control ids out of text, known ids of GPT-2, bad files refused with their name."""
+"""Tokenizers: lossless, no control ids from text, the ids of GPT-2, bad files refused by name."""
 
 import json
 
@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from data_utils import tokenizer as module
+from data_utils.documents import cut
 from data_utils.errors import DataError, UsageError
-from data_utils.text.windows import cut
 from data_utils.tokenizer import load_tokenizer, train_bpe
 
 TEXTS = [
@@ -55,8 +55,7 @@ def test_ids_of_pieces_are_the_ids_of_the_whole(names, which):
         text = "".join(rng.choice(list("abc'.1é") + [" "] * 4 + ["\n", "\t", "\x1c", "👍", "\u3000"], 400))
         pieces = list(cut(text, 60))
         assert "".join(pieces) == text and max(map(len, pieces)) <= 60
-        whole = all(piece[0] == " " and not piece[1].isspace() for piece in pieces[1:])
-        if whole:
+        if all(piece[0] == " " and not piece[1].isspace() for piece in pieces[1:]):
             assert sum(tokenizer.encode_batch(pieces), []) == tokenizer.encode(text)
     words = " ".join(["word"] * 100)
     assert sum(tokenizer.encode_batch(list(cut(words, 33))), []) == tokenizer.encode(words)

@@ -1,4 +1,4 @@
-"""Tasks done by other processes: when one of them dies, the others end too, whatever they were at."""
+"""Tasks in other processes: when one process dies, the others end too, whatever they were doing."""
 
 import errno
 import multiprocessing
@@ -12,7 +12,7 @@ from data_utils.errors import DataError
 from data_utils.formulas import dataset as sr_data
 from data_utils.workers import in_order
 
-# in new processes of multiprocessing alone: they die before they have read what they are to do
+# kills new processes of multiprocessing before they read their task
 DEAD = "import os, sys\nif '--multiprocessing-fork' in sys.orig_argv: os._exit(3)\n"
 
 
@@ -36,7 +36,7 @@ def stillborn(tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
 
 
-def test_processes_that_die_at_their_start_are_said(stillborn):
+def test_processes_that_die_at_their_start_are_reported(stillborn):
     with pytest.raises(DataError, match="a worker process died"):
         list(in_order(abs, range(4), 2))
     context, settings = multiprocessing.get_context("spawn"), dict(large=bytes(2**22))  # more than a pipe holds
@@ -45,7 +45,7 @@ def test_processes_that_die_at_their_start_are_said(stillborn):
         sr_data._take(*worker)
 
 
-def test_processes_that_can_not_be_started_are_said(monkeypatch):
+def test_processes_that_cannot_start_are_reported(monkeypatch):
     def start(process):
         raise OSError(errno.EAGAIN, os.strerror(errno.EAGAIN))
 
@@ -62,7 +62,7 @@ def put_half(given, ready, *_):
     os._exit(9)
 
 
-def test_a_process_that_dies_while_it_writes_is_said(monkeypatch):
+def test_a_process_that_dies_while_it_writes_is_reported(monkeypatch):
     monkeypatch.setattr(sr_data, "_work", put_half)
     worker = sr_data._begin(multiprocessing.get_context("spawn"), {}, 0, 1, 0, 1)
     with pytest.raises(DataError, match="data worker .* died with status 9"):

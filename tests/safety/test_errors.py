@@ -1,4 +1,4 @@
-"""What a user can mend is said in three lines with the remedy, has its exit status, and harms no file."""
+"""Errors that a user can fix: three lines with the remedy, the right exit status, and no file changed."""
 
 import json
 import os
@@ -18,7 +18,6 @@ import plot
 import prepare_data
 import train_expert
 from data_utils import files, tokenizer
-from data_utils.config import from_cli
 from data_utils.launch import launch
 from models.transformer import Transformer
 from tests.helpers import ROOT
@@ -35,7 +34,7 @@ BUNDLES = dict(
     listed="- lr\n",
 )
 
-USAGE = [  # (command line, words that the message must contain); {x.yaml} is a bundle of the table above
+USAGE = [  # (command line, words that the message must contain); {x.yaml} is a bundle of BUNDLES
     ("train_expert.py", ["--expert", "required"]),
     ("train_expert.py --expert gpt", ["--expert", "'gpt'", "transformer", "state_space", "diffuser"]),
     ("train_expert.py --expert transformer --batchsize 3", ["--batchsize", "did you mean --batch_size?"]),
@@ -78,7 +77,7 @@ USAGE = [  # (command line, words that the message must contain); {x.yaml} is a 
 
 
 def check_message(err, words):
-    """At most three lines from the one that starts with error: to the end, without a traceback."""
+    """Check that at most three lines follow from "error: " on, with all `words` and without a traceback."""
     lines = err.splitlines()
     starts = [i for i, line in enumerate(lines) if line.startswith("error: ")]
     assert len(starts) == 1 and len(lines) - starts[0] <= 3 and "Traceback" not in err, err
@@ -91,9 +90,9 @@ def test_usage(line, words, tmp_path):
     for name, text in BUNDLES.items():
         (tmp_path / f"{name}.yaml").write_text(text)
     script, *flags = line.replace("{", f"{tmp_path}/").replace("}", "").split()
-    found = subprocess.run([sys.executable, ROOT / script, *flags], cwd=tmp_path, capture_output=True, text=True)
-    check_message(found.stderr, words)
-    assert found.returncode == 2 and found.stdout == ""
+    script_run = subprocess.run([sys.executable, ROOT / script, *flags], cwd=tmp_path, capture_output=True, text=True)
+    check_message(script_run.stderr, words)
+    assert script_run.returncode == 2 and script_run.stdout == ""
     assert {p.name for p in tmp_path.iterdir()} == {f"{name}.yaml" for name in BUNDLES}
 
 
@@ -112,23 +111,23 @@ PREFIXES = dict(
 
 
 def call(line, **places):
-    """Run one command line in this process as its script would; leaves by SystemExit."""
+    """Run one command line in this process as its script would; it ends with SystemExit."""
     first, _, rest = line.partition(" ")
     words = shlex.split(f"{PREFIXES[first]} {rest}")
     script, *argv = [word.format(**places) for word in words]
     if script == "prepare_data.py":
         prepare_data.run(argv)
     elif script == "generate.py":
-        launch(generate.main, from_cli(generate.Config, argv=argv))
+        launch(generate.main, generate.parse(argv))
     elif script == "plot.py":
-        launch(plot.main, from_cli(plot.Config, argv=["--runs", *argv] if argv else argv))
+        launch(plot.main, plot.parse(argv))
     else:
-        launch(train_expert.main, from_cli(train_expert.CONFIGS, argv=argv, by="expert"))
+        launch(train_expert.main, train_expert.parse(argv))
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory):
-    """Toy data, and a folder with a transformer and a diffuser of four steps."""
+def trained(tmp_path_factory):
+    """Return toy data, and a folder with a transformer and a diffuser after four steps."""
     folder = tmp_path_factory.mktemp("errors")
     data, run = folder / "data", folder / "run"
     lines = [f"prepare expert --toy --data_dir {data}", "transformer --max_steps 4", "diffuser --max_steps 4"]
@@ -185,7 +184,7 @@ def garbage(at):
 
 
 def bpe_run(at):
-    """A checkpoint trained with a tokenizer file that was changed since."""
+    """Write a checkpoint whose tokenizer file has changed."""
     train_bpe(at)
     state = torch.load(at.run / "transformer_expert.pt", weights_only=True)
     torch.save(state | dict(tokenizer=f"bpe:{at.tmp}/bpe.json"), at.tmp / "other.pt")
@@ -256,7 +255,7 @@ def not_metrics(at):
     (at.tmp / "list_metrics.jsonl").write_text("[1]\n3\n")
 
 
-ROWS = [  # (command line, exit status, words that the message must contain, what comes before)
+ROWS = [  # (command line, exit status, words that the message must contain, preparation)
     # ranges and hardware
     ("transformer --batch_size 0", 2, ["--batch_size 0", "1 or more"]),
     ("transformer --max_epochs 0", 2, ["--max_epochs 0", "1 or more"]),
@@ -351,22 +350,22 @@ ROWS = [  # (command line, exit status, words that the message must contain, wha
 
 
 def contents(*folders):
-    """{path: bytes} of all files but locks and the token cache."""
+    """Return {path: bytes} of all files except locks and the token cache."""
     files = (p for folder in folders for p in folder.rglob("*") if p.is_file())
     return {p: p.read_bytes() for p in files if p.suffix != ".lock" and ".cache" not in p.parts}
 
 
 @pytest.mark.parametrize("line, status, words, setup", [(*row, None)[:4] for row in ROWS])
-def test_error(line, status, words, setup, made, tmp_path, monkeypatch, capsys):
+def test_error(line, status, words, setup, trained, tmp_path, monkeypatch, capsys):
     run, tmp = tmp_path / "run", tmp_path / "tmp"
-    shutil.copytree(made.run, run)
+    shutil.copytree(trained.run, run)
     tmp.mkdir()
-    at = SimpleNamespace(run=run, tmp=tmp, data=made.data, patch=monkeypatch)
+    at = SimpleNamespace(run=run, tmp=tmp, data=trained.data, patch=monkeypatch)
     if setup:
         setup(at)
-    before, handler = contents(run, tmp, made.data), signal.getsignal(signal.SIGTERM)
+    before, handler = contents(run, tmp, trained.data), signal.getsignal(signal.SIGTERM)
     monkeypatch.setattr(sys, "argv", ["it.py"])
-    places = dict(data=made.data, run=run, tmp=tmp)
+    places = dict(data=trained.data, run=run, tmp=tmp)
     try:
         with pytest.raises(SystemExit) as stop:
             call(line, **places)
@@ -374,16 +373,16 @@ def test_error(line, status, words, setup, made, tmp_path, monkeypatch, capsys):
         signal.signal(signal.SIGTERM, handler)
     check_message(capsys.readouterr().err, [word.format(**places) for word in words])
     assert stop.value.code == status
-    after = contents(run, tmp, made.data)
+    after = contents(run, tmp, trained.data)
     for path, content in before.items():  # metrics may get more rows
         assert after[path][: len(content)] == content and (path.suffix == ".jsonl" or after[path] == content), path
     assert not [p for p in after if ".tmp-" in p.name]
 
 
-def test_nothing_is_wrong_with_what_the_rows_start_from(made, tmp_path, capsys):
-    """Else a row could fail for another reason than its own."""
+def test_the_rows_start_from_runs_that_work(trained, tmp_path, capsys):
+    """Otherwise a row could fail for another reason than its own."""
     run = tmp_path / "run"
-    shutil.copytree(made.run, run)
+    shutil.copytree(trained.run, run)
     lines = [
         "transformer --resume --lr 1e-4",
         "diffuser --resume",
@@ -391,7 +390,7 @@ def test_nothing_is_wrong_with_what_the_rows_start_from(made, tmp_path, capsys):
     ]
     for line in [*lines, f"plot {run}/transformer_expert_metrics.jsonl"]:
         with pytest.raises(SystemExit) as stop:
-            call(line, data=made.data, run=run, tmp=tmp_path)
+            call(line, data=trained.data, run=run, tmp=tmp_path)
         assert stop.value.code == 0, line
     assert "lr 0.0003 -> 0.0001: exact resume is lost" in capsys.readouterr().out
     state = torch.load(run / "transformer_expert_interrupted.pt", weights_only=True)

@@ -1,6 +1,6 @@
-"""Nothing that is read can run code: a lint over every source file, and hostile files that must be refused.
+"""No input file can run code: a lint over every source file, and hostile files that must be refused.
 
-The only file that may build such payloads is this one.
+This is the only file that may build such payloads.
 """
 
 import ast
@@ -41,11 +41,11 @@ KEYWORDS = dict(weights_only=True, allow_pickle=False, shell=False)  # only thes
 
 
 def unsafe(source):
-    """Return what in Python source could run code out of data, as ["line 3: torch.load without weights_only=True"]."""
+    """Return what could run code from data, as ["line 3: torch.load without weights_only=True"]."""
     tree, aliases, findings, good = ast.parse(source), {}, [], set()
 
     def dotted(node):
-        """The full name of an expression like np.load, through import aliases and getattr with a literal."""
+        """Return the full name of an expression like np.load, through import aliases and getattr with a literal."""
         if isinstance(node, ast.Name):
             return aliases.get(node.id, node.id)
         if isinstance(node, ast.Attribute):
@@ -55,12 +55,12 @@ def unsafe(source):
             return f"{dotted(node.args[0])}.{name}"
         return ""
 
-    def found(node, what):
-        findings.append(f"line {node.lineno}: {what}")
+    def report(node, problem):
+        findings.append(f"line {node.lineno}: {problem}")
 
     def check_module(node, name):
         if name.split(".")[0] in MODULES:
-            found(node, f"module {name}")
+            report(node, f"module {name}")
 
     def literal(node, value):
         return isinstance(node, ast.Constant) and node.value is value
@@ -75,7 +75,7 @@ def unsafe(source):
             for name in node.names:
                 aliases[name.asname or name.name] = f"{node.module}.{name.name}"
                 if name.name == "*":
-                    found(node, f"all names of {node.module}, unseen")
+                    report(node, f"all names of {node.module}, unseen")
     for node in ast.walk(tree):
         if isinstance(node, ast.Call):
             name = dotted(node.func)
@@ -83,38 +83,38 @@ def unsafe(source):
             if name == "torch.load" and literal(keywords.get("weights_only"), True):
                 good.add(node.func)
             if name == "numpy.load" and len(node.args) > 2:
-                found(node, "numpy.load with a third argument")
+                report(node, "numpy.load with a third argument")
             if name in ("compile", "builtins.compile"):
-                found(node, "call of compile")
+                report(node, "call of compile")
             if name in ("importlib.import_module", "runpy.run_module"):
                 for value in (a.value for a in node.args if isinstance(a, ast.Constant)):
                     check_module(node, value)
             for keyword, value in keywords.items():
                 if keyword in KEYWORDS and not literal(value, KEYWORDS[keyword]):
-                    found(node, f"{keyword} is not {KEYWORDS[keyword]}")
+                    report(node, f"{keyword} is not {KEYWORDS[keyword]}")
         elif isinstance(node, ast.Dict):  # keywords on their way to **
             for key, value in zip(node.keys, node.values, strict=True):
                 name = key.value if isinstance(key, ast.Constant) else ""
                 if name in KEYWORDS and not literal(value, KEYWORDS[name]):
-                    found(node, f"{name} is not {KEYWORDS[name]}")
+                    report(node, f"{name} is not {KEYWORDS[name]}")
     for node in ast.walk(tree):
         if not isinstance(node, (ast.Name, ast.Attribute, ast.Call)):
             continue
         name = dotted(node)
         head, last = name.split(".")[0], name.split(".")[-1]
         if name == "torch.load" and node not in good:
-            found(node, "torch.load without weights_only=True")
+            report(node, "torch.load without weights_only=True")
         if name in BUILTINS or head in ("builtins", "__builtins__") and last in (*BUILTINS, "compile"):
-            found(node, last)
+            report(node, last)
         if last in NAMES or any(name == d or name.startswith(d + ".") for d in DOTTED):
-            found(node, name)
+            report(node, name)
         if head == "yaml" and name.count(".") == 1 and last not in YAML:
-            found(node, name)
+            report(node, name)
     return findings
 
 
 def sources():
-    """Every Python file of the repo; not environments, nor what benchmarks fetch."""
+    """Yield every Python file of the repo, without environments and downloads of benchmarks."""
     for path in sorted(ROOT.rglob("*.py")):
         parts = path.relative_to(ROOT).parts
         if path != Path(__file__).resolve() and not parts[0].startswith(".") and parts[:2] != ("benchmarks", "peers"):
@@ -203,8 +203,8 @@ factory.mktemp("x")
 
 @pytest.mark.parametrize("source", BAD)
 def test_the_lint_flags(source):
-    found = unsafe(f"'''doc'''\n{source}")
-    assert found and all(finding.startswith("line 2: ") for finding in found)
+    findings = unsafe(f"'''doc'''\n{source}")
+    assert findings and all(finding.startswith("line 2: ") for finding in findings)
 
 
 @pytest.mark.parametrize("source", GOOD)
@@ -335,7 +335,7 @@ def memory_mb():
 @pytest.mark.parametrize("forced", [False, True])
 @pytest.mark.parametrize("make", PAYLOADS, ids=lambda f: f.__name__)
 def test_a_hostile_checkpoint_is_refused_and_runs_nothing(make, forced, tmp_path, monkeypatch):
-    if forced:  # this variable takes weights_only back where a call does not say it
+    if forced:  # this variable turns weights_only off where a call does not set it
         monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
     path, canary = tmp_path / "a.pt", tmp_path / "canary"
     make(path, canary)
@@ -354,7 +354,7 @@ def test_a_hostile_checkpoint_is_refused_and_runs_nothing(make, forced, tmp_path
         assert not canary.exists() and [p.name for p in tmp_path.iterdir()] == ["a.pt"]
 
 
-def test_the_payloads_would_run_if_they_were_let(tmp_path):
+def test_the_payloads_run_when_loaded_unsafely(tmp_path):
     path, canary = tmp_path / "a.pt", tmp_path / "canary"
     for make in (reduce_to_system, reduce_to_eval, legacy, inside_the_optimizer, instead_of_a_tensor, object_array):
         make(path, canary)
@@ -404,7 +404,7 @@ def test_a_hostile_tokenizer_is_refused(name, tmp_path):
     assert time.process_time() - start < 2 and len(str(error.value).splitlines()) <= 3
 
 
-def test_the_tokenizer_that_is_spoilt_above_is_a_good_one(tmp_path):
+def test_the_tokenizer_without_changes_is_accepted(tmp_path):
     (tmp_path / "bpe.json").write_text(json.dumps(bpe()))
     assert load_tokenizer(f"bpe:{tmp_path / 'bpe.json'}").vocab_size == 257
 

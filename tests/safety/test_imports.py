@@ -1,6 +1,6 @@
 """Imports run one way: scripts -> rooms -> flat files, and models know nothing but models.
 
-All imports of models/ and data_utils/ count, those within functions too: they are read off the source, nothing runs.
+All imports of models/ and data_utils/ count, also those within functions. They are read from the source; nothing runs.
 """
 
 import ast
@@ -64,7 +64,7 @@ IMPORTS = {name: imports_of(path.read_text(encoding="utf-8")) for name, path in 
 
 
 def room(name):
-    """The room that a file of data_utils/ lies in; "" for a flat one."""
+    """Return the room of a file of data_utils/; "" for a flat file."""
     parts = name.split(".")
     return parts[1] if len(parts) > 1 and parts[1] in ROOMS else ""
 
@@ -81,9 +81,9 @@ def test_the_reader_of_imports():
 @pytest.mark.parametrize("name", MODELS)
 def test_models_import_models_torch_numpy_and_the_standard_library(name):
     for imported in IMPORTS[name]:
-        known = {"models", "torch", "numpy"} | sys.stdlib_module_names
+        always = {"models", "torch", "numpy"} | sys.stdlib_module_names
         optional = imported.lazy and imported.top not in SCRIPTS | {"data_utils"}  # a package that need not be there
-        assert imported.top in known or optional, imported.name
+        assert imported.top in always or optional, imported.name
 
 
 @pytest.mark.parametrize("name", FLAT)

@@ -6,9 +6,9 @@ The scripts run on CPUs with what an older GPU has, see overflow.py
 import json
 
 import pytest
-from test_simulated_device import AE, EXPERTS, HRM, PAGES, SR, TEXT
 
 from tests.helpers import finish, start, start_two
+from tests.safety.test_simulated_device import AE, EXPERTS, HRM, PAGES, SR, TEXT
 
 EXPERT = f"train_expert.py --expert transformer {TEXT} {EXPERTS['transformer']} --max_steps 5".replace("128", "8")
 AGAINST_JUDGES = f"{AE} loop=gan_ae latent_space=linear out=gan max_steps=5 batch_size=4 dtype=bfloat16"

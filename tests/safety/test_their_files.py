@@ -1,4 +1,4 @@
-"""Nothing of the user's is deleted or replaced unasked: files that this project did not write stay, or become *.bak."""
+"""No file of the user's is deleted or replaced unasked: files that this project did not write stay, or become *.bak."""
 
 import json
 import os
@@ -9,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_prepare import config, content, language, put, texts
 
 import plot
 import prepare_data
@@ -24,10 +23,11 @@ from data_utils.reasoning import folder as prepared
 from data_utils.reasoning import normalize_qa as qa
 from data_utils.reasoning import prepare
 from data_utils.text import corpus
+from tests.data_utils.reasoning.test_prepare import config, content, language, put, texts
 
 
 def refused(call, *words):
-    """Run what must be refused -> the flag and the value that its last line tells to try."""
+    """Run a call that must be refused; return the flag and the value that its last line advises."""
     with pytest.raises(UsageError) as error:
         call()
     message = str(error.value)
@@ -244,9 +244,9 @@ def test_the_corpus_replaces_what_it_wrote_and_nothing_else(tmp_path, monkeypatc
     assert tree(tmp_path) == before
     call(fresh=True)
     assert json.loads((path.parent / "toy.jsonl.bak").read_text())["text"] == "mine"
-    whole = tree(tmp_path)
+    complete = tree(tmp_path)
     call()
-    assert tree(tmp_path) == whole
+    assert tree(tmp_path) == complete
     monkeypatch.setattr(corpus, "toy", lambda domain: [("1", "another version of the text " * 20)])
     call()  # as written, so of this command
     assert b"another version" in path.read_bytes() and not list(tmp_path.rglob("*.bak2"))
@@ -360,7 +360,7 @@ def test_a_folder_for_pages_with_the_users_files_is_refused_and_rebuilding_keeps
 # ---- runs ------------------------------------------------------------------------------------------------------------
 
 
-def test_what_lies_beside_a_checkpoint_is_set_aside_where_it_differs(tmp_path):
+def test_files_beside_a_checkpoint_are_set_aside_if_they_differ(tmp_path):
     (tmp_path / "meta.json").write_text("of my data")
     (tmp_path / "step_notes.yaml").write_text("mine")
     (tmp_path / "step_3.yaml").write_text("of a step file that is gone")
@@ -414,9 +414,9 @@ def test_the_sweep_of_a_run_removes_only_what_the_run_left_half_written(tmp_path
 def test_no_limit_removes_nothing_and_a_lower_one_what_it_says(tmp_path):
     for n in range(1, 6):
         checkpoint.save_checkpoint(tmp_path / f"step_{n}.pt", dict(model_state={}, step=n))
-    for limit, left in ((0, 5), (7, 5), (2, 2)):
+    for limit, remaining in ((0, 5), (7, 5), (2, 2)):
         checkpoint.rotate(checkpoint.numbered_files(tmp_path, r"step_(\d+)\.pt"), limit)
-        assert len(list(tmp_path.iterdir())) == left
+        assert len(list(tmp_path.iterdir())) == remaining
 
 
 def test_a_damaged_manifest_is_no_reason_to_leave_old_pages_behind(tmp_path):

@@ -31,12 +31,6 @@ def test_python_commands_parse(command):
     flags = words[2:]
     if words[1] == "prepare_data.py":
         from_cli(module.COMMANDS[flags[0]][0], argv=flags[1:])
-    elif words[1] == "plot.py":
-        from_cli(module.Config, argv=["--runs", *flags])
-    elif words[1] == "generate.py" and flags[0] in module.COMMANDS:
-        from_cli(module.COMMANDS[flags[0]], argv=module.flags(flags))
-    elif words[1] == "generate.py":
-        from_cli(module.variant, argv=flags, by="run_name")
     else:
         cfg = module.parse(flags)
         assert words[1] != "train_expert.py" or type(cfg) is module.CONFIGS[cfg.expert]

@@ -8,7 +8,7 @@ from data_utils.reasoning.arithmetic import build_synthetic_dataset
 
 def questions(rows, tokenizer):
     """Return [(a, sign, b)] of rows, each checked against Python's own arithmetic."""
-    found = []
+    triples = []
     for encoder_ids, inputs, labels in rows:
         text = tokenizer.decode(encoder_ids)
         a, sign, b = text.removeprefix("What is ").removesuffix("?").split()
@@ -16,12 +16,12 @@ def questions(rows, tokenizer):
         answer = {"+": int(a) + int(b), "-": int(a) - int(b), "*": int(a) * int(b)}[sign]
         assert [tokenizer.bos_id, *labels[:-1]] == inputs and labels[-1] == tokenizer.eos_id
         assert tokenizer.decode(labels) == str(answer)
-        found.append((int(a), sign, int(b)))
-    return found
+        triples.append((int(a), sign, int(b)))
+    return triples
 
 
 @pytest.mark.parametrize("seed", [1, 2])
-def test_all_sums_are_split_as_promised(seed):
+def test_all_sums_are_split_as_documented(seed):
     train, val, tokenizer = build_synthetic_dataset(seed=seed)
     trained, held_out = questions(train, tokenizer), questions(val, tokenizer)
     assert len({*trained, *held_out}) == len(trained) + len(held_out) == 10_000
@@ -44,6 +44,6 @@ def test_draws_have_no_question_on_both_sides():
 
 @pytest.mark.parametrize("options", [dict(digits=0), dict(operators="/"), dict(operators=""), dict(val_ratio=1.0),
                                      dict(digits=3), dict(operators="+-")])  # fmt: skip
-def test_what_can_not_be_made(options):
+def test_impossible_settings_are_refused(options):
     with pytest.raises(UsageError, match="--digits"):
         build_synthetic_dataset(**options)

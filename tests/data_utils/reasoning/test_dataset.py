@@ -1,4 +1,4 @@
-"""Rows and batches: against a plain loop, both forms, bad lines, the cache, the leak guard, orders."""
+"""Rows and batches of train_hrm.py: a plain loop as reference, both formats, bad lines, cache, leaks, orders."""
 
 import json
 import os
@@ -19,35 +19,35 @@ META = dict(vocab_size=98, pad_id=0, bos_id=1, eos_id=2, max_seq_len=0)
 def naive_batch(rows, pad_id, most):
     rows = [[list(map(int, ids))[: most or None] for ids in row] for row in rows]
     s, t = max(len(row[0]) for row in rows), max(len(row[2]) for row in rows)
-    found = dict(encoder_ids=[], decoder_input_ids=[], labels=[], encoder_mask=[], decoder_mask=[])
+    columns = dict(encoder_ids=[], decoder_input_ids=[], labels=[], encoder_mask=[], decoder_mask=[])
     for encoder_ids, inputs, labels in rows:
-        found["encoder_ids"].append(encoder_ids + [pad_id] * (s - len(encoder_ids)))
-        found["decoder_input_ids"].append(inputs + [pad_id] * (t - len(inputs)))
-        found["labels"].append(labels + [-100] * (t - len(labels)))
-        found["encoder_mask"].append([1] * len(encoder_ids) + [0] * (s - len(encoder_ids)))
-        found["decoder_mask"].append([1] * len(labels) + [0] * (t - len(labels)))
-    return {name: torch.tensor(x) for name, x in found.items()}
+        columns["encoder_ids"].append(encoder_ids + [pad_id] * (s - len(encoder_ids)))
+        columns["decoder_input_ids"].append(inputs + [pad_id] * (t - len(inputs)))
+        columns["labels"].append(labels + [-100] * (t - len(labels)))
+        columns["encoder_mask"].append([1] * len(encoder_ids) + [0] * (s - len(encoder_ids)))
+        columns["decoder_mask"].append([1] * len(labels) + [0] * (t - len(labels)))
+    return {name: torch.tensor(x) for name, x in columns.items()}
 
 
 def equal(a, b):
     return a.keys() == b.keys() and all(a[k].dtype == torch.int64 and torch.equal(a[k], b[k]) for k in a)
 
 
-def some_rows(n, own=False, seed=0):
-    """Rows of random ids, pad_id among them; `own`: with decoder inputs of their own in some."""
+def some_rows(n, with_inputs=False, seed=0):
+    """Return rows of random ids, pad_id among them; with_inputs: some have other decoder inputs than usual."""
     rng, rows = np.random.default_rng(seed), []
     for i in range(n):
         encoder_ids, labels = (rng.integers(0, 98, rng.integers(1, 12)).tolist() for _ in range(2))
         inputs = [1, *labels[:-1]]
-        rows.append((encoder_ids, inputs[::-1] if own and i % 3 else inputs, labels))
+        rows.append((encoder_ids, inputs[::-1] if with_inputs and i % 3 else inputs, labels))
     return rows
 
 
 def write(folder, train, val=(), meta=META):
     folder.mkdir(parents=True, exist_ok=True)
     for name, rows in dict(train=train, val=val).items():
-        lines = [row if isinstance(row, (str, bytes)) else json.dumps(dict(zip(
-            ("encoder_ids", "decoder_input_ids", "labels"), row, strict=True))) for row in rows]  # fmt: skip
+        names = ("encoder_ids", "decoder_input_ids", "labels")
+        lines = [json.dumps(dict(zip(names, row, strict=True))) if isinstance(row, tuple) else row for row in rows]
         lines = [line if isinstance(line, bytes) else line.encode() for line in lines]
         (folder / f"{name}.jsonl").write_bytes(b"".join(line + b"\n" for line in lines))
     (folder / "tokenizer.json").write_text(json.dumps(SimpleTokenizer().to_dict()))
@@ -61,27 +61,27 @@ def quiet(*words):
 
 @pytest.mark.parametrize("most", [0, 5])
 def test_pad_batch_is_a_loop(most):
-    rows = some_rows(20, own=True)
+    rows = some_rows(20, with_inputs=True)
     assert equal(pad_batch(rows, pad_id=0, max_seq_len=most), naive_batch(rows, 0, most))
     mask = pad_batch([([0, 0], [1, 0], [0, 2])], pad_id=0)["encoder_mask"]
     assert mask.tolist() == [[1, 1]]  # a real id that equals pad_id
 
 
-@pytest.mark.parametrize("own", [False, True])
+@pytest.mark.parametrize("with_inputs", [False, True])
 @pytest.mark.parametrize("most", [0, 6])
-def test_batches_of_a_folder_and_of_memory_are_those_of_a_loop(tmp_path, own, most, capsys):
-    train, val = some_rows(40, own), some_rows(9, own, seed=1)
+def test_batches_of_a_folder_and_of_memory_are_those_of_a_loop(tmp_path, with_inputs, most, capsys):
+    train, val = some_rows(40, with_inputs), some_rows(9, with_inputs, seed=1)
     folder = write(tmp_path / "data", train, val)
     data = open_pairs(folder, max_seq_len=most)
     long = sum(max(len(row[0]), len(row[2])) > 6 for row in train + val)
     assert (f"{long} rows are longer" in capsys.readouterr().out) == bool(most)
     index = np.random.default_rng(1).permutation(40)[:16]
-    for opened in [data] if own else [data, from_rows(train, val, SimpleTokenizer(), max_seq_len=most)]:
+    for opened in [data] if with_inputs else [data, from_rows(train, val, SimpleTokenizer(), max_seq_len=most)]:
         assert opened.rows("train") == 40 and opened.rows("val") == 9 and not opened.leak
         assert equal(opened.batch("train", index), naive_batch([train[i] for i in index], 0, most))
         assert equal(opened.batch("val", range(9)), naive_batch(val, 0, most))
     columns = np.load(folder / ".cache" / "train.idx.npy").shape[1]
-    assert columns == (3 if own else 2)
+    assert columns == (3 if with_inputs else 2)
 
 
 def test_old_names_and_absent_decoder_inputs(tmp_path):
@@ -141,9 +141,9 @@ def test_bad_lines_are_named_or_counted(tmp_path, line, reason):
     folder = write(tmp_path / "data", [*some_rows(3), line, *some_rows(2)])
     with pytest.raises(DataError, match=f"train.jsonl:4: .*{reason}.*(?s:.*)skip_bad_lines"):
         open_pairs(folder, say=quiet)
-    said = []
-    data = open_pairs(folder, skip_bad_lines=True, say=said.append)
-    assert data.rows("train") == 5 and any("1 bad lines" in words for words in said)
+    lines = []
+    data = open_pairs(folder, skip_bad_lines=True, say=lines.append)
+    assert data.rows("train") == 5 and any("1 bad lines" in words for words in lines)
     with pytest.raises(DataError, match="train.jsonl:4:"):  # a cache made with --skip_bad_lines hides nothing
         open_pairs(folder, say=quiet)
 
@@ -164,14 +164,14 @@ def test_the_cache_is_used_until_the_file_changes_and_falls_back(tmp_path, monke
     assert (tmp_path / "run" / ".cache" / "meta.json").exists()
 
 
-def test_workers_read_the_same_bytes_and_heartbeats_are_said(tmp_path, monkeypatch):
+def test_workers_read_the_same_bytes_and_print_heartbeats(tmp_path, monkeypatch):
     folder = write(tmp_path / "data", some_rows(300), some_rows(30))
-    split, said = pairs.sources.split, []
-    monkeypatch.setattr(pairs.sources, "split", lambda files: split(files, 2000))  # many tasks
+    split, lines = pairs.sources.split_tasks, []
+    monkeypatch.setattr(pairs.sources, "split_tasks", lambda files: split(files, 2000))  # many tasks
     monkeypatch.setattr(pairs, "HEARTBEAT", 100)
-    open_splits(folder, say=said.append)
+    open_splits(folder, say=lines.append)
     alone = {p.name: p.read_bytes() for p in (folder / ".cache").glob("*.[bn]*")}
-    assert [words.split(": ")[1].split()[1] for words in said] == ["rows,"] * 3
+    assert [words.split(": ")[1].split()[1] for words in lines] == ["rows,"] * 3
     (folder / ".cache" / "meta.json").unlink()
     open_splits(folder, workers=2, say=quiet)
     assert {p.name: p.read_bytes() for p in (folder / ".cache").glob("*.[bn]*")} == alone and len(alone) == 4
@@ -186,9 +186,9 @@ def leaking(n):
 
 
 def test_leak_guard(tmp_path):
-    said, rows = [], [*some_rows(10), *leaking(10)]
-    data = open_pairs(write(tmp_path / "data", rows), say=said.append)
-    assert "50% of the rows show the encoder" in said[-1] and "cut in half" in said[-1] and not data.leak
+    lines, rows = [], [*some_rows(10), *leaking(10)]
+    data = open_pairs(write(tmp_path / "data", rows), say=lines.append)
+    assert "50% of the rows show the encoder" in lines[-1] and "cut in half" in lines[-1] and not data.leak
     expected = []
     for encoder_ids, inputs, labels in rows:
         if encoder_ids == inputs and len(labels) > 1:
@@ -197,13 +197,13 @@ def test_leak_guard(tmp_path):
             encoder_ids, inputs, labels = text[:half], [1, *text[half:-1]], text[half:]
         expected.append((encoder_ids, inputs, labels))
     assert equal(data.batch("train", range(20)), naive_batch(expected, 0, 0))
-    kept = open_pairs(tmp_path / "data", allow_leak=True, say=quiet)
-    assert kept.leak and equal(kept.batch("train", range(20)), naive_batch(rows, 0, 0))
+    leaky = open_pairs(tmp_path / "data", allow_leak=True, say=quiet)
+    assert leaky.leak and equal(leaky.batch("train", range(20)), naive_batch(rows, 0, 0))
     few = Pairs(*[from_rows([*some_rows(200), *leaking(1)], [], SimpleTokenizer()).splits, dict(META)], None)
     assert not few.leak and not few.cut_leaks
 
 
-def test_folders_that_can_not_be_read(tmp_path):
+def test_unreadable_folders_are_refused(tmp_path):
     with pytest.raises(DataError, match="no meta.json(?s:.*)prepare_data.py language"):
         open_splits(tmp_path / "none")
     folder = write(tmp_path / "data", some_rows(3))

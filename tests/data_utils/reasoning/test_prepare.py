@@ -1,4 +1,4 @@
-"""Data preparation: against a naive single-process writer, formats, faults, merging, mixing, questions of any shape."""
+"""Data preparation: a naive writer as reference, formats, faults, merging, mixing, questions of any shape."""
 
 import gzip
 import hashlib
@@ -59,11 +59,11 @@ def rows_of(folder, split):
 
 def naive_language(rows, tokenizer, *, size=16, ratio=0.2, seed=1337, prefix=0.5):
     """{split: [(encoder ids, labels)]} of rows of text or (prompt, answer), one id at a time."""
-    found, (bos, eos) = dict(train=[], val=[]), (tokenizer.bos_id, tokenizer.eos_id)
+    sides, (bos, eos) = dict(train=[], val=[]), (tokenizer.bos_id, tokenizer.eos_id)
     for row in rows:
         parts = [row] if isinstance(row, str) else list(row)
         fraction = int(hashlib.sha256("\n".join([str(seed), *parts]).encode()).hexdigest()[:16], 16) / 2**64
-        side = found["val" if fraction < ratio else "train"]
+        side = sides["val" if fraction < ratio else "train"]
         if isinstance(row, str):
             ids = tokenizer.encode(row)
             while ids:
@@ -75,7 +75,7 @@ def naive_language(rows, tokenizer, *, size=16, ratio=0.2, seed=1337, prefix=0.5
             while len(prompt) > size - 2:
                 prompt.pop(0)
             side.append([[bos, *prompt, eos], [*answer, eos][:size]])
-    return found
+    return sides
 
 
 @pytest.fixture(scope="module")
@@ -116,7 +116,7 @@ def test_text_is_that_of_a_naive_writer_and_lossless(prepared):
 
 def test_processes_tasks_and_batches_change_no_byte(prepared, tmp_path, monkeypatch):
     source, dest, _ = prepared
-    monkeypatch.setattr(sources.split, "__defaults__", (700,))
+    monkeypatch.setattr(sources.split_tasks, "__defaults__", (700,))
     language(source, tmp_path / "small", format="both", tokenizer_batch_size=3)
     assert content(tmp_path / "small") == content(dest)
     monkeypatch.setattr(prepare, "cores", lambda: 3)
@@ -176,8 +176,8 @@ def test_every_format_gives_the_same_rows(prepared, tmp_path):
     expected = content(tmp_path / "expected")
     for name in ("x.parquet", "x.arrow", "f.arrow", "a.json", "l.json", "x.txt", "x.jsonl.gz", "a.json.gz", "x.txt.gz"):
         language(tmp_path / name, tmp_path / f"to-{name}", **options)
-        found = content(tmp_path / f"to-{name}")
-        assert all(found[key] == expected[key] for key in expected if key != "meta.json"), name
+        written = content(tmp_path / f"to-{name}")
+        assert all(written[key] == expected[key] for key in expected if key != "meta.json"), name
     (tmp_path / "x.parquet").write_bytes(b"PAR1 no")
     with pytest.raises(DataError, match="x.parquet: "):
         language(tmp_path / "x.parquet", tmp_path / "broken")
@@ -191,7 +191,7 @@ BAD = [(b'{"text": 3}', "text is int"), (b'{"title": "x"}', "fields title; name 
 @pytest.mark.parametrize("line, reason", BAD)
 def test_bad_rows_are_named_or_counted(tmp_path, line, reason, monkeypatch):
     (tmp_path / "a.jsonl").write_bytes(b'{"text": "good one"}\n\n' + line + b'\n{"text": " "}\n{"text": "\\ud800"}\n')
-    monkeypatch.setattr(sources.split, "__defaults__", (8,))  # lines are counted from the start of the file
+    monkeypatch.setattr(sources.split_tasks, "__defaults__", (8,))  # lines are counted from the start of the file
     with pytest.raises(DataError, match=f"a.jsonl:3: .*{reason}"):
         language(tmp_path / "a.jsonl", tmp_path / "out")
     language(tmp_path / "a.jsonl", tmp_path / "out", skip_bad_lines=True, fresh=True)
@@ -243,16 +243,16 @@ class Killed(BaseException):
 
 
 def killed_now_and_then(monkeypatch, draw):
-    """Let the atomic and the plain writes, renames and removals fail as a kill would: at random, nothing after it."""
+    """Make writes, renames and removals raise Killed at random, before or after they act."""
 
     def hit(function):
         def wrapped(*arguments, **more):
             if draw.random() < 0.02:
                 raise Killed
-            found = function(*arguments, **more)
+            result = function(*arguments, **more)
             if draw.random() < 0.01:
                 raise Killed
-            return found
+            return result
 
         return wrapped
 
@@ -264,7 +264,7 @@ def killed_now_and_then(monkeypatch, draw):
 @pytest.mark.parametrize("seed", range(4))
 def test_killed_language_ends_with_the_same_bytes(prepared, tmp_path, monkeypatch, seed):
     source, dest, _ = prepared
-    monkeypatch.setattr(sources.split, "__defaults__", (900,))
+    monkeypatch.setattr(sources.split_tasks, "__defaults__", (900,))
     monkeypatch.setattr(prepare.Writer.__init__, "__kwdefaults__", dict(fresh=False, plan=None, seconds=0))
     kills = until_done(monkeypatch, seed, lambda: language(source, tmp_path / "out", format="both"))
     assert kills and content(tmp_path / "out") == content(dest)
@@ -433,10 +433,11 @@ def test_convert_there_and_back(prepared, tmp_path):
     with open(tmp_path / "jsonl" / "train.jsonl", "a") as file:
         file.write(line + "\n")
     for form in ("jsonl", "bin"):
-        options = dict(dataset=str(tmp_path / "jsonl"), format=form, output_dir=str(tmp_path / f"own-{form}"))
+        options = dict(dataset=str(tmp_path / "jsonl"), format=form, output_dir=str(tmp_path / f"inputs-{form}"))
         if form == "jsonl":
             prepare.convert(config("convert", **options))
-            assert json.loads((tmp_path / "own-jsonl" / "train.jsonl").read_text().splitlines()[-1]) == json.loads(line)
+            last = (tmp_path / "inputs-jsonl" / "train.jsonl").read_text().splitlines()[-1]
+            assert json.loads(last) == json.loads(line)
             continue
         with pytest.raises(DataError, match="only --format jsonl"):
             prepare.convert(config("convert", **options))
@@ -509,7 +510,7 @@ def test_templates(tmp_path):
 
 
 def test_shuffle_and_processes(tmp_path, monkeypatch):
-    monkeypatch.setattr(sources.split, "__defaults__", (300,))
+    monkeypatch.setattr(sources.split_tasks, "__defaults__", (300,))
     monkeypatch.setattr(qa, "PROCESS_BYTES", 100)
     rows = [dict(q=f"question {i}", a=str(i)) for i in range(200)]
     plain = normalized(tmp_path, rows)
@@ -559,13 +560,20 @@ def test_generators_write_prepared_folders(tmp_path):
         prepare.sudoku(config("sudoku", num_threads=1 + (out == "b"), **options))
     assert content(tmp_path / "a") == content(tmp_path / "b") and open_pairs(tmp_path / "a").rows("val") == 2000
     assert content(tmp_path / "sudoku-a") == content(tmp_path / "sudoku-b")
-    found = prepare.puzzles.load_puzzles(tmp_path / "sudoku-a")
-    assert found["train"][0].shape == (30, 16) and prepare.puzzles.solved(found["val"][1], 4).all()
+    splits = prepare.puzzles.load_puzzles(tmp_path / "sudoku-a")
+    assert splits["train"][0].shape == (30, 16) and prepare.puzzles.solved(splits["val"][1], 4).all()
     with pytest.raises(UsageError, match="Sudokus, not pairs"):
         open_splits(tmp_path / "sudoku-a")
     for command, out in (("arithmetic", "a"), ("sudoku", "sudoku-a")):
         with pytest.raises(UsageError, match="complete"):
             prepare_data.COMMANDS[command][1](config(command, out=str(tmp_path / out)))
+
+
+def test_main_takes_a_configuration_made_in_python(tmp_path):
+    prepare_data.main(prepare_data.ArithmeticConfig(out=tmp_path / "sums", digits=1))
+    assert open_pairs(tmp_path / "sums").rows("val") == 20
+    with pytest.raises(UsageError, match="size=5"):
+        prepare_data.main(prepare_data.SudokuConfig(size=5))
 
 
 @pytest.mark.skipif(not GSM8K.exists(), reason="no shared data")

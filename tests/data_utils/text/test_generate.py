@@ -1,8 +1,10 @@
-"""Choosing tokens and writing past the window."""
+"""Choosing tokens, and writing beyond the window of the model."""
 
 import pytest
 import torch
 
+import generate
+from data_utils.errors import DataError, UsageError
 from generate import choose, size_of, stream, write
 from models.state_space import StateSpace
 from models.transformer import Transformer
@@ -22,9 +24,9 @@ def test_written_tokens_are_those_of_full_forwards(which, prompt):
     for p in model.parameters():
         p.data.mul_(4)  # far from ties
     x = torch.randint(31, (1, prompt), generator=torch.Generator().manual_seed(1))
-    found = [token for token, _ in write(model, x, 30, 0.0, 0, 1.0, None)]
+    tokens = [token for token, _ in write(model, x, 30, 0.0, 0, 1.0, None)]
     ids, read = x[:, -12:], min(prompt, 12)
-    for token in found:
+    for token in tokens:
         with torch.no_grad():  # a full window goes on from its later half; a state of fixed size never does
             if which == 0:
                 logits = model(ids[:, -read:])[:, -1]
@@ -46,7 +48,7 @@ def test_choose_keeps_to_the_likeliest():
     assert abs(share - 0.5) < 0.08
 
 
-def test_the_state_in_use_is_counted():
+def test_size_of_counts_the_used_part_of_a_state():
     transformer, state_space = models()
     _, state = transformer.step(torch.zeros(1, 3, dtype=torch.long), transformer.init_state(1))
     assert size_of(state) == 2 * 2 * 3 * 16 * 4  # layers, keys and values, positions, width, bytes
@@ -60,3 +62,10 @@ def test_characters_of_several_tokens_come_whole(capsys):
 
     count, size = stream(Bytes(), ((byte, 7) for byte in "añ€😀".encode()))
     assert capsys.readouterr().out == "añ€😀\n" and (count, size) == (10, 7)
+
+
+def test_main_takes_a_configuration_made_in_python(tmp_path):
+    with pytest.raises(DataError, match="none.pt is missing"):
+        generate.main(generate.Config(checkpoint=tmp_path / "none.pt"))
+    with pytest.raises(UsageError, match="sampler='x'"):
+        generate.main(generate.Config(sampler="x"))

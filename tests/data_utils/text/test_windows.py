@@ -1,4 +1,4 @@
-"""Domain folders: formats and bad lines, the split, windows against a plain reference, the cache, the order."""
+"""Domain folders: formats and bad lines, split, windows against a plain reference, cache, order."""
 
 import json
 import os
@@ -29,9 +29,9 @@ def put_bytes(root, content, domain="code"):
     (root / "data" / domain / "a.jsonl").write_bytes(content)
 
 
-def load(root, tokenizer="bytes", said=None, **changes):
+def load(root, tokenizer="bytes", lines=None, **changes):
     options = dict(domains=(), val_split=0.2, window=16, cache_dir=root / "checkpoints")
-    say = (lambda line: None) if said is None else said.append
+    say = (lambda line: None) if lines is None else lines.append
     return DomainText(root / "data", load_tokenizer(tokenizer), **(options | dict(say=say) | changes))
 
 
@@ -91,9 +91,9 @@ def test_malformed_lines_stop_or_are_counted(tmp_path, line, reason):
     with pytest.raises(DataError, match=rf"a\.jsonl:2: .*{reason}"):
         load(tmp_path)
     for _ in range(2):  # the second time from the cache
-        said = []
-        assert contents(load(tmp_path, said=said, skip_bad_lines=True), "train") <= {"good line", "another"}
-        assert "a.jsonl:2:" in said[-1]
+        lines = []
+        assert contents(load(tmp_path, lines=lines, skip_bad_lines=True), "train") <= {"good line", "another"}
+        assert "a.jsonl:2:" in lines[-1]
     with pytest.raises(DataError, match=rf"a\.jsonl:2: .*{reason}"):  # nor does a cache hide it
         load(tmp_path)
 
@@ -108,13 +108,13 @@ def test_truncated_last_line(tmp_path):
 def test_harmless_lines_are_counted_in_one_table(tmp_path):
     put_bytes(tmp_path, GOOD + b"\n  \n" * 4 + b'{"text": " \\n"}\n{"text": "a\\ud800b"}\n{"text": "\\ud83d\\ude00"}\n')
     put(tmp_path, "b", ["x", "y", "", ""])
-    said = []
-    data = load(tmp_path, said=said)
-    table = [line.split() for line in said[-1].splitlines()]
+    lines = []
+    data = load(tmp_path, lines=lines)
+    table = [line.split() for line in lines[-1].splitlines()]
     assert ["8", "blank", "line"] in table and ["3", "empty", "text"] in table and ["1", "lone", "surrogate"] in table
-    assert said[-1].count("ignored") == 5
-    found = contents(data, "train") | contents(data, "val")
-    assert found == {"good line", "a\ufffdb", "\U0001f600", "x", "y"}
+    assert lines[-1].count("ignored") == 5
+    documents_read = contents(data, "train") | contents(data, "val")
+    assert documents_read == {"good line", "a\ufffdb", "\U0001f600", "x", "y"}
 
 
 def test_huge_line_in_bounded_memory_and_limit(tmp_path, monkeypatch):
@@ -124,7 +124,7 @@ def test_huge_line_in_bounded_memory_and_limit(tmp_path, monkeypatch):
     data = load(tmp_path, val_split=0.5)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert data.tokens("train") + data.tokens("val") >= 5_000_000
+    assert sum(stream.tokens for streams in data.streams.values() for stream in streams) >= 5_000_000
     assert peak < 80 * 2**20
     monkeypatch.setattr(documents, "MAX_LINE_BYTES", 1000)
     put_bytes(tmp_path, OTHER + json.dumps({"text": large}).encode())
@@ -156,9 +156,9 @@ def test_empty_domains(tmp_path):
     put(tmp_path, "full", sentences(1, 5))
     put(tmp_path, "empty", [])
     (tmp_path / "data" / "bare").mkdir()
-    said = []
-    assert load(tmp_path, said=said).domains == ["full"]
-    assert sum("holds no document" in line for line in said) == 2
+    lines = []
+    assert load(tmp_path, lines=lines).domains == ["full"]
+    assert sum("holds no document" in line for line in lines) == 2
     for name in "empty", "bare":
         with pytest.raises(DataError, match=f"domain {name} .*holds no document"):
             load(tmp_path, domains=(name,))
@@ -181,9 +181,9 @@ def test_links_out_of_the_root_and_loops_are_not_followed(tmp_path):
     (root / "loop").symlink_to("loop")
     (root / "a" / "b.jsonl").symlink_to(tmp_path / "other" / "data" / "x" / "a.jsonl")
     (root / "inside").symlink_to("a")
-    said = []
-    assert load(tmp_path, said=said).domains == ["a", "inside"]
-    assert sum("not followed" in line for line in said) >= 3
+    lines = []
+    assert load(tmp_path, lines=lines).domains == ["a", "inside"]
+    assert sum("not followed" in line for line in lines) >= 3
 
 
 def test_arguments(tmp_path):
@@ -224,9 +224,9 @@ def test_hash_names_the_data(tmp_path):
 def test_single_document(tmp_path):
     one = "".join(chr(97 + i % 26) for i in range(199))  # 200 tokens with the end
     put(tmp_path, "a", [one, one])
-    said = []
-    data = load(tmp_path, said=said, val_split=0.1)
-    assert any("one document" in line for line in said)
+    lines = []
+    data = load(tmp_path, lines=lines, val_split=0.1)
+    assert any("one document" in line for line in lines)
     train, val = counted(data, "train"), counted(data, "val")
     assert data.tokenizer.decode(val) == one[180:] and len(val) == 20
     assert data.streams["train"][0].tokens == 200 - 20 - 16 and set(train) <= {ord(c) + 3 for c in one}
@@ -268,15 +268,14 @@ def test_windows_are_those_of_a_plain_reference(tmp_path, tokenizer, window):
         rows, owners = [], []
         for number, domain in enumerate(data.domains):
             documents_in = [t for t in texts[domain] if (t in chosen) == (split == "val")]
-            found = reference(data, [i for t in documents_in for i in [*encode(t), end]], split)
-            rows, owners = rows + found, owners + [number] * len(found)
+            expected = reference(data, [i for t in documents_in for i in [*encode(t), end]], split)
+            rows, owners = rows + expected, owners + [number] * len(expected)
         assert data.windows(split) == len(rows)
         x, y = data.batch(split, range(len(rows)))
         assert x.dtype == y.dtype == torch.int64 and x.shape == y.shape == (len(rows), window)
         for (inputs, targets, n), found_x, found_y in zip(rows, x.tolist(), y.tolist(), strict=True):
             assert found_y == targets and found_x[: min(n, len(inputs))] == inputs[:n]
             assert set(found_x[n:]) <= {end}
-        assert data.tokens(split) == int((y != -100).sum())
         assert data.domain(split, range(len(rows))).tolist() == owners
         pick = np.random.default_rng(0).integers(0, len(rows), 9)
         assert torch.equal(data.batch(split, pick)[0], x[pick]) and torch.equal(data.batch(split, pick)[1], y[pick])
@@ -339,9 +338,9 @@ def test_damaged_or_partial_cache_is_built_again(tmp_path):
     for kind in "bin", "npz":
         for damage in (lambda path: path.unlink()), (lambda path: os.truncate(path, path.stat().st_size // 2)):
             damage(next((tmp_path / "data" / ".cache").glob(f"*.{kind}")))
-            said = []
-            assert torch.equal(load(tmp_path, said=said).batch("train", [0, 1])[0], x)
-            assert any("tokenizing" in line for line in said)
+            lines = []
+            assert torch.equal(load(tmp_path, lines=lines).batch("train", [0, 1])[0], x)
+            assert any("tokenizing" in line for line in lines)
     assert not list((tmp_path / "data" / ".cache").glob("*.tmp-*"))
 
 
@@ -354,11 +353,11 @@ def test_unwritable_data_folder_puts_the_cache_elsewhere(tmp_path):
 
 def test_other_ranks_wait_for_rank_0_and_are_silent(tmp_path, monkeypatch):
     put(tmp_path, "a", sentences(1, 9))
-    said, found = [], []
-    waiting = threading.Thread(target=lambda: found.append(load(tmp_path, rank=1, said=said)))
+    lines, loaded = [], []
+    waiting = threading.Thread(target=lambda: loaded.append(load(tmp_path, rank=1, lines=lines)))
     waiting.start()
     time.sleep(0.3)
-    assert not found
+    assert not loaded
     first = load(tmp_path)
     waiting.join(10)
-    assert found[0].hash == first.hash and not said
+    assert loaded[0].hash == first.hash and not lines
