@@ -60,11 +60,8 @@ def test_the_command_of_every_row_parses(tmp_path):
             assert flags[0] in gpu_check.INSIDE
         elif module.__name__ == "prepare_data":
             from_cli(module.COMMANDS[flags[0]][0], argv=flags[1:])
-        elif module.__name__ == "generate" and flags[0] in module.COMMANDS:
-            from_cli(module.COMMANDS[flags[0]], argv=module.flags(flags))
         elif module.__name__ == "generate":
-            config = module.AnswerConfig if any("runs/" in word for word in flags) else module.Config
-            from_cli(config, argv=flags)
+            module.parse(flags)
         else:
             cfg = module.parse(flags)
             compiled = cfg.compile_mode != "off" if hasattr(cfg, "compile_mode") else cfg.compile

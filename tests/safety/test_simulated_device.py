@@ -4,7 +4,7 @@ simulated_device.py says what is simulated. Each kind of device is one process, 
 """
 
 import pytest
-from simulated_device import build, simulate
+from tests.safety.simulated_device import build, simulate
 
 from tests.helpers import finish, start
 

@@ -16,7 +16,7 @@ from data_utils.events.decay_chain import decay_chain
 from data_utils.events.facts import read_events as facts
 from data_utils.events.generate import generate_events
 from data_utils.events.reconstruct import draw_latents, event_errors, latent_statistics, sort_by_pt
-from generate import EventsConfig, flags
+from generate import EventsConfig, parse
 from models.autoencoder import AutoEncoder, loss_sums
 from tests.helpers import finish, start
 
@@ -270,11 +270,9 @@ def test_as_typed(runs, tmp_path):
     assert "reconstruct" in err
     best = runs["vq"] / "best_val.pt"  # a checkpoint
     assert len(use(best, "sample", tmp_path / "a.npz", events=7)["X"]) == 7
-    assert flags(["events", "run", "--limit=3"]) == ["--model", "run", "--limit=3"]
-    assert flags(["events", "--model=run"]) == ["--model=run"] and flags(["--prompt", "events"]) == [
-        "--prompt",
-        "events",
-    ]
+    assert parse(["events", "run", "--limit=3"]) == EventsConfig(model="run", limit=3)
+    assert parse(["events", "--model=run"]) == EventsConfig(model="run")
+    assert parse(["--prompt", "events"]).prompt == "events"
 
 
 def test_indices_alone_are_enough(runs, tmp_path):
