@@ -1,7 +1,7 @@
-"""The side of faults.py that runs in the child: what goes wrong there, and how children start.
+"""The side of the faults that runs in the child: it injects them, and starts children.
 
-A fault is a word WHAT=A:B:...; faults are patches made before the script is run by its name, so that no script knows of
-them. Steps are counted from the start of the process, by the optimizer; calls of `backward` and saves from 1.
+A fault is a word WHAT=A:B:...; faults are patches made before the script is run by its name, so that no script knows
+of them. Steps are counted from the start of the process, by the optimizer; calls of `backward` and saves from 1.
 
     signal=NAME:STEP:MS[:group]   send a signal to itself (to its group) MS milliseconds after a step
     bad=nan|inf:CALL:TIMES        gradients that are not finite, in so many calls of backward from CALL on
@@ -32,14 +32,15 @@ import subprocess
 import sys
 import threading
 import time
+from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 WARM = ["torch", "torch._dynamo", "tokenizers", "faiss", "pandas", "tqdm.auto"]  # none starts a thread
 
-# what a child that is killed or leaves by os._exit still held
+# a child that is killed or leaves by os._exit still held semaphores
 os.environ.setdefault("PYTHONWARNINGS", "ignore::UserWarning:multiprocessing.resource_tracker")
-LOCK = threading.Lock()  # a start of multiprocessing asks for the status of all children: it is told once
+LOCK = threading.Lock()  # a start of multiprocessing polls all children, and a status can be read only once
 
 
 # --- faults -----------------------------------------------------------------------------------
@@ -50,39 +51,41 @@ def inject(words):
         rank, at, word = word.rpartition("@")
         if at and rank != os.environ.get("RANK"):
             continue
-        what, _, value = word.partition("=")
+        fault, _, value = word.partition("=")
         values = value.split(":")
-        if what == "signal":
-            at_steps.setdefault(int(values[1]), []).append(lambda v=values: send(v[0], float(v[2]) / 1e3, len(v) > 3))
-        elif what == "limit":
-            at_steps.setdefault(int(values[0]), []).append(lambda v=values: limit(int(v[1])))
-        elif what == "bad":
-            first, count = map(int, values[1:])
-            at_calls |= dict.fromkeys(range(first, first + count), (float(values[0]), 0.0))
-        elif what == "sleep":
-            at_calls[int(values[0])] = (1.0, float(values[1]))
-        elif what == "die":
-            moves.append((values[0], int(values[1])))
-        elif what == "quota":
-            limit(int(values[0]))
-        elif what == "slow":
-            slow_down(*values)
-        elif what == "clock":
-            time.time = lambda now=time.time, ahead=float(values[0]): now() + ahead
-        elif what == "user":
-            os.setuid(int(value))
-        elif what == "scaler":
-            scale_losses()
-        elif what == "word":
-            sys.argv.append(value)
-        elif what == "once":
-            if os.path.exists(value):
-                break
-            open(value, "w").close()
-        elif what == "figures":
-            sys.modules["data_utils.figures"] = None
-        else:
-            raise SystemExit(f"unknown fault {word}")
+        match fault:
+            case "signal":
+                action = partial(send, values[0], float(values[2]) / 1e3, len(values) > 3)
+                at_steps.setdefault(int(values[1]), []).append(action)
+            case "limit":
+                at_steps.setdefault(int(values[0]), []).append(partial(limit, int(values[1])))
+            case "bad":
+                first, count = map(int, values[1:])
+                at_calls |= dict.fromkeys(range(first, first + count), (float(values[0]), 0.0))
+            case "sleep":
+                at_calls[int(values[0])] = (1.0, float(values[1]))
+            case "die":
+                moves.append((values[0], int(values[1])))
+            case "quota":
+                limit(int(values[0]))
+            case "slow":
+                slow_down(*values)
+            case "clock":
+                time.time = lambda now=time.time, ahead=float(values[0]): now() + ahead
+            case "user":
+                os.setuid(int(value))
+            case "scaler":
+                scale_losses()
+            case "word":
+                sys.argv.append(value)
+            case "once":
+                if os.path.exists(value):
+                    break
+                Path(value).touch()
+            case "figures":
+                sys.modules["data_utils.figures"] = None
+            case _:
+                raise SystemExit(f"unknown fault {word}")
     if at_steps:
         count_steps(at_steps)
     if at_calls:
@@ -91,16 +94,19 @@ def inject(words):
         die_in_saves(*moves[0])
 
 
-def said(what):
-    print(f"injected {what} at {time.monotonic()}", file=sys.stderr, flush=True)
+def announce(fault):
+    print(f"injected {fault} at {time.monotonic()}", file=sys.stderr, flush=True)
 
 
 def send(name, seconds, group):
     """Send a signal to this process, or its group, after so many seconds."""
 
     def now():
-        said(name)
-        (os.killpg if group else os.kill)(os.getpgrp() if group else os.getpid(), getattr(signal, name))
+        announce(name)
+        if group:
+            os.killpg(os.getpgrp(), getattr(signal, name))
+        else:
+            os.kill(os.getpid(), getattr(signal, name))
 
     if seconds:
         timer = threading.Timer(seconds, now)
@@ -111,15 +117,16 @@ def send(name, seconds, group):
 
 
 def count_steps(actions):
-    """Call what `actions` holds for a step after the optimizer has made it."""
+    """Call the actions {step: functions} after the optimizer has made that step."""
     from torch.optim.optimizer import register_optimizer_step_post_hook
 
-    steps = [0]
+    steps = 0
 
     def after(optimizer, *_):
+        nonlocal steps
         if type(optimizer).__name__ != "SignRows":  # a second optimizer of the same step
-            steps[0] += 1
-            for act in actions.get(steps[0], ()):
+            steps += 1
+            for act in actions.get(steps, ()):
                 act()
 
     register_optimizer_step_post_hook(after)
@@ -129,83 +136,90 @@ def spoil_backward(changes):
     """changes: {call: (factor of all gradients, seconds to sleep)}."""
     import torch
 
-    backward, calls = torch.Tensor.backward, [0]
+    backward, calls = torch.Tensor.backward, 0
 
-    def spoilt(tensor, *arguments, **how):
-        calls[0] += 1
-        factor, seconds = changes.get(calls[0], (1.0, 0.0))
+    def spoilt(tensor, *arguments, **options):
+        nonlocal calls
+        calls += 1
+        factor, seconds = changes.get(calls, (1.0, 0.0))
         time.sleep(seconds)
-        return backward(tensor if factor == 1 else tensor * factor, *arguments, **how)
+        return backward(tensor if factor == 1 else tensor * factor, *arguments, **options)
 
     torch.Tensor.backward = spoilt
 
 
-def die_in_saves(where, number):
+def die_in_saves(moment, number):
     """SIGKILL with half of the number-th checkpoint written, before or after its rename, or before one is deleted."""
     import torch
 
     save, counts = torch.save, dict(half=0, move=0, delete=0)
 
-    def dies():
-        said(where)
+    def die():
+        announce(moment)
         os.kill(os.getpid(), signal.SIGKILL)
 
-    def half(state, file, *arguments, **how):
+    def half(state, file, *arguments, **options):
         counts["half"] += "rehearsal" not in str(getattr(file, "name", file))
-        if where != "half" or counts["half"] != number:
-            return save(state, file, *arguments, **how)
-        whole = io.BytesIO()
-        save(state, whole)
-        file.write(whole.getvalue()[: whole.tell() // 2])
+        if moment != "half" or counts["half"] != number:
+            return save(state, file, *arguments, **options)
+        content = io.BytesIO()
+        save(state, content)
+        file.write(content.getvalue()[: content.tell() // 2])
         file.flush()
-        dies()
+        die()
 
     def counted(move):
-        def moved(source, target, **how):
-            mine = any(word in f"{source}" for word in (".pt", "checkpoint_")) and "rehearsal" not in str(source)
-            counts["move"] += mine
-            if mine and counts["move"] == number and where == "before":
-                dies()
-            move(source, target, **how)
-            if mine and counts["move"] == number and where == "after":
-                dies()
+        def moved(source, target, **options):
+            is_checkpoint = any(word in f"{source}" for word in (".pt", "checkpoint_"))
+            is_checkpoint = is_checkpoint and "rehearsal" not in str(source)
+            counts["move"] += is_checkpoint
+            due = is_checkpoint and counts["move"] == number
+            if due and moment == "before":
+                die()
+            move(source, target, **options)
+            if due and moment == "after":
+                die()
 
         return moved
 
-    def deleted(path, unlink=os.unlink, **how):
+    def deleted(path, unlink=os.unlink, **options):
         counts["delete"] += str(path).endswith(".pt")
-        if where == "delete" and counts["delete"] == number:
-            dies()
-        unlink(path, **how)
+        if moment == "delete" and counts["delete"] == number:
+            die()
+        unlink(path, **options)
 
-    torch.save, os.replace, os.rename, os.unlink = half, counted(os.replace), counted(os.rename), deleted
+    torch.save = half
+    os.replace, os.rename = counted(os.replace), counted(os.rename)
+    os.unlink = deleted
 
 
 def limit(size):
-    """A full disk, for files that would be longer."""
+    """Fill the disk for files that would be longer."""
     import resource
 
-    said(f"limit {size}")
+    announce(f"limit {size}")
     hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
     resource.setrlimit(resource.RLIMIT_FSIZE, (hard if size < 0 else size, hard))
 
 
 def slow_down(path, argument=""):
     """Make the function or method at `path` wait 0.1 s where `argument` is given; SIGTERM comes in the first wait."""
-    where, name = path.rsplit(".", 1)
+    place, name = path.rsplit(".", 1)
     try:
-        owner = importlib.import_module(where)
+        owner = importlib.import_module(place)
     except ImportError:
-        module, cls = where.rsplit(".", 1)
+        module, cls = place.rsplit(".", 1)
         owner = getattr(importlib.import_module(module), cls)
-    function, first = getattr(owner, name), [True]
+    function, first = getattr(owner, name), True
 
-    def slow(*arguments, **how):
+    def slow(*arguments, **options):
+        nonlocal first
         if not argument or any(isinstance(a, str) and a == argument for a in arguments):
-            if first.pop() if first else False:
+            if first:
+                first = False
                 send("SIGTERM", 0, False)
             time.sleep(0.1)
-        return function(*arguments, **how)
+        return function(*arguments, **options)
 
     setattr(owner, name, slow)
 
@@ -222,7 +236,7 @@ def scale_losses():
 
 # --- children ---------------------------------------------------------------------------------
 def run(faults, script, words):
-    """Be `python script words` with faults."""
+    """Run `python script words` in this process, with faults."""
     sys.argv = [script, *words]
     sys.path.insert(0, str(ROOT))
     inject([fault for fault in faults if fault])
@@ -235,7 +249,7 @@ def _forked(faults, script, words, folder, logs, env):
     os.environ.update(env)
     import torch
 
-    torch.set_num_threads(int(env["OMP_NUM_THREADS"]))  # which OpenMP has read before the fork
+    torch.set_num_threads(int(env["OMP_NUM_THREADS"]))  # OpenMP has read it before the fork
     for number, path in enumerate([os.devnull, *logs]):
         os.dup2(os.open(path, os.O_RDWR), number)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job starts with it ignored
@@ -246,14 +260,14 @@ def _forked(faults, script, words, folder, logs, env):
         atexit._run_exitfuncs()
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(end.code or 0)  # to free all that was imported takes long
+        os._exit(end.code or 0)  # freeing all imports takes long
 
 
 class Child:
-    """A script of the repo as a process with a session of its own: what subprocess.Popen would be.
+    """A script of the repo as a process with its own session, like subprocess.Popen.
 
-    warm: a fork of a process that has imported torch, but computed nothing and imported nothing of the repo; else an
-    interpreter of its own. launcher: what comes before the script, torchrun's words.
+    warm: a fork of a process that has imported torch, but computed nothing and imported nothing of the repo; else a new
+    interpreter. launcher: torchrun's words, before the script.
     """
 
     def __init__(self, script, words, folder, logs, faults=(), warm=True, env=None, launcher=()):
@@ -268,19 +282,19 @@ class Child:
             with LOCK:
                 self.process.start()
         else:
-            line = [sys.executable, *launcher, str(ROOT / "benchmarks" / "faults.py"), "inject", *faults, "--", script]
+            line = [sys.executable, *launcher, "-m", "faults", "inject", *faults, "--", script]
             out, err = (open(log, "wb") for log in self.logs)
             self.process = subprocess.Popen([*line, *words], cwd=folder, env=os.environ | env, stdout=out, stderr=err,
                                             stdin=subprocess.DEVNULL, start_new_session=True)  # fmt: skip
         self.pid = self.process.pid
 
     def status(self):
-        """The exit status, negative for a signal; None while it runs."""
+        """Return the exit status, negative for a signal; None while it runs."""
         with LOCK:
             return self.process.exitcode if hasattr(self.process, "exitcode") else self.process.poll()
 
     def wait(self, seconds=60):
-        """Return (status, stdout, stderr). Raises AssertionError, and ends it, when it takes longer."""
+        """Return (status, stdout, stderr). Raises AssertionError, and ends the child, when it takes longer."""
         end = time.monotonic() + seconds
         while self.status() is None and time.monotonic() < end:
             time.sleep(0.005)

@@ -1,11 +1,11 @@
-"""Training beside busy processes: how much speed each script keeps, as it starts by itself and as torch comes.
+"""Training beside busy processes: how much speed each script keeps, as it starts by itself and with torch's default.
 
-    python benchmarks/busy.py                             # an hour; nothing else may run meanwhile
-    python benchmarks/busy.py --rows expert,sr --times 1
+    python -m benchmarks.speed.busy                             # an hour; nothing else may run meanwhile
+    python -m benchmarks.speed.busy --rows expert,sr --times 1
 
-Each script trains for a few seconds in a process of its own, with as many threads as there are cores: alone, beside
-one process that never waits, and beside two. The baseline is libgomp's own spin count, 300,000, which the scripts
-lower before they import torch (data_utils/config.share_cores). Sides take turns; a figure is the median of the rounds.
+Each script trains for a few seconds in its own process, with as many threads as there are cores: alone, beside one
+process that never waits, and beside two. The baseline is libgomp's own spin count, 300,000, which the scripts lower
+before they import torch (data_utils/launch.py). Sides take turns; a figure is the median of the rounds.
 """
 
 import contextlib
@@ -15,15 +15,13 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from benchmarks.report import command_line, figure, measure
+from benchmarks.report import ROOT, command_line, compared, measure
 from data_utils.metrics import read_rows
 from data_utils.workers import cores
 
-ROOT = Path(__file__).resolve().parents[1]
 BASELINE = dict(GOMP_SPINCOUNT="300000")  # libgomp's count where nobody chooses one
 TEXT = "--tokenizer bytes --data_dir {data} --d_model 128 --n_heads 4 --max_seq_len 128 --log_interval 1"
 TEXT += " --batch_size 16 --max_epochs 1000 --eval_windows 16 --checkpoint_dir {folder}"
@@ -45,16 +43,16 @@ SCRIPTS = dict(  # row: (flags, file with the rates, name of the rate there)
 )  # fmt: skip
 
 
-def python(words, **more):
+def python(words, **options):
     """Run a script of the repo to its end. Raises RuntimeError with its last line if it fails."""
-    done = subprocess.run([sys.executable, *words.split()], cwd=ROOT, capture_output=True, text=True, **more)
+    done = subprocess.run([sys.executable, *words.split()], cwd=ROOT, capture_output=True, text=True, **options)
     if done.returncode:
         raise RuntimeError(f"{words.split()[0]}: {(done.stderr.strip().splitlines() or ['no reason given'])[-1]}")
 
 
 @contextlib.contextmanager
 def neighbours(count):
-    """`with neighbours(2):` so many processes keep a core busy each."""
+    """`with neighbours(2):` two processes keep a core busy each."""
     processes = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(count)]
     try:
         yield
@@ -81,29 +79,33 @@ def train(script, args, work, count, environment):
     """Train for args.seconds beside `count` busy processes -> items per second."""
     words, file, name = SCRIPTS[script]
     folder = Path(tempfile.mkdtemp(dir=work))
-    places = dict(data=work / "data", experts=work / "experts", folder=folder)
-    words = f"{words.format(**places)} --device cpu --max_seconds {args.seconds}"
+    words = words.format(data=work / "data", experts=work / "experts", folder=folder)
     inherited = {key: value for key, value in os.environ.items() if not key.startswith(("OMP_", "GOMP_", "KMP_"))}
     with neighbours(count):
-        python(words, env=inherited | dict(OMP_NUM_THREADS=str(cores())) | environment)
+        python(f"{words} --device cpu --max_seconds {args.seconds}",
+               env=inherited | dict(OMP_NUM_THREADS=str(cores())) | environment)  # fmt: skip
     return rate(folder / file, name)
 
 
-def of_script(script, args, work):
+def beside(args, script, work):
     """Yield the figures of one script: alone against the baseline, and beside others against alone."""
     sides = [(count, environment) for count in (0, 1, 2) for environment in ({}, BASELINE)]
     rounds = [[train(script, args, work, *side) for side in sides] for _ in range(args.times)]
-    unit = SCRIPTS[script][2].replace("_per_", "/").replace("throughput", "events/s")
-    head = f"train_{script}.py, {cores()} threads, {unit}"
     columns = list(zip(*rounds, strict=True))
     alone = columns[0]
-    yield figure(f"{head}, alone, against torch's own spinning", ">= 0.97", list(zip(alone, columns[1], strict=True)))
+
+    def against(id, title, ours, baseline, target):
+        unit = SCRIPTS[script][2].replace("_per_", "/").replace("throughput", "events/s")
+        title = f"train_{script}.py, {cores()} threads, {title}"
+        return compared(id, title, list(zip(ours, baseline, strict=True)), target, unit=unit)
+
+    yield against("alone", "alone, against torch's own spinning", alone, columns[1], ">= 0.97")
     for count in (1, 2):
         ours, baseline = columns[2 * count], columns[2 * count + 1]
-        beside = f"{head}, beside {count} busy process{'es' * (count > 1)}"
+        place = f"beside {count} busy process{'es' if count > 1 else ''}"
         share = cores() / (cores() + count) - 0.25
-        yield figure(f"{beside}, against torch's own spinning", "> 1", list(zip(ours, baseline, strict=True)))
-        yield figure(f"{beside}, against alone", f">= {share:.2f}", list(zip(ours, alone, strict=True)))
+        yield against(f"beside{count}.spinning", f"{place}, against torch's own spinning", ours, baseline, "> 1")
+        yield against(f"beside{count}.alone", f"{place}, against alone", ours, alone, f">= {share:.2f}")
 
 
 def prepare(work, rows):
@@ -112,23 +114,20 @@ def prepare(work, rows):
     if "mla" in rows:
         text = TEXT.format(data=work / "data", folder=work / "experts") + " --max_steps 2 --device cpu"
         for expert in ("transformer", "state_space", "diffuser"):
-            start = f" --transformer_ckpt {work}/experts/transformer_expert.pt" * (expert == "diffuser")
-            python(f"train_expert.py --expert {expert} --n_layers 2 {text}{start}")
+            start = f"--transformer_ckpt {work}/experts/transformer_expert.pt" if expert == "diffuser" else ""
+            python(f"train_expert.py --expert {expert} --n_layers 2 {text} {start}")
 
 
-def main():
-    parser = command_line(__doc__, SCRIPTS, "busy")
-    parser.add_argument("--times", type=int, default=3, help="rounds of each side")
-    parser.add_argument("--seconds", type=float, default=15, help="of each training")
-    parser.add_argument("--quick", action="store_true", help="one short round, only to see that it runs")
-    args = parser.parse_args()
+def main(argv=None):
+    parser = command_line(__doc__, SCRIPTS, "speed.busy", times=3, seconds=15.0)
+    args = parser.parse_args(argv)
     args.threads = cores()
     if args.quick:
-        args.times, args.seconds = 1, 8
+        args.times, args.seconds = 1, 8.0
     with tempfile.TemporaryDirectory() as work:
         prepare(Path(work), args.rows.split(","))
-        rows = {script: lambda args, script=script: of_script(script, args, Path(work)) for script in SCRIPTS}
-        measure(args, rows, lambda row: f" --times {args.times} --seconds {args.seconds:g}")
+        rows = {script: partial(beside, script=script, work=Path(work)) for script in SCRIPTS}
+        measure(args, rows, f" --times {args.times} --seconds {args.seconds:g}")
 
 
 if __name__ == "__main__":

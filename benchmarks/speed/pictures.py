@@ -1,12 +1,9 @@
-"""Figures of train_multimodal.py and its parts, each against a public peer that is called in turn in the same process.
+"""Speed of train_multimodal.py and its parts, each against a baseline that is called in turn in the same process.
 
-    python benchmarks/multimodal.py                              # all rows
-    python benchmarks/multimodal.py --rows render --threads 1
-    python benchmarks/multimodal.py --rows sudoku6 --seeds 1 --minutes 20 --arms recursion
-    python benchmarks/multimodal.py --rows "" --readme           # only write the table into README.md
+    python -m benchmarks.speed.pictures                              # all rows
+    python -m benchmarks.speed.pictures --rows render --threads 1
 
-Peers are never required; a figure without its peer says how to get it. Runs lie in --home and go on where they were;
-what is finished is only read again.
+A figure whose baseline is missing says how to get it.
 """
 
 import argparse
@@ -16,9 +13,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-import textwrap
 import time
-from contextlib import suppress
 from copy import deepcopy
 from dataclasses import asdict
 from functools import partial
@@ -29,11 +24,8 @@ import numpy as np
 import torch
 import torch.nn as nn
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from benchmarks import multimodal_quality
-from benchmarks.hrm import Settings, imported
-from benchmarks.report import command_line, figure, measure, seconds, timed
+from benchmarks import peers
+from benchmarks.report import ROOT, changed_flags, command_line, compared, figure, measure, seconds, timed
 from data_utils.pages.render import layout
 from data_utils.pages.shard_builder import opener
 from data_utils.pages.shard_files import read_manifest
@@ -43,52 +35,15 @@ from models.multimodal import Multimodal
 from models.optim.adam_atan2 import AdamAtan2
 from train_multimodal import parse
 
-HERE = Path(__file__).resolve().parent
-GET = dict(
-    render="pip install pillow",
-    optimizer="pip install adam-atan2-pytorch==0.4.1",
-    trm="git clone https://github.com/SamsungSAILMontreal/TinyRecursiveModels benchmarks/peers/TinyRecursiveModels",
-)
 SMALL = "--hidden_size=128", "--num_heads=4", "--global_batch_size=64"  # of the official architecture
 TINY = "--hidden_size=32", "--num_heads=2", "--global_batch_size=2"
 SIZES = dict(pages=64, rows_of_cells=16, cols_of_cells=28, repeats=50, optimizer_layers=4, optimizer_width=512,
              trm=SMALL, planned=(), streamed="cpu")  # fmt: skip
 QUICK = dict(pages=2, rows_of_cells=4, cols_of_cells=28, repeats=1, optimizer_layers=1, optimizer_width=16, trm=TINY,
-             planned=TINY, streamed="smoke")  # fmt: skip
+             planned=TINY, streamed="smoke", times=1)  # fmt: skip
 
 
 # --- pages ------------------------------------------------------------------------------------
-def drawn_by_pillow(texts, rows, cols):
-    """Draw texts the usual way: words wrapped, a scalable font of 12, white margins of 10, RGB -> function, characters.
-
-    A line takes 16 pixels of the 14 `rows`; what does not fit is not drawn. None without Pillow.
-    """
-    try:
-        from matplotlib import get_data_path
-        from PIL import Image, ImageDraw, ImageFont
-    except ImportError:
-        return None, 0
-    font = ImageFont.truetype(f"{get_data_path()}/fonts/ttf/DejaVuSansMono.ttf", 12)
-    high, wide = 14 * rows, 8 * cols
-    per_line, lines = int((wide - 20) / font.getlength("0")), (high - 20) // 16
-
-    def wrapped(text):
-        whole = (textwrap.wrap(line, per_line) or [""] for line in text.split("\n"))
-        return [line for part in whole for line in part][:lines]
-
-    def draw():
-        pages = []
-        for text in texts:
-            image = Image.new("RGB", (wide, high), "white")
-            pen = ImageDraw.Draw(image)
-            for i, line in enumerate(wrapped(text)):
-                pen.text((10, 10 + 16 * i), line, fill="black", font=font)
-            pages.append(np.array(image))
-        return np.stack(pages)
-
-    return draw, sum(len(line) for text in texts for line in wrapped(text))
-
-
 def render(args):
     """Pages of source code as pixels. Ours start from the pages that a data set holds, Pillow's from their text."""
     rows, cols, count = args.rows_of_cells, args.cols_of_cells, args.pages
@@ -99,28 +54,28 @@ def render(args):
         return torch.from_numpy(np.stack([layout(part, rows, cols) for part in texts]))
 
     pages, generator = laid_out(), torch.Generator().manual_seed(0)
-    peer, drawn = drawn_by_pillow(texts, rows, cols)
-    ways = {  # target, how often in a round: what takes half a millisecond is not timed once
-        "images": (lambda: to_images(pages), ">= 50; >= 150 x", args.repeats),
-        "patches of one cell": (lambda: to_patches(pages, 1), "", args.repeats),
-        "patches of two cells": (lambda: to_patches(pages, 2), "", args.repeats),
-        "augmented float patches of two cells": (lambda: augmented_patches(pages, 2, generator), "", 1),
-        "images, from their text": (lambda: to_images(laid_out()), "", args.repeats),
-    }
-    for name, (ours, target, repeats) in ways.items():
+    baseline, drawn = peers.optional(peers.drawn_by_pillow, texts, rows, cols) or (None, 0)
+    ways = (  # id, name, ours, target, calls per round: half a millisecond is too short to time once
+        ("images", "images", lambda: to_images(pages), ">= 50; >= 150 x", args.repeats),
+        ("patches1", "patches of one cell", lambda: to_patches(pages, 1), "", args.repeats),
+        ("patches2", "patches of two cells", lambda: to_patches(pages, 2), "", args.repeats),
+        ("augmented", "augmented float patches of two cells", lambda: augmented_patches(pages, 2, generator), "", 1),
+        ("from_text", "images, from their text", lambda: to_images(laid_out()), "", args.repeats),
+    )
+    for id, name, ours, target, repeats in ways:
 
         def repeated(ours=ours, repeats=repeats):
             for _ in range(repeats):
                 ours()
 
-        title = f"{name}, {count} pages of {rows} x {cols}, Mchar/s, against Pillow's RGB images"
+        title = f"{name}, {count} pages of {rows} x {cols}, against Pillow's RGB images"
         units = [repeats * count * cells / 1e6, drawn / 1e6]
-        yield timed(title, target, args, [repeated, peer], units, GET["render"])
+        yield timed(id, title, args, [repeated, baseline], units, target, unit="Mchar/s", get=peers.GET["Pillow"])
 
 
 # --- optimizer --------------------------------------------------------------------------------
 def given_gradients(make, args):
-    """Weights of attention and feed-forward layers, their gradients given, an optimizer by `make` -> (it, weights)."""
+    """Make weights of attention and feed-forward layers with gradients -> an optimizer by `make`, weights."""
     torch.manual_seed(0)
     C = args.optimizer_width
     shapes = [(3 * C, C), (C, C), (6 * C, C), (C, 3 * C), (C,), (C,), (C,), (C,)] * args.optimizer_layers
@@ -135,45 +90,51 @@ def given_gradients(make, args):
 def optimizer(args):
     """A step, weight decay included, from the same weights and gradients."""
     settings = dict(lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1)
-    makers = {"AdamAtan2": partial(AdamAtan2, **settings)}
+    ours = {"AdamAtan2": partial(AdamAtan2, **settings)}
     if not args.quick:
-        makers["AdamAtan2, compiled"] = partial(AdamAtan2, **settings, compile=True)
-    peers = {"torch's fused AdamW": (partial(torch.optim.AdamW, **settings, fused=True), ">= 0.67 (stretch)")}
+        ours["AdamAtan2, compiled"] = partial(AdamAtan2, **settings, compile=True)
     try:
-        from adam_atan2_pytorch import AdamAtan2 as Peer
+        from adam_atan2_pytorch import AdamAtan2 as Package
 
-        peers = {"adam-atan2-pytorch": (partial(Peer, **settings), ">= 1.0")} | peers
+        package = partial(Package, **settings)
     except ImportError:
-        peers = {"adam-atan2-pytorch": (None, ">= 1.0")} | peers
-    for name, make in makers.items():
-        for peer, (make_peer, target) in peers.items():
-            sides = [given_gradients(each, args) for each in (make, make_peer) if each]
+        package = None
+    fused = partial(torch.optim.AdamW, **settings, fused=True)
+    baselines = (  # id, name, how it is made, target
+        ("package", "adam-atan2-pytorch", package, ">= 1.0"),
+        ("fused_adamw", "torch's fused AdamW", fused, ">= 0.67 (stretch)"),
+    )
+    for name, make in ours.items():
+        for id, baseline, make_baseline, target in baselines:
+            sides = [given_gradients(maker, args) for maker in (make, make_baseline) if maker]
             for stepped, _ in sides * 2:
                 stepped.step()
-            title, found = f"step of {name}, M parameters/s, against {peer}", ""
-            if len(sides) == 2 and "atan2" in peer:
+            equal = ""
+            if id == "package" and package:
                 pairs = zip(*(params for _, params in sides), strict=True)
                 difference = max((a - b).abs().max().item() for a, b in pairs)
                 assert difference < 1e-7, difference
-                found = f"largest difference {difference:.1e}"
+                equal = f"largest difference {difference:.1e}"
             millions = sum(p.numel() for p in sides[0][1]) / 1e6
-            row = timed(title, target, args, [stepped.step for stepped, _ in sides], [millions] * 2, GET["optimizer"])
-            yield row | dict(spread="; ".join(filter(None, [row["spread"], found])))
+            id = f"{'compiled' if 'compiled' in name else 'plain'}.{id}"
+            yield timed(id, f"step of {name}, against {baseline}", args, [stepped.step for stepped, _ in sides],
+                        [millions] * 2, target, unit="M parameters/s", spread=equal,
+                        get=peers.GET["adam-atan2-pytorch"])  # fmt: skip
 
 
 # --- training steps ---------------------------------------------------------------------------
 def configured(*flags):
-    """Settings of train_multimodal.py, and the model that they describe for one grid of Sudoku, in two calls."""
+    """Return the Config of flags, and a function that builds its model for its one task."""
     cfg = parse([*flags])
     (name,) = cfg.tasks
     task = asdict(opener(cfg)()[name].task)
     paths = cfg.latent_num_paths if cfg.enable_latent_planning else 1
-    known = asdict(cfg) | dict(tasks={name: task}, paths=paths)
-    return cfg, partial(Multimodal, **{key: known[key] for key in inspect.signature(Multimodal).parameters})
+    values = asdict(cfg) | dict(tasks={name: task}, paths=paths)
+    return cfg, partial(Multimodal, **{key: values[key] for key in inspect.signature(Multimodal).parameters})
 
 
 def grids(model, batch):
-    """A batch of random grids, a third of them holes, with random answers."""
+    """Draw a batch of random grids, a third of them holes, with random answers."""
     ((name, task),) = model.tasks.items()
     draw, shape = torch.Generator().manual_seed(0), (batch, task["rows"], task["cols"])
     page, target = (torch.randint(1, task["rows"] + 1, shape, generator=draw) + int(DIGIT) for _ in range(2))
@@ -184,7 +145,7 @@ def grids(model, batch):
 
 
 def stepper(model, batch, dtype="bf16", compile=False):
-    """A function that does one training step of ours and one that gives only its loss, with gradients."""
+    """Return two functions of ours: a training step, and one that only makes gradients and returns the loss."""
     weights = {yes: [(n, p) for n, p in model.named_parameters() if (p.ndim > 1) == yes] for yes in (True, False)}
     groups = [dict(params=params, weight_decay=0.1 * yes) for yes, params in weights.items()]
     optimizer = AdamAtan2(groups, lr=1e-4, betas=(0.9, 0.95))
@@ -206,16 +167,9 @@ def stepper(model, batch, dtype="bf16", compile=False):
     return step, backward
 
 
-def official(folder):
-    """The official code of TRM -> (model, losses) modules; ImportError without."""
-    swap = SimpleNamespace(rearrange=lambda x, how: x.transpose(1, 2))  # all that it uses of einops
-    shims = dict(einops=swap, pydantic=SimpleNamespace(BaseModel=Settings))
-    return imported(folder, shims, "models.recursive_reasoning.trm", "models.losses")
-
-
 def official_stepper(folder, cfg, ours, batch, dtype):
-    """`stepper` of the official code with the weights of `ours`, and the weights that both have, in one order."""
-    modules, losses = official(folder)
+    """`stepper` of the official TRM with the weights of `ours`, and the weights that both have, in one order."""
+    modules, losses = peers.official_trm(folder)
     task, across = ours.tasks[batch["task"]], cfg.mixer == "mlp_t"
     B, length = len(batch["page"]), task["length"]
     settings = dict(
@@ -227,18 +181,18 @@ def official_stepper(folder, cfg, ours, batch, dtype):
     )  # fmt: skip
     model = losses.ACTLossHead(modules.TinyRecursiveReasoningModel_ACTV1(settings), "stablemax_cross_entropy")
     inner = model.model.inner
-    theirs = [inner.embed_tokens.embedding_weight, inner.H_init, inner.L_init, *shared(inner, across)]
+    theirs = [inner.embed_tokens.embedding_weight, inner.H_init, inner.L_init, *shared_weights(inner, across)]
+    sources = [ours.embedding.weight, ours.core.start_H, ours.core.start_L, *shared_weights(ours)]
     with torch.no_grad():
-        for there, here in zip(theirs, [ours.embedding.weight, ours.core.start_H, ours.core.start_L, *shared(ours)],
-                               strict=True):  # fmt: skip
-            there.copy_(here)
+        for weight, source in zip(theirs, sources, strict=True):
+            weight.copy_(source)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.1, betas=(0.9, 0.95), fused=True)
-    about = dict(inputs=batch["page"].flatten(1).int(), labels=batch["target"].long(),
-                 puzzle_identifiers=torch.zeros(B, dtype=torch.int32))  # fmt: skip
-    state = SimpleNamespace(carry=model.initial_carry(about))
+    inputs = dict(inputs=batch["page"].flatten(1).int(), labels=batch["target"].long(),
+                  puzzle_identifiers=torch.zeros(B, dtype=torch.int32))  # fmt: skip
+    state = SimpleNamespace(carry=model.initial_carry(inputs))
 
     def backward():
-        state.carry, loss, *_ = model(return_keys=[], carry=state.carry, batch=about)
+        state.carry, loss, *_ = model(return_keys=[], carry=state.carry, batch=inputs)
         (loss / B).backward()
         return loss.item() / B
 
@@ -248,19 +202,19 @@ def official_stepper(folder, cfg, ours, batch, dtype):
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-    return step, backward, shared(inner, across)
+    return step, backward, shared_weights(inner, across)
 
 
-def shared(model, across=False):
-    """The weights of the recursion and of the head, in one order: of ours, or of the official inner model."""
+def shared_weights(model, across=False):
+    """Return the weights of recursion and head in one order: of ours, or of the official inner model."""
     if isinstance(model, Multimodal):
         return [*model.core.stacks.parameters(), model.head.weight]
-    found = []
+    layers = []
     for layer in model.L_level.layers:
         mixer = layer.mlp_t if across else layer.self_attn
-        found += [mixer.gate_up_proj, mixer.down_proj] if across else [mixer.qkv_proj, mixer.o_proj]
-        found += [layer.mlp.gate_up_proj, layer.mlp.down_proj]
-    return [part.weight for part in (*found, model.lm_head)]
+        layers += [mixer.gate_up_proj, mixer.down_proj] if across else [mixer.qkv_proj, mixer.o_proj]
+        layers += [layer.mlp.gate_up_proj, layer.mlp.down_proj]
+    return [part.weight for part in (*layers, model.lm_head)]
 
 
 def trm(args):
@@ -271,66 +225,77 @@ def trm(args):
         cfg, build = configured(*flags.split(), *args.trm)
         torch.manual_seed(0)
         model = build()
-        with torch.no_grad():  # as the official code has no tables of places; and ours scales what it sees to 1
+        with torch.no_grad():  # the official code has no tables of places, and ours scales its inputs to 1
             for table in model.page_places.parameters():
                 table.zero_()
             model.embedding.weight /= model.embedding.weight.norm(dim=1, keepdim=True)
         batch = grids(model, cfg.global_batch_size)
-        kinds = ["fp32", "bf16", *["bf16, compiled"] * (not args.quick)]
+        kinds = ["fp32", "bf16"] if args.quick else ["fp32", "bf16", "bf16, compiled"]
         arms = {("ours", kind): stepper(deepcopy(model), batch, kind[:4], "compiled" in kind) for kind in kinds}
-        with suppress(ImportError):
-            theirs = {kind: official_stepper(args.official, cfg, model, batch, kind) for kind in ("fp32", "bf16")}
+        theirs = {}
+        for kind in ("fp32", "bf16"):
+            theirs[kind] = peers.optional(official_stepper, args.official, cfg, model, batch, kind)
+        if all(theirs.values()):
             yield likeness(mixer, model, batch, {kind: side[1:] for kind, side in theirs.items()}, cosine)
             arms |= {("official", kind): side for kind, side in theirs.items()}
         for step, *_ in list(arms.values()) * min(2, args.times):
             step()
         rounds = [{name: 1 / seconds(step) for name, (step, *_) in arms.items()} for _ in range(min(args.times, 7))]
-        pairs = [("fp32", "fp32", ""), ("bf16", "bf16", ""), ("bf16, compiled", "bf16", against_bf16),
-                 ("bf16, compiled", "fp32", against_fp32)]  # fmt: skip
-        for kind, their, target in pairs:
+        pairs = [  # precision of ours, of the official code, target
+            ("fp32", "fp32", ""),
+            ("bf16", "bf16", ""),
+            ("bf16, compiled", "bf16", against_bf16),
+            ("bf16, compiled", "fp32", against_fp32),
+        ]
+        for kind, their_kind, target in pairs:
             if kind in kinds:
-                both = [name for name in (("ours", kind), ("official", their)) if name in arms]
-                yield figure(f"training steps/s with {mixer} in {kind}, against official TRM in {their}", target,
-                             [[found[name] for name in both] for found in rounds], GET["trm"])  # fmt: skip
+                sides = [name for name in (("ours", kind), ("official", their_kind)) if name in arms]
+                id = f"{mixer}.{kind.replace(', ', '_')}.official_{their_kind}"
+                title = f"training with {mixer} in {kind}, against official TRM in {their_kind}"
+                yield compared(id, title, [[rates[name] for name in sides] for rates in rounds], target,
+                               peers.GET["TRM"], unit="steps/s")  # fmt: skip
 
 
 def likeness(mixer, model, batch, theirs, target):
-    """Cosine of the gradients of the first step in bf16 with those in fp32, each side's own; both losses.
+    """Compare the gradients of the first step in bf16 with those in fp32, each side's own; both losses.
 
     `mlp_t` is not the same function: there the official code scales each coordinate over the positions.
     """
-    sides, found = {}, {}
+    sides, results = {}, {}
     for kind in ("fp32", "bf16"):
-        own = deepcopy(model)
-        sides |= {("ours", kind): (stepper(own, batch, kind)[1], shared(own)), ("official", kind): theirs[kind]}
+        ours = deepcopy(model)
+        sides |= {
+            ("ours", kind): (stepper(ours, batch, kind)[1], shared_weights(ours)),
+            ("official", kind): theirs[kind],
+        }
     for name, (backward, weights) in sides.items():
         loss, gradient = backward(), torch.cat([weight.grad.flatten().double() for weight in weights])
-        found[name] = loss, gradient
+        results[name] = loss, gradient
         for weight in weights:
             weight.grad = None
 
     def cosine(one, other):
-        return round(nn.functional.cosine_similarity(found[one][1], found[other][1], 0).item(), 5)
+        return round(nn.functional.cosine_similarity(results[one][1], results[other][1], 0).item(), 5)
 
     ours, official = (cosine((side, "bf16"), (side, "fp32")) for side in ("ours", "official"))
-    said = ", ".join(f"{' in '.join(name)} {loss:.5f}" for name, (loss, _) in found.items())
-    both = cosine(("ours", "fp32"), ("official", "fp32"))
-    return dict(figure=f"cosine of gradients in bf16 with those in fp32, {mixer}", ours=ours, peer=official,
-                target=target, spread=f"ours in fp32 with official in fp32 {both}; losses: {said}")  # fmt: skip
+    losses = ", ".join(f"{' in '.join(name)} {loss:.5f}" for name, (loss, _) in results.items())
+    across = cosine(("ours", "fp32"), ("official", "fp32"))
+    return figure(f"{mixer}.gradients", f"cosine of gradients in bf16 with those in fp32, {mixer}", ours, target,
+                  baseline=official,
+                  spread=f"ours in fp32 with official in fp32 {across}; losses: {losses}")  # fmt: skip
 
 
 def planning_cost(args):
-    """A training step with four paths against the plain one: 6 x 6 Sudoku, what is left of all else off."""
+    """A training step with four paths against the plain one: 6 x 6 Sudoku, every other part off."""
     sides = []
     for flags in ([], ["--enable_latent_planning", "--latent_num_paths=4", "--latent_planning_depth=2"]):
         cfg, build = configured("--arch=sudoku6", *flags, *args.planned)
         torch.manual_seed(0)
         model = build()
         sides.append(stepper(model, grids(model, cfg.global_batch_size))[0])
-    plain, planned = sides
     few = SimpleNamespace(times=min(args.times, 9))
-    found = timed("steps/s of planning with K 4, d 2, H 2 and without", "", few, [plain, planned], (1, 1))
-    yield found | dict(figure="steps/s without planning, against K 4, d 2, H 2", target="<= 3.0")
+    yield timed("steps", "training without planning, against K 4, d 2, H 2", few, sides, (1, 1), "<= 3.0",
+                unit="steps/s")  # fmt: skip
 
 
 # --- streaming --------------------------------------------------------------------------------
@@ -339,12 +304,12 @@ def stream(args):
     rounds, building = [], []
     for _ in range(min(args.times, 3)):
         with tempfile.TemporaryDirectory() as folder:
-            words = [sys.executable, "-u", HERE.parent / "train_multimodal.py", f"--arch={args.streamed}",
+            words = [sys.executable, "-u", f"{ROOT}/train_multimodal.py", f"--arch={args.streamed}",
                      f"--data_paths={folder}/data", f"--checkpoint_path={folder}/run", "--log_interval=1",
                      "--log_file=", "--wandb=disabled"]  # fmt: skip
             start = time.perf_counter()
             threads = os.environ | dict(OMP_NUM_THREADS=str(args.threads))
-            with subprocess.Popen(list(map(str, words)), stdout=subprocess.PIPE, text=True, env=threads) as process:
+            with subprocess.Popen(words, stdout=subprocess.PIPE, text=True, env=threads) as process:
                 for line in process.stdout:
                     if line.startswith("step 1/"):
                         rounds.append([time.perf_counter() - start])
@@ -354,36 +319,22 @@ def stream(args):
                 process.stdout.read()
             if process.wait() not in (0, 143):
                 raise SystemExit(f"train_multimodal.py left with {process.returncode}")
-    found = figure(f"seconds from the command to the first step, arch {args.streamed}, empty folder", "<= 10", rounds)
-    yield found | dict(spread=f"{found['spread']}; builder still running in {sum(building)} of {len(building)}")
+    title = f"from the command to the first step, arch {args.streamed}, empty folder"
+    still = f"builder still running in {sum(building)} of {len(building)}"
+    yield compared("first_step", title, rounds, "<= 10", unit="s", spread=still)
 
 
 ROWS = dict(render=render, optimizer=optimizer, trm=trm, stream=stream) | {"planning-cost": planning_cost}
-ROWS |= multimodal_quality.ROWS
 
 
 def main(argv=None):
-    parser = command_line(__doc__, ROWS, "multimodal")
-    add = parser.add_argument
-    add("--quick", action="store_true", help="toy sizes, one round: only to see that it runs")
-    add("--home", type=Path, default=HERE / "work" / "multimodal", help="where runs and their data lie")
-    add("--minutes", type=float, default=20.0, help="of each run, default 20")
-    add("--official", type=Path, default=HERE / "peers" / "TinyRecursiveModels", help="official code of TRM")
-    add("--arms", default="", help="only the runs of a row whose names hold one of these words, comma separated")
-    for name, default in dict(times=25, threads=2, seeds=3).items():
-        add(f"--{name}", type=int, default=default, help=f"default {default}")
+    parser = command_line(__doc__, ROWS, "speed.pictures", times=25, threads=2)
+    parser.add_argument("--official", type=Path, default=peers.CLONES / "TinyRecursiveModels", help="code of TRM")
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
-    args.home = args.home.resolve()
-    said = "".join(
-        f" --{name} {getattr(args, name):g}"
-        for name in ("threads", "seeds", "minutes")
-        if getattr(args, name) != parser.get_default(name)
-    )
-    if args.quick:
-        args.home, args.seeds = args.home / "quick", 1
-    vars(args).update(QUICK | dict(times=1) if args.quick else SIZES)
-    measure(args, ROWS, lambda row: said)
+    flags = changed_flags(parser, args, ["threads"])
+    vars(args).update(QUICK if args.quick else SIZES)
+    measure(args, ROWS, flags)
 
 
 if __name__ == "__main__":
