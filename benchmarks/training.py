@@ -29,11 +29,11 @@ def update(model, optimizer, loss):
     optimizer.zero_grad(set_to_none=True)
 
 
-def fit(model, optimizer, loss_of, batches, factor, *, every=100, total=0, after=None):
+def fit(model, optimizer, loss_of, batches, factor, *, every=100, total=0):
     """Train until `batches` or `factor` end -> (steps, seconds).
 
-    loss_of(batch) is a mean, factor(step), from step 0, that of the learning rate, or None to stop; after() follows
-    each step. Progress is printed at every `every`-th step.
+    loss_of(batch) is a mean, factor(step), from step 0, that of the learning rate, or None to stop. Progress is
+    printed at every `every`-th step.
     """
     rates, start = [group["lr"] for group in optimizer.param_groups], time.monotonic()
     for step in itertools.count():
@@ -45,8 +45,6 @@ def fit(model, optimizer, loss_of, batches, factor, *, every=100, total=0, after
             group["lr"] = rate * scale
         loss = loss_of(batch)
         update(model, optimizer, loss)
-        if after:
-            after()
         if (step + 1) % every == 0:
             print(f"  step {step + 1}{f'/{total}' if total else ''}, loss {loss.item():.3f}, "
                   f"{time.monotonic() - start:.0f} s", flush=True)  # fmt: skip

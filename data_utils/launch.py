@@ -19,7 +19,7 @@ def share_cores():
     """Let torch's threads wait without spinning long where other processes want the cores. To be called before torch.
 
     A thread that spins at a barrier keeps the core from the one it waits for. Nothing is changed where the user has
-    chosen, and numbers never change. benchmarks/busy.py measured the counts.
+    chosen, and numbers never change. benchmarks/speed/busy.py measured the counts.
     """
     if "torch" in sys.modules or any(name in os.environ for name in WAITING):
         return

@@ -172,8 +172,9 @@ def figures_of(section, rows):
         groups.setdefault((row["row"], row["fault"]), []).append(row)
     for (number, fault), group in groups.items():
         passed = sum(row["outcome"] == "pass" for row in group)
-        name, id = ("row", number) if section == "table" else (section, fault.replace(" ", "_"))
-        yield figure(f"faults.{section}.{id}", f"{name} {number}, {fault}", f"{passed} of {len(group)} scripts", "all",
+        id = number if section == "table" else fault.replace(" ", "_")
+        name = f"row {number}" if section == "table" else section
+        yield figure(f"faults.{section}.{id}", f"{name}, {fault}", f"{passed} of {len(group)} scripts", "all",
                      spread=[f"{row['script']}: {row['note']}" for row in group if row["note"]],
                      command=f"python -m faults{flag or f' --rows {number}'}")  # fmt: skip
 

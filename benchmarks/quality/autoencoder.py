@@ -200,8 +200,8 @@ def diffusion(args):
         errors.append([(total / count).item() for total, count in sums.values()])
     given, other = zip(*errors, strict=True)
     worst = f"worst ratio {min(theirs / ours for ours, theirs in errors):.3g}"
-    yield over_seeds("latent", "diffusion_ae: error given another event's latent, against its own", ">= 5", other, given,
-                     min, worst)  # fmt: skip
+    title = "diffusion_ae: error given another event's latent, against its own"
+    yield over_seeds("latent", title, ">= 5", other, given, min, worst)
 
 
 def detected(run, reconstruction, seed, steps):

@@ -2,11 +2,10 @@
 
     python -m benchmarks.quality.diffuser --data_dir data --seconds 180 --arms ce_warm mse_warm masked_warm
 
-An arm is objective_start, `ce` or `mse` or `masked` (a masked-diffusion head on the same blocks) from the `warm`
-transformer or from `scratch`, then any of ,lr=0.001 ,batch=32 ,ema=0.999 and ,name=value of a Diffuser argument.
-Two judges: the transformer that the warm arms start from, which flatters them, and a trigram model. Low entropy makes
-any text look good to a judge, so no figure is without it. Finished arms stay in --work and are not repeated; all of
-them go into the JSON and diffuser_samples.md.
+An arm is objective_start: `ce` or `mse` or `masked` (a masked-diffusion head on the same blocks) from the `warm`
+transformer or from `scratch`. Two judges: the transformer that the warm arms start from, which flatters them, and a
+trigram model. Low entropy makes any text look good to a judge, so no figure is without it. Finished arms stay in --work
+and are not repeated; all of them go into the JSON and diffuser_samples.md.
 """
 
 import os
@@ -19,7 +18,6 @@ import math
 import statistics
 import time
 from collections import Counter
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -47,18 +45,14 @@ def autocast():
     return torch.autocast("cpu", torch.bfloat16, enabled=torch.cpu._is_avx512_bf16_supported())
 
 
-def train(model, loss_of, data, seconds, lr, batch, seed, ema=0.0):
-    """Train with a short warmup and a cosine over CPU seconds; `loss_of(x, y)` is a mean -> number of steps.
-
-    ema > 0: the model ends with the average of its weights.
-    """
+def train(model, loss_of, data, seconds, seed, lr=2e-3, batch=16):
+    """Train with a short warmup and a cosine over CPU seconds; `loss_of(x, y)` is a mean -> number of steps."""
     torch.manual_seed(seed)
 
     def decayed(name, p):
         return p.ndim == 2 and "embedding" not in name and "head" not in name
 
     optimizer = torch.optim.AdamW(grouped(model, 0.05, decayed), lr=lr, betas=(0.9, 0.95), fused=True)
-    average = torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(ema))
     order, start = data.order(seed, 0, 100_000), time.process_time()
 
     def batches():
@@ -75,11 +69,7 @@ def train(model, loss_of, data, seconds, lr, batch, seed, ema=0.0):
         with autocast():
             return loss_of(*pair)
 
-    after = partial(average.update_parameters, model) if ema else None
-    steps, _ = fit(model, optimizer, loss, batches(), factor, after=after)
-    if ema:
-        model.load_state_dict(average.module.state_dict())
-    return steps
+    return fit(model, optimizer, loss, batches(), factor)[0]
 
 
 class Masked(nn.Module):
@@ -116,15 +106,10 @@ class Masked(nn.Module):
 
 
 def arm_model(arm, seed, transformer, ids):
-    """Build the model that an arm's name describes -> model, loss_of, options of `train`."""
-    name, *pairs = arm.split(",")
-    objective, start = name.split("_")
-    values = {}
-    for key, value in (pair.split("=") for pair in pairs):
-        values[key] = type({**DIFFUSER, **SIZES}.get(key, 0.1))(value)
-    options = dict(lr=values.pop("lr", 2e-3), batch=int(values.pop("batch", 16)), ema=values.pop("ema", 0.0))
+    """Build the model that an arm's name describes -> model, loss_of."""
+    objective, start = arm.split("_")
     torch.manual_seed(seed)
-    args = dict(vocab_size=len(transformer.embedding.weight)) | SIZES | DIFFUSER | values
+    args = dict(vocab_size=len(transformer.embedding.weight)) | SIZES | DIFFUSER
     args["objective"] = "ce" if objective == "masked" else objective
     model, fresh = Diffuser(**args), Diffuser(**args)
     model.start_from(transformer, ids)
@@ -134,8 +119,8 @@ def arm_model(arm, seed, transformer, ids):
     if objective == "masked":
         model.head_next.requires_grad_(False)  # has no part in it
         masked = Masked(model)
-        return masked, masked, options
-    return model, lambda x, y: model(x, y)[0] / x.numel(), options
+        return masked, masked
+    return model, lambda x, y: model(x, y)[0] / x.numel()
 
 
 # --- judging ----------------------------------------------------------------------------------
@@ -284,8 +269,8 @@ def judged_transformer(args, data):
     transformer = Transformer(vocab_size=data.tokenizer.vocab_size, **SIZES)
     path = args.work / f"transformer-{args.transformer_seconds:.0f}.pt"
     if not path.exists():
-        steps = train(transformer, lambda x, y: transformer(x, y)[0] / x.numel(), data, args.transformer_seconds,
-                      4e-3, 32, 0)  # fmt: skip
+        seconds = args.transformer_seconds
+        steps = train(transformer, lambda x, y: transformer(x, y)[0] / x.numel(), data, seconds, 0, 4e-3, 32)
         print(f"transformer: {steps} steps")
         torch.save(transformer.state_dict(), path)
     transformer.load_state_dict(torch.load(path, weights_only=True))
@@ -339,8 +324,8 @@ def main(argv=None):
 
 def run_arm(args, arm, seed, transformer, ids, data, judged, path):
     """Train an arm and judge its samples; the rows go into `path`."""
-    model, loss_of, options = arm_model(arm, seed, transformer, ids)
-    steps = train(model, loss_of, data, args.seconds, seed=seed, **options)
+    model, loss_of = arm_model(arm, seed, transformer, ids)
+    steps = train(model, loss_of, data, args.seconds, seed)
     torch.save(model.state_dict(), path.with_suffix(".pt"))
     model.eval()
     trained = dict(arm=arm, seed=seed, seconds=args.seconds, train_steps=steps)
