@@ -39,7 +39,7 @@ from data_utils.pages.shards import Shards
 from data_utils.pages.tasks import DIGIT, Task
 from data_utils.reasoning import sudoku as puzzles
 from models.glyphs import END, HOLE, PADDING, SYMBOLS
-from models.halting import CONTINUE, HALT
+from models.halting import HALT
 from models.multimodal import Multimodal
 from models.planning import select
 
@@ -467,7 +467,7 @@ def halting(args):
         right, q, values = thoughts(trained, trained.held_out())
         accuracy, steps = stopped(right, q.double() >= cut)
         as_trained, trained_steps = stopped(right, q >= 0.0)
-        agent, agent_steps = stopped(right, values[..., HALT] > values[..., CONTINUE])
+        agent, agent_steps = stopped(right, values[..., HALT] > values[..., 1 - HALT])
         oracle, oracle_steps = stopped(right, right)
         fixed = right.double().mean(0)
         curve = ", ".join(f"{100 * fixed[t - 1]:.1f}" for t in CURVE if t <= T)

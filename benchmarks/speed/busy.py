@@ -5,7 +5,7 @@
 
 Each script trains for a few seconds in its own process, with as many threads as there are cores: alone, beside one
 process that never waits, and beside two. The baseline is libgomp's own spin count, 300,000, which the scripts lower
-before they import torch (data_utils/launch.py). Sides take turns; a figure is the median of the rounds.
+before they import torch (data_utils/launch.share_cores). Sides take turns; a figure is the median of the rounds.
 """
 
 import contextlib
@@ -29,10 +29,11 @@ EXPERTS = " ".join(f"--{name}_ckpt {{experts}}/{name}_expert.pt" for name in ("t
 SCRIPTS = dict(  # row: (flags, file with the rates, name of the rate there)
     expert=(f"train_expert.py --expert transformer --n_layers 4 {TEXT}",
             "transformer_expert_metrics.jsonl", "tokens_per_s"),
-    mla=(f"train_mla.py --n_layers 2 {TEXT} {EXPERTS}", "nanothink_mla_metrics.jsonl", "tokens_per_s"),
+    mla=(f"train_mla.py --n_layers 2 {TEXT} --grad_accum_steps 1 {EXPERTS}",
+         "nanothink_mla_metrics.jsonl", "tokens_per_s"),
     sr=("train_sr.py --validate_interval 100000 --val_size 16 --log_interval 1 --output_dir {folder}/run",
         "run/metrics.jsonl", "samples_per_s"),
-    ae=("train_ae.py events=2000 epochs=1000 make_plots=false latent_space=none out={folder}/run",
+    ae=("train_ae.py events=500 epochs=1000 make_plots=false latent_space=none out={folder}/run",
         "run/facts/scalars.csv", "throughput"),
     hrm=("train_hrm.py --dataset sudoku --eval_rows 16 --log_steps 1 --steps 100000 --save_dir {folder}",
          "metrics.jsonl", "tokens_per_s"),
@@ -89,23 +90,27 @@ def train(script, args, work, count, environment):
 
 def beside(args, script, work):
     """Yield the figures of one script: alone against the baseline, and beside others against alone."""
-    sides = [(count, environment) for count in (0, 1, 2) for environment in ({}, BASELINE)]
-    rounds = [[train(script, args, work, *side) for side in sides] for _ in range(args.times)]
-    columns = list(zip(*rounds, strict=True))
-    alone = columns[0]
+    sides = dict(alone=(0, {}), spinning=(0, BASELINE), beside1=(1, {}), beside2=(2, {}))
+    if args.spinning:
+        sides |= dict(spinning1=(1, BASELINE), spinning2=(2, BASELINE))
+    rounds = {side: [] for side in sides}
+    for _ in range(args.times):
+        for side, settings in sides.items():
+            rounds[side].append(train(script, args, work, *settings))
+    unit = SCRIPTS[script][2].replace("_per_", "/").replace("throughput", "events/s")
 
     def against(id, title, ours, baseline, target):
-        unit = SCRIPTS[script][2].replace("_per_", "/").replace("throughput", "events/s")
-        title = f"train_{script}.py, {cores()} threads, {title}"
-        return compared(id, title, list(zip(ours, baseline, strict=True)), target, unit=unit)
+        pairs = list(zip(rounds[ours], rounds[baseline], strict=True))
+        return compared(id, f"train_{script}.py, {cores()} threads, {title}", pairs, target, unit=unit)
 
-    yield against("alone", "alone, against torch's own spinning", alone, columns[1], ">= 0.97")
+    yield against("alone", "alone, against torch's own spinning", "alone", "spinning", ">= 0.97")
     for count in (1, 2):
-        ours, baseline = columns[2 * count], columns[2 * count + 1]
-        place = f"beside {count} busy process{'es' if count > 1 else ''}"
+        side, place = f"beside{count}", f"beside {count} busy process{'es' if count > 1 else ''}"
         share = cores() / (cores() + count) - 0.25
-        yield against(f"beside{count}.spinning", f"{place}, against torch's own spinning", ours, baseline, "> 1")
-        yield against(f"beside{count}.alone", f"{place}, against alone", ours, alone, f">= {share:.2f}")
+        if args.spinning:
+            title = f"{place}, against torch's own spinning"
+            yield against(f"{side}.spinning", title, side, f"spinning{count}", "> 1")
+        yield against(f"{side}.alone", f"{place}, against alone", side, "alone", f">= {share:.2f}")
 
 
 def prepare(work, rows):
@@ -119,7 +124,8 @@ def prepare(work, rows):
 
 
 def main(argv=None):
-    parser = command_line(__doc__, SCRIPTS, "speed.busy", times=3, seconds=15.0)
+    parser = command_line(__doc__, SCRIPTS, "speed.busy", times=3, seconds=20.0)
+    parser.add_argument("--spinning", action="store_true", help="torch's own spinning beside busy processes, too")
     args = parser.parse_args(argv)
     args.threads = cores()
     if args.quick:
@@ -127,7 +133,8 @@ def main(argv=None):
     with tempfile.TemporaryDirectory() as work:
         prepare(Path(work), args.rows.split(","))
         rows = {script: partial(beside, script=script, work=Path(work)) for script in SCRIPTS}
-        measure(args, rows, f" --times {args.times} --seconds {args.seconds:g}")
+        flags = f" --times {args.times} --seconds {args.seconds:g}"
+        measure(args, rows, flags + (" --spinning" if args.spinning else ""))
 
 
 if __name__ == "__main__":
