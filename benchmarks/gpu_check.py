@@ -3,25 +3,25 @@
     bash scripts/gpu_check.sh                              # at most 8 minutes on one card
     bash scripts/gpu_check.sh --minutes 20                 # all rows on a slow card
     bash scripts/gpu_check.sh --only transformer,sr        # the rows whose name holds one of these
-    bash scripts/gpu_check.sh --device cpu --tiny          # seconds, without a GPU: only to see that it runs
+    bash scripts/gpu_check.sh --device cpu --tiny          # seconds, without a GPU: only shows that it runs
 
 Three kinds of row, the most useful first:
 - SCRIPT PRECISION: some 100 steps at the guide's sizes. Speed, memory and loss are those of the second half.
 - SCRIPT: CPU, resume, generate: three steps of a small batch in each precision, the same steps on the CPU, the fp32 run
-  taken up on the CPU, and generate.py with it. Losses are compared as |GPU - CPU| / CPU. The row fails when step 1
+  resumed on the CPU, and generate.py with it. Losses are compared as |GPU - CPU| / CPU. The row fails when step 1
   differs by more than 0.1 % in fp32 or 2 % else, or a later step of fp32 or of the resumed run by more than 2 %.
 - nanoGPT, TRM: training steps of ours and of the official code in turn, where its code lies in benchmarks/peers.
 
 "waits for host" is the share of the time in which the GPU had nothing to do: the profiler records ten steps, and the
-share is what no kernel, copy or fill covers. On a CPU it is what no operation of torch covers. "host waits for GPU" is
-the share that the host spends in CUDA calls named Synchronize.
+share is the time that no kernel, copy or fill covers; on a CPU, no operation of torch. "host waits for GPU" is the
+share that the host spends in CUDA calls named Synchronize.
 
 Losses of train_ae.py are those of epochs of three steps; train_multimodal.py has half its width and one task there.
 Data come from Python's own library, puzzles and formulas, without a network. Runs need some 25 GB below TMPDIR.
 
-Each row has a process and a time limit of its own. A row that fails is a row of the report, the others go on. The
-report is written after each row. Rows that the minutes did not allow are listed as not run. The status is 1 then, and
-when a row failed; 0 when all rows ran.
+Each row has its own process and time limit. A row that fails is a row of the report, the others go on. The report is
+written after each row. Rows that the minutes did not allow are listed as not run. The status is 1 then, and when a row
+failed; 0 when all rows ran.
 """
 
 import gc
@@ -45,10 +45,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
 
-FILE = str(Path(__file__).resolve())
-ROOT = Path(FILE).parents[1]
-sys.path.insert(0, str(ROOT))
-
 from data_utils.config import from_cli
 from data_utils.errors import DataError, UsageError
 from data_utils.launch import launch
@@ -57,23 +53,25 @@ from data_utils.launch import launch
 @dataclass
 class Config:
     device: str = "cuda"  # or cuda:1, or cpu with --tiny
-    tiny: bool = False  # toy sizes and few steps, on a CPU in bf16 alone: only to see that it runs
+    tiny: bool = False  # toy sizes and few steps, on a CPU in bf16 alone: only shows that it runs
     precisions: tuple[str, ...] = ("bf16", "fp32", "fp16")  # the first is that of the first rows
-    minutes: float = 8.0  # what all rows may take together
+    minutes: float = 8.0  # for all rows together
     only: str = ""  # rows whose name holds one of these, comma separated, and the data that all need
-    out: str = ""  # report, its table beside it as .md; "" = gpu_check.json in benchmarks, --tiny: benchmarks/work
-    work: str = ""  # folder of data and runs, which stays; "" = a temporary one
+    out: str = ""  # report, its table beside it as .md; "" = gpu_check.json in benchmarks/results, --tiny: work
+    work: str = ""  # folder of data and runs, not removed at the end; "" = a temporary one
     warm: bool = True  # fork the rows from one process that has imported torch; off, each imports it
 
 
-INSIDE = "machine", "text", "traced", "nanogpt", "trm"  # what this file does as the process of a row
+INSIDE = "machine", "text", "traced", "nanogpt", "trm"  # functions that this file runs as the process of a row
+FILE = str(Path(__file__).resolve())
 
 if __name__ == "__main__" and sys.argv[1:2] not in [[name] for name in INSIDE]:
-    cfg = from_cli(Config, __doc__)
+    cfg = from_cli(Config, __doc__, prog="bash scripts/gpu_check.sh")
 
 import torch
 
-from benchmarks.report import HERE
+from benchmarks.peers import CLONES, GET
+from benchmarks.report import RESULTS, ROOT, WORK, figure, rounded, write_json
 from data_utils.events.facts import read_scalars
 from data_utils.files import write_atomic
 from data_utils.metrics import read_rows
@@ -239,7 +237,7 @@ FULL_EPOCH = 50  # the same with 8000 events
 
 
 def words_of(system, cfg, name, precision, steps, every, *more, few=False):
-    """The words that start a run of `system`, called `name`: a path and flags."""
+    """Return the words that start a run of `system`, called `name`: a path and flags."""
     flags = system.tiny if cfg.tiny else few and system.few or system.flags
     text = f"{flags} {system.folder} {system.precisions[precision]} {system.every}"
     text = text.format(work=cfg.work, root=ROOT, folder=folder_of(system, cfg, name), name=name, every=every)
@@ -256,7 +254,7 @@ def folder_of(system, cfg, name):
 
 
 def rows_of(system, folder):
-    """Rows of training in the metrics of a run: each has a step (of train_ae.py the epoch), loss and peak_mb."""
+    """Return the training rows in the metrics of a run: step (of train_ae.py the epoch), loss, peak_mb."""
     path = folder / system.metrics
     if path.suffix != ".csv":
         return [row for row in read_rows(path) if row.get("split") == "train"]
@@ -268,7 +266,7 @@ def rows_of(system, folder):
 # --- rows ---------------------------------------------------------------------------------------
 @dataclass
 class Row:
-    """Commands that run one after the other, and `read`, which makes the figures of their files: logs -> dict."""
+    """Commands that run one after the other, and `read`, which takes figures from their files: logs -> dict."""
 
     name: str
     commands: list
@@ -295,7 +293,6 @@ def speed(cfg, name, precision, compiled=False):
     if system.traced:
         last = steps - 1 - (1 if cfg.tiny else TRACED)
         words = [FILE, "traced", str(trace), str(last), str(steps - 1), cfg.device, *words]
-
     leaves = [] if folder.name == "experts" else [folder]
 
     def read(logs):
@@ -327,7 +324,7 @@ def speed(cfg, name, precision, compiled=False):
 
 
 def precision_of(log):
-    """The precision that a run took, as the first line of its log says."""
+    """Return the precision that a run took, as the first line of its log says."""
     line = re.search(r"^\S+, (bfloat16|float16|float32)\b", log.read_text(errors="replace"), re.M)
     names = dict(bfloat16="bf16", float16="fp16", float32="fp32")
     return names[line[1]] if line else "an unknown precision"
@@ -353,9 +350,9 @@ def compared(cfg, name):
 
     commands = [words(runs[precision], precision, cfg.device, FEW) for precision in precisions]
     commands.append(words(runs["cpu"], "fp32", "cpu", MORE))
-    kept = folder_of(system, cfg, runs["fp32"])
+    folder = folder_of(system, cfg, runs["fp32"])
     commands.append(words(runs["fp32"], "fp32", "cpu", MORE, system.resume))
-    commands.append(generate(kept))
+    commands.append(generate(folder))
 
     def read(logs):
         losses = {key: {row["step"]: row["loss"] for row in rows_of(system, folder_of(system, cfg, run))}
@@ -381,15 +378,15 @@ def compared(cfg, name):
     return Row(f"{name}: CPU, resume, generate", commands, read, False, 2 * LIMIT, needs(cfg, system), leaves)
 
 
-def peer(cfg, name):
-    """Training steps of ours and of a public peer in turn."""
+def beside(cfg, name):
+    """Training steps of ours and of official code in turn."""
     path = Path(cfg.work, f"{name}.json")
     words = [FILE, name.lower(), str(path), cfg.device, "tiny" if cfg.tiny else "full"]
     return Row(f"{name} beside ours", [words], lambda logs: json.loads(path.read_text()))
 
 
 def data_rows(cfg):
-    """What the others read, made without a network."""
+    """Return the rows that make the data of the others, without a network."""
 
     def row(name, *commands):
         return Row(f"data: {name}", [[str(word) for word in words] for words in commands], lambda logs: {}, False)
@@ -420,13 +417,13 @@ def chosen(cfg):
 
 
 def all_rows(cfg):
-    """Every row, the most useful first."""
+    """Return every row, the most useful first."""
     precisions = chosen(cfg)
     first = precisions[0]  # its experts are those of train_mla.py
     rows = data_rows(cfg)
     rows += [speed(cfg, name, first) for name in SYSTEMS]
     rows += [compared(cfg, name) for name in MAIN]
-    rows += [peer(cfg, name) for name in ("nanoGPT", "TRM")]
+    rows += [beside(cfg, name) for name in ("nanoGPT", "TRM")]
     rows += [speed(cfg, name, precision) for precision in precisions[1:] for name in MAIN]
     for precision in () if on_cpu(cfg) else precisions:
         rows += [speed(cfg, name, precision, compiled=True) for name in MAIN]
@@ -441,8 +438,8 @@ def mean(numbers):
 
 # --- processes of rows --------------------------------------------------------------------------
 def machine(path, device):
-    """Write what the device is."""
-    from benchmarks.run import machine as processor
+    """Write the facts of the device."""
+    from benchmarks.run import processor
 
     torch.ones(8, 8, device=device) @ torch.ones(8, 8, device=device)
     facts = dict(name=processor(), capability="", memory_gb=0.0, driver="", cuda=torch.version.cuda or "")
@@ -457,7 +454,7 @@ def machine(path, device):
 
 
 def driver():
-    """The version of the GPU's driver, "" if nothing tells it."""
+    """Return the version of the GPU's driver, "" if it can't be read."""
     try:
         words = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
         return subprocess.run(words, capture_output=True, text=True, timeout=20).stdout.split("\n")[0].strip()
@@ -466,24 +463,24 @@ def driver():
 
 
 def text(folder, megabytes):
-    """Write Python's own library as a domain of text, as much of it as asked for."""
+    """Write so much of Python's own library as a domain of text."""
     import sysconfig
 
-    left, lines = int(float(megabytes) * 1e6), []
-    piece = min(8000, left // 20)  # of a document, so that there are some to hold out
+    size, lines = int(float(megabytes) * 1e6), []
+    piece = min(8000, size // 20)  # of a document, so that there are some to hold out
     for path in sorted(Path(sysconfig.get_path("stdlib")).rglob("*.py")):
         if {"site-packages", "dist-packages", "test", "tests"} & {*path.parts}:
             continue
-        content = path.read_text(encoding="utf-8", errors="ignore")[:left]
-        left -= len(content)
+        content = path.read_text(encoding="utf-8", errors="ignore")[:size]
+        size -= len(content)
         lines += [json.dumps(dict(text=content[i : i + piece])) + "\n" for i in range(0, len(content), piece)]
-        if not left:
+        if not size:
             break
     write_atomic(Path(folder, "code", "library.jsonl"), lambda file: file.write("".join(lines).encode()))
 
 
 def traced(path, first, last, device, script, *flags):
-    """Run a script; write what share of its time, from the end of one optimizer step to that of another, was idle."""
+    """Run a script; write the idle share of its time from the end of one optimizer step to that of another."""
     from torch.optim.optimizer import register_optimizer_step_post_hook
     from torch.profiler import ProfilerActivity, profile
 
@@ -525,9 +522,9 @@ def traced(path, first, last, device, script, *flags):
 
 
 def shares(events, seconds):
-    """Events of a trace -> the shares of `seconds` without any work on the device, and with the host waiting for it.
+    """Return the shares of `seconds` in which the device has no work, and in which the host waits for it.
 
-    On a CPU work is what torch's operations cover, and nothing waits.
+    events: of a trace. On a CPU torch's operations are the work, and nothing waits.
     """
     work = [event for event in events if event.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset")]
     waits = [event for event in events if event.get("cat") == "cuda_runtime" and "Synchronize" in event["name"]]
@@ -538,7 +535,7 @@ def shares(events, seconds):
 
 
 def covered(events):
-    """Seconds that at least one of the events covers; their ts and dur are in microseconds."""
+    """Return the seconds that at least one of the events covers; their ts and dur are in microseconds."""
     total, end = 0.0, -math.inf
     for start, stop in sorted((event["ts"], event["ts"] + event["dur"]) for event in events):
         total += max(0.0, stop - max(start, end))
@@ -546,28 +543,29 @@ def covered(events):
     return total / 1e6
 
 
-def in_turn(path, ours, peer, units, what, get, tiny):
-    """Time steps of ours and of a peer, None without it, in turn; write how many units per second each does."""
-    sides = [step for step in (ours, peer) if step]
-    rounds = []
+def in_turn(path, ours, baseline, units, unit, install, tiny):
+    """Time steps of ours and of a baseline, None without it, in turn; write how many units per second each does."""
+    sides = [step for step in (ours, baseline) if step]
+    repeats, rounds = 1 if tiny else 8, []
     for _ in range(2 if tiny else 5):
         rounds.append([])
         for step in sides:
             start = time.perf_counter()
-            for _ in range(1 if tiny else 8):
+            for _ in range(repeats):
                 step()
-            rounds[-1].append(units * (1 if tiny else 8) / (time.perf_counter() - start))
+            rounds[-1].append(units * repeats / (time.perf_counter() - start))
     rates = [statistics.median(column) for column in zip(*rounds[1:], strict=True)]  # the first round warms up
-    figures = dict(unit=what, speed=rates[0], peer=get, note=f"peer not there: {get}")
-    if peer:
-        ratio = float(f"{rates[0] / rates[1]:.3g}")
-        figures |= dict(peer=rounded(rates[1]), ratio=ratio, note=f"peer {rates[1]:.5g}, ratio {ratio}")
-    write_atomic(Path(path), lambda file: file.write(json.dumps(figures).encode()))
+    figures = dict(unit=unit, speed=rates[0], baseline=install, note=f"baseline missing: {install}")
+    if baseline:
+        ratio = rounded(rates[0] / rates[1], 3)
+        figures |= dict(baseline=rounded(rates[1]), ratio=ratio, note=f"baseline {rates[1]:.5g}, ratio {ratio}")
+    write_json(Path(path), figures)
 
 
 def nanogpt(path, device, size):
     """Training steps of nanoGPT and of a transformer with as many parameters, in bf16."""
-    from benchmarks import experts
+    from benchmarks.speed import experts
+    from benchmarks.training import update
 
     sizes = dict(width=384, layers=6, length=512, batch=32) if size == "full" else experts.QUICK
     args, vocabulary = SimpleNamespace(**sizes), TEXT_VOCABULARY if size == "full" else 64
@@ -580,39 +578,44 @@ def nanogpt(path, device, size):
         except ImportError:
             return None
         optimizer = experts.adamw(model, 3e-4)
-        return lambda: experts.learn(model, optimizer, x, y, "bf16")
+
+        def step():
+            loss = experts.loss_in(model, x, y, "bf16")
+            update(model, optimizer, loss)
+            return loss.item()  # waits for the device
+
+        return step
 
     units = args.batch * args.length
-    in_turn(path, stepper("ours"), stepper("nanoGPT"), units, "tokens/s", experts.GET["nanoGPT"], size == "tiny")
+    in_turn(path, stepper("ours"), stepper("nanoGPT"), units, "tokens/s", GET["nanoGPT"], size == "tiny")
 
 
 def trm(path, device, size):
     """Training steps of the plain recursion and of the official code on 9 x 9 grids, from the same weights, in bf16."""
-    from benchmarks import multimodal
+    from benchmarks.speed import pictures
 
     flags = ["--arch=sudoku9", "--mixer=attention", "--bottleneck=tokens", "--no-relation_bias"]
-    cfg, build = multimodal.configured(*flags, *(multimodal.TINY if size == "tiny" else ()))
+    cfg, build = pictures.configured(*flags, *(pictures.TINY if size == "tiny" else ()))
     torch.manual_seed(0)
     model = build()
-    batch = multimodal.grids(model, cfg.global_batch_size)
+    batch = pictures.grids(model, cfg.global_batch_size)
     batch = {key: value.to(device) if isinstance(value, torch.Tensor) else value for key, value in batch.items()}
     official = None
-    with torch.device(device):  # where the official code makes its tensors
-        with suppress(ImportError):
-            folder = HERE / "peers" / "TinyRecursiveModels"
-            official = multimodal.official_stepper(folder, cfg, model, batch, "bf16")[0]
-    step = multimodal.stepper(model.to(device), batch, "fp32")[0]  # its own autocast is of the CPU
+    with torch.device(device), suppress(ImportError):  # where the official code makes its tensors
+        folder = CLONES / "TinyRecursiveModels"
+        official = pictures.official_stepper(folder, cfg, model, batch, "bf16")[0]
+    step = pictures.stepper(model.to(device), batch, "fp32")[0]  # its own autocast is of the CPU
 
     def ours():
         with torch.autocast(torch.device(device).type, torch.bfloat16):
             step()
 
-    in_turn(path, ours, official, len(batch["page"]), "samples/s", multimodal.GET["trm"], size == "tiny")
+    in_turn(path, ours, official, len(batch["page"]), "samples/s", GET["TRM"], size == "tiny")
 
 
 # --- run ----------------------------------------------------------------------------------------
 class Fork:
-    """A command in a fork of this process, which has imported torch; used as subprocess.Popen is."""
+    """A command in a fork of this process, which has imported torch; used like subprocess.Popen."""
 
     def __init__(self, words, log, folder, environment):
         self.returncode = None
@@ -634,7 +637,7 @@ class Fork:
 
 
 def run_here(words, log, folder, environment):
-    """Run a script in this process, a fork, as `python WORDS` would -> its status."""
+    """Run a script in this process, a fork, like `python WORDS` -> its status."""
     os.setsid()
     for number, path in enumerate([os.devnull, log, log]):
         os.dup2(os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND), number)
@@ -644,7 +647,8 @@ def run_here(words, log, folder, environment):
     os.chdir(folder)
     os.environ.update(environment)
     torch.set_num_threads(int(environment["OMP_NUM_THREADS"]))
-    sys.argv, sys.path[0] = words, str(Path(words[0]).parent)
+    sys.argv = words
+    sys.path[0] = str(ROOT)
     try:
         runpy.run_path(words[0], run_name="__main__")
         return 0
@@ -659,7 +663,7 @@ def run_here(words, log, folder, environment):
 
 
 def start(words, log, cfg, threads):
-    """Start a command in a session of its own, what it prints goes to `log`."""
+    """Start a command in its own session; its output goes to `log`."""
     environment = dict(OMP_NUM_THREADS=str(threads), WANDB_MODE="disabled", PYTHONPATH=str(ROOT),
                        TORCHINDUCTOR_CACHE_DIR=f"{cfg.work}/inductor")  # fmt: skip
     if cfg.warm:
@@ -670,12 +674,12 @@ def start(words, log, cfg, threads):
 
 
 def threads_of(cfg):
-    """Threads of a command that runs alone: toy tensors are too small for more than one."""
+    """Return the threads of a command that runs alone: toy tensors are too small for more than one."""
     return 1 if cfg.tiny else int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1)
 
 
 def kill(process):
-    """End a command and what it started."""
+    """End a command and its children."""
     with suppress(ProcessLookupError, PermissionError):
         os.killpg(process.pid, signal.SIGKILL)
     while process.poll() is None:
@@ -683,10 +687,10 @@ def kill(process):
 
 
 def last_error(log):
-    """The line of a log that says why a command failed."""
+    """Return the line of a log that says why a command failed."""
     lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
     errors = [line for line in lines if re.match(r"(\w+\.)*\w*(error|Error|Exception|Interrupt)\b.*", line)]
-    return (errors or lines or ["it said nothing"])[-1][:300]
+    return (errors or lines or ["no output"])[-1][:300]
 
 
 class Job:
@@ -704,7 +708,7 @@ class Job:
         self.process = start(self.row.commands[len(self.logs) - 1], self.logs[-1], self.cfg, self.threads)
 
     def ended(self, deadline):
-        """Look after the command -> whether the row is over, with its outcome then."""
+        """Poll the command -> whether the row is over; it then has its outcome."""
         row, now = self.row, time.monotonic()
         row.seconds = now - self.begun
         status = self.process.poll()
@@ -747,10 +751,11 @@ def work_through(rows, cfg, deadline, done):
                 if lacking and any(other.row.name.startswith("data:") for other in running):
                     waiting.insert(0, row)  # it is being made
                     break
-                left = deadline - time.monotonic()
-                if lacking or left < LEAST:
-                    over = "the minutes were over"
-                    row.error = over if left < LEAST else f"needs {lacking[0].name}, which is not there"
+                remaining = deadline - time.monotonic()
+                if lacking or remaining < LEAST:
+                    row.error = "the minutes were over"
+                    if remaining >= LEAST:
+                        row.error = f"needs {lacking[0].name}, which is not there"
                     done(row)
                     continue
                 running.append(Job(row, cfg, cores if row.alone else max(1, cores // at_once)))
@@ -765,33 +770,42 @@ def work_through(rows, cfg, deadline, done):
 
 # --- report -------------------------------------------------------------------------------------
 def results_of(facts, rows, cfg):
-    """The report: what was checked, then each row with its figures as in the JSON of other benchmarks."""
+    """Return the report: the machine, then each row with its figures as in the JSON of other benchmarks."""
     results = dict(machine=facts)
     for row in rows:
         entry = dict(outcome=row.outcome, error=row.error, seconds=round(row.seconds, 1), **row.figures)
         if "speed" in row.figures:
-            parts = [f"{name} {text}" for name, text in cells(row)[2:7] if text]
-            peer = {key: row.figures[key] for key in ("peer", "ratio") if key in row.figures}
-            figure = dict(figure=f"{row.name}, {row.figures['unit']}", ours=rounded(row.figures["speed"]), target="")
-            figure |= peer | dict(spread=", ".join(parts), command=f"bash scripts/gpu_check.sh --only '{row.name}'")
-            entry["figures"] = [figure]
+            get = row.figures.get
+            entry["figures"] = [
+                figure(
+                    f"gpu_check.{re.sub(r'[^a-zA-Z0-9]+', '_', row.name).lower()}",
+                    row.name,
+                    rounded(get("speed")),
+                    unit=get("unit"),
+                    baseline=get("baseline"),
+                    ratio=get("ratio"),
+                    spread=", ".join(shown(row)),
+                    command=f"bash scripts/gpu_check.sh --only '{row.name}'",
+                )  # fmt: skip
+            ]
         entry["commands"] = [readable(words, cfg) for words in row.commands]
         results[row.name] = entry
     return results
 
 
+def shown(row):
+    """Return 'column text' of the numbers in the middle of a row."""
+    return [f"{name} {text}" for name, text in cells(row)[2:7] if text]
+
+
 def readable(words, cfg):
-    """A command as a person would type it in the folder of the repo."""
+    """Return a command as a person would type it in the folder of the repo."""
     text = shlex.join(["python", *words])
     return text.replace(f"{cfg.work}/", "WORK/").replace(f"{ROOT}/", "")
 
 
-def rounded(number):
-    return float(f"{number:.5g}")
-
-
 def cells(row):
-    """(column, text) of a row of the table."""
+    """Return (column, text) of a row of the table."""
     get = row.figures.get
     shares = [f"{get(key):.0%}" if get(key) is not None else "" for key in ("waits_for_host", "waits_for_gpu")]
     return [
@@ -808,7 +822,7 @@ def cells(row):
 
 
 def table(facts, rows, summary):
-    """The report as Markdown."""
+    """Return the report as Markdown."""
     head = [name for name, _ in cells(rows[0])]
     lines = [described(facts), "", summary, "", f"| {' | '.join(head)} |", "| --- " * len(head) + "|"]
     for row in rows:
@@ -818,7 +832,7 @@ def table(facts, rows, summary):
 
 
 def described(facts):
-    """One line of what was checked."""
+    """Return one line about the machine."""
     parts = [f"{facts['device']}: {facts['name']}"]
     if facts["capability"]:
         parts.append(f"capability {facts['capability']}, {facts['memory_gb']:g} GB")
@@ -829,7 +843,7 @@ def described(facts):
 
 
 def summary_of(rows):
-    """One line: how many rows ran, and the names of those that did not."""
+    """Return one line: how many rows ran, and the names of those that did not."""
     names = {outcome: [row.name for row in rows if row.outcome == outcome] for outcome in ("ok", "failed", "not run")}
     parts = [f"{len(names['ok'])} of {len(rows)} rows ran"]
     parts += [f"{len(names[key])} {key} ({', '.join(names[key])})" for key in ("failed", "not run") if names[key]]
@@ -837,7 +851,7 @@ def summary_of(rows):
 
 
 def import_ahead():
-    """Import what each row would import for itself; nothing here starts a thread or touches the GPU."""
+    """Import the modules that every row needs; nothing here starts a thread or touches the GPU."""
     for name in ("torch._dynamo", "matplotlib.pyplot", "tokenizers"):
         with suppress(ImportError):
             importlib.import_module(name)
@@ -845,7 +859,7 @@ def import_ahead():
 
 
 def look_at(cfg):
-    """What the device is, from a process of its own; cfg.warm is off afterwards if forks can't use it."""
+    """Return the facts of the device, from a new process; cfg.warm is off afterwards if forks can't use it."""
     path, log = Path(cfg.work, "machine.json"), Path(cfg.work, "machine.log")
     for warm in [True, False] if cfg.warm and hasattr(os, "fork") else [False]:
         cfg.warm = warm
@@ -869,7 +883,7 @@ def main(cfg):
         raise UsageError(f"--precisions {' '.join(cfg.precisions)}: some of {' '.join(NEAR)}")
     if on_cpu(cfg) and not cfg.tiny:
         raise UsageError("--device cpu: full sizes are for a GPU\ntry: bash scripts/gpu_check.sh --device cpu --tiny")
-    out = Path(cfg.out) if cfg.out else HERE / ("work" if cfg.tiny else "") / "gpu_check.json"
+    out = Path(cfg.out) if cfg.out else (WORK if cfg.tiny else RESULTS) / "gpu_check.json"
     with ExitStack() as stack:
         cfg.work = str(Path(cfg.work or stack.enter_context(tempfile.TemporaryDirectory(prefix="gpu_check"))).resolve())
         Path(cfg.work).mkdir(parents=True, exist_ok=True)
@@ -886,9 +900,7 @@ def main(cfg):
         finished = []
 
         def report():
-            results = results_of(facts, rows, cfg)
-            out.parent.mkdir(parents=True, exist_ok=True)
-            write_atomic(out, lambda file: file.write((json.dumps(results, indent=1) + "\n").encode()))
+            write_json(out, results_of(facts, rows, cfg))
             page = table(facts, rows, summary_of(rows))
             write_atomic(out.with_suffix(".md"), lambda file: file.write(page.encode()))
 
@@ -896,8 +908,7 @@ def main(cfg):
             finished.append(row)
             for folder in row.leaves:  # some gigabytes each
                 shutil.rmtree(folder, ignore_errors=True)
-            texts = [f"{name} {text}" for name, text in cells(row)[2:7] if text]
-            texts = [text for _, text in (*cells(row)[:2], cells(row)[-1]) if text] + texts
+            texts = [text for _, text in (*cells(row)[:2], cells(row)[-1]) if text] + shown(row)
             print(f"[{len(finished)}/{len(rows)}] {' | '.join(texts)} | {row.seconds:.0f} s", flush=True)
             report()
 

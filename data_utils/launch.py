@@ -20,7 +20,8 @@ def share_cores():
     """Make torch's idle threads spin for a shorter time if other processes need the cores.
 
     A thread that spins at a barrier keeps the core from the thread that it waits for. Call this before torch is
-    imported. It changes no result, and nothing if the user has set a policy. benchmarks/busy.py measured the counts.
+    imported. It changes no result, and nothing if the user has set a policy. benchmarks/speed/busy.py measured the
+    counts.
     """
     if "torch" in sys.modules or any(name in os.environ for name in WAITING):
         return

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Every script on this GPU in at most 8 minutes, one report: bash scripts/gpu_check.sh [--minutes 20]
-# Without a GPU, only to see that it runs: bash scripts/gpu_check.sh --device cpu --tiny
+# Without a GPU, only shows that it runs: bash scripts/gpu_check.sh --device cpu --tiny
 cd "$(dirname "$0")/.." || exit 1
 [ -f .venv/bin/activate ] && . .venv/bin/activate
-exec python benchmarks/gpu_check.py "$@"
+exec python -m benchmarks.gpu_check "$@"

@@ -1,4 +1,4 @@
-"""The fault table: every row is there, and some of it runs as `python benchmarks/faults.py` would."""
+"""The fault table: every row is there, and some of it runs as `python -m faults` would."""
 
 import json
 import subprocess
@@ -6,10 +6,10 @@ import sys
 
 import pytest
 
-from benchmarks import faults
-from benchmarks.fault_lab import SCRIPTS, digests
-from benchmarks.fault_rows import ROWS
 from data_utils.errors import UsageError
+from faults import __main__ as faults
+from faults.lab import SCRIPTS, digests
+from faults.rows import ROWS
 from tests.helpers import ROOT, environment
 
 
@@ -41,12 +41,13 @@ def test_some_rows_run_and_those_that_were_there_stay(tmp_path):
     old = dict(row=1, fault="crash", script="ae", seconds=9.0, outcome="pass", note="")
     out.write_text(json.dumps(dict(table=dict(rows=[old]))))
     words = ["--rows", "2,9,30", "--scripts", "expert", "--threads", "2", "--out", out]
-    done = subprocess.run([sys.executable, ROOT / "benchmarks/faults.py", *words], cwd=tmp_path, env=environment(),
-                          capture_output=True, text=True)  # fmt: skip
+    words = [sys.executable, "-m", "faults", *words]
+    done = subprocess.run(words, cwd=tmp_path, env=environment(), capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     table = json.loads(out.read_text())["table"]
     assert table["threads"] == 2
-    rows = table["rows"]
-    assert [(row["row"], row["script"], row["outcome"]) for row in rows] == [
-        (1, "ae", "pass"), (2, "expert", "pass"), (9, "expert", "pass"), (30, "expert", "pass")
-    ]  # fmt: skip
+    rows = [(row["row"], row["script"], row["outcome"]) for row in table["rows"]]
+    assert rows == [(1, "ae", "pass"), (2, "expert", "pass"), (9, "expert", "pass"), (30, "expert", "pass")]
+    first, *others = table["figures"]
+    assert (first["id"], first["ours"], first["target"]) == ("faults.table", 4, "4")
+    assert [f["id"] for f in others] == [f"faults.table.{number}" for number in (1, 2, 9, 30)]

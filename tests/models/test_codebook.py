@@ -7,14 +7,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from benchmarks import ae_speed
+from benchmarks.speed import autoencoder as autoencoder_speed
 from models.codebook import Codebook, decay_for, least, lloyd, nearest, revive_for, usage_and_perplexity
 from tests.helpers import finish, launch
 
 SIZES = dict(size=128, dim=8, beta=0.25, decay=0.9, revive=0.0, eps=1e-5)
 RANKS = """
 import os, sys, torch, torch.distributed as dist
-from benchmarks import ae_speed
 from models.codebook import Codebook
 folder, rank = sys.argv[1], int(sys.argv[2])
 dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
@@ -221,7 +220,7 @@ def test_two_ranks(tmp_path):
 
 def test_speed_runs_at_toy_size(tmp_path):
     out = tmp_path / "figures.json"
-    ae_speed.main(["--quick", "--threads", str(torch.get_num_threads()), "--out", str(out)])
+    autoencoder_speed.main(["--quick", "--threads", str(torch.get_num_threads()), "--out", str(out)])
     results = json.loads(out.read_text())
-    assert set(results) == set(ae_speed.ROWS)
-    assert all(f["ours"] > 0 and f["peer"] for row in results.values() for f in row["figures"])
+    assert set(results) == set(autoencoder_speed.ROWS)
+    assert all(f["ours"] > 0 and f["baseline"] for row in results.values() for f in row["figures"])

@@ -4,9 +4,9 @@ simulated_device.py says what is simulated. Each kind of device is one process, 
 """
 
 import pytest
-from tests.safety.simulated_device import build, simulate
 
 from tests.helpers import finish, start
+from tests.safety.simulated_device import build, simulate
 
 TEXT = """--data_dir {data}/toy --domains code --tokenizer bytes --d_model 16 --n_heads 2 --max_seq_len 16
 --batch_size 128 --lr 3e-3 --eval_windows 8 --log_interval 2 --checkpoint_dir text

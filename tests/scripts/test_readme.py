@@ -27,6 +27,9 @@ def test_python_commands_parse(command):
     if words[1].startswith("scripts/"):  # which take no flags
         assert (ROOT / words[1]).exists() and len(words) == 2
         return
+    if words[1] == "-m":  # a package
+        from_cli(importlib.import_module(f"{words[2]}.__main__").Config, argv=words[3:])
+        return
     module = importlib.import_module(words[1].removesuffix(".py").replace("/", "."))
     flags = words[2:]
     if words[1] == "prepare_data.py":

@@ -17,8 +17,8 @@ import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from benchmarks.fault_lab import LANGUAGE, SCRIPTS, digests, results, words_of
 from data_utils.launch import launch
+from faults.lab import LANGUAGE, SCRIPTS, digests, results, words_of
 from models import halting
 
 # each is large enough for torch to split its work: tensors of more than 32,768 numbers
