@@ -91,7 +91,7 @@ class AeConfig:
     lr: float = flag(1e-3, also="learning_rate")  # peak learning rate
     min_lr_ratio: float = flag(0.1, also="lr_min_ratio")  # floor of the cosine, share of the peak
     weight_decay: float = 0.0  # AdamW decay
-    warmup: float = flag(100.0, also="warmup_steps")  # steps of it; at most the whole schedule
+    warmup: float = flag(100.0, also="warmup_steps")  # steps of it; at most a tenth of the schedule
     clip: float = flag(1.0, also=("grad_clip", "gradient_clip"))  # largest gradient norm; 0 = off
     steps: int = 0  # length of the schedule in optimizer steps; 0 = as epochs says
     max_steps: int = cosmetic(0)  # stop earlier, on the same schedule; 0 = off
@@ -326,9 +326,9 @@ def main(cfg):
     steps = cfg.steps or cfg.epochs * steps_per_epoch
     epochs = math.ceil(steps / steps_per_epoch)  # with --steps, the last one may be shorter
     last_step = min(steps, cfg.max_steps or steps)  # where this command ends
-    warmup = min(cfg.warmup, steps)
+    warmup = min(cfg.warmup, 0.1 * steps)
     if warmup < cfg.warmup:
-        log(f"warmup cut from {cfg.warmup:g} to {warmup} steps, the whole schedule")
+        log(f"warmup cut from {cfg.warmup:g} to {warmup:g} steps, a tenth of the schedule")
 
     # --- model and optimizer --------------------------------------------------------------
     settings = dict(adv_weight=0.0, adv_start=0.0) | asdict(cfg) | meta

@@ -94,7 +94,7 @@ class TrainExpertConfig(DataConfig):
     # optimization
     lr: float = flag(3e-4, also="learning_rate")  # peak learning rate
     min_lr_ratio: float = flag(0.1, also="lr_min_ratio")  # floor of the cosine, share of the peak
-    warmup_steps: int = 1000  # steps of linear warmup; at most all steps of the schedule
+    warmup_steps: int = 1000  # steps of linear warmup; at most a tenth of the schedule
     weight_decay: float = 0.1  # AdamW decay, on matrices only
     batch_size: int = 32  # windows per micro-batch and process
     grad_accum_steps: int = flag(  # micro-batches per optimizer step
@@ -143,7 +143,7 @@ class TrainDiffuserConfig(DiffuserConfig, TrainExpertConfig):
     expert: Literal["transformer", "state_space", "diffuser"] = "diffuser"  # model to train
     lr: float = flag(1e-4, also="learning_rate")  # peak learning rate
     batch_size: int = 64  # windows per micro-batch and process
-    warmup_steps: int = 500  # steps of linear warmup; at most all steps of the schedule
+    warmup_steps: int = 500  # steps of linear warmup; at most a tenth of the schedule
 
 
 CONFIGS = dict(
@@ -304,9 +304,9 @@ def main(cfg):
     # The rate follows from `steps` alone. A run that stops early and goes on takes the same steps.
     steps = cfg.steps or cfg.max_epochs * steps_per_epoch
     last_step = min(steps, cfg.max_steps or steps)  # where this command ends
-    warmup = min(cfg.warmup_steps, steps)
+    warmup = min(cfg.warmup_steps, max(1, steps // 10))
     if warmup < cfg.warmup_steps:
-        log(f"warmup cut from {cfg.warmup_steps} to {warmup} steps, the whole schedule")
+        log(f"warmup cut from {cfg.warmup_steps} to {warmup} steps, a tenth of the schedule")
 
     def batch(split, index):
         """Return inputs and targets of the windows `index`: (B, T), (B, T)."""

@@ -143,7 +143,7 @@ class MultimodalConfig:
     max_seconds: float = cosmetic(0.0)  # stop after so many seconds; 0 = off
     lr: float = flag(3e-4, also="learning_rate")  # peak learning rate
     lr_min_ratio: float = flag(0.1, also="min_lr_ratio")  # floor as a share of the peak
-    warmup_steps: int = 2000  # steps of linear warmup; at most all steps of the schedule
+    warmup_steps: int = 2000  # steps of linear warmup; at most a tenth of the schedule
     id_lr: float = 1e-2  # learning rate of ARC's rules
     weight_decay: float = 0.1  # on matrices only
     beta1: float = 0.9  # AdamAtan2
@@ -519,9 +519,9 @@ def main(cfg, begun=None):
     send_row = to_wandb(wandb_mode, cfg.wandb_project, "", folder.name, asdict(cfg))
 
     # --- schedule, evaluation, stop -------------------------------------------------------
-    warmup = min(cfg.warmup_steps, steps)
+    warmup = min(cfg.warmup_steps, steps // 10)
     if warmup < cfg.warmup_steps:
-        log(f"warmup cut from {cfg.warmup_steps} to {warmup} steps, the whole schedule")
+        log(f"warmup cut from {cfg.warmup_steps} to {warmup} steps, a tenth of the schedule")
     steps_per_evaluation = cfg.val_every or cfg.eval_interval * steps_per_epoch
     last_step = max(state.step, min(steps, cfg.max_steps or steps))  # where this command ends
 
