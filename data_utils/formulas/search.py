@@ -12,18 +12,24 @@ import numpy as np
 import torch
 
 from data_utils.formulas.expressions import evaluate
-from data_utils.formulas.fit import EXACT, fit, refine, tidy, wrap
+from data_utils.formulas.fit import fit, refine, wrap
+from data_utils.formulas.forms import starts
+from data_utils.formulas.scaling import decades, scaled, unscaled
+from data_utils.formulas.score import Data, padded_columns, rank_formula, structure_bits
 from data_utils.formulas.simplify import NotReal, simplify
 from data_utils.formulas.skeletons import make_chunk, operator_weights
 from data_utils.formulas.sums import Library
-from models.set_transformer import EXPONENT
 
 ROUND = 128  # candidates that are fitted together
 ARCHIVE, DONORS = 100, 6000  # candidates that are bred from; proposals that lend them parts
 PERFECT = 1e-22  # FVU (MSE over the variance of y) that the formula itself stays below; those close to it don't
 SOLVED = 2.0**-23  # FVU below which float32 sees no difference
 FIT_POINTS, LONGEST, CONSTANTS = 64, 24, 6
-TIDIED, TIDIED_NOISY = 20, 60  # of the best that are rounded; under noise plain constants decide between many
+EXACT = 1e-14  # FVU below which the search does not look for a better fit, only for a shorter formula
+SEARCHED, ROUGH = 512, 256  # rows that the search sees; rows on which plain constants are tried
+SEARCHING, MARGIN = 0.7, 0.3  # share of max_seconds before ranking begins; seconds that ranking leaves over
+SHAPES = 256  # general forms that are fitted together
+DONATED, FINAL = 40, 40  # general forms that are bred from; candidates of each kind that are ranked
 SUMS, KEPT, LONGEST_SUM = 16, 8, 40  # searches for sums in a round, sums that are fitted, tokens of one
 DRAWS = 4096  # trees of the prior that are drawn at a time
 HOT = 1.3  # temperature of the draws once they repeat themselves
@@ -157,10 +163,10 @@ def _inside(alphabet, row):
 
 def padded(rows):
     """Id lists -> (N, L) uint8."""
-    found = np.zeros((len(rows), max(map(len, rows))), np.uint8)
+    tokens = np.zeros((len(rows), max(map(len, rows))), np.uint8)
     for i, row in enumerate(rows):
-        found[i, : len(row)] = row
-    return found
+        tokens[i, : len(row)] = row
+    return tokens
 
 
 def fvu(y, predicted):
@@ -168,52 +174,156 @@ def fvu(y, predicted):
     return float(np.mean((y - predicted) ** 2) / np.var(y)) if np.isfinite(predicted).all() else np.inf
 
 
-def predict(alphabet, candidate, X):
-    """Values of a candidate at X (M, D): (M,)."""
-    columns = np.zeros((len(X), len(alphabet.variables)))
-    columns[:, : X.shape[1]] = X
-    constants = np.asarray(candidate.constants, float)[None] if len(candidate.constants) else np.zeros((1, 1))
-    return evaluate(alphabet, padded([candidate.prefix]), constants, columns[None])[0]
+def predict(alphabet, formula, X):
+    """Values of a formula (prefix tokens and constants, as in Ranked) at X (M, D): (M,)."""
+    constants = np.asarray(formula.constants, float)[None] if len(formula.constants) else np.zeros((1, 1))
+    row = np.array([alphabet.encode(formula.prefix)], np.uint8)
+    return evaluate(alphabet, row, constants, padded_columns(alphabet, X)[None])[0]
 
 
-def find_formula(propose, X, y, *, alphabet, pool, rng, prior=None, choices=512, evolve=0.7, restarts=4, parsimony=0.05,
-                 max_seconds=0.0, refiner="lm", rank="mdl", stop=False):  # fmt: skip
-    """Search a formula y = f(x) -> (list of Candidate, best first; how many were fitted).
+class Search:
+    """The candidates of one search, in units near 1, under one kind of residuals (see score.Data.weights)."""
 
-    propose: Network or Prior; prior: where half the proposals come from once it repeats itself. X: (M, D), y: (M,),
-    finite. Rounds go on until `choices` were tried, or with max_seconds until these are over. A perfect fit ends
-    them after as many candidates again, since a simpler one may follow. rank: what is returned is ordered by `bits`
-    ("mdl") or by the score of the search. Columns far from 1 are searched over powers of two, as the network sees them.
-    """
-    (X, powers), (y, power) = into_range(X), into_range(y)
-    start, seen, donors, archive, sums, plain = time.monotonic(), set(), [], [], [], []
-    tried, hot, enough = 0, False, math.inf
-    columns = np.zeros((len(X), len(alphabet.variables)))
-    columns[:, : X.shape[1]] = X
-    D, longest = X.shape[1], max(LONGEST, pool.max_length)
-    few = rng.permutation(len(y))[:FIT_POINTS]
-    library = Library(alphabet, columns[few], y[few])
+    def __init__(self, alphabet, data, relative, parsimony, rng):
+        self.alphabet, self.data, self.relative, self.parsimony, self.rng = alphabet, data, relative, parsimony, rng
+        self.columns, self.weights = padded_columns(alphabet, data.X), data.weights[relative]
+        self.seen = set()
+        self.archive, self.sums, self.shapes, self.front = [], [], [], []
 
-    def unseen(rows, longest):
-        keys = {normal(alphabet, row, longest) for row in rows} - seen - {None}
-        seen.update(keys)
+    def unseen(self, rows, longest):
+        """Return the normal forms of id lists that are new, in a fixed order."""
+        keys = {normal(self.alphabet, row, longest) for row in rows} - self.seen - {None}
+        self.seen.update(keys)
         return sorted(keys)
 
-    def fitted(rows, by, **settings):
+    def fitted(self, rows, by, **settings):
+        """Fit a + b g for id lists -> Candidates. Those with as many constants as points, less one, are left out."""
         if not rows:
             return []
-        constants, error = by(alphabet, padded(rows), columns, y, rng=rng, affine=True, **settings)
-        return [
-            scored(row, c[: 2 + row.count(alphabet.constant)], e, parsimony)
-            for row, c, e in zip(rows, constants, error, strict=True) if np.isfinite(e)
-        ]  # fmt: skip
+        constants, error = by(self.alphabet, padded(rows), self.columns, self.data.y, rng=self.rng, affine=True,
+                              weights=self.weights, **settings)  # fmt: skip
+        candidates = []
+        for row, c, e in zip(rows, constants, error, strict=True):
+            count = 2 + list(row).count(self.alphabet.constant)
+            if np.isfinite(e) and count < max(self.data.n - 1, 3):
+                candidates.append(self.scored(row, c[:count], e))
+        return candidates
 
-    def best(candidates):
+    def scored(self, row, constants, error):
+        score = np.log10(max(error, EXACT)) + self.parsimony * len(row)
+        return Candidate(list(row), [float(c) for c in constants], float(error), len(row), float(score))
+
+    def bits(self, candidate):
+        """Return roughly the bits of a candidate, before its constants are looked at one by one."""
+        n, count = self.data.n, len(candidate.constants)
+        error = max(candidate.fvu, 1e-24)
+        digits = 1 + max(0.5 * math.log2(n), 0.5 * math.log2(n / error))
+        prefix = self.alphabet.decode(candidate.prefix)
+        structure = structure_bits(prefix, self.data.D)
+        return structure + count * digits + self.data.residual_bits(error, min(count, n - 1), self.relative)
+
+    def add_shapes(self, deadline):
+        """Fit the general forms of forms.py, all roughly, the most promising well."""
+        batch = [(self.alphabet.encode(prefix), constants)
+                 for prefix, constants in starts(self.alphabet, self.data, self.weights, self.rng)]  # fmt: skip
+        few = self.rng.permutation(self.data.n)[:FIT_POINTS]
+        rough = []
+        for a in range(0, len(batch), SHAPES):
+            if time.monotonic() > deadline:
+                break
+            rough += self._shapes(batch[a : a + SHAPES], few, steps=8)
+        best = {}
+        for _, row, constants in sorted(rough, key=lambda item: item[0]):
+            if len(best.setdefault(tuple(row), [])) < 3:
+                best[tuple(row)].append((row, constants))
+        chosen = [item for items in list(best.values())[:SHAPES] for item in items]
+        everywhere = np.arange(self.data.n)
+        refined = []
+        for a in range(0, len(chosen), SHAPES):
+            if time.monotonic() < deadline:
+                refined += self._shapes(chosen[a : a + SHAPES], everywhere, steps=60, whole=True)
+        unique = {}
+        for candidate in refined:
+            key = tuple(candidate.prefix)
+            if key not in unique or candidate.fvu < unique[key].fvu:
+                unique[key] = candidate
+        self.shapes = sorted(unique.values(), key=self.bits)
+        return len(batch)
+
+    def _shapes(self, batch, points, steps, whole=False):
+        """Fit (id list, starts) -> Candidates, or before that (bits, id list, constants) of a rough fit."""
+        rows = [row for row, _ in batch]
+        width = max(1, max(len(constants) for _, constants in batch))
+        start = np.ones((len(batch), width))
+        for i, (_, constants) in enumerate(batch):
+            start[i, : len(constants)] = constants
+        constants, error = fit(self.alphabet, padded(rows), self.columns[points], self.data.y[points], 1, self.rng,
+                               steps=steps, affine=True, start=start, weights=self.weights[points])  # fmt: skip
+        fitted = []
+        for row, c, e in zip(rows, constants, error, strict=True):
+            count = 2 + row.count(self.alphabet.constant)
+            if not np.isfinite(e) or count >= max(self.data.n - 1, 3):
+                continue
+            candidate = self.scored(row, c[:count], e)
+            fitted.append(candidate if whole else (self.bits(candidate), row, candidate.constants[2:]))
+        return fitted
+
+    def best(self, candidates):
         return sorted(candidates, key=lambda candidate: candidate.score)[:ARCHIVE]
 
-    while not stop and tried < enough and (time.monotonic() - start < max_seconds if max_seconds else tried < choices):
+    def keep(self, archive=(), sums=()):
+        """Take up fitted candidates."""
+        self.archive, self.sums = self.best(self.archive + list(archive)), self.best(self.sums + list(sums))
+        self.front = front(self.front + list(archive) + list(sums))
+
+    def finalists(self):
+        """Return all candidates that may be the answer, the most promising first."""
+        pool = {}
+        for candidate in self.shapes[:FINAL] + self.archive[:FINAL] + self.sums[:FINAL] + self.front:
+            key = tuple(candidate.prefix), tuple(f"{c:.6g}" for c in candidate.constants)
+            pool.setdefault(key, candidate)
+        return sorted(pool.values(), key=self.bits)
+
+
+def find_formula(
+    propose, X, y, *, alphabet, pool, rng, prior=None, choices=512, evolve=0.7, restarts=4, parsimony=0.05,
+    max_seconds=0.0, refiner="lm", sigma=None, half=None, shapes=True, stop=False, watch=None,
+):  # fmt: skip
+    """Search a formula y = f(x) -> (list of score.Ranked, best first; how many candidates were fitted).
+
+    propose: Network or Prior; prior: where half the proposals come from once it repeats itself. X: (M, D), y: (M,),
+    finite; sigma: (M,) uncertainties of y; half: (M,) half a unit of the last digit of y as it was written. Rounds go
+    on until `choices` were tried, or with max_seconds until these are nearly over: the rest is for ranking. A perfect
+    fit ends them after as many candidates again, since a simpler one may follow. The search sees columns in units near
+    1, so that its answer does not depend on units. watch(best Candidate, seconds) is called after each round.
+    """
+    begin = time.monotonic()
+    X, y = np.asarray(X, float), np.asarray(y, float)
+    deadline = begin + max_seconds if max_seconds else math.inf
+    until = begin + SEARCHING * max_seconds if max_seconds else math.inf
+    powers, power = decades(X), int(decades(y))
+    rows = np.sort(rng.permutation(len(y))[:SEARCHED])
+    near = Data(scaled(X[rows], powers), scaled(y[rows], power), None if sigma is None else sigma[rows],
+                None if half is None else half[rows] / 10.0**power)  # fmt: skip
+    data = Data(X, y, sigma, half)
+    searches = [Search(alphabet, near, relative, parsimony, rng) for relative in (False, True)
+                if near.weights[relative] is not None]  # fmt: skip
+    tried = 0
+    if shapes:
+        for search in searches:
+            tried += search.add_shapes(begin + 0.35 * max_seconds if max_seconds else math.inf)
+        searches.sort(key=lambda search: search.bits(search.shapes[0]) if search.shapes else math.inf)
+    search, others = searches[0], searches[1:]
+    donors, hot, enough = [], False, math.inf
+    D, longest = X.shape[1], max(LONGEST, pool.max_length)
+    few = rng.permutation(near.n)[:FIT_POINTS]
+    library = Library(alphabet, search.columns[few], near.y[few], search.weights[few])
+    choices += tried
+    search.keep(archive=[shape for shape in search.shapes[:DONATED]])
+
+    while not stop and tried < enough and (time.monotonic() < until if max_seconds else tried < choices):
         n = min(ROUND, choices - tried) if not max_seconds else ROUND
-        bred = int(n * evolve) if len(archive) >= 20 else 0
+        bred = int(n * evolve) if len(search.archive) >= 20 else 0
         new = []
         if not bred or len(donors) < DONORS // 2 or rng.random() < 0.3:
             if hot and prior:
@@ -221,101 +331,56 @@ def find_formula(propose, X, y, *, alphabet, pool, rng, prior=None, choices=512,
             else:
                 new = propose(rng, n - bred)
             donors = (donors + new)[-DONORS:]
-        rows = unseen(new, longest)
+        rows = search.unseen(new, longest)
         hot = hot or len(rows) < len(new) / 2
-        parents = [candidate.prefix for candidate in archive]
-        rows += unseen([offspring(rng, parents, donors, alphabet, pool, D) for _ in range(bred)], longest)
-        found = fitted(rows, refine, method=refiner, points=FIT_POINTS, restarts=restarts)
-        archive, plain = best(archive + found), front(plain + found)
+        parents = [candidate.prefix for candidate in search.archive]
+        rows += search.unseen([offspring(rng, parents, donors, alphabet, pool, D) for _ in range(bred)], longest)
+        search.keep(archive=search.fitted(rows, refine, method=refiner, points=FIT_POINTS, restarts=restarts))
         tried += len(new) + bred
         if evolve:
             library.add(new)
             pairs = sorted(pair for _ in range(SUMS) for pair in library(rng, parsimony))
             shares = [Candidate(row, [], score - parsimony * len(row), len(row), score) for score, row in pairs]
             new = [candidate.prefix for candidate in shares[:KEPT] + front(shares)]
-            found = fitted(unseen(new, LONGEST_SUM), fit, restarts=2, steps=20)
-            sums, plain = best(sums + found), front(plain + found)
+            search.keep(sums=search.fitted(search.unseen(new, LONGEST_SUM), fit, restarts=2, steps=20))
             tried += len(new)
-        first = best(archive[:1] + sums[:1])[:1]
-        if enough == math.inf and first and first[0].fvu <= PERFECT:
-            if finish(first, columns, y, alphabet, parsimony)[0].fvu <= SOLVED:
-                enough = 2 * tried
-            else:  # written out, its large constants cancel
-                (archive if archive and first[0] is archive[0] else sums).pop(0)
-    found = best(archive + sums)
-    exact = found and found[0].fvu <= SOLVED
-    found = finish(
-        found[: TIDIED if exact else TIDIED_NOISY] + ([] if exact else plain), columns, y, alphabet, parsimony
-    )
-    if rank == "mdl":
-        found = best(c._replace(score=bits(alphabet, c, len(y))) for c in found)
-    if power or powers.any():
-        found = [put_back(alphabet, candidate, powers, power) for candidate in found]
-    return found, tried
+        first = search.best(search.archive[:1] + search.sums[:1] + search.shapes[:1])[:1]
+        if enough == math.inf and first and first[0].fvu <= PERFECT and near.n - len(first[0].constants) >= 5:
+            enough = 2 * tried
+        if watch and first:
+            watch(first[0], time.monotonic() - begin)
+    candidates = [*search.finalists(), *(c for other in others for c in other.finalists()[: FINAL // 2])]
+    return ranking(alphabet, candidates, data, powers, power, rng, deadline), tried
 
 
-def into_range(x):
-    """x (M, ...) -> (x 2^-powers, powers (...)): 0 but where the largest magnitude lies outside 2^-60 and 2^60."""
-    largest = np.abs(x).max(0)
-    outside = (largest > 0) & ((largest < 2.0**-EXPONENT) | (largest > 2.0**EXPONENT))
-    powers = np.where(outside, np.frexp(largest)[1] - 1, 0).clip(-1000, 1000)
-    return np.ldexp(x, -powers), powers
+def ranking(alphabet, candidates, data, powers, power, rng, deadline):
+    """Return candidates about scaled columns as Ranked formulas about the columns themselves, best first.
 
-
-def put_back(alphabet, candidate, powers, power):
-    """A Candidate about columns over 2^powers and y over 2^power -> one about the columns and y themselves."""
-    numbers, constants = iter(candidate.constants), [2.0 ** int(power)] if power else []
-    prefix = ["*", "<constant>"] if power else []
-    for token, i in zip(alphabet.decode(candidate.prefix), candidate.prefix, strict=True):
-        k = i - alphabet.first_variable
-        if 0 <= k < len(powers) and powers[k]:
-            prefix += ["*", "<constant>"]
-            constants.append(2.0 ** -int(powers[k]))
-        prefix.append(token)
-        constants += [next(numbers)] if token == "<constant>" else []
-    try:
-        prefix, constants = simplify(prefix, constants, alphabet.operators)
-    except NotReal:  # beyond the range of floats: it stays as it is
-        pass
-    return candidate._replace(prefix=alphabet.encode(prefix), constants=constants, length=len(prefix))
+    The mean of y is among them. Candidates that the deadline leaves no time for are left out.
+    """
+    rough = data if data.n <= ROUGH else data.subset(np.sort(rng.permutation(data.n)[:ROUGH]))
+    formulas = [rank_formula(alphabet, ["<constant>"], [float(np.mean(data.y))], data)]
+    for candidate in candidates:
+        if time.monotonic() > deadline - MARGIN and len(formulas) > 1:
+            break
+        tokens = wrap(alphabet.decode(candidate.prefix))
+        raw = unscaled(tokens, candidate.constants, powers, power, alphabet.operators)
+        if raw is not None and all(token in alphabet.ids for token in raw[0]):
+            formulas.append(rank_formula(alphabet, *raw, data, rough=rough))
+    distinct = {}
+    for formula in sorted(filter(None, formulas), key=lambda formula: formula.bits):
+        distinct.setdefault((*formula.prefix, *(f"{c:.5g}" for c in formula.constants)), formula)
+    return list(distinct.values())
 
 
 def front(candidates):
     """Of each length the best, if it is better than all shorter ones: under noise the longest fit best."""
-    found, least = [], math.inf
+    best, least = [], math.inf
     for candidate in sorted(candidates, key=lambda candidate: (candidate.length, candidate.fvu)):
         if candidate.fvu < least:
-            found.append(candidate)
+            best.append(candidate)
             least = candidate.fvu
-    return found
-
-
-def scored(row, constants, error, parsimony):
-    """A Candidate with its score, the lower the better."""
-    score = np.log10(max(error, EXACT)) + parsimony * len(row)
-    return Candidate(list(row), [float(c) for c in constants], float(error), len(row), float(score))
-
-
-def bits(alphabet, candidate, n):
-    """Description length of a Candidate and of n residuals (Rissanen 1978), in bits up to a constant.
-
-    A token costs the log of how many there are; an integer its digits; another constant half a log of n besides.
-    """
-    operators = len(alphabet.operators) + len(alphabet.variables) + 1
-    numbers = sum(math.log2(1 + abs(c)) + (1 if c == round(c) else 1 + math.log2(n) / 2) for c in candidate.constants)
-    residuals = n / 2 * math.log2(max(candidate.fvu, EXACT))
-    return candidate.length * math.log2(operators) + numbers + residuals
-
-
-def finish(archive, columns, y, alphabet, parsimony):
-    """Write out a + b g, round the constants of the best where that costs nothing -> candidates, best first."""
-    found = {}
-    for candidate in archive:
-        whole = wrap(alphabet.decode(candidate.prefix))
-        prefix, constants, error = tidy(alphabet, whole, candidate.constants, columns, y)
-        same = (*prefix, *(f"{c:.6g}" for c in constants))
-        found.setdefault(same, scored(alphabet.encode(prefix), constants, error, parsimony))
-    return sorted(found.values(), key=lambda candidate: candidate.score)
+    return best
 
 
 def solve_problems(model, batches, numbers, choices, seed, stop=False):

@@ -1,0 +1,315 @@
+"""The score of a formula in bits: how long a message with the formula and what it leaves of the data would be.
+
+bits = operators and variables + constants + residuals (minimum description length, Rissanen 1978). M points, C free
+constants, FVU = MSE / Var(y).
+
+- Operators cost what Guimera et al. ("A Bayesian machine scientist", Science Advances 6, 2020) counted in named
+  equations; variables the logarithm of how many there are; functions within functions cost extra.
+- A constant costs the digits that the data can tell, log2(|c| / its standard error), as in Bartlett et al.
+  (arXiv 2211.11461); a plain number only its few digits.
+- Residuals are normal with a standard deviation that is the same for all points, or in proportion to y, whichever is
+  shorter, and never below the rounding of y.
+"""
+
+import math
+from collections import namedtuple
+
+import numpy as np
+
+from data_utils.formulas.expressions import LITERALS, OPERATORS, Program, evaluate
+from data_utils.formulas.fit import fit, spread
+from data_utils.formulas.simplify import NotReal, simplify
+
+NATS = {"+": 5.8, "-": 3.4, "*": 5.0, "/": 5.9, "pow": 6.5, "pow2": 3.3, "pow3": 6.0, "exp": 4.8, "log": 4.7,
+        "pow1_2": 4.8, "sin": 6.0, "cos": 5.5, "tan": 8.1, "sinh": 8.0, "cosh": 8.1, "tanh": 7.8, "abs": 6.3,
+        "inv": 5.9, "neg": 3.4, "pow4": 6.5, "pow5": 7.0}  # fmt: skip
+RARE = 8.0  # nats of an operator that the paper does not count
+NESTED = 8.0  # bits of a function inside another
+TRIGONOMETRIC = ("sin", "cos", "tan")
+FUNCTIONS = {*TRIGONOMETRIC, "exp", "log", "sinh", "cosh", "tanh", "asin", "acos", "atan", "asinh", "acosh", "atanh"}
+PRECISION = 1e-12  # of y relative to its largest value, where no rounding is known: float64 computes no better
+SIGN = 1.0  # bits of a constant besides its digits
+DIGIT = math.log2(10)
+SNAPS = 6  # plain numbers that are tried at a time
+
+Ranked = namedtuple("Ranked", "prefix constants bits fvu length relative")
+
+
+class Data:
+    """Points with what is known of their noise: X (M, D), y (M,), sigma (M,) or None, half (M,) a rounding step of y.
+
+    weights[False] are those of residuals of one size, weights[True] of residuals in proportion to y, where y has one
+    sign. Both have the mean square 1; one entry is None where it does not apply.
+    """
+
+    def __init__(self, X, y, sigma=None, half=None):
+        self.X, self.y = np.asarray(X, float), np.asarray(y, float)
+        self.n, self.D = self.X.shape
+        size = np.abs(self.y)
+        self.floor = np.full(self.n, PRECISION * size.max())
+        if half is not None:
+            self.floor = np.maximum(self.floor, np.asarray(half, float) / math.sqrt(3))
+        constant = np.ones(self.n) if sigma is None else 1 / np.asarray(sigma, float)
+        self.weights = {False: constant / np.sqrt(np.mean(constant**2)), True: None}
+        if sigma is None and size.min() > 0 and (np.sign(self.y) == np.sign(self.y[0])).all():
+            self.weights[True] = (1 / size) / np.sqrt(np.mean((1 / size) ** 2))
+
+    def subset(self, rows):
+        """Return the same data for some of the rows."""
+        part = object.__new__(Data)
+        part.__dict__ |= self.__dict__
+        part.X, part.y, part.floor, part.n = self.X[rows], self.y[rows], self.floor[rows], len(self.X[rows])
+        part.weights = {
+            relative: None if w is None else w[rows] / np.sqrt(np.mean(w[rows] ** 2))
+            for relative, w in self.weights.items()
+        }
+        return part
+
+    def deviation(self, fvu, free, relative):
+        """Return the standard deviation of weighted residuals with this FVU and so many free constants."""
+        weights = self.weights[relative]
+        variance = fvu * spread(self.y, weights) ** 2 * self.n / max(self.n - free, 0.5)
+        return math.sqrt(max(variance, np.mean((self.floor * weights) ** 2)))
+
+    def residual_bits(self, fvu, free, relative):
+        """Return the bits of the residuals; inf where there are as many constants as points."""
+        if free >= self.n or not fvu < math.inf:
+            return math.inf
+        return self.n * math.log2(self.deviation(fvu, free, relative)) - np.log2(self.weights[relative]).sum()
+
+
+def structure_bits(prefix, D):
+    """Return the bits of the operators and variables of prefix tokens."""
+    total, inside, ends = 0.0, [], []  # functions around the token, and where each ends
+    need = 1
+    for token in prefix:
+        while ends and need < ends[-1]:
+            ends.pop(), inside.pop()
+        if token in OPERATORS:
+            total += NATS.get(token, RARE) / math.log(2)
+            if token in FUNCTIONS:
+                total += NESTED * (1 + (token in TRIGONOMETRIC)) * len(inside)
+                ends.append(need)
+                inside.append(token)
+            need += OPERATORS[token].arity - 1
+        else:
+            need -= 1
+            if token not in LITERALS and token != "<constant>":
+                total += 1 + math.log2(D)
+    return total
+
+
+def plain_bits(value):
+    """Return the bits of a number written with as few digits as it has, or as a fraction or multiple of pi."""
+    if value == 0:
+        return SIGN
+    options = []
+    for unit, extra in ((1.0, 0.0), (3.0, 2.0), (math.pi, 3.0), (1 / math.pi, 4.0)):
+        mantissa = f"{value * unit:.6e}".partition("e")[0].rstrip("0").rstrip(".")
+        if abs(float(f"{value * unit:.6e}") - value * unit) <= 1e-12 * abs(value * unit):
+            options.append(DIGIT * sum(map(str.isdigit, mantissa)) + extra)
+    return SIGN + min(options, default=math.inf)
+
+
+def plain_numbers(value, error):
+    """Return plain numbers within four standard errors of a constant, the plainest first."""
+    near = {0.0, 1.0, -1.0, *(round(value * k) / k for k in (1, 2, 3, 4))}
+    for k in (1, 2, 3, 4):
+        if abs(value) * k < 5 * math.pi:
+            near.add(round(value * k / math.pi) * math.pi / k)
+    for digits in (1, 2, 3):
+        near.add(float(f"{value:.{digits - 1}e}"))
+    return sorted((v for v in near if abs(v - value) <= 4 * error), key=lambda v: (plain_bits(v), abs(v - value)))
+
+
+def admissible(prefix, constants, X):
+    """Whether a formula is one that data at X (M, D) can support.
+
+    Refused: a phase of sin, cos or tan that moves by more than pi between neighbouring points; tan beyond a pole; a
+    power with a variable exponent and a base that may be negative.
+    """
+    if not any(token in TRIGONOMETRIC or token == "pow" for token in prefix):
+        return True
+    order = [X[:, j].argsort() for j in range(X.shape[1])]
+    numbers, tokens = iter(constants), iter(prefix)
+    good = True
+
+    def read():
+        """Return the values (M,) of the next subtree and the set of its variables."""
+        nonlocal good
+        token = next(tokens)
+        if token == "<constant>":
+            return np.full(len(X), next(numbers)), set()
+        if token in LITERALS:
+            return np.full(len(X), LITERALS[token]), set()
+        if token not in OPERATORS:
+            return X[:, int(token[1:]) - 1], {int(token[1:]) - 1}
+        operands = [read() for _ in range(OPERATORS[token].arity)]
+        variables = set().union(*(names for _, names in operands))
+        phase, names = operands[0]
+        if token in TRIGONOMETRIC and variables:
+            if len(variables) == 1:
+                (j,) = variables
+                jump = np.abs(np.diff(phase[order[j]])).max(initial=0)
+            else:
+                jump = np.abs(np.diff(np.sort(phase))).max(initial=0)
+            good &= bool(jump <= math.pi)
+            if token == "tan":
+                good &= bool(np.ptp(np.floor(phase / math.pi - 0.5)) == 0)
+        if token == "pow" and operands[1][1]:
+            good &= bool((phase > 0).all())
+        out = np.empty(len(X))
+        OPERATORS[token].function(*(values for values, _ in operands), out)
+        return out, variables
+
+    with np.errstate(all="ignore"):
+        read()
+    return good
+
+
+def jacobian(alphabet, row, constants, data):
+    """Return dy / dconstants (C, M) of one formula, 0 where it isn't finite."""
+    columns = padded_columns(alphabet, data.X)
+    _, J = Program(alphabet, row, columns).gradient(constants)
+    return np.where(np.isfinite(J[0]), J[0], 0.0)
+
+
+def padded_columns(alphabet, X):
+    """Return X (M, D) with columns of zeros for the variables that the data lack."""
+    columns = np.zeros((len(X), len(alphabet.variables)))
+    columns[:, : X.shape[1]] = X
+    return columns
+
+
+def standard_errors(J, weights, deviation):
+    """Return the standard errors of constants with the Jacobian J (C, M): alone, and with the others free."""
+    J = J * weights
+    size = np.sqrt((J * J).sum(1))
+    size = np.where(size > 0, size, 1e-300)
+    unit = J / size[:, None]
+    inverse = np.linalg.pinv(unit @ unit.T, rcond=1e-12, hermitian=True)
+    return deviation / size, deviation / size * np.sqrt(np.maximum(inverse.diagonal(), 1.0))
+
+
+class _Fitted:
+    """A formula in the user's units with fitted constants, some of them fixed to plain numbers, and its bits."""
+
+    def __init__(self, alphabet, prefix, constants, free, fvu, relative, data):
+        self.prefix, self.constants, self.free = prefix, np.asarray(constants, float), free
+        self.fvu, self.relative = fvu, relative
+        count = int(free.sum())
+        self.bits = math.inf
+        self.errors = np.zeros(len(free))
+        if fvu == math.inf or count >= max(data.n - 1, 1) and count:
+            return
+        bits = data.residual_bits(fvu, count, relative) + structure_bits(prefix, data.D)
+        if count:
+            row = np.array([alphabet.encode(prefix)], np.uint8)
+            J = jacobian(alphabet, row, self.constants[None], data)[free]
+            deviation = data.deviation(fvu, count, relative)
+            alone, together = standard_errors(J, data.weights[relative], deviation)
+            self.errors[free] = together
+            with np.errstate(all="ignore"):
+                digits = np.log2(np.abs(self.constants[free]) / alone)
+            least = 0.5 * math.log2(data.n)
+            bits += float(np.clip(np.nan_to_num(digits, nan=0.0), least, 60).sum()) + count * SIGN
+        bits += sum(plain_bits(v) for v in self.constants[~free])
+        self.bits = float(bits) if math.isfinite(bits) else math.inf
+
+
+def rank_formula(alphabet, prefix, constants, data, *, rough=None):
+    """Fit a formula to all data, fix its constants to plain numbers where that saves bits -> Ranked, or None.
+
+    rough: other Data, of fewer rows, on which plain numbers are tried; the result is fitted to `data`. None is
+    returned for what has no finite values or is not admissible.
+    """
+    rough = rough or data
+    best = None
+    for relative in (False, True):
+        if rough.weights[relative] is not None:
+            found = _fitted(alphabet, prefix, [constants], [np.ones(len(constants), bool)], relative, rough)[0]
+            if found and (best is None or found.bits < best.bits):
+                best = found
+    if best is None or best.bits == math.inf:
+        return None
+    while best.free.any():
+        shorter = _snapped(alphabet, best, rough)
+        if shorter is None:
+            break
+        best = shorter
+    if rough is not data:
+        best = _fitted(alphabet, best.prefix, [best.constants], [best.free], best.relative, data)[0]
+        if best is None or best.bits == math.inf:
+            return None
+    if not admissible(best.prefix, best.constants, rough.X):
+        return None
+    row = np.array([alphabet.encode(best.prefix)], np.uint8)
+    constants = best.constants[None] if len(best.constants) else np.zeros((1, 1))
+    values = evaluate(alphabet, row, constants, padded_columns(alphabet, data.X)[None])[0]
+    variance = np.var(data.y)
+    fvu = float(np.mean((values - data.y) ** 2) / variance) if variance else 0.0
+    return Ranked(list(best.prefix), best.constants.tolist(), best.bits, fvu, len(best.prefix), best.relative)
+
+
+def _fitted(alphabet, prefix, starts, masks, relative, data):
+    """Fit one formula from several starts (lists of C) with several sets of free constants -> list of _Fitted."""
+    row = np.array([alphabet.encode(prefix)], np.uint8)
+    starts, masks = np.array(starts, float).reshape(len(starts), -1), np.array(masks).reshape(len(masks), -1)
+    columns, rng = padded_columns(alphabet, data.X), np.random.default_rng(0)
+    constants, fvu = fit(
+        alphabet, np.repeat(row, len(starts), 0), columns, data.y, 1, rng, steps=30, start=starts, free=masks,
+        weights=data.weights[relative],
+    )  # fmt: skip
+    if not starts.shape[1]:
+        constants = np.zeros((len(starts), 0))
+    return [
+        _Fitted(alphabet, prefix, c, free, float(error), relative, data) if np.isfinite(error) else None
+        for c, free, error in zip(constants, masks, fvu, strict=True)
+    ]
+
+
+def _snapped(alphabet, formula, data):
+    """Fix one constant more to a plain number -> the shortest such _Fitted, or None if none saves bits.
+
+    How much each number costs is foretold from the standard errors; only the most promising are fitted.
+    """
+    count = int(formula.free.sum())
+    trials = []
+    for i in np.flatnonzero(formula.free):
+        value, error = formula.constants[i], formula.errors[i]
+        for plain in plain_numbers(value, error):
+            loss = data.n / 2 * math.log2(1 + ((plain - value) / max(error, 1e-300)) ** 2 / max(data.n - count, 1))
+            gain = 10.0 if plain in (0.0, 1.0, -1.0) else 0.0  # an operator may go
+            trials.append((loss + plain_bits(plain) - gain, int(i), plain))
+    trials = sorted(trials)[:SNAPS]
+    if not trials:
+        return None
+    starts = np.repeat(formula.constants[None], len(trials), 0)
+    masks = np.repeat(formula.free[None], len(trials), 0)
+    for k, (_, i, plain) in enumerate(trials):
+        starts[k, i], masks[k, i] = plain, False
+    best = None
+    for candidate in _fitted(alphabet, formula.prefix, starts, masks, formula.relative, data):
+        if candidate is None:
+            continue
+        candidate = _shortened(alphabet, candidate, data)
+        if candidate.bits < (best or formula).bits:
+            best = candidate
+    return best
+
+
+def _shortened(alphabet, candidate, data):
+    """Simplify a formula after a constant became 0 or 1, keeping which constants are free."""
+    if not any(v in (0.0, 1.0, -1.0) for v in candidate.constants[~candidate.free]):
+        return candidate
+    marked = candidate.constants.copy()
+    try:
+        prefix, values = simplify(candidate.prefix, marked.tolist(), alphabet.operators)
+    except NotReal:
+        return candidate
+    if len(prefix) >= len(candidate.prefix) or any(token not in alphabet.ids for token in prefix):
+        return candidate
+    fixed = set(marked[~candidate.free].tolist())
+    free = np.array([v not in fixed for v in values], bool)
+    refitted = _fitted(alphabet, prefix, [values], [free], candidate.relative, data)[0]
+    return refitted if refitted is not None and refitted.bits < math.inf else candidate
