@@ -8,6 +8,8 @@ import itertools
 
 import numpy as np
 
+from data_utils.formulas.sums import choose
+
 C = "<constant>"
 DEGREE = 4  # of the polynomial in z that stands for an unknown function
 EXPONENTS = (-3, -2, -1.5, -1, -0.5, 0, 0.5, 1, 1.5, 2, 3, 4)
@@ -131,6 +133,45 @@ def _least_squares(A, y, w):
     size = np.where(size > 0, size, 1.0)
     solution = np.linalg.lstsq(A / size, y, rcond=1e-10)[0]
     return solution / size, float(np.sum(np.square(A / size @ solution - y)))
+
+
+def screen(X, y, w, rng, most, points=256):
+    """Return the columns that matter most for y, at most `most` of them and all that clearly matter, in their order.
+
+    Sums of simple functions of one or two columns are fitted to y and to log |y|; the columns of the best ones count.
+    """
+    D = X.shape[1]
+    if D <= most:
+        return list(range(D))
+    rows = rng.permutation(len(y))[:points]
+    X, y, w = X[rows], y[rows], w[rows]
+    parts, members = [], []
+    with np.errstate(all="ignore"):
+        for j in range(D):
+            for function in (lambda x: x, np.square, np.log, np.reciprocal, np.sin):
+                parts.append(function(X[:, j]))
+                members.append({j})
+        for i, j in itertools.combinations(range(D), 2):
+            parts += [X[:, i] * X[:, j], X[:, i] / X[:, j], X[:, j] / X[:, i]]
+            members += [{i, j}] * 3
+        parts = np.array(parts)
+        usable = np.isfinite(parts).all(1) & (np.ptp(parts, 1) > 0)
+        parts, members = parts[usable], [m for m, good in zip(members, usable.tolist(), strict=True) if good]
+        parts = parts / np.abs(parts).max(1, keepdims=True)
+        links = [(y, w)]
+        if (y > 0).all() or (y < 0).all():
+            links.append((np.log(np.abs(y)), w * np.abs(y)))
+    scores = np.zeros(D)
+    terms = int(min(D + 1, max(1, len(y) - 3)))
+    for target, weights in links:
+        sets = choose(parts, target / (np.abs(target).max() or 1.0), weights, width=4, most=terms)
+        n = len(target)
+        for left, chosen in sets:
+            bits = n / 2 * np.log2(max(left, 1e-12)) + len(chosen) * np.log2(n)
+            columns = set().union(*(members[k] for k in chosen))
+            for j in columns:
+                scores[j] = min(scores[j], bits / len(chosen) ** 0.25)
+    return sorted(np.argsort(scores, kind="stable")[:most].tolist())
 
 
 def frequencies(z, y, w, most=PEAKS):

@@ -32,7 +32,9 @@ SIGN = 1.0  # bits of a constant besides its digits
 DIGIT = math.log2(10)
 SNAPS = 6  # plain numbers that are tried at a time
 
-Ranked = namedtuple("Ranked", "prefix constants bits fvu length relative")
+# a formula, its score, and how it was fitted: `free` says which constants are no plain numbers, `relative` which
+# residuals were assumed
+Ranked = namedtuple("Ranked", "prefix constants bits fvu length relative free")
 
 
 class Data:
@@ -100,14 +102,16 @@ def structure_bits(prefix, D):
 
 
 def plain_bits(value):
-    """Return the bits of a number written with as few digits as it has, or as a fraction or multiple of pi."""
+    """Return the bits of a number written with as few digits as it has, or as thirds or a multiple of pi."""
     if value == 0:
         return SIGN
-    options = []
-    for unit, extra in ((1.0, 0.0), (3.0, 2.0), (math.pi, 3.0), (1 / math.pi, 4.0)):
-        mantissa = f"{value * unit:.6e}".partition("e")[0].rstrip("0").rstrip(".")
-        if abs(float(f"{value * unit:.6e}") - value * unit) <= 1e-12 * abs(value * unit):
-            options.append(DIGIT * sum(map(str.isdigit, mantissa)) + extra)
+    text = f"{value:.9e}"
+    digits = len(text.partition("e")[0].lstrip("-").replace(".", "").rstrip("0"))
+    options = [DIGIT * digits] if abs(float(text) - value) <= 1e-12 * abs(value) else []
+    for unit, extra in ((3.0, 2.0), (12 / math.pi, 6.0)):
+        numerator = abs(value) * unit
+        if numerator < 30 and abs(numerator - round(numerator)) < 1e-9:
+            options.append(math.log2(1 + numerator) + extra)
     return SIGN + min(options, default=math.inf)
 
 
@@ -217,38 +221,40 @@ class _Fitted:
         self.bits = float(bits) if math.isfinite(bits) else math.inf
 
 
-def rank_formula(alphabet, prefix, constants, data, *, rough=None):
-    """Fit a formula to all data, fix its constants to plain numbers where that saves bits -> Ranked, or None.
+def rank_formula(alphabet, prefix, constants, data):
+    """Fit a formula, fix its constants to plain numbers where that saves bits -> Ranked.
 
-    rough: other Data, of fewer rows, on which plain numbers are tried; the result is fitted to `data`. None is
-    returned for what has no finite values or is not admissible.
+    None is returned for what has no finite values, too many constants, or is not admissible.
     """
-    rough = rough or data
     best = None
     for relative in (False, True):
-        if rough.weights[relative] is not None:
-            found = _fitted(alphabet, prefix, [constants], [np.ones(len(constants), bool)], relative, rough)[0]
-            if found and (best is None or found.bits < best.bits):
-                best = found
-    if best is None or best.bits == math.inf:
-        return None
-    while best.free.any():
-        shorter = _snapped(alphabet, best, rough)
-        if shorter is None:
-            break
+        if data.weights[relative] is not None:
+            fitted = _fitted(alphabet, prefix, [constants], [np.ones(len(constants), bool)], relative, data)[0]
+            if fitted and (best is None or fitted.bits < best.bits):
+                best = fitted
+    while best and best.free.any() and (shorter := _snapped(alphabet, best, data)):
         best = shorter
-    if rough is not data:
-        best = _fitted(alphabet, best.prefix, [best.constants], [best.free], best.relative, data)[0]
-        if best is None or best.bits == math.inf:
-            return None
-    if not admissible(best.prefix, best.constants, rough.X):
+    return _ranked(alphabet, best, data)
+
+
+def refit(alphabet, formula, data):
+    """Fit the free constants of a Ranked formula to other data, of more rows -> Ranked or None."""
+    free = np.array(formula.free, bool)
+    fitted = _fitted(alphabet, formula.prefix, [formula.constants], [free], formula.relative, data)[0]
+    return _ranked(alphabet, fitted, data)
+
+
+def _ranked(alphabet, fitted, data):
+    """Return a _Fitted as Ranked, None where it may not be listed. Its FVU is unweighted."""
+    if fitted is None or fitted.bits == math.inf or not admissible(fitted.prefix, fitted.constants, data.X):
         return None
-    row = np.array([alphabet.encode(best.prefix)], np.uint8)
-    constants = best.constants[None] if len(best.constants) else np.zeros((1, 1))
+    row = np.array([alphabet.encode(fitted.prefix)], np.uint8)
+    constants = fitted.constants[None] if len(fitted.constants) else np.zeros((1, 1))
     values = evaluate(alphabet, row, constants, padded_columns(alphabet, data.X)[None])[0]
     variance = np.var(data.y)
     fvu = float(np.mean((values - data.y) ** 2) / variance) if variance else 0.0
-    return Ranked(list(best.prefix), best.constants.tolist(), best.bits, fvu, len(best.prefix), best.relative)
+    return Ranked(list(fitted.prefix), fitted.constants.tolist(), fitted.bits, fvu, len(fitted.prefix),
+                  fitted.relative, fitted.free.tolist())  # fmt: skip
 
 
 def _fitted(alphabet, prefix, starts, masks, relative, data):

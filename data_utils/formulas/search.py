@@ -13,9 +13,9 @@ import torch
 
 from data_utils.formulas.expressions import evaluate
 from data_utils.formulas.fit import fit, refine, wrap
-from data_utils.formulas.forms import starts
+from data_utils.formulas.forms import screen, starts
 from data_utils.formulas.scaling import decades, scaled, unscaled
-from data_utils.formulas.score import Data, padded_columns, rank_formula, structure_bits
+from data_utils.formulas.score import Data, padded_columns, rank_formula, refit, structure_bits
 from data_utils.formulas.simplify import NotReal, simplify
 from data_utils.formulas.skeletons import make_chunk, operator_weights
 from data_utils.formulas.sums import Library
@@ -26,9 +26,11 @@ PERFECT = 1e-22  # FVU (MSE over the variance of y) that the formula itself stay
 SOLVED = 2.0**-23  # FVU below which float32 sees no difference
 FIT_POINTS, LONGEST, CONSTANTS = 64, 24, 6
 EXACT = 1e-14  # FVU below which the search does not look for a better fit, only for a shorter formula
-SEARCHED, ROUGH = 512, 256  # rows that the search sees; rows on which plain constants are tried
+SEARCHED, ROUGH, REFITTED = 512, 1000, 8  # rows that the search sees, that rank; formulas fitted to all rows
 SEARCHING, MARGIN = 0.7, 0.3  # share of max_seconds before ranking begins; seconds that ranking leaves over
-SHAPES = 256  # general forms that are fitted together
+SHAPES, STARTS = 256, 3  # general forms that are fitted together; starts of each that are fitted well
+SHAPING, AFTER_STOP = 0.35, 2.0  # share of max_seconds for them; seconds of ranking after Ctrl+C
+SCREENED = 5  # columns that are searched, where there are more
 DONATED, FINAL = 40, 40  # general forms that are bred from; candidates of each kind that are ranked
 SUMS, KEPT, LONGEST_SUM = 16, 8, 40  # searches for sums in a round, sums that are fitted, tokens of one
 DRAWS = 4096  # trees of the prior that are drawn at a time
@@ -182,19 +184,27 @@ def predict(alphabet, formula, X):
 
 
 class Search:
-    """The candidates of one search, in units near 1, under one kind of residuals (see score.Data.weights)."""
+    """The candidates of one search, in units near 1, under one kind of residuals (see score.Data.weights).
 
-    def __init__(self, alphabet, data, relative, parsimony, rng):
-        self.alphabet, self.data, self.relative, self.parsimony, self.rng = alphabet, data, relative, parsimony, rng
+    exclude: token lists that may not occur in a formula; longest: tokens of a formula at most.
+    """
+
+    def __init__(self, alphabet, pool, data, relative, parsimony, rng, exclude=(), longest=0):
+        self.alphabet, self.pool, self.data, self.rng = alphabet, pool, data, rng
+        self.relative, self.parsimony, self.exclude = relative, parsimony, exclude
         self.columns, self.weights = padded_columns(alphabet, data.X), data.weights[relative]
-        self.seen = set()
+        self.longest = longest or max(LONGEST, pool.max_length)
+        self.longest_sum = longest or LONGEST_SUM
+        few = rng.permutation(data.n)[:FIT_POINTS]
+        self.library = Library(alphabet, self.columns[few], data.y[few], self.weights[few])
+        self.seen, self.donors, self.hot, self.tried = set(), [], False, 0
         self.archive, self.sums, self.shapes, self.front = [], [], [], []
 
     def unseen(self, rows, longest):
-        """Return the normal forms of id lists that are new, in a fixed order."""
+        """Return the normal forms of id lists that are new and allowed, in a fixed order."""
         keys = {normal(self.alphabet, row, longest) for row in rows} - self.seen - {None}
         self.seen.update(keys)
-        return sorted(keys)
+        return sorted(key for key in keys if not contains(self.alphabet.decode(key), self.exclude))
 
     def fitted(self, rows, by, **settings):
         """Fit a + b g for id lists -> Candidates. Those with as many constants as points, less one, are left out."""
@@ -202,71 +212,60 @@ class Search:
             return []
         constants, error = by(self.alphabet, padded(rows), self.columns, self.data.y, rng=self.rng, affine=True,
                               weights=self.weights, **settings)  # fmt: skip
+        return self.candidates(rows, constants, error)
+
+    def candidates(self, rows, constants, error):
+        """Return Candidates of fitted id lists, without those that have too many constants for the points."""
         candidates = []
         for row, c, e in zip(rows, constants, error, strict=True):
             count = 2 + list(row).count(self.alphabet.constant)
             if np.isfinite(e) and count < max(self.data.n - 1, 3):
-                candidates.append(self.scored(row, c[:count], e))
+                score = np.log10(max(e, EXACT)) + self.parsimony * len(row)
+                candidates.append(Candidate(list(row), c[:count].tolist(), float(e), len(row), float(score)))
         return candidates
-
-    def scored(self, row, constants, error):
-        score = np.log10(max(error, EXACT)) + self.parsimony * len(row)
-        return Candidate(list(row), [float(c) for c in constants], float(error), len(row), float(score))
 
     def bits(self, candidate):
         """Return roughly the bits of a candidate, before its constants are looked at one by one."""
         n, count = self.data.n, len(candidate.constants)
         error = max(candidate.fvu, 1e-24)
         digits = 1 + max(0.5 * math.log2(n), 0.5 * math.log2(n / error))
-        prefix = self.alphabet.decode(candidate.prefix)
-        structure = structure_bits(prefix, self.data.D)
+        structure = structure_bits(self.alphabet.decode(candidate.prefix), self.data.D)
         return structure + count * digits + self.data.residual_bits(error, min(count, n - 1), self.relative)
 
-    def add_shapes(self, deadline):
-        """Fit the general forms of forms.py, all roughly, the most promising well."""
+    def fit_shapes(self, deadline):
+        """Fit the general forms of forms.py, all of them roughly, then the most promising well."""
         batch = [(self.alphabet.encode(prefix), constants)
-                 for prefix, constants in starts(self.alphabet, self.data, self.weights, self.rng)]  # fmt: skip
+                 for prefix, constants in starts(self.alphabet, self.data, self.weights, self.rng)
+                 if len(prefix) <= self.longest_sum and not contains(prefix, self.exclude)]  # fmt: skip
         few = self.rng.permutation(self.data.n)[:FIT_POINTS]
-        rough = []
+        rough = self._shapes(batch, few, 8, deadline)
+        kept = {}
+        for candidate in sorted(rough, key=self.bits):
+            starting = kept.setdefault(tuple(candidate.prefix), [])
+            if len(starting) < STARTS:
+                starting.append((candidate.prefix, candidate.constants[2:]))
+        chosen = [start for starting in list(kept.values())[:SHAPES] for start in starting]
+        unique = {}
+        for candidate in sorted(self._shapes(chosen, slice(None), 60, deadline), key=lambda c: c.fvu):
+            unique.setdefault(tuple(candidate.prefix), candidate)
+        self.shapes = sorted(unique.values(), key=self.bits)
+        self.tried += len(batch)
+        self.keep(archive=self.shapes[:DONATED])
+
+    def _shapes(self, batch, points, steps, deadline):
+        """Fit (id list, start of its constants) to some points -> Candidates."""
+        candidates = []
         for a in range(0, len(batch), SHAPES):
             if time.monotonic() > deadline:
                 break
-            rough += self._shapes(batch[a : a + SHAPES], few, steps=8)
-        best = {}
-        for _, row, constants in sorted(rough, key=lambda item: item[0]):
-            if len(best.setdefault(tuple(row), [])) < 3:
-                best[tuple(row)].append((row, constants))
-        chosen = [item for items in list(best.values())[:SHAPES] for item in items]
-        everywhere = np.arange(self.data.n)
-        refined = []
-        for a in range(0, len(chosen), SHAPES):
-            if time.monotonic() < deadline:
-                refined += self._shapes(chosen[a : a + SHAPES], everywhere, steps=60, whole=True)
-        unique = {}
-        for candidate in refined:
-            key = tuple(candidate.prefix)
-            if key not in unique or candidate.fvu < unique[key].fvu:
-                unique[key] = candidate
-        self.shapes = sorted(unique.values(), key=self.bits)
-        return len(batch)
-
-    def _shapes(self, batch, points, steps, whole=False):
-        """Fit (id list, starts) -> Candidates, or before that (bits, id list, constants) of a rough fit."""
-        rows = [row for row, _ in batch]
-        width = max(1, max(len(constants) for _, constants in batch))
-        start = np.ones((len(batch), width))
-        for i, (_, constants) in enumerate(batch):
-            start[i, : len(constants)] = constants
-        constants, error = fit(self.alphabet, padded(rows), self.columns[points], self.data.y[points], 1, self.rng,
-                               steps=steps, affine=True, start=start, weights=self.weights[points])  # fmt: skip
-        fitted = []
-        for row, c, e in zip(rows, constants, error, strict=True):
-            count = 2 + row.count(self.alphabet.constant)
-            if not np.isfinite(e) or count >= max(self.data.n - 1, 3):
-                continue
-            candidate = self.scored(row, c[:count], e)
-            fitted.append(candidate if whole else (self.bits(candidate), row, candidate.constants[2:]))
-        return fitted
+            rows, start = [row for row, _ in batch[a : a + SHAPES]], [c for _, c in batch[a : a + SHAPES]]
+            padded_start = np.ones((len(rows), max(1, *map(len, start))))
+            for i, constants in enumerate(start):
+                padded_start[i, : len(constants)] = constants
+            fitted = fit(self.alphabet, padded(rows), self.columns[points], self.data.y[points], 1, self.rng,
+                         steps=steps, affine=True, start=padded_start, weights=self.weights[points])  # fmt: skip
+            candidates += self.candidates(rows, *fitted)
+        return candidates
 
     def best(self, candidates):
         return sorted(candidates, key=lambda candidate: candidate.score)[:ARCHIVE]
@@ -275,6 +274,36 @@ class Search:
         """Take up fitted candidates."""
         self.archive, self.sums = self.best(self.archive + list(archive)), self.best(self.sums + list(sums))
         self.front = front(self.front + list(archive) + list(sums))
+
+    def breed(self, propose, prior, n, evolve, restarts, refiner):
+        """Fit about n candidates: proposals and offspring of the best so far, then sums of parts that they had."""
+        rng, D = self.rng, self.data.D
+        bred = int(n * evolve) if len(self.archive) >= 20 else 0
+        new = []
+        if not bred or len(self.donors) < DONORS // 2 or rng.random() < 0.3:
+            if self.hot and prior:
+                new = propose(rng, (n - bred + 1) // 2, HOT) + prior(rng, (n - bred) // 2)
+            else:
+                new = propose(rng, n - bred)
+            self.donors = (self.donors + new)[-DONORS:]
+        rows = self.unseen(new, self.longest)
+        self.hot = self.hot or len(rows) < len(new) / 2
+        parents = [candidate.prefix for candidate in self.archive]
+        offsprings = [offspring(rng, parents, self.donors, self.alphabet, self.pool, D) for _ in range(bred)]
+        rows += self.unseen(offsprings, self.longest)
+        self.keep(archive=self.fitted(rows, refine, method=refiner, points=FIT_POINTS, restarts=restarts))
+        self.tried += len(new) + bred
+        if evolve:
+            self.library.add(new)
+            pairs = sorted(pair for _ in range(SUMS) for pair in self.library(rng, self.parsimony))
+            shares = [Candidate(row, [], score - self.parsimony * len(row), len(row), score) for score, row in pairs]
+            new = [candidate.prefix for candidate in shares[:KEPT] + front(shares)]
+            self.keep(sums=self.fitted(self.unseen(new, self.longest_sum), fit, restarts=2, steps=20))
+            self.tried += len(new)
+
+    def leader(self):
+        """Return the Candidate with the best score so far, or None."""
+        return min(self.archive[:1] + self.sums[:1], key=lambda candidate: candidate.score, default=None)
 
     def finalists(self):
         """Return all candidates that may be the answer, the most promising first."""
@@ -285,92 +314,97 @@ class Search:
         return sorted(pool.values(), key=self.bits)
 
 
+def contains(prefix, excluded):
+    """Whether one of the token lists stands somewhere in prefix tokens."""
+    prefix = list(prefix)
+    return any(prefix[i : i + len(part)] == list(part) for part in excluded for i in range(len(prefix)))
+
+
 def find_formula(
     propose, X, y, *, alphabet, pool, rng, prior=None, choices=512, evolve=0.7, restarts=4, parsimony=0.05,
-    max_seconds=0.0, refiner="lm", sigma=None, half=None, shapes=True, stop=False, watch=None,
+    max_seconds=0.0, refiner="lm", sigma=None, half=None, exclude=(), longest=0, shapes=True, stop=False, watch=None,
 ):  # fmt: skip
     """Search a formula y = f(x) -> (list of score.Ranked, best first; how many candidates were fitted).
 
     propose: Network or Prior; prior: where half the proposals come from once it repeats itself. X: (M, D), y: (M,),
-    finite; sigma: (M,) uncertainties of y; half: (M,) half a unit of the last digit of y as it was written. Rounds go
-    on until `choices` were tried, or with max_seconds until these are nearly over: the rest is for ranking. A perfect
-    fit ends them after as many candidates again, since a simpler one may follow. The search sees columns in units near
-    1, so that its answer does not depend on units. watch(best Candidate, seconds) is called after each round.
+    finite; sigma: (M,) uncertainties of y; half: (M,) half a unit of the last digit of y as it was written. exclude:
+    token lists that may not occur; longest: tokens of a formula at most. Rounds go on until `choices` were tried, or
+    with max_seconds until these are nearly over: the rest is for ranking. A perfect fit ends them after as many
+    candidates again, since a simpler one may follow. Ctrl+C ends them too. The search sees columns in units near 1, so
+    that its answer does not depend on units. watch(best Candidate, seconds) is called after each round.
     """
     begin = time.monotonic()
-    X, y = np.asarray(X, float), np.asarray(y, float)
     deadline = begin + max_seconds if max_seconds else math.inf
-    until = begin + SEARCHING * max_seconds if max_seconds else math.inf
+    X, y = np.asarray(X, float), np.asarray(y, float)
+    data = Data(X, y, sigma, half)
     powers, power = decades(X), int(decades(y))
     rows = np.sort(rng.permutation(len(y))[:SEARCHED])
     near = Data(scaled(X[rows], powers), scaled(y[rows], power), None if sigma is None else sigma[rows],
                 None if half is None else half[rows] / 10.0**power)  # fmt: skip
-    data = Data(X, y, sigma, half)
-    searches = [Search(alphabet, near, relative, parsimony, rng) for relative in (False, True)
+    active = list(range(X.shape[1]))
+    if isinstance(propose, Prior):
+        active = screen(near.X, near.y, near.weights[False], rng, SCREENED)
+        if len(active) < X.shape[1]:
+            near.X, near.D = near.X[:, active], len(active)
+            propose = prior = Prior(alphabet, pool, len(active), propose.held)
+    searches = [Search(alphabet, pool, near, relative, parsimony, rng, exclude, longest) for relative in (False, True)
                 if near.weights[relative] is not None]  # fmt: skip
-    tried = 0
-    if shapes:
-        for search in searches:
-            tried += search.add_shapes(begin + 0.35 * max_seconds if max_seconds else math.inf)
-        searches.sort(key=lambda search: search.bits(search.shapes[0]) if search.shapes else math.inf)
-    search, others = searches[0], searches[1:]
-    donors, hot, enough = [], False, math.inf
-    D, longest = X.shape[1], max(LONGEST, pool.max_length)
-    few = rng.permutation(near.n)[:FIT_POINTS]
-    library = Library(alphabet, search.columns[few], near.y[few], search.weights[few])
-    choices += tried
-    search.keep(archive=[shape for shape in search.shapes[:DONATED]])
-
-    while not stop and tried < enough and (time.monotonic() < until if max_seconds else tried < choices):
-        n = min(ROUND, choices - tried) if not max_seconds else ROUND
-        bred = int(n * evolve) if len(search.archive) >= 20 else 0
-        new = []
-        if not bred or len(donors) < DONORS // 2 or rng.random() < 0.3:
-            if hot and prior:
-                new = propose(rng, (n - bred + 1) // 2, HOT) + prior(rng, (n - bred) // 2)
-            else:
-                new = propose(rng, n - bred)
-            donors = (donors + new)[-DONORS:]
-        rows = search.unseen(new, longest)
-        hot = hot or len(rows) < len(new) / 2
-        parents = [candidate.prefix for candidate in search.archive]
-        rows += search.unseen([offspring(rng, parents, donors, alphabet, pool, D) for _ in range(bred)], longest)
-        search.keep(archive=search.fitted(rows, refine, method=refiner, points=FIT_POINTS, restarts=restarts))
-        tried += len(new) + bred
-        if evolve:
-            library.add(new)
-            pairs = sorted(pair for _ in range(SUMS) for pair in library(rng, parsimony))
-            shares = [Candidate(row, [], score - parsimony * len(row), len(row), score) for score, row in pairs]
-            new = [candidate.prefix for candidate in shares[:KEPT] + front(shares)]
-            search.keep(sums=search.fitted(search.unseen(new, LONGEST_SUM), fit, restarts=2, steps=20))
-            tried += len(new)
-        first = search.best(search.archive[:1] + search.sums[:1] + search.shapes[:1])[:1]
-        if enough == math.inf and first and first[0].fvu <= PERFECT and near.n - len(first[0].constants) >= 5:
-            enough = 2 * tried
-        if watch and first:
-            watch(first[0], time.monotonic() - begin)
-    candidates = [*search.finalists(), *(c for other in others for c in other.finalists()[: FINAL // 2])]
-    return ranking(alphabet, candidates, data, powers, power, rng, deadline), tried
+    try:
+        if shapes:
+            for k, search in enumerate(searches, 1):
+                search.fit_shapes(begin + SHAPING * k / len(searches) * max_seconds if max_seconds else math.inf)
+            searches.sort(key=lambda search: search.bits(search.shapes[0]) if search.shapes else math.inf)
+        search, enough = searches[0], math.inf
+        choices += search.tried
+        while not stop and search.tried < enough:
+            spent = time.monotonic() - begin
+            if spent >= SEARCHING * max_seconds if max_seconds else search.tried >= choices:
+                break
+            n = ROUND if max_seconds else min(ROUND, choices - search.tried)
+            search.breed(propose, prior, n, evolve, restarts, refiner)
+            leader = search.leader()
+            if enough == math.inf and leader and leader.fvu <= PERFECT and near.n - len(leader.constants) >= 5:
+                enough = 2 * search.tried
+            if watch and leader:
+                watch(leader, spent)
+    except KeyboardInterrupt:
+        deadline = min(deadline, time.monotonic() + AFTER_STOP)
+    candidates = searches[0].finalists()
+    for other in searches[1:]:
+        candidates += other.finalists()[: FINAL // 2]
+    formulas = ranking(alphabet, candidates, data, active, powers, power, rng, deadline, exclude)
+    return formulas, sum(search.tried for search in searches)
 
 
-def ranking(alphabet, candidates, data, powers, power, rng, deadline):
-    """Return candidates about scaled columns as Ranked formulas about the columns themselves, best first.
+def ranking(alphabet, candidates, data, active, powers, power, rng, deadline, exclude=()):
+    """Return candidates about the `active` columns, scaled, as Ranked formulas about the user's columns, best first.
 
-    The mean of y is among them. Candidates that the deadline leaves no time for are left out.
+    The mean of y is among them. Of many rows some decide the order, and the first formulas are fitted to all of them.
+    Candidates that the deadline leaves no time for are left out.
     """
     rough = data if data.n <= ROUGH else data.subset(np.sort(rng.permutation(data.n)[:ROUGH]))
-    formulas = [rank_formula(alphabet, ["<constant>"], [float(np.mean(data.y))], data)]
+    formulas = [rank_formula(alphabet, ["<constant>"], [float(np.mean(rough.y))], rough)]
+    names = {f"x{i + 1}": f"x{j + 1}" for i, j in enumerate(active)}
     for candidate in candidates:
-        if time.monotonic() > deadline - MARGIN and len(formulas) > 1:
+        if time.monotonic() > deadline - MARGIN * (1 if rough is data else 3) and len(formulas) > 1:
             break
         tokens = wrap(alphabet.decode(candidate.prefix))
-        raw = unscaled(tokens, candidate.constants, powers, power, alphabet.operators)
-        if raw is not None and all(token in alphabet.ids for token in raw[0]):
-            formulas.append(rank_formula(alphabet, *raw, data, rough=rough))
+        raw = unscaled(tokens, candidate.constants, powers[active], power, alphabet.operators)
+        if raw is not None:
+            prefix = [names.get(token, token) for token in raw[0]]
+            if all(token in alphabet.ids for token in prefix):
+                formulas.append(rank_formula(alphabet, prefix, raw[1], rough))
     distinct = {}
     for formula in sorted(filter(None, formulas), key=lambda formula: formula.bits):
-        distinct.setdefault((*formula.prefix, *(f"{c:.5g}" for c in formula.constants)), formula)
-    return list(distinct.values())
+        if not contains(formula.prefix, exclude):
+            distinct.setdefault((*formula.prefix, *(f"{c:.5g}" for c in formula.constants)), formula)
+    if rough is data:
+        return list(distinct.values())
+    refitted = []
+    for formula in list(distinct.values())[:REFITTED]:
+        if not refitted or time.monotonic() < deadline - MARGIN:
+            refitted.append(refit(alphabet, formula, data))
+    return sorted(filter(None, refitted), key=lambda formula: formula.bits)
 
 
 def front(candidates):
