@@ -67,16 +67,17 @@ def quantities(X, y, w, most=QUANTITIES):
     """
     M, D = X.shape
     positive = (X > 0).all(0)
-    trials = [([f"x{j + 1}"], X[:, j], {j}) for j in range(D)]
+    every = set(range(D))
+    trials = [([f"x{j + 1}"], X[:, j], every - {j}) for j in range(D)]
     for i, j in itertools.combinations(range(D), 2):
         a, b = f"x{i + 1}", f"x{j + 1}"
-        pairs = [(["*", a, b], X[:, i] * X[:, j]), (["-", a, b], X[:, i] - X[:, j]), (["+", a, b], X[:, i] + X[:, j])]
+        trials += [(["-", a, b], X[:, i] - X[:, j], every), (["+", a, b], X[:, i] + X[:, j], every)]
+        trials.append((["*", a, b], X[:, i] * X[:, j], every - {j}))
         if (X[:, j] != 0).all():
-            pairs.append((["/", a, b], X[:, i] / X[:, j]))
-        trials += [(tokens, z, {i, j}) for tokens, z in pairs]
+            trials.append((["/", a, b], X[:, i] / X[:, j], every - {j}))
     judged = []
-    for order, (tokens, z, inside) in enumerate(trials):
-        others = [j for j in range(D) if j not in inside]
+    for order, (tokens, z, others) in enumerate(trials):
+        others = sorted(others)
         basis = _basis(z, min(DEGREE, max(1, M - len(others) - 3)))
         exponents, share = _exponents(X, y, w, basis, others, positive)
         free = basis.shape[1] + len(others)
@@ -133,6 +134,13 @@ def _least_squares(A, y, w):
     size = np.where(size > 0, size, 1.0)
     solution = np.linalg.lstsq(A / size, y, rcond=1e-10)[0]
     return solution / size, float(np.sum(np.square(A / size @ solution - y)))
+
+
+def terms(D):
+    """Return the prefix tokens of plain terms that a form may lack: simple powers of a column, products of two."""
+    columns = [f"x{j + 1}" for j in range(D)]
+    single = [[*function, x] for x in columns for function in ([], ["pow2"], ["inv"], ["inv", "pow2"], ["log"])]
+    return single + [["*", a, b] for a, b in itertools.combinations(columns, 2)]
 
 
 def screen(X, y, w, rng, most, points=256):
@@ -228,6 +236,11 @@ def forms(z, values, y, w, product, flat):
     curves += [(["inv", "+", C, *z], [k]) for k in (low, middle, high, -2 * high, -low / 2)]
     curves += [(["inv", "+", C, "pow2", *z], [k]) for k in (low**2, high**2, -2 * high**2, -(low**2) / 2)]
     curves += [(["/", *z, "+", C, "pow2", *z], [k]) for k in (middle**2, high**2)]
+    curves += [(["inv", "+", C, "pow2", "+", C, *z], [k * width**2, -start])
+               for k in (0.003, 0.1) for start in (low, middle, high)]  # fmt: skip
+    if positive:
+        curves += [(["+", "pow", *z, C, "*", C, "pow", *z, C], [p, s * middle ** (p - q), q])
+                   for p, q in ((-2.0, -1.0), (-8.0, -4.0), (0.5, 2.0)) for s in (1.0, -1.0)]  # fmt: skip
     for sign, start in itertools.product((1, -1), (low, middle, high)):
         rate = sign * 8.0 / width
         curves.append((["inv", "+", C, "exp", "*", C, *z], [float(np.exp(np.clip(rate * start, -60, 60))), rate]))

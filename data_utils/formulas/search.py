@@ -13,7 +13,7 @@ import torch
 
 from data_utils.formulas.expressions import evaluate
 from data_utils.formulas.fit import fit, refine, wrap
-from data_utils.formulas.forms import screen, starts
+from data_utils.formulas.forms import screen, starts, terms
 from data_utils.formulas.scaling import decades, scaled, unscaled
 from data_utils.formulas.score import Data, padded_columns, rank_formula, refit, structure_bits
 from data_utils.formulas.simplify import NotReal, simplify
@@ -29,6 +29,7 @@ EXACT = 1e-14  # FVU below which the search does not look for a better fit, only
 SEARCHED, ROUGH, REFITTED = 512, 1000, 8  # rows that the search sees, that rank; formulas fitted to all rows
 SEARCHING, MARGIN = 0.7, 0.3  # share of max_seconds before ranking begins; seconds that ranking leaves over
 SHAPES, STARTS = 256, 3  # general forms that are fitted together; starts of each that are fitted well
+EXTENDED = 12  # forms to which a plain term is added
 SHAPING, AFTER_STOP = 0.35, 2.0  # share of max_seconds for them; seconds of ranking after Ctrl+C
 SCREENED = 5  # columns that are searched, where there are more
 DONATED, FINAL = 40, 40  # general forms that are bred from; candidates of each kind that are ranked
@@ -248,8 +249,16 @@ class Search:
         unique = {}
         for candidate in sorted(self._shapes(chosen, slice(None), 60, deadline), key=lambda c: c.fvu):
             unique.setdefault(tuple(candidate.prefix), candidate)
+        longer = []
+        for shape in sorted(unique.values(), key=self.bits)[:EXTENDED]:
+            for term in terms(self.data.D):
+                prefix = ["+", *self.alphabet.decode(shape.prefix), "*", "<constant>", *term]
+                if self.alphabet.ids.keys() >= set(prefix) and not contains(prefix, self.exclude):
+                    longer.append((self.alphabet.encode(prefix), [*shape.constants[2:], 0.0]))
+        for candidate in sorted(self._shapes(longer, slice(None), 30, deadline), key=lambda c: c.fvu):
+            unique.setdefault(tuple(candidate.prefix), candidate)
         self.shapes = sorted(unique.values(), key=self.bits)
-        self.tried += len(batch)
+        self.tried += len(batch) + len(longer)
         self.keep(archive=self.shapes[:DONATED])
 
     def _shapes(self, batch, points, steps, deadline):

@@ -1,7 +1,5 @@
 """Fits in batches against one plain fit at a time."""
 
-import math
-
 import numpy as np
 import pytest
 
