@@ -116,14 +116,17 @@ def plain_bits(value):
 
 
 def plain_numbers(value, error):
-    """Return plain numbers within four standard errors of a constant, the plainest first."""
-    near = {0.0, 1.0, -1.0, *(round(value * k) / k for k in (1, 2, 3, 4))}
+    """Return plain numbers near a constant, the plainest first: within two standard errors, 0 and 1 within four."""
+    near = {*(round(value * k) / k for k in (1, 2, 3, 4))}
     for k in (1, 2, 3, 4):
         if abs(value) * k < 5 * math.pi:
             near.add(round(value * k / math.pi) * math.pi / k)
     for digits in (1, 2, 3):
         near.add(float(f"{value:.{digits - 1}e}"))
-    return sorted((v for v in near if abs(v - value) <= 4 * error), key=lambda v: (plain_bits(v), abs(v - value)))
+    close = {v for v in near if abs(v - value) <= 2 * error} | {
+        v for v in (0.0, 1.0, -1.0) if abs(v - value) <= 4 * error
+    }
+    return sorted(close, key=lambda v: (plain_bits(v), abs(v - value)))
 
 
 def admissible(prefix, constants, X):
