@@ -27,7 +27,7 @@ RARE = 8.0  # nats of an operator that the paper does not count
 NESTED = 8.0  # bits of a function inside another
 TRIGONOMETRIC = ("sin", "cos", "tan")
 FUNCTIONS = {*TRIGONOMETRIC, "exp", "log", "sinh", "cosh", "tanh", "asin", "acos", "atan", "asinh", "acosh", "atanh"}
-PRECISION = 1e-12  # of y relative to its largest value, where no rounding is known: float64 computes no better
+PRECISION, ROUNDING = 1e-12, 1e-16  # of y where nothing is known: of each value, and of the largest (float64)
 SIGN = 1.0  # bits of a constant besides its digits
 DIGIT = math.log2(10)
 SNAPS = 6  # plain numbers that are tried at a time
@@ -48,7 +48,7 @@ class Data:
         self.X, self.y = np.asarray(X, float), np.asarray(y, float)
         self.n, self.D = self.X.shape
         size = np.abs(self.y)
-        self.floor = np.full(self.n, PRECISION * size.max())
+        self.floor = PRECISION * size + ROUNDING * size.max()
         if half is not None:
             self.floor = np.maximum(self.floor, np.asarray(half, float) / math.sqrt(3))
         constant = np.ones(self.n) if sigma is None else 1 / np.asarray(sigma, float)
@@ -197,7 +197,9 @@ def standard_errors(J, weights, deviation):
     size = np.maximum(size, 1e-300)
     unit = J / size[:, None]
     inverse = np.linalg.pinv(unit @ unit.T, rcond=1e-12, hermitian=True)
-    return deviation / size, deviation / size * np.sqrt(np.maximum(inverse.diagonal(), 1.0))
+    with np.errstate(over="ignore"):
+        alone = deviation / size
+        return alone, alone * np.sqrt(np.maximum(inverse.diagonal(), 1.0))
 
 
 class _Fitted:

@@ -31,6 +31,7 @@ SEARCHING, MARGIN = 0.7, 0.3  # share of max_seconds before ranking begins; seco
 SHAPES, STARTS = 256, 3  # general forms that are fitted together; starts of each that are fitted well
 EXTENDED = 6  # forms of each number of constants to which a plain term is added
 SHAPING, AFTER_STOP = 0.35, 2.0  # share of max_seconds for them; seconds of ranking after Ctrl+C
+ALWAYS = 3  # candidates that are ranked, whatever the deadline
 RANGE = 60  # decades of y beyond which it is ranked scaled
 SCREENED = 5  # columns that are searched, where there are more
 DONATED, FINAL = 40, 40  # general forms that are bred from; candidates of each kind that are ranked
@@ -366,15 +367,17 @@ def find_formula(
             searches.sort(key=lambda search: search.bits(search.shapes[0]) if search.shapes else math.inf)
         search, enough = searches[0], math.inf
         choices += search.tried
+        spent, slowest = time.monotonic() - begin, 0.0
         while not stop and search.tried < enough:
-            spent = time.monotonic() - begin
-            if spent >= SEARCHING * max_seconds if max_seconds else search.tried >= choices:
+            if spent + slowest > SEARCHING * max_seconds if max_seconds else search.tried >= choices:
                 break
             n = ROUND if max_seconds else min(ROUND, choices - search.tried)
             search.breed(propose, prior, n, evolve, restarts, refiner)
             leader = search.leader()
             if enough == math.inf and leader and leader.fvu <= PERFECT and near.n - len(leader.constants) >= 5:
                 enough = 2 * search.tried
+            now = time.monotonic() - begin
+            spent, slowest = now, max(slowest, now - spent)
             if watch and leader:
                 watch(leader, spent)
     except KeyboardInterrupt:
@@ -408,8 +411,8 @@ def ranking(alphabet, candidates, data, active, powers, power, rng, deadline, ex
     rough = data if data.n <= ROUGH else data.subset(np.sort(rng.permutation(data.n)[:ROUGH]))
     formulas = [rank_formula(alphabet, ["<constant>"], [float(np.mean(rough.y))], rough)]
     names = {f"x{i + 1}": f"x{j + 1}" for i, j in enumerate(active)}
-    for candidate in candidates:
-        if time.monotonic() > deadline - MARGIN * (1 if rough is data else 3) and len(formulas) > 1:
+    for place, candidate in enumerate(candidates):
+        if time.monotonic() > deadline - MARGIN * (1 if rough is data else 3) and place >= ALWAYS:
             break
         tokens = wrap(alphabet.decode(candidate.prefix))
         raw = unscaled(tokens, candidate.constants, powers[active], power, alphabet.operators)
