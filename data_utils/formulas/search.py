@@ -235,15 +235,21 @@ class Search:
         structure = structure_bits(self.alphabet.decode(candidate.prefix), self.data.D)
         return structure + count * digits + self.data.residual_bits(error, min(count, n - 1), self.relative)
 
-    def fit_shapes(self, deadline):
-        """Fit the general forms of forms.py, all of them roughly, then the most promising well."""
-        batch = [(self.alphabet.encode(prefix), constants)
-                 for prefix, constants in starts(self.alphabet, self.data, self.weights, self.rng)
-                 if len(prefix) <= self.longest_sum and not contains(prefix, self.exclude)]  # fmt: skip
+    def fit_shapes(self, deadline, batch=None):
+        """Fit the general forms of forms.py, all of them roughly, then the most promising well.
+
+        batch: (id list, start of its constants) of these forms, where they are known. Returns those that fitted best.
+        """
+        batch = batch or [
+            (self.alphabet.encode(prefix), constants)
+            for prefix, constants in starts(self.alphabet, self.data, self.weights, self.rng)
+            if len(prefix) <= self.longest_sum and not contains(prefix, self.exclude)
+        ]
         few = self.rng.permutation(self.data.n)[:FIT_POINTS]
         rough = self._shapes(batch, few, 8, deadline)
         kept = {}
-        for candidate in sorted(rough, key=self.bits):
+        rough.sort(key=self.bits)
+        for candidate in rough:
             starting = kept.setdefault(tuple(candidate.prefix), [])
             if len(starting) < STARTS:
                 starting.append((candidate.prefix, candidate.constants[2:]))
@@ -263,6 +269,7 @@ class Search:
         self.shapes = sorted(unique.values(), key=self.bits)
         self.tried += len(batch) + len(longer)
         self.keep(archive=self.shapes[:DONATED])
+        return [(c.prefix, c.constants[2:]) for c in rough[: len(rough) // 4]]
 
     def _shapes(self, batch, points, steps, deadline):
         """Fit (id list, start of its constants) to some points -> Candidates."""
@@ -362,8 +369,9 @@ def find_formula(
                 if near.weights[relative] is not None]  # fmt: skip
     try:
         if shapes:
-            for k, search in enumerate(searches, 1):
-                search.fit_shapes(begin + SHAPING * k / len(searches) * max_seconds if max_seconds else math.inf)
+            batch = None
+            for search in reversed(searches):  # residuals in proportion to y first: they see small values too
+                batch = search.fit_shapes(begin + SHAPING * max_seconds if max_seconds else math.inf, batch)
             searches.sort(key=lambda search: search.bits(search.shapes[0]) if search.shapes else math.inf)
         search, enough = searches[0], math.inf
         choices += search.tried
