@@ -4,28 +4,27 @@ N formulas, R rows (formulas x restarts), M points, D variables, C constants. FV
 Levenberg (1944), Marquardt (1963); a + b g by variable projection (Golub and Pereyra 1973, Kaufman 1975).
 """
 
-import math
-
 import numpy as np
 
 from data_utils.errors import UsageError
 from data_utils.formulas.expressions import Program
-from data_utils.formulas.simplify import NotReal, simplify
 
 SOLVED = 1e-28  # FVU at which only rounding is left
 STALLED = 1e-4  # share of the FVU below which a gain counts as none: two of those end a row
 PROMISE = 1e-9  # the same of a gain that the linear model expects: one of those ends a row
 STUCK = 1e7  # damping at which a step no longer moves anything
 REDRAWN = 2  # times that a start without finite values is drawn again
-EXACT = 1e-14  # FVU up to which a tidied formula is right; below it digits decide, not formulas
 
 
-def fit(alphabet, tokens, X, y, restarts, rng, *, steps=50, method="lm", affine=False, start=None, free=None):
+def fit(
+    alphabet, tokens, X, y, restarts, rng, *, steps=50, method="lm", affine=False, start=None, free=None, weights=None
+):
     """Fit the constants of tokens (N, L) to X (M, D), y (M,) -> constants (N, C), fvu (N,), best of the restarts.
 
     restarts: starts per formula: ones (or `start` (N, C or more)), then numbers of any size from the Generator `rng`.
     affine: fit a + b g instead of g; the constants are then (N, 2 + C), a and b first, as `wrap` writes the formula.
-    free (N, C) bool: the constants that may move. fvu is inf where no start gave finite values everywhere.
+    free (N, C) bool: the constants that may move. weights (M,): of the residuals; None = all alike. fvu is weighted
+    like the residuals, and inf where no start gave finite values everywhere.
     Raises UsageError for an unknown method: "lm" or "bfgs".
     """
     if method not in METHODS:
@@ -33,13 +32,15 @@ def fit(alphabet, tokens, X, y, restarts, rng, *, steps=50, method="lm", affine=
     tokens, X, y = np.asarray(tokens), np.asarray(X, np.float64), np.asarray(y, np.float64)
     counts = (tokens == alphabet.constant).sum(1)
     used = np.arange(counts.max(initial=0)) < counts[:, None]
-    C, scale = used.shape[1], np.std(y) or 1.0
+    C = used.shape[1]
+    weights = np.ones(len(y)) if weights is None else weights / np.sqrt(np.mean(np.square(weights)))
+    scale = spread(y, weights) or 1.0
     start = np.ones(used.shape) if start is None else np.asarray(start, np.float64)[:, :C]
     free = used if free is None else used & free[:, :C]
     owner = np.repeat(np.arange(len(tokens)), np.where(free.any(1), restarts, 1))
     first = np.diff(owner, prepend=-1) > 0
     fixed = first[:, None] | ~free[owner]
-    problem = _Problem(alphabet, tokens[owner], free[owner], X, y / scale, scale, affine)
+    problem = _Problem(alphabet, tokens[owner], free[owner], X, y / scale, weights, scale, affine)
     constants = np.where(fixed, start[owner], _starts(rng, fixed.shape)) * used[owner]
     for _ in range(REDRAWN):
         lost = np.flatnonzero(~first & ~np.isfinite(problem.values(constants)).all(1))
@@ -49,23 +50,33 @@ def fit(alphabet, tokens, X, y, restarts, rng, *, steps=50, method="lm", affine=
     best = order[first]  # rows of a formula stand together, in the old order and in the new
     constants, fvu = constants[best], fvu[best]
     if affine:
-        g = _Problem(alphabet, tokens, free, X, y / scale, scale, affine).values(constants)
-        a, b, _, _ = _projected(g, y / scale)
+        g = _Problem(alphabet, tokens, free, X, y / scale, weights, scale, affine).values(constants)
+        a, b, _, _ = _projected(g, y / scale, weights)
         constants = np.column_stack([a * scale, b * scale, constants])
     return constants, fvu
 
 
-def refine(alphabet, tokens, X, y, rng, *, method="lm", affine=False, points=64, restarts=4, more=16, most=2048):
+def spread(y, weights):
+    """Return the weighted standard deviation of y (M,); weights (M,) have the mean square 1."""
+    share = weights * weights / len(weights)
+    return float(np.sqrt(share @ np.square(y - share @ y)))
+
+
+def refine(
+    alphabet, tokens, X, y, rng, *, method="lm", affine=False, points=64, restarts=4, more=16, most=256, weights=None
+):
     """`fit` in two rounds: all formulas for 10 steps on `points` points, then the best quarter with more of everything.
 
     The second round starts from what the first found, has `more` restarts, and up to `most` points.
     """
+    weights = np.ones(len(y)) if weights is None else weights
     few, many = (rng.permutation(len(y))[:n] if len(y) > n else slice(None) for n in (points, most))
-    constants, fvu = fit(alphabet, tokens, X[few], y[few], restarts, rng, steps=10, method=method, affine=affine)
+    how = dict(method=method, affine=affine)
+    constants, fvu = fit(alphabet, tokens, X[few], y[few], restarts, rng, steps=10, weights=weights[few], **how)
     best = np.argsort(fvu, kind="stable")[: -(-len(fvu) // 4)]
     width = 2 * affine + (tokens[best] == alphabet.constant).sum(1).max(initial=0)
     start = constants[best, 2 * affine : width]
-    again = fit(alphabet, tokens[best], X[many], y[many], more, rng, method=method, affine=affine, start=start)
+    again = fit(alphabet, tokens[best], X[many], y[many], more, rng, start=start, weights=weights[many], **how)
     constants[best, :width], fvu[best] = again
     return constants, fvu
 
@@ -81,27 +92,31 @@ def _starts(rng, shape):
     return np.where(rng.random(shape) < 0.5, rng.normal(0, 5, shape), wide)
 
 
-def _projected(g, y):
-    """The best a + b g for y (M,) in each row of g (R, M) -> a (R,), b (R,), g without its mean, sum of its squares."""
+def _projected(g, y, weights):
+    """Return the best a + b g for y (M,) in each row of g (R, M): a (R,), b (R,), the weighted g - mean, its power."""
+    share = weights * weights / len(weights)
     with np.errstate(all="ignore"):  # rows that are not finite stay so
-        centred = g - g.mean(1, keepdims=True)
+        mean, target = g @ share, (y - share @ y) * weights
+        centred = (g - mean[:, None]) * weights
         power = (centred * centred).sum(1)
-        flat = ~(power > 1e-24 * (g * g).sum(1))
+        flat = ~(power > 1e-24 * np.square(g * weights).sum(1))
         power = np.where(flat, 1.0, power)
-        b = np.where(flat, 0.0, centred @ y / power)
-        return y.mean() - b * g.mean(1), b, centred, power
+        b = np.where(flat, 0.0, centred @ target / power)
+        return share @ y - b * mean, b, centred, power
 
 
 class _Problem:
     """Residuals of rows, in units of the standard deviation of y, and their derivatives."""
 
-    def __init__(self, alphabet, tokens, free, X, y, scale, affine):
-        self.alphabet, self.tokens, self.free, self.X, self.y = alphabet, tokens, free, X, y
-        self.scale, self.affine = scale, affine
+    def __init__(self, alphabet, tokens, free, X, y, weights, scale, affine):
+        self.alphabet, self.tokens, self.free = alphabet, tokens, free
+        self.X, self.y, self.weights, self.scale, self.affine = X, y, weights, scale, affine
         self.program = Program(alphabet, tokens, X)
 
     def keep(self, rows):
-        return _Problem(self.alphabet, self.tokens[rows], self.free[rows], self.X, self.y, self.scale, self.affine)
+        """Return the same problem for some of the rows."""
+        common = self.X, self.y, self.weights, self.scale, self.affine
+        return _Problem(self.alphabet, self.tokens[rows], self.free[rows], *common)
 
     def values(self, constants):
         g = self.program(constants)
@@ -113,16 +128,17 @@ class _Problem:
             g, J = self.program.gradient(constants)
             J = np.where(np.isfinite(J) & self.free[:, :, None], J, 0.0)
             if self.affine:
-                a, b, centred, power = _projected(g, self.y)
-                whole = J
-                J = J - J.mean(2, keepdims=True)
+                a, b, centred, power = _projected(g, self.y, self.weights)
+                share = self.weights * self.weights / len(self.weights)
+                full = J * self.weights
+                J = (J - (J @ share)[:, :, None]) * self.weights
                 J = J - (J @ centred[:, :, None]) / power[:, None, None] * centred[:, None, :]
-                noise = (J * J).sum(2) < 1e-20 * (whole * whole).sum(2)  # a and b do what this constant does
-                J = np.where(noise[:, :, None], 0.0, b[:, None, None] * J)
+                redundant = (J * J).sum(2) < 1e-20 * (full * full).sum(2)  # a and b do what this constant does
+                J = np.where(redundant[:, :, None], 0.0, b[:, None, None] * J)
                 g = a[:, None] + b[:, None] * g
             else:
-                g, J = g / self.scale, J / self.scale
-            r = g - self.y
+                g, J = g / self.scale, J * (self.weights / self.scale)
+            r = (g - self.y) * self.weights
             fvu = (r * r).mean(1)
         return r, J, np.where(np.isfinite(fvu), fvu, np.inf)
 
@@ -204,43 +220,3 @@ def _bfgs(problem, constants, steps):
 
 
 METHODS = {"lm": _levenberg, "bfgs": _bfgs}
-
-
-def _tidy_values(v):
-    """Numbers that people write near v, the plainest first: 0, 1, -1, integers, fractions, multiples of pi and e."""
-    v = float(v)
-    near = [round(v * k) / k for k in (1, 2, 3, 4)]
-    near += [round(v * k / math.pi) * math.pi / k for k in (1, 2, 3, 4) if abs(v) * k < 5 * math.pi]
-    near += [round(v / math.e) * math.e] if abs(v) < 5 * math.e else []
-    return list(dict.fromkeys([0.0, 1.0, -1.0, *map(float, near)]))
-
-
-def tidy(alphabet, prefix, values, X, y):
-    """Round the constants of one formula where the fit allows -> prefix tokens, values, fvu; simplified.
-
-    One constant at a time becomes 0, 1, -1, an integer, a half, third or quarter, or a small multiple of pi or e; the
-    others are fitted again. It stays when the FVU is at most 1e-14, or what it was before times 1 + 4 / M.
-    """
-    rng = np.random.default_rng(0)
-    row = np.array([alphabet.encode(prefix)], np.uint8)
-    values = np.array([values], np.float64)
-    free = np.ones(values.shape, bool)
-    values, fvu = fit(alphabet, row, X, y, 1, rng, start=values, free=free)
-    limit = max(EXACT, fvu[0] * (1 + 4 / len(y)))
-    while free.any():
-        tried = [(rank, i, v) for i in np.flatnonzero(free[0]) for rank, v in enumerate(_tidy_values(values[0, i]))]
-        start, rest = np.repeat(values, len(tried), 0), np.repeat(free, len(tried), 0)
-        for k, (_, i, v) in enumerate(tried):
-            start[k, i], rest[k, i] = v, False
-        fitted, fvus = fit(alphabet, np.repeat(row, len(tried), 0), X, y, 1, rng, steps=20, start=start, free=rest)
-        good = [k for k in range(len(tried)) if fvus[k] <= limit]
-        if not good:
-            break
-        k = min(good, key=lambda k: (tried[k][0], fvus[k]))
-        values, free, fvu = fitted[k : k + 1], rest[k : k + 1], fvus[k : k + 1]
-        limit = max(EXACT, fvu[0] * (1 + 4 / len(y)))
-    try:
-        prefix, numbers = simplify(prefix, values[0].tolist(), alphabet.operators)
-    except NotReal:
-        numbers = values[0].tolist()
-    return prefix, numbers, float(fvu[0])

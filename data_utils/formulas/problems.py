@@ -3,7 +3,6 @@
 M points, D variables. Uy et al. 2011 (Nguyen), AI Feynman (arXiv 1905.11481), FastSRB (2508.14481), SRSD (2206.10540).
 """
 
-import csv
 import math
 import zlib
 from collections import namedtuple
@@ -132,40 +131,6 @@ def score(alphabet, candidate, problem):
                         nnrr=found["fvu_val"] <= max(SOLVED, 4 * attainable(problem) if noisy else 0.0),
                         length=candidate.length,
                         length_ratio=candidate.length / len(problem.formula.prefix))  # fmt: skip
-
-
-def read_table(path, target, most):
-    """Read a csv of numbers with a header -> X (M, D), y (M,), names of the columns x, name of y, rows dropped.
-
-    target: name of the column y, "" = the last. Rows with nan or inf are dropped. Raises DataError with row and column.
-    """
-    try:
-        with open(path, encoding="utf-8-sig", newline="") as file:
-            rows = [row for row in csv.reader(file) if row]
-    except (OSError, UnicodeDecodeError, csv.Error) as e:
-        raise DataError(f"--data {path}: {getattr(e, 'strerror', None) or e}") from e
-    if len(rows) < 3:
-        raise DataError(f"--data {path}: {max(0, len(rows) - 1)} rows of numbers: expected a header and 2 rows or more")
-    names = [name.strip() for name in rows[0]]
-    y = names.index(target) if target in names else len(names) - 1
-    if target and target not in names:
-        raise UsageError(f"--target {target}: the columns of {path} are {', '.join(names)}")
-    values = np.zeros((len(rows) - 1, len(names)))
-    for i, row in enumerate(rows[1:]):
-        if len(row) != len(names):
-            raise DataError(f"{path}: row {i + 2} has {len(row)} cells, the header {len(names)}")
-        for j, cell in enumerate(row):
-            try:
-                values[i, j] = float(cell)
-            except ValueError:
-                raise DataError(f"{path}: row {i + 2}, column {names[j]}: {cell!r} is no number") from None
-    kept = values[np.isfinite(values).all(1)]
-    if len(kept) < 2:
-        raise DataError(f"{path}: {len(kept)} rows without nan or inf: expected 2 or more")
-    others = [j for j in range(len(names)) if j != y]
-    if not 1 <= len(others) <= most:
-        raise DataError(f"{path}: {len(others)} columns besides {names[y]}: the model takes 1 to {most}")
-    return kept[:, others], kept[:, y], [names[j] for j in others], names[y], len(values) - len(kept)
 
 
 def terms(alphabet, texts, names):

@@ -12,18 +12,29 @@ import numpy as np
 import torch
 
 from data_utils.formulas.expressions import evaluate
-from data_utils.formulas.fit import EXACT, fit, refine, tidy, wrap
+from data_utils.formulas.fit import fit, refine, wrap
+from data_utils.formulas.forms import screen, starts, terms
+from data_utils.formulas.scaling import decades, scaled, unscaled
+from data_utils.formulas.score import Data, padded_columns, rank_formula, refit, structure_bits
 from data_utils.formulas.simplify import NotReal, simplify
 from data_utils.formulas.skeletons import make_chunk, operator_weights
 from data_utils.formulas.sums import Library
-from models.set_transformer import EXPONENT
 
 ROUND = 128  # candidates that are fitted together
 ARCHIVE, DONORS = 100, 6000  # candidates that are bred from; proposals that lend them parts
 PERFECT = 1e-22  # FVU (MSE over the variance of y) that the formula itself stays below; those close to it don't
 SOLVED = 2.0**-23  # FVU below which float32 sees no difference
 FIT_POINTS, LONGEST, CONSTANTS = 64, 24, 6
-TIDIED, TIDIED_NOISY = 20, 60  # of the best that are rounded; under noise plain constants decide between many
+EXACT = 1e-14  # FVU below which the search does not look for a better fit, only for a shorter formula
+SEARCHED, ROUGH, REFITTED = 512, 1000, 8  # rows that the search sees, that rank; formulas fitted to all rows
+SEARCHING, MARGIN = 0.7, 0.3  # share of max_seconds before ranking begins; seconds that ranking leaves over
+SHAPES, STARTS = 256, 3  # general forms that are fitted together; starts of each that are fitted well
+EXTENDED = 6  # forms of each number of constants to which a plain term is added
+SHAPING, AFTER_STOP = 0.35, 2.0  # share of max_seconds for them; seconds of ranking after Ctrl+C
+ALWAYS = 3  # candidates that are ranked, whatever the deadline
+RANGE = 60  # decades of y beyond which it is ranked scaled
+SCREENED = 5  # columns that are searched, where there are more
+DONATED, FINAL = 40, 40  # general forms that are bred from; candidates of each kind that are ranked
 SUMS, KEPT, LONGEST_SUM = 16, 8, 40  # searches for sums in a round, sums that are fitted, tokens of one
 DRAWS = 4096  # trees of the prior that are drawn at a time
 HOT = 1.3  # temperature of the draws once they repeat themselves
@@ -157,10 +168,10 @@ def _inside(alphabet, row):
 
 def padded(rows):
     """Id lists -> (N, L) uint8."""
-    found = np.zeros((len(rows), max(map(len, rows))), np.uint8)
+    tokens = np.zeros((len(rows), max(map(len, rows))), np.uint8)
     for i, row in enumerate(rows):
-        found[i, : len(row)] = row
-    return found
+        tokens[i, : len(row)] = row
+    return tokens
 
 
 def fvu(y, predicted):
@@ -168,154 +179,276 @@ def fvu(y, predicted):
     return float(np.mean((y - predicted) ** 2) / np.var(y)) if np.isfinite(predicted).all() else np.inf
 
 
-def predict(alphabet, candidate, X):
-    """Values of a candidate at X (M, D): (M,)."""
-    columns = np.zeros((len(X), len(alphabet.variables)))
-    columns[:, : X.shape[1]] = X
-    constants = np.asarray(candidate.constants, float)[None] if len(candidate.constants) else np.zeros((1, 1))
-    return evaluate(alphabet, padded([candidate.prefix]), constants, columns[None])[0]
+def predict(alphabet, formula, X):
+    """Values of a formula (prefix tokens and constants, as in Ranked) at X (M, D): (M,)."""
+    constants = np.asarray(formula.constants, float)[None] if len(formula.constants) else np.zeros((1, 1))
+    row = np.array([alphabet.encode(formula.prefix)], np.uint8)
+    return evaluate(alphabet, row, constants, padded_columns(alphabet, X)[None])[0]
 
 
-def find_formula(propose, X, y, *, alphabet, pool, rng, prior=None, choices=512, evolve=0.7, restarts=4, parsimony=0.05,
-                 max_seconds=0.0, refiner="lm", rank="mdl", stop=False):  # fmt: skip
-    """Search a formula y = f(x) -> (list of Candidate, best first; how many were fitted).
+class Search:
+    """The candidates of one search, in units near 1, under one kind of residuals (see score.Data.weights).
 
-    propose: Network or Prior; prior: where half the proposals come from once it repeats itself. X: (M, D), y: (M,),
-    finite. Rounds go on until `choices` were tried, or with max_seconds until these are over. A perfect fit ends
-    them after as many candidates again, since a simpler one may follow. rank: what is returned is ordered by `bits`
-    ("mdl") or by the score of the search. Columns far from 1 are searched over powers of two, as the network sees them.
+    exclude: token lists that may not occur in a formula; longest: tokens of a formula at most.
     """
-    (X, powers), (y, power) = into_range(X), into_range(y)
-    start, seen, donors, archive, sums, plain = time.monotonic(), set(), [], [], [], []
-    tried, hot, enough = 0, False, math.inf
-    columns = np.zeros((len(X), len(alphabet.variables)))
-    columns[:, : X.shape[1]] = X
-    D, longest = X.shape[1], max(LONGEST, pool.max_length)
-    few = rng.permutation(len(y))[:FIT_POINTS]
-    library = Library(alphabet, columns[few], y[few])
 
-    def unseen(rows, longest):
-        keys = {normal(alphabet, row, longest) for row in rows} - seen - {None}
-        seen.update(keys)
-        return sorted(keys)
+    def __init__(self, alphabet, pool, data, relative, parsimony, rng, exclude=(), longest=0):
+        self.alphabet, self.pool, self.data, self.rng = alphabet, pool, data, rng
+        self.relative, self.parsimony, self.exclude = relative, parsimony, exclude
+        self.columns, self.weights = padded_columns(alphabet, data.X), data.weights[relative]
+        self.longest = longest or max(LONGEST, pool.max_length)
+        self.longest_sum = longest or LONGEST_SUM
+        few = rng.permutation(data.n)[:FIT_POINTS]
+        self.library = Library(alphabet, self.columns[few], data.y[few], self.weights[few])
+        self.seen, self.donors, self.hot, self.tried = set(), [], False, 0
+        self.archive, self.sums, self.shapes, self.front = [], [], [], []
 
-    def fitted(rows, by, **settings):
+    def unseen(self, rows, longest):
+        """Return the normal forms of id lists that are new and allowed, in a fixed order."""
+        keys = {normal(self.alphabet, row, longest) for row in rows} - self.seen - {None}
+        self.seen.update(keys)
+        return sorted(key for key in keys if not contains(self.alphabet.decode(key), self.exclude))
+
+    def fitted(self, rows, by, **settings):
+        """Fit a + b g for id lists -> Candidates. Those with as many constants as points, less one, are left out."""
         if not rows:
             return []
-        constants, error = by(alphabet, padded(rows), columns, y, rng=rng, affine=True, **settings)
-        return [
-            scored(row, c[: 2 + row.count(alphabet.constant)], e, parsimony)
-            for row, c, e in zip(rows, constants, error, strict=True) if np.isfinite(e)
-        ]  # fmt: skip
+        constants, error = by(self.alphabet, padded(rows), self.columns, self.data.y, rng=self.rng, affine=True,
+                              weights=self.weights, **settings)  # fmt: skip
+        return self.candidates(rows, constants, error)
 
-    def best(candidates):
+    def candidates(self, rows, constants, error):
+        """Return Candidates of fitted id lists, without those that have too many constants for the points."""
+        candidates = []
+        for row, c, e in zip(rows, constants, error, strict=True):
+            count = 2 + list(row).count(self.alphabet.constant)
+            if np.isfinite(e) and count < max(self.data.n - 1, 3):
+                score = np.log10(max(e, EXACT)) + self.parsimony * len(row)
+                candidates.append(Candidate(list(row), c[:count].tolist(), float(e), len(row), float(score)))
+        return candidates
+
+    def bits(self, candidate):
+        """Return roughly the bits of a candidate, before its constants are looked at one by one."""
+        n, count = self.data.n, len(candidate.constants)
+        error = max(candidate.fvu, 1e-24)
+        digits = 1 + max(0.5 * math.log2(n), 0.5 * math.log2(n / error))
+        structure = structure_bits(self.alphabet.decode(candidate.prefix), self.data.D)
+        return structure + count * digits + self.data.residual_bits(error, min(count, n - 1), self.relative)
+
+    def fit_shapes(self, deadline, batch=None):
+        """Fit the general forms of forms.py, all of them roughly, then the most promising well.
+
+        batch: (id list, start of its constants) of these forms, where they are known. Returns those that fitted best.
+        """
+        batch = batch or [
+            (self.alphabet.encode(prefix), constants)
+            for prefix, constants in starts(self.alphabet, self.data, self.weights, self.rng)
+            if len(prefix) <= self.longest_sum and not contains(prefix, self.exclude)
+        ]
+        few = self.rng.permutation(self.data.n)[:FIT_POINTS]
+        rough = self._shapes(batch, few, 8, deadline)
+        kept = {}
+        rough.sort(key=self.bits)
+        for candidate in rough:
+            starting = kept.setdefault(tuple(candidate.prefix), [])
+            if len(starting) < STARTS:
+                starting.append((candidate.prefix, candidate.constants[2:]))
+        chosen = [start for starting in list(kept.values())[:SHAPES] for start in starting]
+        unique = {}
+        for candidate in sorted(self._shapes(chosen, slice(None), 60, deadline), key=lambda c: c.fvu):
+            unique.setdefault(tuple(candidate.prefix), candidate)
+        longer, counts = [], {}
+        for shape in sorted(unique.values(), key=self.bits):
+            count = counts[len(shape.constants)] = counts.get(len(shape.constants), 0) + 1
+            for term in terms(self.data.D) if count <= EXTENDED else ():
+                prefix = ["+", *self.alphabet.decode(shape.prefix), "*", "<constant>", *term]
+                if self.alphabet.ids.keys() >= set(prefix) and not contains(prefix, self.exclude):
+                    longer.append((self.alphabet.encode(prefix), [*shape.constants[2:], 0.0]))
+        for candidate in sorted(self._shapes(longer, slice(None), 30, deadline), key=lambda c: c.fvu):
+            unique.setdefault(tuple(candidate.prefix), candidate)
+        self.shapes = sorted(unique.values(), key=self.bits)
+        self.tried += len(batch) + len(longer)
+        self.keep(archive=self.shapes[:DONATED])
+        return [(c.prefix, c.constants[2:]) for c in rough[: len(rough) // 4]]
+
+    def _shapes(self, batch, points, steps, deadline):
+        """Fit (id list, start of its constants) to some points -> Candidates."""
+        candidates = []
+        for a in range(0, len(batch), SHAPES):
+            if time.monotonic() > deadline:
+                break
+            rows, start = [row for row, _ in batch[a : a + SHAPES]], [c for _, c in batch[a : a + SHAPES]]
+            padded_start = np.ones((len(rows), max(1, *map(len, start))))
+            for i, constants in enumerate(start):
+                padded_start[i, : len(constants)] = constants
+            fitted = fit(self.alphabet, padded(rows), self.columns[points], self.data.y[points], 1, self.rng,
+                         steps=steps, affine=True, start=padded_start, weights=self.weights[points])  # fmt: skip
+            candidates += self.candidates(rows, *fitted)
+        return candidates
+
+    def best(self, candidates):
         return sorted(candidates, key=lambda candidate: candidate.score)[:ARCHIVE]
 
-    while not stop and tried < enough and (time.monotonic() - start < max_seconds if max_seconds else tried < choices):
-        n = min(ROUND, choices - tried) if not max_seconds else ROUND
-        bred = int(n * evolve) if len(archive) >= 20 else 0
+    def keep(self, archive=(), sums=()):
+        """Take up fitted candidates."""
+        self.archive, self.sums = self.best(self.archive + list(archive)), self.best(self.sums + list(sums))
+        self.front = front(self.front + list(archive) + list(sums))
+
+    def breed(self, propose, prior, n, evolve, restarts, refiner):
+        """Fit about n candidates: proposals and offspring of the best so far, then sums of parts that they had."""
+        rng, D = self.rng, self.data.D
+        bred = int(n * evolve) if len(self.archive) >= 20 else 0
         new = []
-        if not bred or len(donors) < DONORS // 2 or rng.random() < 0.3:
-            if hot and prior:
+        if not bred or len(self.donors) < DONORS // 2 or rng.random() < 0.3:
+            if self.hot and prior:
                 new = propose(rng, (n - bred + 1) // 2, HOT) + prior(rng, (n - bred) // 2)
             else:
                 new = propose(rng, n - bred)
-            donors = (donors + new)[-DONORS:]
-        rows = unseen(new, longest)
-        hot = hot or len(rows) < len(new) / 2
-        parents = [candidate.prefix for candidate in archive]
-        rows += unseen([offspring(rng, parents, donors, alphabet, pool, D) for _ in range(bred)], longest)
-        found = fitted(rows, refine, method=refiner, points=FIT_POINTS, restarts=restarts)
-        archive, plain = best(archive + found), front(plain + found)
-        tried += len(new) + bred
+            self.donors = (self.donors + new)[-DONORS:]
+        rows = self.unseen(new, self.longest)
+        self.hot = self.hot or len(rows) < len(new) / 2
+        parents = [candidate.prefix for candidate in self.archive]
+        offsprings = [offspring(rng, parents, self.donors, self.alphabet, self.pool, D) for _ in range(bred)]
+        rows += self.unseen(offsprings, self.longest)
+        self.keep(archive=self.fitted(rows, refine, method=refiner, points=FIT_POINTS, restarts=restarts))
+        self.tried += len(new) + bred
         if evolve:
-            library.add(new)
-            pairs = sorted(pair for _ in range(SUMS) for pair in library(rng, parsimony))
-            shares = [Candidate(row, [], score - parsimony * len(row), len(row), score) for score, row in pairs]
+            self.library.add(new)
+            pairs = sorted(pair for _ in range(SUMS) for pair in self.library(rng, self.parsimony))
+            shares = [Candidate(row, [], score - self.parsimony * len(row), len(row), score) for score, row in pairs]
             new = [candidate.prefix for candidate in shares[:KEPT] + front(shares)]
-            found = fitted(unseen(new, LONGEST_SUM), fit, restarts=2, steps=20)
-            sums, plain = best(sums + found), front(plain + found)
-            tried += len(new)
-        first = best(archive[:1] + sums[:1])[:1]
-        if enough == math.inf and first and first[0].fvu <= PERFECT:
-            if finish(first, columns, y, alphabet, parsimony)[0].fvu <= SOLVED:
-                enough = 2 * tried
-            else:  # written out, its large constants cancel
-                (archive if archive and first[0] is archive[0] else sums).pop(0)
-    found = best(archive + sums)
-    exact = found and found[0].fvu <= SOLVED
-    found = finish(
-        found[: TIDIED if exact else TIDIED_NOISY] + ([] if exact else plain), columns, y, alphabet, parsimony
-    )
-    if rank == "mdl":
-        found = best(c._replace(score=bits(alphabet, c, len(y))) for c in found)
-    if power or powers.any():
-        found = [put_back(alphabet, candidate, powers, power) for candidate in found]
-    return found, tried
+            self.keep(sums=self.fitted(self.unseen(new, self.longest_sum), fit, restarts=2, steps=20))
+            self.tried += len(new)
+
+    def leader(self):
+        """Return the Candidate with the best score so far, or None."""
+        return min(self.archive[:1] + self.sums[:1], key=lambda candidate: candidate.score, default=None)
+
+    def finalists(self):
+        """Return all candidates that may be the answer, the most promising first."""
+        pool = {}
+        for candidate in self.shapes[:FINAL] + self.archive[:FINAL] + self.sums[:FINAL] + self.front:
+            key = tuple(candidate.prefix), tuple(f"{c:.6g}" for c in candidate.constants)
+            pool.setdefault(key, candidate)
+        return sorted(pool.values(), key=self.bits)
 
 
-def into_range(x):
-    """x (M, ...) -> (x 2^-powers, powers (...)): 0 but where the largest magnitude lies outside 2^-60 and 2^60."""
-    largest = np.abs(x).max(0)
-    outside = (largest > 0) & ((largest < 2.0**-EXPONENT) | (largest > 2.0**EXPONENT))
-    powers = np.where(outside, np.frexp(largest)[1] - 1, 0).clip(-1000, 1000)
-    return np.ldexp(x, -powers), powers
+def contains(prefix, excluded):
+    """Whether one of the token lists stands somewhere in prefix tokens."""
+    prefix = list(prefix)
+    return any(prefix[i : i + len(part)] == list(part) for part in excluded for i in range(len(prefix)))
 
 
-def put_back(alphabet, candidate, powers, power):
-    """A Candidate about columns over 2^powers and y over 2^power -> one about the columns and y themselves."""
-    numbers, constants = iter(candidate.constants), [2.0 ** int(power)] if power else []
-    prefix = ["*", "<constant>"] if power else []
-    for token, i in zip(alphabet.decode(candidate.prefix), candidate.prefix, strict=True):
-        k = i - alphabet.first_variable
-        if 0 <= k < len(powers) and powers[k]:
-            prefix += ["*", "<constant>"]
-            constants.append(2.0 ** -int(powers[k]))
-        prefix.append(token)
-        constants += [next(numbers)] if token == "<constant>" else []
+def find_formula(
+    propose, X, y, *, alphabet, pool, rng, prior=None, choices=512, evolve=0.7, restarts=4, parsimony=0.05,
+    max_seconds=0.0, refiner="lm", sigma=None, half=None, exclude=(), longest=0, shapes=True, stop=False, watch=None,
+):  # fmt: skip
+    """Search a formula y = f(x) -> (list of score.Ranked, best first; how many candidates were fitted).
+
+    propose: Network or Prior; prior: where half the proposals come from once it repeats itself. X: (M, D), y: (M,),
+    finite; sigma: (M,) uncertainties of y; half: (M,) half a unit of the last digit of y as it was written. exclude:
+    token lists that may not occur; longest: tokens of a formula at most. Rounds go on until `choices` were tried, or
+    with max_seconds until these are nearly over: the rest is for ranking. A perfect fit ends them after as many
+    candidates again, since a simpler one may follow. Ctrl+C ends them too. The search sees columns in units near 1, so
+    that its answer does not depend on units. watch(best Candidate, seconds) is called after each round.
+    """
+    begin = time.monotonic()
+    deadline = begin + max_seconds if max_seconds else math.inf
+    X, y = np.asarray(X, float), np.asarray(y, float)
+    powers, power = decades(X), int(decades(y))
+    rows = np.sort(rng.permutation(len(y))[:SEARCHED])
+    near = Data(scaled(X[rows], powers), scaled(y[rows], power), None if sigma is None else sigma[rows],
+                None if half is None else scaled(half[rows], power))  # fmt: skip
+    active = list(range(X.shape[1]))
+    if isinstance(propose, Prior):
+        active = screen(near.X, near.y, near.weights[False], rng, SCREENED)
+        if len(active) < X.shape[1]:
+            near.X, near.D = near.X[:, active], len(active)
+            propose = prior = Prior(alphabet, pool, len(active), propose.held)
+    searches = [Search(alphabet, pool, near, relative, parsimony, rng, exclude, longest) for relative in (False, True)
+                if near.weights[relative] is not None]  # fmt: skip
     try:
-        prefix, constants = simplify(prefix, constants, alphabet.operators)
-    except NotReal:  # beyond the range of floats: it stays as it is
-        pass
-    return candidate._replace(prefix=alphabet.encode(prefix), constants=constants, length=len(prefix))
+        if shapes:
+            batch = None
+            for search in reversed(searches):  # residuals in proportion to y first: they see small values too
+                batch = search.fit_shapes(begin + SHAPING * max_seconds if max_seconds else math.inf, batch)
+            searches.sort(key=lambda search: search.bits(search.shapes[0]) if search.shapes else math.inf)
+        search, enough = searches[0], math.inf
+        choices += search.tried
+        spent, slowest = time.monotonic() - begin, 0.0
+        while not stop and search.tried < enough:
+            if spent + slowest > SEARCHING * max_seconds if max_seconds else search.tried >= choices:
+                break
+            n = ROUND if max_seconds else min(ROUND, choices - search.tried)
+            search.breed(propose, prior, n, evolve, restarts, refiner)
+            leader = search.leader()
+            if enough == math.inf and leader and leader.fvu <= PERFECT and near.n - len(leader.constants) >= 5:
+                enough = 2 * search.tried
+            now = time.monotonic() - begin
+            spent, slowest = now, max(slowest, now - spent)
+            if watch and leader:
+                watch(leader, spent)
+    except KeyboardInterrupt:
+        deadline = min(deadline, time.monotonic() + AFTER_STOP)
+    candidates = searches[0].finalists()
+    for other in searches[1:]:
+        candidates += other.finalists()[: FINAL // 2]
+    shift = power if abs(power) > RANGE else 0  # of y while formulas are ranked: its squares must stay floats
+    if shift:
+        y, half = scaled(y, shift), None if half is None else scaled(half, shift)
+    data = Data(X, y, sigma, half)
+    formulas = ranking(alphabet, candidates, data, active, powers, power - shift, rng, deadline, exclude)
+    return [in_units(alphabet, formula, shift) for formula in formulas], sum(search.tried for search in searches)
+
+
+def in_units(alphabet, formula, power):
+    """Return a Ranked formula about y / 10^power as one about y."""
+    if not power:
+        return formula
+    zeros = np.zeros(len(alphabet.variables), int)
+    raw = unscaled(formula.prefix, formula.constants, zeros, power, alphabet.operators)
+    return formula if raw is None else formula._replace(prefix=raw[0], constants=raw[1], length=len(raw[0]))
+
+
+def ranking(alphabet, candidates, data, active, powers, power, rng, deadline, exclude=()):
+    """Return candidates about the `active` columns, scaled, as Ranked formulas about columns in the user's units.
+
+    Best first, and the mean of y is among them. Of many rows some decide the order, and the first formulas are fitted
+    to all of them. Candidates that the deadline leaves no time for are left out.
+    """
+    rough = data if data.n <= ROUGH else data.subset(np.sort(rng.permutation(data.n)[:ROUGH]))
+    formulas = [rank_formula(alphabet, ["<constant>"], [float(np.mean(rough.y))], rough)]
+    names = {f"x{i + 1}": f"x{j + 1}" for i, j in enumerate(active)}
+    for place, candidate in enumerate(candidates):
+        if time.monotonic() > deadline - MARGIN * (1 if rough is data else 3) and place >= ALWAYS:
+            break
+        tokens = wrap(alphabet.decode(candidate.prefix))
+        raw = unscaled(tokens, candidate.constants, powers[active], power, alphabet.operators)
+        if raw is not None:
+            prefix = [names.get(token, token) for token in raw[0]]
+            if all(token in alphabet.ids for token in prefix):
+                formulas.append(rank_formula(alphabet, prefix, raw[1], rough))
+    distinct = {}
+    for formula in sorted(filter(None, formulas), key=lambda formula: formula.bits):
+        if not contains(formula.prefix, exclude):
+            distinct.setdefault((*formula.prefix, *(f"{c:.5g}" for c in formula.constants)), formula)
+    if rough is data:
+        return list(distinct.values())
+    refitted = []
+    for formula in list(distinct.values())[:REFITTED]:
+        if not refitted or time.monotonic() < deadline - MARGIN:
+            refitted.append(refit(alphabet, formula, data))
+    return sorted(filter(None, refitted), key=lambda formula: formula.bits)
 
 
 def front(candidates):
     """Of each length the best, if it is better than all shorter ones: under noise the longest fit best."""
-    found, least = [], math.inf
+    best, least = [], math.inf
     for candidate in sorted(candidates, key=lambda candidate: (candidate.length, candidate.fvu)):
         if candidate.fvu < least:
-            found.append(candidate)
+            best.append(candidate)
             least = candidate.fvu
-    return found
-
-
-def scored(row, constants, error, parsimony):
-    """A Candidate with its score, the lower the better."""
-    score = np.log10(max(error, EXACT)) + parsimony * len(row)
-    return Candidate(list(row), [float(c) for c in constants], float(error), len(row), float(score))
-
-
-def bits(alphabet, candidate, n):
-    """Description length of a Candidate and of n residuals (Rissanen 1978), in bits up to a constant.
-
-    A token costs the log of how many there are; an integer its digits; another constant half a log of n besides.
-    """
-    operators = len(alphabet.operators) + len(alphabet.variables) + 1
-    numbers = sum(math.log2(1 + abs(c)) + (1 if c == round(c) else 1 + math.log2(n) / 2) for c in candidate.constants)
-    residuals = n / 2 * math.log2(max(candidate.fvu, EXACT))
-    return candidate.length * math.log2(operators) + numbers + residuals
-
-
-def finish(archive, columns, y, alphabet, parsimony):
-    """Write out a + b g, round the constants of the best where that costs nothing -> candidates, best first."""
-    found = {}
-    for candidate in archive:
-        whole = wrap(alphabet.decode(candidate.prefix))
-        prefix, constants, error = tidy(alphabet, whole, candidate.constants, columns, y)
-        same = (*prefix, *(f"{c:.6g}" for c in constants))
-        found.setdefault(same, scored(alphabet.encode(prefix), constants, error, parsimony))
-    return sorted(found.values(), key=lambda candidate: candidate.score)
+    return best
 
 
 def solve_problems(model, batches, numbers, choices, seed, stop=False):

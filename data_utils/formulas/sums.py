@@ -7,29 +7,36 @@ powers, its square a root, its inverse a fraction. K parts, M points, W sets in 
 import numpy as np
 
 from data_utils.formulas.expressions import Program
-from data_utils.formulas.fit import EXACT
 from data_utils.formulas.prompts import subtrees
 
 LONGEST, MOST, LARGEST = 7, 3000, 1e12  # tokens of a part, parts of a library, what a part may be
 DRAWN, PAIRS, TERMS, WIDTH = 64, 32, 6, 16  # parts of a search and products of them, parts of a sum, sets in the beam
+EXACT = 1e-14  # share of the variance below which no better sum is looked for
 RELATED = 1e-10  # share of a part's power beyond what was chosen already: less is rounding
 
-# h -> what undoes it; values of y that h can't have become nan or inf
+# h -> what undoes it, where values of y that h can't have become nan or inf; and the slope of that
 LINKS = {
-    "": lambda y: y,
-    "exp": np.log,
-    "pow1_2": lambda y: np.where(y < 0, np.nan, y * y),
-    "inv": lambda y: 1 / y,
-    "log": np.exp,
+    "": (lambda y: y, np.ones_like),
+    "exp": (np.log, lambda y: 1 / y),
+    "pow1_2": (lambda y: np.where(y < 0, np.nan, y * y), lambda y: 2 * y),
+    "inv": (lambda y: 1 / y, lambda y: 1 / (y * y)),
+    "log": (np.exp, np.exp),
 }
 
 
-def choose(parts, y, *, width=WIDTH, most=TERMS):
+def centred(parts, weights):
+    """Return rows (K, M) or a row (M,) without the weighted mean, times the weights (M,)."""
+    share = weights * weights / np.sum(weights * weights)
+    return (parts - (parts @ share)[..., None]) * weights
+
+
+def choose(parts, y, weights=None, *, width=WIDTH, most=TERMS):
     """Which rows of `parts` (K, M) sum up to y (M,) -> list of (share of its variance left, tuple of rows).
 
     Each step adds to the `width` best sets the parts that explain most of what they leave.
     """
-    parts, y = parts - parts.mean(1, keepdims=True), y - y.mean()
+    weights = np.ones(len(y)) if weights is None else weights
+    parts, y = centred(parts, weights), centred(y, weights)
     power, whole = (parts * parts).sum(1), y @ y
     left, rest, sets, found = y[None], parts[None], [()], []  # of y, of the parts: orthogonal to each set
     for _ in range(most):
@@ -53,12 +60,13 @@ def choose(parts, y, *, width=WIDTH, most=TERMS):
     return found
 
 
-def plain_pairs(parts, y, most=WIDTH):
+def plain_pairs(parts, y, weights=None, most=WIDTH):
     """Sums and differences of two rows of `parts` (K, M) that y (M,) is linear in -> list of (share left, i, sign, k).
 
     A constant less than `choose` asks for: under noise that is what tells the law from what fits as well.
     """
-    parts, y = parts - parts.mean(1, keepdims=True), y - y.mean()
+    weights = np.ones(len(y)) if weights is None else weights
+    parts, y = centred(parts, weights), centred(y, weights)
     gram, along, whole = parts @ parts.T, parts @ y, y @ y
     i, k = np.triu_indices(len(parts), 1)
     found = []
@@ -74,8 +82,9 @@ def plain_pairs(parts, y, most=WIDTH):
 class Library:
     """Parts without constants that proposals had, their values at X (M, all variables), y (M,), how often they came."""
 
-    def __init__(self, alphabet, X, y):
+    def __init__(self, alphabet, X, y, weights=None):
         self.alphabet, self.X, self.y = alphabet, X, y
+        self.weights = np.ones(len(y)) if weights is None else weights  # of residuals of y
         self.counts, self.values = {}, {}
         self.add([(alphabet.first_variable + v,) for v in np.flatnonzero(np.ptp(X, 0)).tolist()])
 
@@ -109,20 +118,22 @@ class Library:
         chosen = rng.choice(len(names), min(DRAWN, len(names)), replace=False, p=weights / weights.sum())
         parts = {names[i]: values[i] for i in chosen}
         with np.errstate(all="ignore"):
-            y = LINKS[link](self.y)
+            undo, slope = LINKS[link]
+            y, weights = undo(self.y), self.weights / np.abs(slope(self.y))
             if link != "exp":
                 pairs = rng.choice(chosen, (PAIRS, 2))
                 parts |= {(ids["*"], *names[i], *names[k]): values[i] * values[k] for i, k in pairs}
             elif "log" in ids:  # sums of logs are products
                 parts |= {(ids["log"], *g): np.log(v) for g, v in parts.items() if (v > 0).all()}
         largest = np.abs(y).max()
-        if not np.isfinite(y).all() or np.ptp(y) <= RELATED * largest:
+        if not np.isfinite(y).all() or np.ptp(y) <= RELATED * largest or not 0 < weights.max() < np.inf:
             return []
+        weights = weights / weights.max()
         names, values = list(parts), np.array(list(parts.values()))
-        found = choose(values, y / largest)
+        found = choose(values, y / largest, weights)
         rows = [self._row(link, [names[i] for i in chosen]) for _, chosen in found]
         signs = {1: ids["+"], -1: ids.get("-")}
-        for share, i, sign, k in plain_pairs(values, y / largest) if signs[-1] else ():
+        for share, i, sign, k in plain_pairs(values, y / largest, weights) if signs[-1] else ():
             found.append((share, (i, k)))
             rows.append(self._row(link, [(signs[sign], *names[i], *names[k])]))
         return [(np.log10(max(share, EXACT)) + parsimony * len(row), row)

@@ -1,13 +1,11 @@
-"""Fits in batches against one plain fit at a time; what tidying restores."""
-
-import math
+"""Fits in batches against one plain fit at a time."""
 
 import numpy as np
 import pytest
 
 from data_utils.errors import UsageError
 from data_utils.formulas.expressions import OPERATORS, Alphabet, evaluate, parse_formula
-from data_utils.formulas.fit import fit, refine, tidy, wrap
+from data_utils.formulas.fit import fit, refine, wrap
 
 ALPHABET = Alphabet(OPERATORS, ["x1", "x2"])
 FORMULAS = {  # starts near these constants find them
@@ -144,31 +142,19 @@ def test_two_rounds_find_the_law_among_others():
         assert fvu.argmin() == 1 and fvu[1] < 1e-12 and constants.shape == (12, truth.shape[1] + 2 * affine)
 
 
-@pytest.mark.parametrize("text, expected", [
-    ("2*x1 + sin(x2/2)", "+ mult2 x1 sin div2 x2"),
-    ("sin(pi*x1) + x2", "+ x2 sin * np.pi x1"),
-    ("x1**2/4 + 0*x2", "div4 pow2 x1"),
-    ("exp(-x1)*3", "mult3 exp neg x1"),
-])  # fmt: skip
-def test_tidy_restores_plain_numbers_under_noise(text, expected):
-    X, rng = points(200), np.random.default_rng(3)
-    law = text.replace("2*x1", "2.0*x1").replace("x2/2", "0.5*x2").replace("pi*x1", "3.1415926535897931*x1")
-    law = law.replace("x1**2/4", "0.25*x1**2").replace("-x1", "-1.0*x1")
-    prefix, truth = parse_formula(law, ["x1", "x2"])
-    tokens = np.array([ALPHABET.encode(prefix)], np.uint8)
-    y = evaluate(ALPHABET, tokens, np.array([truth]), X[None])[0]
-    y += 0.01 * y.std() * rng.normal(size=len(y))
-    constants, before = fit(ALPHABET, tokens, X, y, 1, rng, start=np.array([truth]) * 1.03 + 0.01)
-    assert all(v not in (2, 0.5, 0.25, math.pi) for v in constants[0])
-    prefix, values, fvu = tidy(ALPHABET, prefix, constants[0].tolist(), X, y)
-    assert " ".join(prefix) == expected and values == []
-    assert fvu <= before[0] * (1 + 4 / len(y)) + 1e-14
-
-
-def test_tidy_keeps_what_it_must():
-    X = points(50)
-    prefix, truth = parse_formula("1.2345*x1 + 0.777", ["x1", "x2"])
-    y = 1.2345 * X[:, 0] + 0.777
-    prefix, values, fvu = tidy(ALPHABET, prefix, truth, X, y)
-    assert " ".join(prefix) == "+ * <constant> x1 <constant>" and fvu < 1e-20
-    np.testing.assert_allclose(values, truth, rtol=1e-9)
+def test_weights_are_those_of_a_plain_weighted_fit():
+    rng = np.random.default_rng(0)
+    X, weights = rng.uniform(0.5, 2, (30, len(ALPHABET.variables))), rng.uniform(0.1, 3, 30)
+    y = 2 + 3 * X[:, 0] ** 1.7 + 0.1 * rng.standard_normal(30)
+    row = np.array([ALPHABET.encode("pow x1 <constant>".split())], np.uint8)
+    (a, b, p), fvu = (x[0] for x in fit(ALPHABET, row, X, y, 4, rng, affine=True, weights=weights))
+    A = np.column_stack([np.ones(30), X[:, 0] ** p])
+    solution = np.linalg.lstsq(A * weights[:, None], y * weights, rcond=None)[0]
+    assert (a, b) == pytest.approx(tuple(solution), rel=1e-8)
+    mean = np.average(y, weights=weights**2)
+    expected = np.sum((weights * (A @ solution - y)) ** 2) / np.sum((weights * (y - mean)) ** 2)
+    assert fvu == pytest.approx(expected, rel=1e-8)
+    for moved in (0.999, 1.001):  # no other exponent is better
+        other = np.column_stack([np.ones(30), X[:, 0] ** (p * moved)])
+        rest = other @ np.linalg.lstsq(other * weights[:, None], y * weights, rcond=None)[0] - y
+        assert np.sum((weights * rest) ** 2) / np.sum((weights * (y - mean)) ** 2) > fvu

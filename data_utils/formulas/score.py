@@ -1,0 +1,345 @@
+"""The score of a formula in bits: how long a message with the formula and what it leaves of the data would be.
+
+bits = operators and variables + constants + residuals (minimum description length, Rissanen 1978). M points, C free
+constants, FVU = MSE / Var(y).
+
+- Operators cost what Guimera et al. ("A Bayesian machine scientist", Science Advances 6, 2020) counted in named
+  equations; variables the logarithm of how many there are; functions within functions cost extra.
+- A constant costs the digits that the data can tell, log2(|c| / its standard error), as in Bartlett et al.
+  (arXiv 2211.11461); a plain number only its few digits.
+- Residuals are normal with a standard deviation that is the same for all points, or in proportion to y, whichever is
+  shorter, and never below the rounding of y.
+"""
+
+import math
+from collections import namedtuple
+
+import numpy as np
+
+from data_utils.formulas.expressions import LITERALS, OPERATORS, Program
+from data_utils.formulas.fit import fit, spread
+from data_utils.formulas.simplify import NotReal, simplify
+
+NATS = {"+": 5.8, "-": 3.4, "*": 5.0, "/": 5.9, "pow": 6.5, "pow2": 3.3, "pow3": 6.0, "exp": 4.8, "log": 4.7,
+        "pow1_2": 4.8, "sin": 6.0, "cos": 5.5, "tan": 8.1, "sinh": 8.0, "cosh": 8.1, "tanh": 7.8, "abs": 6.3,
+        "inv": 5.9, "neg": 3.4, "pow4": 6.5, "pow5": 7.0}  # fmt: skip
+RARE = 8.0  # nats of an operator that the paper does not count
+NESTED = 8.0  # bits of a function inside another
+TRIGONOMETRIC = ("sin", "cos", "tan")
+FUNCTIONS = {*TRIGONOMETRIC, "exp", "log", "sinh", "cosh", "tanh", "asin", "acos", "atan", "asinh", "acosh", "atanh"}
+PRECISION, ROUNDING = 1e-12, 1e-16  # of y where nothing is known: of each value, and of the largest (float64)
+TOO_FAR = 0.5  # residuals in proportion to y above this are none
+SIGN = 1.0  # bits of a constant besides its digits
+DIGIT = math.log2(10)
+SNAPS = 6  # plain numbers that are tried at a time
+
+# a formula, its score, and how it was fitted: `free` says which constants are no plain numbers, `relative` which
+# residuals were assumed
+Ranked = namedtuple("Ranked", "prefix constants bits fvu length relative free")
+
+
+class Data:
+    """Points with what is known of their noise: X (M, D), y (M,), sigma (M,) or None, half (M,) a rounding step of y.
+
+    weights[False] are those of residuals of one size, weights[True] of residuals in proportion to y, where y has one
+    sign. Both have the mean square 1; one entry is None where it does not apply.
+    """
+
+    def __init__(self, X, y, sigma=None, half=None):
+        self.X, self.y = np.asarray(X, float), np.asarray(y, float)
+        self.n, self.D = self.X.shape
+        size = np.abs(self.y)
+        self.floor = PRECISION * size + ROUNDING * size.max()
+        if half is not None:
+            self.floor = np.maximum(self.floor, np.asarray(half, float) / math.sqrt(3))
+        constant = np.ones(self.n) if sigma is None else 1 / np.asarray(sigma, float)
+        self.weights = {False: constant / np.sqrt(np.mean(constant**2)), True: None}
+        if sigma is None and size.min() > 0 and (np.sign(self.y) == np.sign(self.y[0])).all():
+            self.weights[True] = (1 / size) / np.sqrt(np.mean((1 / size) ** 2))
+
+    def subset(self, rows):
+        """Return the same data for some of the rows."""
+        part = object.__new__(Data)
+        part.__dict__ |= self.__dict__
+        part.X, part.y, part.floor, part.n = self.X[rows], self.y[rows], self.floor[rows], len(self.X[rows])
+        part.weights = {
+            relative: None if w is None else w[rows] / np.sqrt(np.mean(w[rows] ** 2))
+            for relative, w in self.weights.items()
+        }
+        return part
+
+    def deviation(self, fvu, free, relative):
+        """Return the standard deviation of weighted residuals with this FVU and so many free constants."""
+        weights = self.weights[relative]
+        variance = fvu * spread(self.y, weights) ** 2 * self.n / max(self.n - free, 0.5)
+        return math.sqrt(max(variance, np.mean((self.floor * weights) ** 2)))
+
+    def residual_bits(self, fvu, free, relative):
+        """Return the bits of residuals with this weighted FVU; inf where there are as many constants as points."""
+        if free >= self.n or not fvu < math.inf:
+            return math.inf
+        deviation, weights = self.deviation(fvu, free, relative), self.weights[relative]
+        if relative and deviation > TOO_FAR * np.mean(weights * np.abs(self.y)):
+            return math.inf
+        return self.n * math.log2(deviation) - np.log2(weights).sum()
+
+    def exact_bits(self, values, free, relative):
+        """Return the bits of the residuals of values (M,); relative ones are in proportion to the values, not to y."""
+        if not relative:
+            weights = self.weights[False]
+            share = np.mean(np.square((values - self.y) * weights)) / max(spread(self.y, weights) ** 2, 1e-300)
+            return self.residual_bits(float(share), free, False)
+        size = np.abs(values)
+        if free >= self.n or not (values * self.y > 0).all():
+            return math.inf
+        variance = np.square((values - self.y) / size).sum() / max(self.n - free, 0.5)
+        variance = max(variance, np.mean(np.square(self.floor / size)))
+        if variance > TOO_FAR**2:
+            return math.inf
+        return self.n / 2 * math.log2(variance) + np.log2(size).sum()
+
+
+def structure_bits(prefix, D):
+    """Return the bits of the operators and variables of prefix tokens."""
+    total, inside, ends = 0.0, [], []  # functions around the token, and where each ends
+    need = 1
+    for token in prefix:
+        while ends and need < ends[-1]:
+            ends.pop(), inside.pop()
+        if token in OPERATORS:
+            total += NATS.get(token, RARE) / math.log(2)
+            if token in FUNCTIONS:
+                total += NESTED * (1 + (token in TRIGONOMETRIC)) * len(inside)
+                ends.append(need)
+                inside.append(token)
+            need += OPERATORS[token].arity - 1
+        else:
+            need -= 1
+            if token not in LITERALS and token != "<constant>":
+                total += 1 + math.log2(D)
+    return total
+
+
+def plain_bits(value):
+    """Return the bits of a number written with as few digits as it has, or as thirds or a multiple of pi."""
+    if value == 0:
+        return SIGN
+    text = f"{value:.9e}"
+    digits = len(text.partition("e")[0].lstrip("-").replace(".", "").rstrip("0"))
+    options = [DIGIT * digits] if abs(float(text) - value) <= 1e-12 * abs(value) else []
+    for unit, extra in ((3.0, 2.0), (12 / math.pi, 6.0)):
+        numerator = abs(value) * unit
+        if numerator < 30 and abs(numerator - round(numerator)) < 1e-9:
+            options.append(math.log2(1 + numerator) + extra)
+    return SIGN + min(options, default=math.inf)
+
+
+def plain_numbers(value, error):
+    """Return plain numbers near a constant, the plainest first: within two standard errors, 0 and 1 within four."""
+    near = {*(round(value * k) / k for k in (1, 2, 3, 4))}
+    for k in (1, 2, 3, 4):
+        if abs(value) * k < 5 * math.pi:
+            near.add(round(value * k / math.pi) * math.pi / k)
+    for digits in (1, 2, 3):
+        near.add(float(f"{value:.{digits - 1}e}"))
+    close = {v for v in near if abs(v - value) <= 2 * error} | {
+        v for v in (0.0, 1.0, -1.0) if abs(v - value) <= 4 * error
+    }
+    return sorted(close, key=lambda v: (plain_bits(v), abs(v - value)))
+
+
+def admissible(prefix, constants, X):
+    """Whether a formula is one that data at X (M, D) can support.
+
+    Refused: a phase of sin, cos or tan that moves by more than pi between neighbouring points; tan beyond a pole; a
+    power with a variable exponent and a base that may be negative.
+    """
+    if not any(token in TRIGONOMETRIC or token == "pow" for token in prefix):
+        return True
+    order = [X[:, j].argsort() for j in range(X.shape[1])]
+    numbers, tokens = iter(constants), iter(prefix)
+    good = True
+
+    def read():
+        """Return the values (M,) of the next subtree and the set of its variables."""
+        nonlocal good
+        token = next(tokens)
+        if token == "<constant>":
+            return np.full(len(X), next(numbers)), set()
+        if token in LITERALS:
+            return np.full(len(X), LITERALS[token]), set()
+        if token not in OPERATORS:
+            return X[:, int(token[1:]) - 1], {int(token[1:]) - 1}
+        operands = [read() for _ in range(OPERATORS[token].arity)]
+        variables = set().union(*(names for _, names in operands))
+        phase, names = operands[0]
+        if token in TRIGONOMETRIC and variables:
+            if len(variables) == 1:
+                (j,) = variables
+                jump = np.abs(np.diff(phase[order[j]])).max(initial=0)
+            else:
+                jump = np.abs(np.diff(np.sort(phase))).max(initial=0)
+            good &= bool(jump <= math.pi)
+            if token == "tan":
+                good &= bool(np.ptp(np.floor(phase / math.pi - 0.5)) == 0)
+        if token == "pow" and operands[1][1]:
+            good &= bool((phase > 0).all())
+        out = np.empty(len(X))
+        OPERATORS[token].function(*(values for values, _ in operands), out)
+        return out, variables
+
+    with np.errstate(all="ignore"):
+        read()
+    return good
+
+
+def value_and_slopes(alphabet, prefix, constants, data):
+    """Return y (M,) of one formula, and dy / dconstants (C, M), 0 where it isn't finite."""
+    row = np.array([alphabet.encode(prefix)], np.uint8)
+    constants = np.asarray(constants, float).reshape(1, -1)
+    y, J = Program(alphabet, row, padded_columns(alphabet, data.X)).gradient(constants)
+    return y[0], np.where(np.isfinite(J[0]), J[0], 0.0)
+
+
+def padded_columns(alphabet, X):
+    """Return X (M, D) with columns of zeros for the variables that the data lack."""
+    columns = np.zeros((len(X), len(alphabet.variables)))
+    columns[:, : X.shape[1]] = X
+    return columns
+
+
+def standard_errors(J, weights, deviation):
+    """Return the standard errors of constants with the Jacobian J (C, M): alone, and with the others free."""
+    J = J * weights
+    largest = np.abs(J).max(1, keepdims=True)
+    largest = np.where(largest > 0, largest, 1e-300)  # squares of derivatives may leave the range of floats
+    size = (largest * np.sqrt(np.square(J / largest).sum(1, keepdims=True)))[:, 0]
+    size = np.maximum(size, 1e-300)
+    unit = J / size[:, None]
+    inverse = np.linalg.pinv(unit @ unit.T, rcond=1e-12, hermitian=True)
+    with np.errstate(over="ignore"):
+        alone = deviation / size
+        return alone, alone * np.sqrt(np.maximum(inverse.diagonal(), 1.0))
+
+
+class _Fitted:
+    """A formula in the user's units with fitted constants, some of them fixed to plain numbers, and its bits."""
+
+    def __init__(self, alphabet, prefix, constants, free, fvu, relative, data):
+        self.prefix, self.constants, self.free = prefix, np.asarray(constants, float), free
+        self.fvu, self.relative = fvu, relative
+        count = int(free.sum())
+        self.bits = math.inf
+        self.errors = np.zeros(len(free))
+        if fvu == math.inf or count >= max(data.n - 1, 1) and count:
+            return
+        values, J = value_and_slopes(alphabet, prefix, self.constants, data)
+        bits = data.exact_bits(values, count, relative) + structure_bits(prefix, data.D)
+        if count:
+            deviation = data.deviation(fvu, count, relative)
+            alone, together = standard_errors(J[free], data.weights[relative], deviation)
+            self.errors[free] = together
+            with np.errstate(all="ignore"):
+                digits = np.log2(np.abs(self.constants[free]) / alone)
+            least = 0.5 * math.log2(data.n)
+            bits += float(np.clip(np.nan_to_num(digits, nan=0.0), least, 60).sum()) + count * SIGN
+        bits += sum(plain_bits(v) for v in self.constants[~free])
+        self.bits = float(bits) if math.isfinite(bits) else math.inf
+
+
+def rank_formula(alphabet, prefix, constants, data):
+    """Fit a formula, fix its constants to plain numbers where that saves bits -> Ranked.
+
+    None is returned for what has no finite values, too many constants, or is not admissible.
+    """
+    best = None
+    for relative in (False, True):
+        if data.weights[relative] is not None:
+            fitted = _fitted(alphabet, prefix, [constants], [np.ones(len(constants), bool)], relative, data)[0]
+            if fitted and (best is None or fitted.bits < best.bits):
+                best = fitted
+    while best and best.free.any() and (shorter := _snapped(alphabet, best, data)):
+        best = shorter
+    return _ranked(alphabet, best, data)
+
+
+def refit(alphabet, formula, data):
+    """Fit the free constants of a Ranked formula to other data, of more rows -> Ranked or None."""
+    free = np.array(formula.free, bool)
+    fitted = _fitted(alphabet, formula.prefix, [formula.constants], [free], formula.relative, data)[0]
+    return _ranked(alphabet, fitted, data)
+
+
+def _ranked(alphabet, fitted, data):
+    """Return a _Fitted as Ranked, None where it may not be listed. Its FVU is unweighted."""
+    if fitted is None or fitted.bits == math.inf or not admissible(fitted.prefix, fitted.constants, data.X):
+        return None
+    values, _ = value_and_slopes(alphabet, fitted.prefix, fitted.constants, data)
+    variance = np.var(data.y)
+    fvu = float(np.mean((values - data.y) ** 2) / variance) if variance else 0.0
+    return Ranked(list(fitted.prefix), fitted.constants.tolist(), fitted.bits, fvu, len(fitted.prefix),
+                  fitted.relative, fitted.free.tolist())  # fmt: skip
+
+
+def _fitted(alphabet, prefix, starts, masks, relative, data):
+    """Fit one formula from several starts (lists of C) with several sets of free constants -> list of _Fitted."""
+    row = np.array([alphabet.encode(prefix)], np.uint8)
+    starts, masks = np.array(starts, float).reshape(len(starts), -1), np.array(masks).reshape(len(masks), -1)
+    columns, rng = padded_columns(alphabet, data.X), np.random.default_rng(0)
+    constants, fvu = fit(
+        alphabet, np.repeat(row, len(starts), 0), columns, data.y, 1, rng, steps=30, start=starts, free=masks,
+        weights=data.weights[relative],
+    )  # fmt: skip
+    if not starts.shape[1]:
+        constants = np.zeros((len(starts), 0))
+    return [
+        _Fitted(alphabet, prefix, c, free, float(error), relative, data) if np.isfinite(error) else None
+        for c, free, error in zip(constants, masks, fvu, strict=True)
+    ]
+
+
+def _snapped(alphabet, formula, data):
+    """Fix one constant more to a plain number -> the shortest such _Fitted, or None if none saves bits.
+
+    How much each number costs is foretold from the standard errors; only the most promising are fitted.
+    """
+    count = int(formula.free.sum())
+    trials = []
+    for i in np.flatnonzero(formula.free):
+        value, error = formula.constants[i], formula.errors[i]
+        for plain in plain_numbers(value, error):
+            loss = data.n / 2 * math.log2(1 + ((plain - value) / max(error, 1e-300)) ** 2 / max(data.n - count, 1))
+            gain = 10.0 if plain in (0.0, 1.0, -1.0) else 0.0  # an operator may go
+            trials.append((loss + plain_bits(plain) - gain, int(i), plain))
+    trials = sorted(trials)[:SNAPS]
+    if not trials:
+        return None
+    starts = np.repeat(formula.constants[None], len(trials), 0)
+    masks = np.repeat(formula.free[None], len(trials), 0)
+    for k, (_, i, plain) in enumerate(trials):
+        starts[k, i], masks[k, i] = plain, False
+    best = None
+    for candidate in _fitted(alphabet, formula.prefix, starts, masks, formula.relative, data):
+        if candidate is None:
+            continue
+        candidate = _shortened(alphabet, candidate, data)
+        if candidate.bits < (best or formula).bits:
+            best = candidate
+    return best
+
+
+def _shortened(alphabet, candidate, data):
+    """Simplify a formula after a constant became 0 or 1, keeping which constants are free."""
+    if not any(v in (0.0, 1.0, -1.0) for v in candidate.constants[~candidate.free]):
+        return candidate
+    marked = candidate.constants.copy()
+    try:
+        prefix, values = simplify(candidate.prefix, marked.tolist(), alphabet.operators)
+    except NotReal:
+        return candidate
+    if len(prefix) >= len(candidate.prefix) or any(token not in alphabet.ids for token in prefix):
+        return candidate
+    fixed = set(marked[~candidate.free].tolist())
+    free = np.array([v not in fixed for v in values], bool)
+    refitted = _fitted(alphabet, prefix, [values], [free], candidate.relative, data)[0]
+    return refitted if refitted is not None and refitted.bits < math.inf else candidate
