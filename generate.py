@@ -65,7 +65,7 @@ class FormulaConfig:
     columns: tuple[str, ...] = ()  # columns x; none named = all others that vary
     ignore: tuple[str, ...] = ()  # columns that are no x
     sigma: str = ""  # column with the uncertainty of y
-    operators: tuple[str, ...] = ()  # that may occur beside + - * /, such as sin exp sqrt pow; none named = all usual ones
+    operators: tuple[str, ...] = ()  # that may occur beside + - * /, such as sin exp sqrt pow; none = all usual
     exclude_terms: tuple[str, ...] = ()  # that may not occur: an operator such as sin, or a term such as "x**2"
     max_length: int = 0  # longest formula, in operators, constants and variables; 0 = as long as it pays
     max_seconds: float = 20.0  # of the search; 0 = until --choices were tried

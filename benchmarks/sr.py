@@ -346,7 +346,8 @@ def candidates(args):
     arms = [("prior", "--method prior", n) for n in (128, 512, 1024, 5000)]
     arms += [("network", f"--model {args.model}", n) for n in (128, 512)] if args.model else []
     for arm, flags, choices in arms:
-        rows = solved(args, held_out(args), f"pool-{arm}-{choices}", f"{flags} --evolve 0 --choices {choices}")
+        words = f"{flags} --evolve 0 --max_seconds 0 --choices {choices}"
+        rows = solved(args, held_out(args), f"pool-{arm}-{choices}", words)
         found = shares(args, "pool", rows, "", "")
         yield found | dict(figure=f"{len(rows)} held-out skeletons, % recovered, {choices} candidates of {arm} alone")
 

@@ -5,6 +5,7 @@ M points, D variables. generate.py is its command, regressor.py its estimator.
 
 import difflib
 import functools
+import itertools
 from collections import namedtuple
 
 import numpy as np
@@ -21,6 +22,7 @@ LEFT_OUT = "asinh", "acosh", "atanh", "pow1_4", "pow1_5"  # of a search without 
 SELDOM = {*RARE, "abs", "tan", "pow4", "pow5", "tanh", "atan"}
 SELDOM_WEIGHT = 0.3
 MOST_COLUMNS = 150  # an alphabet has at most 256 tokens
+MOST_ORDERS = 64  # of the operands of an excluded term
 ALWAYS = "+", "*"  # every sum of parts needs them
 ARITHMETIC = (*ALWAYS, "-", "/", "neg", "inv")
 FAMILIES = {  # signs that several operators are written with
@@ -70,7 +72,7 @@ def read_terms(texts, names, flag="--exclude_terms"):
     """Return (operators, token lists) of the terms that a user typed about columns `names`.
 
     A bare operator stands for all its uses. Each other term comes as it is and in normal form, with the operands of
-    its first sum or product in both orders. Raises UsageError for what is neither.
+    sums and products in either order. Raises UsageError for what is neither.
     """
     operators, terms = [], []
     for text in texts:
@@ -92,25 +94,27 @@ def read_terms(texts, names, flag="--exclude_terms"):
 
 
 def _forms(prefix):
-    """Return a term as token lists: as it is, in normal form, and each with its two operands exchanged."""
-    forms = [prefix]
+    """Return a term as token lists: as it is and in normal form, operands of + and * in either order."""
+    forms = _orders(prefix)
     try:
-        forms.append(simplify(prefix)[0])
+        forms += _orders(simplify(prefix)[0])
     except NotReal:
         pass
-    for form in list(forms):
-        if form[0] in ALWAYS:
-            cut = _subtree_end(form, 1)
-            forms.append([form[0], *form[cut:], *form[1:cut]])
     return [list(form) for form in dict.fromkeys(map(tuple, forms))]
 
 
-def _subtree_end(prefix, begin):
-    need, place = 1, begin
-    while need:
-        need += (OPERATORS[prefix[place]].arity if prefix[place] in OPERATORS else 0) - 1
-        place += 1
-    return place
+def _orders(prefix):
+    tokens = iter(prefix)
+
+    def read():
+        token = next(tokens)
+        operands = [read() for _ in range(OPERATORS[token].arity if token in OPERATORS else 0)]
+        orders = [[token, *itertools.chain(*parts)] for parts in itertools.product(*operands)]
+        if token in ALWAYS:
+            orders += [[token, *right, *left] for left, right in itertools.product(*operands)]
+        return orders[:MOST_ORDERS]
+
+    return read()
 
 
 def _operator_words():

@@ -150,6 +150,34 @@ def read_table(path, target="", columns=(), ignore=(), sigma=""):
     )
 
 
+@dataclass
+class NewRows:
+    X: np.ndarray  # (M, D), nan where a number is missing
+    names: list  # of all columns of the file
+    rows: list  # of lists of str: its cells
+    separator: str
+    mark: str  # of decimals
+
+
+def read_columns(path, names):
+    """Return the NewRows of a file with the columns `names` of X, in this order, and perhaps others.
+
+    Raises DataError for a file that can't be read, or that has no such columns of numbers.
+    """
+    cells = _read(Path(path), least=1)
+    table = _columns(path, cells)
+    columns = []
+    for name in names:
+        matches = [name] if name in table else [other for other in table if _bare(other) == _bare(name)]
+        if len(matches) != 1 or table[matches[0]].fault:
+            raise _error(path, f"no column {name} of numbers: the columns are {', '.join(table)}",
+                         f"a table with the columns {', '.join(names)}")  # fmt: skip
+        columns.append(table[matches[0]].values)
+    separator = cells.separator if cells.separator in (",", ";", "\t", "|") else ","
+    mark = "," if separator != "," and _decimal_mark(path, cells) == "," else "."
+    return NewRows(np.stack(columns, 1), cells.names, cells.rows, separator, mark)
+
+
 def _error(path, message, remedy, notes=()):
     return DataError("\n".join([f"{path}: {message}", *(f"  {note}" for note in notes), f"try: {remedy}"]))
 
@@ -262,8 +290,8 @@ def _complete_rows(table, used, needed, explicit, notes):
 # --- from bytes to rows of cells
 
 
-def _read(path):
-    """Return the Cells of a file; raise DataError where it holds no table."""
+def _read(path, least=2):
+    """Return the Cells of a file with `least` rows or more; raise DataError where it holds no table."""
     try:
         raw = path.read_bytes()
         raw = gzip.decompress(raw) if raw.startswith(b"\x1f\x8b") else raw
@@ -273,7 +301,7 @@ def _read(path):
         raise _error(path, getattr(e, "strerror", None) or e, remedy) from e
     if raw.startswith((b"PK\x03\x04", b"\xd0\xcf\x11\xe0", b"PAR1")):
         rows, notes = _binary_rows(path, raw)
-        return _header(path, rows, list(range(1, len(rows) + 1)), "", notes)
+        return _header(path, rows, list(range(1, len(rows) + 1)), "", notes, least)
     text, notes = _decode(path, raw)
     lines = re.sub("\r\n?", "\n", text).split("\n")
     comments = [i for i, line in enumerate(lines) if line.lstrip(' "').startswith(COMMENTS)]
@@ -296,7 +324,7 @@ def _read(path):
         names = next(_split([lines[above[-1]].strip('#%/" ')], separator), [])
         if len(names) == len(rows[0]):
             rows, numbers = [names, *rows], [above[-1] + 1, *numbers]
-    return _header(path, rows, numbers, separator, notes)
+    return _header(path, rows, numbers, separator, notes, least)
 
 
 def _binary_rows(path, raw):
@@ -376,7 +404,7 @@ def _all_numbers(row):
     return all(_is_number(cell) or _is_missing(cell) for cell in row)
 
 
-def _header(path, rows, lines, separator, notes):
+def _header(path, rows, lines, separator, notes, least=2):
     """Return Cells from rows the first of which holds the names; raise DataError with the line that is wrong."""
     width = Counter(map(len, rows)).most_common(1)[0][0] if rows else 0
     top = 0
@@ -387,8 +415,8 @@ def _header(path, rows, lines, separator, notes):
     full = [i for i in range(top + 1, len(rows)) if rows[i] != rows[top] and not all(map(_is_missing, rows[i]))]
     if len(full) < len(rows) - top - 1:
         notes.append(f"skipped: {len(rows) - top - 1 - len(full)} rows that are empty or repeat the header")
-    expected = "expected the names of the columns in the first line and 2 rows of numbers or more"
-    if len(full) < 2:
+    expected = f"expected the names of the columns in the first line and {least} rows of numbers or more"
+    if len(full) < least:
         raise _error(path, f"{len(full)} rows below a header: {expected}", "a table with more rows")
     names = [" ".join(name.replace("\ufeff", "").split()) for name in rows[top]]
     rows, lines = [rows[i] for i in full], [lines[i] for i in full]
