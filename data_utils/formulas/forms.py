@@ -170,9 +170,9 @@ def screen(X, y, w, rng, most, points=256):
         if (y > 0).all() or (y < 0).all():
             links.append((np.log(np.abs(y)), w * np.abs(y)))
     scores = np.zeros(D)
-    terms = int(min(D + 1, max(1, len(y) - 3)))
+    most_terms = int(min(D + 1, max(1, len(y) - 3)))
     for target, weights in links:
-        sets = choose(parts, target / (np.abs(target).max() or 1.0), weights, width=4, most=terms)
+        sets = choose(parts, target / (np.abs(target).max() or 1.0), weights, width=4, most=most_terms)
         n = len(target)
         for left, chosen in sets:
             bits = n / 2 * np.log2(max(left, 1e-12)) + len(chosen) * np.log2(n)

@@ -188,8 +188,10 @@ def padded_columns(alphabet, X):
 def standard_errors(J, weights, deviation):
     """Return the standard errors of constants with the Jacobian J (C, M): alone, and with the others free."""
     J = J * weights
-    size = np.sqrt((J * J).sum(1))
-    size = np.where(size > 0, size, 1e-300)
+    largest = np.abs(J).max(1, keepdims=True)
+    largest = np.where(largest > 0, largest, 1e-300)  # squares of derivatives may leave the range of floats
+    size = (largest * np.sqrt(np.square(J / largest).sum(1, keepdims=True)))[:, 0]
+    size = np.maximum(size, 1e-300)
     unit = J / size[:, None]
     inverse = np.linalg.pinv(unit @ unit.T, rcond=1e-12, hermitian=True)
     return deviation / size, deviation / size * np.sqrt(np.maximum(inverse.diagonal(), 1.0))

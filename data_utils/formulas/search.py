@@ -345,11 +345,12 @@ def find_formula(
     begin = time.monotonic()
     deadline = begin + max_seconds if max_seconds else math.inf
     X, y = np.asarray(X, float), np.asarray(y, float)
-    data = Data(X, y, sigma, half)
     powers, power = decades(X), int(decades(y))
+    half = None if half is None else scaled(half, power)
+    data = Data(X, scaled(y, power), sigma, half)
     rows = np.sort(rng.permutation(len(y))[:SEARCHED])
-    near = Data(scaled(X[rows], powers), scaled(y[rows], power), None if sigma is None else sigma[rows],
-                None if half is None else half[rows] / 10.0**power)  # fmt: skip
+    near = Data(scaled(X[rows], powers), data.y[rows], None if sigma is None else sigma[rows],
+                None if half is None else half[rows])  # fmt: skip
     active = list(range(X.shape[1]))
     if isinstance(propose, Prior):
         active = screen(near.X, near.y, near.weights[False], rng, SCREENED)
@@ -381,15 +382,25 @@ def find_formula(
     candidates = searches[0].finalists()
     for other in searches[1:]:
         candidates += other.finalists()[: FINAL // 2]
-    formulas = ranking(alphabet, candidates, data, active, powers, power, rng, deadline, exclude)
-    return formulas, sum(search.tried for search in searches)
+    formulas = ranking(alphabet, candidates, data, active, powers, rng, deadline, exclude)
+    return [in_units(alphabet, formula, power) for formula in formulas], sum(search.tried for search in searches)
 
 
-def ranking(alphabet, candidates, data, active, powers, power, rng, deadline, exclude=()):
-    """Return candidates about the `active` columns, scaled, as Ranked formulas about the user's columns, best first.
+def in_units(alphabet, formula, power):
+    """Return a Ranked formula about y / 10^power as one about y."""
+    if not power:
+        return formula
+    zeros = np.zeros(len(alphabet.variables), int)
+    raw = unscaled(formula.prefix, formula.constants, zeros, power, alphabet.operators)
+    return formula if raw is None else formula._replace(prefix=raw[0], constants=raw[1], length=len(raw[0]))
 
-    The mean of y is among them. Of many rows some decide the order, and the first formulas are fitted to all of them.
-    Candidates that the deadline leaves no time for are left out.
+
+def ranking(alphabet, candidates, data, active, powers, rng, deadline, exclude=()):
+    """Return candidates about the `active` columns, scaled, as Ranked formulas about columns in the user's units.
+
+    Best first, and the mean of y is among them. y stays scaled: its squares might leave the range of floats. Of many
+    rows some decide the order, and the first formulas are fitted to all of them. Candidates that the deadline leaves no
+    time for are left out.
     """
     rough = data if data.n <= ROUGH else data.subset(np.sort(rng.permutation(data.n)[:ROUGH]))
     formulas = [rank_formula(alphabet, ["<constant>"], [float(np.mean(rough.y))], rough)]
@@ -398,7 +409,7 @@ def ranking(alphabet, candidates, data, active, powers, power, rng, deadline, ex
         if time.monotonic() > deadline - MARGIN * (1 if rough is data else 3) and len(formulas) > 1:
             break
         tokens = wrap(alphabet.decode(candidate.prefix))
-        raw = unscaled(tokens, candidate.constants, powers[active], power, alphabet.operators)
+        raw = unscaled(tokens, candidate.constants, powers[active], 0, alphabet.operators)
         if raw is not None:
             prefix = [names.get(token, token) for token in raw[0]]
             if all(token in alphabet.ids for token in prefix):
