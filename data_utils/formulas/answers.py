@@ -175,7 +175,7 @@ def search_formulas(
                              "try: --columns with the names of those that may matter")  # fmt: skip
         pool, alphabet = vocabulary(D, allowed, removed)
     if np.ptp(y) == 0:
-        return alphabet, [Ranked(["<constant>"], [float(y[0])], 0.0, 0.0, 1, False)], 0
+        return alphabet, [Ranked(["<constant>"], [float(y[0])], 0.0, 0.0, 1, False, [True])], 0
     prior = Prior(alphabet, pool, D, held)
     propose = Network(model, X, y, **network) if network is not None else prior
     exclude = [*terms, *([name] for name in removed if name in alphabet.ids)]
@@ -200,13 +200,15 @@ def to_answers(alphabet, ranked, data, digits=0):
     On the front are formulas that fit better than all that are as short or shorter. digits: of constants, 0 = as many
     as each needs.
     """
-    answers, variance = [], np.var(data.y)
+    answers = []
+    size = np.abs(data.y).max() or 1.0  # by which y is divided, since squares may leave the range of floats
+    variance = np.var(data.y / size)
     columns = padded_columns(alphabet, data.X)[None]
     for formula in ranked:
         numbers = round_constants(alphabet, formula, data, digits)
         row = np.array([alphabet.encode(formula.prefix)], np.uint8)
         values = evaluate(alphabet, row, np.array([[float(text) for text in numbers] or [0.0]]), columns)[0]
-        fvu = float(np.mean((values - data.y) ** 2) / variance) if variance else 0.0
+        fvu = float(np.mean(((values - data.y) / size) ** 2) / variance) if variance else 0.0
         answers.append(Answer(formula.prefix, formula.constants, numbers, formula.bits, fvu, formula.length, False))
     least = np.inf
     for i in sorted(range(len(answers)), key=lambda i: (answers[i].length, answers[i].fvu)):
@@ -218,4 +220,4 @@ def to_answers(alphabet, ranked, data, digits=0):
 
 def is_mean(formula):
     """Return whether a Ranked or an Answer is a number alone."""
-    return formula.prefix == ["<constant>"]
+    return not used_variables(formula.prefix)

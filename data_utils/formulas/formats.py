@@ -115,18 +115,19 @@ def _judge(alphabet, row, constants, data, relative, rows):
     X, y = data.X[rows], data.y[rows]
     columns = np.zeros((len(rows), len(alphabet.variables)))
     columns[:, : X.shape[1]] = X
+    size = np.abs(y).max() or 1.0  # by which residuals are divided, since squares may leave the range of floats
     limits = []
     for kind in {False, relative}:
         weights = data.weights[kind][rows]
         own = kind == relative
         growth = min((1 + GROWTH) ** 2 - 1, LIKELIHOOD / data.n) if own else (1 + GROWTH) ** 2 - 1
-        least = np.mean((weights * PRECISION * y) ** 2)
+        least = np.mean((weights * PRECISION * (y / size)) ** 2)
         limits.append((weights, growth, least))
 
     def squares(trials, weights):
         values = evaluate(alphabet, np.repeat(row, len(trials), 0), trials, np.repeat(columns[None], len(trials), 0))
         with np.errstate(all="ignore"):
-            return np.mean(((values - y) * weights) ** 2, 1)
+            return np.mean(((values - y) / size * weights) ** 2, 1)
 
     before = [squares(constants[None], weights)[0] for weights, _, _ in limits]
 

@@ -11,7 +11,7 @@ from data_utils.formulas.score import Data, Ranked
 
 def ranked(text):
     prefix, constants = from_text(text, ["x1", "x2"])
-    return Ranked(prefix, constants, 0.0, 0.0, len(prefix), False)
+    return Ranked(prefix, constants, 0.0, 0.0, len(prefix), False, [True] * len(constants))
 
 
 def excludes(term, text, names=("x1", "x2")):
@@ -48,7 +48,8 @@ def test_terms_are_found_however_they_are_written(term, inside, outside):
 
 
 def test_a_power_that_is_printed_as_a_square_counts_as_one():
-    assert contains(Ranked(["pow", "x1", "<constant>"], [2.0], 0, 0, 3, False), *read_terms(["x**2"], ["x"]))
+    square = Ranked(["pow", "x1", "<constant>"], [2.0], 0.0, 0.0, 3, False, [False])
+    assert contains(square, *read_terms(["x**2"], ["x"]))
 
 
 @pytest.mark.parametrize("term", ["sinus", "x3", "x1 +", "import os", "frobnicate(x1)", "+", "*"])
