@@ -99,6 +99,9 @@ class FormulaConfig:
     seed: int = 0  # of the draws
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
 
+    def __post_init__(self):
+        self.began = time.monotonic()  # before torch is imported, which counts for --max_seconds, too
+
 
 @dataclass
 class EventsConfig:

@@ -6,6 +6,7 @@ M points, D variables. generate.py is its command, regressor.py its estimator.
 import difflib
 import functools
 import itertools
+import math
 from collections import namedtuple
 
 import numpy as np
@@ -23,6 +24,7 @@ SELDOM = {*RARE, "abs", "tan", "pow4", "pow5", "tanh", "atan"}
 SELDOM_WEIGHT = 0.3
 MOST_COLUMNS = 150  # an alphabet has at most 256 tokens
 MOST_ORDERS = 64  # of the operands of an excluded term
+COMPARED, SAME = 1000, 1e-9  # rows on which formulas are compared; standard deviations of y that count as nothing
 ALWAYS = "+", "*"  # every sum of parts needs them
 ARITHMETIC = (*ALWAYS, "-", "/", "neg", "inv")
 FAMILIES = {  # signs that several operators are written with
@@ -197,16 +199,22 @@ def search_formulas(
 def to_answers(alphabet, ranked, data, digits=0):
     """Return score.Ranked formulas, best first, as Answers for score.Data, with the Pareto front marked.
 
-    On the front are formulas that fit better than all that are as short or shorter. digits: of constants, 0 = as many
-    as each needs.
+    On the front are formulas that fit better than all that are as short or shorter. A formula with the same values as
+    a better one is left out. digits: of constants, 0 = as many as each needs.
     """
-    answers = []
+    answers, few = [], []
+    rows = np.unique(np.linspace(0, data.n - 1, COMPARED).astype(int))
     size = np.abs(data.y).max() or 1.0  # by which y is divided, since squares may leave the range of floats
     variance = np.var(data.y / size)
+    deviation = math.sqrt(variance)
     columns = padded_columns(alphabet, data.X)[None]
     for formula in ranked:
-        numbers = round_constants(alphabet, formula, data, digits)
         row = np.array([alphabet.encode(formula.prefix)], np.uint8)
+        values = evaluate(alphabet, row, np.array([formula.constants or [0.0]]), columns[:, rows])[0] / size
+        if any(np.abs(values - others).max() <= SAME * deviation for others in few):
+            continue
+        few.append(values)
+        numbers = round_constants(alphabet, formula, data, digits)
         values = evaluate(alphabet, row, np.array([[float(text) for text in numbers] or [0.0]]), columns)[0]
         fvu = float(np.mean(((values - data.y) / size) ** 2) / variance) if variance else 0.0
         answers.append(Answer(formula.prefix, formula.constants, numbers, formula.bits, fvu, formula.length, False))

@@ -14,7 +14,7 @@ from data_utils.formulas.expressions import OPERATORS, evaluate
 FORMATS = "text", "python", "latex", "sympy"
 GROWTH = 0.01  # share by which rounded constants may increase the root mean square of the residuals
 PRECISION = 1e-12  # of y, below which residuals count as none
-LIKELIHOOD = 0.1  # increase of the sum of squares, in variances: about a third of a standard error of a constant
+LIKELIHOOD = 0.02  # increase of the sum of squares, in variances: a seventh of a standard error of a constant
 ROWS, CHECKED = 1000, 1_000_000  # rows on which digits are chosen, and that confirm the choice
 DIGITS = 17  # which tell any two float64 apart
 

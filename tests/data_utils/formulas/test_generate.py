@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from data_utils.errors import DataError, UsageError
-from data_utils.formulas import generate
+from data_utils.formulas import forms, generate, search
 from data_utils.formulas.expressions import Alphabet
 from data_utils.formulas.formats import number_text
 from data_utils.formulas.generate import NO_FORMULA, find, knows_prompts
@@ -18,6 +18,15 @@ from generate import FormulaConfig
 from tests.helpers import finish, start, start_cold
 
 QUICK = dict(max_seconds=0.0, choices=16)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def short_search():
+    """Rank a few formulas of a few forms: a test needs an answer, not the best one."""
+    with pytest.MonkeyPatch.context() as patch:
+        for module, name, value in ((search, "FINAL", 3), (search, "EXTENDED", 1), (forms, "QUANTITIES", 1)):
+            patch.setattr(module, name, value)
+        yield
 
 
 def write_table(path, columns, digits=6):
