@@ -209,6 +209,9 @@ def to_answers(alphabet, ranked, data, digits=0):
     deviation = math.sqrt(variance)
     columns = padded_columns(alphabet, data.X)[None]
     for formula in ranked:
+        if is_mean(formula):  # fitted, it may be that of residuals in proportion to y, or a plain number near it
+            mean = float(np.average(data.y, weights=data.weights[False] ** 2))
+            formula = formula._replace(prefix=["<constant>"], constants=[mean], length=1, relative=False)
         row = np.array([alphabet.encode(formula.prefix)], np.uint8)
         values = evaluate(alphabet, row, np.array([formula.constants or [0.0]]), columns[:, rows])[0] / size
         if any(np.abs(values - others).max() <= SAME * deviation for others in few):

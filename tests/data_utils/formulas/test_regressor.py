@@ -11,7 +11,7 @@ from data_utils.formulas import SymbolicRegressor, forms, search
 from data_utils.formulas.regressor import _rounding, _weighted
 from tests.helpers import ROOT
 
-QUICK = dict(max_seconds=0, choices=16)
+QUICK = dict(max_seconds=0, choices=4, operators=("pow2",))
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -100,7 +100,7 @@ def test_parameters():
 
 def test_terms_operators_and_length():
     X, y = law()
-    model = SymbolicRegressor(**QUICK, exclude_terms=("x2",), operators=("log",), max_length=7).fit(X, y)
+    model = SymbolicRegressor(**QUICK | dict(exclude_terms=("x2",), operators=("log",), max_length=7)).fit(X, y)
     for i in range(len(model._answers)):
         text = model.text(i)
         assert "x2" not in text and "**" not in text and "sqrt" not in text and model._answers[i].length <= 7
