@@ -14,7 +14,11 @@ bundles.py             train.yaml and all that it names
 checkpoint_folders.py  checkpoints that are folders
 fit.py                 constants of many formulas at once
 sums.py                sums of known parts that explain y
+forms.py               general forms from which a search starts
+scaling.py             columns near 1, and formulas back in the user's units
+score.py               bits of a formula and of what it leaves of the data
 search.py              a formula for given points
+tables.py              a user's table of measurements
 answers.py             the search in a user's words: operators, excluded terms, answers
 formats.py             digits of constants; formulas as text, Python, LaTeX, sympy
 problems.py            problems of test sets, scores

@@ -218,6 +218,8 @@ def solve(cfg, model, begin):
         text = write_formula(answer.prefix, answer.numbers, names)
         mark = "*" if answer.front else " "
         print(f"{mark} {1 - answer.fvu:8.6f} {answer.bits:8.1f} {answer.length:6}  {text}", file=sys.stderr)
+    if len(answers) == 1:
+        print("no other formula was ranked in time\ntry: more --max_seconds", file=sys.stderr)
     seconds = time.monotonic() - begin
     print(f"{len(y)} rows, {tried} candidates, {seconds:.1f} s", file=sys.stderr)
     rows = [
