@@ -14,7 +14,9 @@ C = "<constant>"
 DEGREE = 4  # of the polynomial in z that stands for an unknown function
 EXPONENTS = (-3, -2, -1.5, -1, -0.5, 0, 0.5, 1, 1.5, 2, 3, 4)
 WHOLE = (0, 1, 2, 3, -1, -2)  # exponents of a column with both signs
-QUANTITIES = 6  # the most promising z
+QUANTITIES, SINGLES = 5, 3  # the most promising z; single columns that are tried besides
+OFFSETS = 3  # z for which forms with an offset of their own are tried
+WEIGHTS = (1.0, -1.0, 10.0, -10.0, 0.1, -0.1)  # of the second column of a sum: units near 1 differ by powers of ten
 PEAKS = 3  # frequencies per z
 
 
@@ -27,19 +29,32 @@ def starts(alphabet, data, weights, rng, points=128):
     rows = rng.permutation(data.n)[:points]
     X, y, w = data.X[rows], data.y[rows], weights[rows]
     known = set(alphabet.tokens)
-    for tokens, z, exponents in quantities(X, y, w):
+    for place, (tokens, z, exponents, inner) in enumerate(quantities(X, y, w)):
         factor, powers = [], []
         for j, p in exponents.items():
             part, constants = _power(j, p, X)
             if part:
                 factor = ["*", *part, *factor] if factor else part
                 powers = [*constants, *powers]
-        for form, constants in forms(tokens, z, y, w, bool(factor), _flattened(X, y, exponents)):
-            prefix = ["*", *factor, *form] if factor else form
+        for form, constants in forms(z, y, w, bool(factor) and place < OFFSETS, _flattened(X, y, exponents)):
+            prefix, values = _expanded(form, constants, tokens, inner)
+            prefix = ["*", *factor, *prefix] if factor else prefix
             if known.issuperset(prefix):
-                yield prefix, [*powers, *constants]
+                yield prefix, [*powers, *values]
         if factor and known.issuperset(factor):
             yield factor, powers
+
+
+def _expanded(form, constants, tokens, inner):
+    """Put the tokens of a quantity, with its constants `inner`, where a form has "z"."""
+    numbers, prefix, values = iter(constants), [], []
+    for token in form:
+        prefix += tokens if token == "z" else [token]
+        if token == C:
+            values.append(next(numbers))
+        elif token == "z":
+            values += inner
+    return prefix, values
 
 
 def _power(j, p, X):
@@ -61,30 +76,37 @@ def _flattened(X, y, exponents):
 
 
 def quantities(X, y, w, most=QUANTITIES):
-    """Return the most promising (tokens, z (M,), {other column: exponent}), best first.
+    """Return the most promising (tokens, z (M,), {other column: exponent}, starts of constants in z), best first.
 
     Each z is judged by how well powers of the other columns times a polynomial in z explain y.
     """
     M, D = X.shape
     positive = (X > 0).all(0)
     every = set(range(D))
-    trials = [([f"x{j + 1}"], X[:, j], every - {j}) for j in range(D)]
+    trials = [([f"x{j + 1}"], X[:, j], every - {j}, []) for j in range(D)]
     for i, j in itertools.combinations(range(D), 2):
         a, b = f"x{i + 1}", f"x{j + 1}"
-        trials += [(["-", a, b], X[:, i] - X[:, j], every), (["+", a, b], X[:, i] + X[:, j], every)]
-        trials.append((["*", a, b], X[:, i] * X[:, j], every - {j}))
+        for weight in WEIGHTS:
+            trials.append((["+", a, "*", C, b], X[:, i] + weight * X[:, j], every, [weight]))
+        trials.append((["*", a, b], X[:, i] * X[:, j], every - {j}, []))
         if (X[:, j] != 0).all():
-            trials.append((["/", a, b], X[:, i] / X[:, j], every - {j}))
+            trials.append((["/", a, b], X[:, i] / X[:, j], every - {j}, []))
     judged = []
-    for order, (tokens, z, others) in enumerate(trials):
+    for order, (tokens, z, others, inner) in enumerate(trials):
         others = sorted(others)
         basis = _basis(z, min(DEGREE, max(1, M - len(others) - 3)))
         exponents, share = _exponents(X, y, w, basis, others, positive)
         free = basis.shape[1] + len(others)
         bits = M / 2 * np.log2(max(share, 1e-20) / max(M - free, 1)) + free * np.log2(M) / 2
-        judged.append((bits, order, (tokens, z, exponents)))
-    judged.sort(key=lambda item: item[:2])
-    return [item[2] for item in judged[:most]]
+        judged.append((bits + 4 * len(inner), order, (tokens, z, exponents, inner)))
+    chosen, pairs = [], set()
+    for *_, trial in sorted(judged, key=lambda item: item[:2]):
+        tokens, single = trial[0], len(trial[0]) == 1
+        pair = tokens[0], *(token for token in tokens if token[0] == "x")
+        if pair not in pairs and (len(chosen) < most or single):  # a column alone is always tried
+            pairs.add(pair)
+            chosen.append(trial)
+    return chosen[: most + SINGLES]
 
 
 def _basis(z, degree):
@@ -203,10 +225,10 @@ def frequencies(z, y, w, most=PEAKS):
     return [float(grid[k]) for k in peaks[np.argsort(left[1:-1][peaks])][:most]]
 
 
-def forms(z, values, y, w, product, flat):
-    """Yield (prefix, constants) of general forms of z, tokens with the values (M,).
+def forms(values, y, w, product, flat):
+    """Yield (prefix, constants) of general forms of "z", a quantity with the values (M,).
 
-    product: whether powers of other columns stand before; then an offset of the function is a constant of its own.
+    product: whether an offset of the function is a constant of its own, as where powers of other columns stand before.
     flat (M,): y over those powers.
     """
     low, middle, high = np.quantile(values, [0.15, 0.5, 0.85])
@@ -214,62 +236,65 @@ def forms(z, values, y, w, product, flat):
     positive = bool((values > 0).all())
     rates = [sign * size / width for size in (0.7, 2.5, 8.0, 25.0) for sign in (1, -1)]
     if len(np.unique(values)) < 3:
-        yield list(z), []
+        yield ["z"], []
         return
-    plain = [(list(z), []), (["pow2", *z], []), (["log", *z], []), (["*", *z, "log", *z], [])]
-    plain += [(["inv", *z], []), (["inv", "pow2", *z], []), (["pow1_2", *z], []), (["exp", *z], [])]
+    plain = [(["z"], []), (["pow2", "z"], []), (["log", "z"], []), (["*", "z", "log", "z"], [])]
+    plain += [(["inv", "z"], []), (["inv", "pow2", "z"], []), (["pow1_2", "z"], []), (["exp", "z"], [])]
     if positive:
-        plain += [(["pow", *z, C], [p]) for p in (0.5, 2.0, -1.0, -2.0, 3.5)]
-    curves = [(["exp", "*", C, *z], [k]) for k in rates]
+        plain += [(["pow", "z", C], [p]) for p in (0.5, 2.0, -1.0, -2.0, 3.5)]
+    curves = [(["exp", "*", C, "z"], [k]) for k in rates]
     if positive:
-        curves += [(["exp", "/", C, *z], [k * middle * s]) for k in (0.5, 2.0, 8.0, 25.0) for s in (1, -1)]
+        curves += [(["exp", "/", C, "z"], [k * middle * s]) for k in (0.5, 2.0, 8.0, 25.0) for s in (1, -1)]
         for p, k in itertools.product((-2.0, 0.5, 2.0, -5.0), (-6.0, -1.5, 1.5)):
-            curves.append((["*", "pow", *z, C, "exp", "*", C, *z], [p, k / width]))
-            curves.append((["*", "pow", *z, C, "exp", "/", C, *z], [p, k * middle]))
+            curves.append((["*", "pow", "z", C, "exp", "*", C, "z"], [p, k / width]))
+            curves.append((["*", "pow", "z", C, "exp", "/", C, "z"], [p, k * middle]))
         for p, k in itertools.product((-5.0, -1.0, 1.0, 3.0), (0.5, 2.0, 6.0)):
-            curves.append((["/", "pow", *z, C, "+", C, "exp", "/", C, *z], [p, -1.0, k * middle]))
-            curves.append((["/", "pow", *z, C, "+", C, "exp", "*", C, *z], [p, -1.0, k / middle]))
+            curves.append((["/", "pow", "z", C, "+", C, "exp", "/", C, "z"], [p, -1.0, k * middle]))
+            curves.append((["/", "pow", "z", C, "+", C, "exp", "*", C, "z"], [p, -1.0, k / middle]))
         for p, k in itertools.product((1.0, -1.0, 2.5, -2.5), (low, middle, high)):
-            curves.append((["inv", "+", C, "pow", *z, C], [k**p, p]))
-        curves += [(["log", "+", C, *z], [k]) for k in (low, high)]
-    curves += [(["/", *z, "+", C, *z], [k]) for k in (low, middle, 3 * high)]
-    curves += [(["inv", "+", C, *z], [k]) for k in (low, middle, high, -2 * high, -low / 2)]
-    curves += [(["inv", "+", C, "pow2", *z], [k]) for k in (low**2, high**2, -2 * high**2, -(low**2) / 2)]
-    curves += [(["/", *z, "+", C, "pow2", *z], [k]) for k in (middle**2, high**2)]
-    curves += [(["inv", "+", C, "pow2", "+", C, *z], [k * width**2, -start])
+            curves.append((["inv", "+", C, "pow", "z", C], [k**p, p]))
+        curves += [(["log", "+", C, "z"], [k]) for k in (low, high)]
+    curves += [(["/", "z", "+", C, "z"], [k]) for k in (low, middle, 3 * high)]
+    curves += [(["inv", "+", C, "z"], [k]) for k in (low, middle, high, -2 * high, -low / 2)]
+    curves += [(["inv", "+", C, "pow2", "z"], [k]) for k in (low**2, high**2, -2 * high**2, -(low**2) / 2)]
+    curves += [(["/", "z", "+", C, "pow2", "z"], [k]) for k in (middle**2, high**2)]
+    curves += [(["inv", "+", C, "pow2", "+", C, "z"], [k * width**2, -start])
                for k in (0.003, 0.1) for start in (low, middle, high)]  # fmt: skip
     if positive:
-        curves += [(["+", "pow", *z, C, "*", C, "pow", *z, C], [p, s * middle ** (p - q), q])
+        curves += [(["+", "pow", "z", C, "*", C, "pow", "z", C], [p, s * middle ** (p - q), q])
                    for p, q in ((-2.0, -1.0), (-8.0, -4.0), (0.5, 2.0)) for s in (1.0, -1.0)]  # fmt: skip
     for sign, start in itertools.product((1, -1), (low, middle, high)):
         rate = sign * 8.0 / width
-        curves.append((["inv", "+", C, "exp", "*", C, *z], [float(np.exp(np.clip(rate * start, -60, 60))), rate]))
-    curves += [(["tanh", "+", C, "*", C, *z], [-k * start, k]) for k in (2 / width, 8 / width) for start in (low, high)]
-    curves += [(["exp", "*", C, "pow2", "+", C, *z], [-k / width**2, -start])
+        curves.append((["inv", "+", C, "exp", "*", C, "z"], [float(np.exp(np.clip(rate * start, -60, 60))), rate]))
+    curves += [
+        (["tanh", "+", C, "*", C, "z"], [-k * start, k]) for k in (2 / width, 8 / width) for start in (low, high)
+    ]
+    curves += [(["exp", "*", C, "pow2", "+", C, "z"], [-k / width**2, -start])
                for k in (3.0, 20.0) for start in (low, middle, high)]  # fmt: skip
     largest = float(np.max(values**2)) or 1.0
-    curves += [(["pow", "+", C, "pow2", *z, C], [s * largest, p]) for s in (-1.3, 0.5) for p in (0.5, -0.5, -1.5)]
-    curves += [(["pow", "-", C, "pow2", *z, C], [1.3 * largest, p]) for p in (0.5, -0.5)]
-    curves += [(["pow", "+", C, *z, C], [k, p]) for k in (low, high - 2 * low + width / 10) for p in (0.5, 2.0, -2.0)]
-    curves += [([name, "*", C, *z], [k / width]) for name in ("tanh", "atan", "cosh") for k in (1.0, 4.0)]
-    curves += [([name, "*", C, *z], [k / width]) for name in ("asin", "acos", "atanh") for k in (0.5,)]
-    curves += [(["+", *z, "*", C, "pow2", *z], [s / width]) for s in (1.0, -1.0)]
-    curves += [(["+", *z, "+", "*", C, "pow2", *z, "*", C, "pow3", *z], [1 / width, 1 / width**2])]
-    curves += [(["+", *z, "*", C, "inv", *z], [s * middle**2]) for s in (1.0, -1.0)]
-    curves += [(["+", "exp", "*", C, *z, "*", C, "exp", "*", C, *z], [-1 / width, s, -8 / width]) for s in (1.0, -1.0)]
+    curves += [(["pow", "+", C, "pow2", "z", C], [s * largest, p]) for s in (-1.3, 0.5) for p in (0.5, -0.5, -1.5)]
+    curves += [(["pow", "-", C, "pow2", "z", C], [1.3 * largest, p]) for p in (0.5, -0.5)]
+    curves += [(["pow", "+", C, "z", C], [k, p]) for k in (low, high - 2 * low + width / 10) for p in (0.5, 2.0, -2.0)]
+    curves += [([name, "*", C, "z"], [k / width]) for name in ("tanh", "atan", "cosh") for k in (1.0, 4.0)]
+    curves += [([name, "*", C, "z"], [k / width]) for name in ("asin", "acos", "atanh") for k in (0.5,)]
+    curves += [(["+", "z", "*", C, "pow2", "z"], [s / width]) for s in (1.0, -1.0)]
+    curves += [(["+", "z", "+", "*", C, "pow2", "z", "*", C, "pow3", "z"], [1 / width, 1 / width**2])]
+    curves += [(["+", "z", "*", C, "inv", "z"], [s * middle**2]) for s in (1.0, -1.0)]
+    curves += [
+        (["+", "exp", "*", C, "z", "*", C, "exp", "*", C, "z"], [-1 / width, s, -8 / width]) for s in (1.0, -1.0)
+    ]
     for k in rates[2:6]:
-        curves.append((["+", *z, "*", C, "exp", "*", C, *z], [1.0, k]))
+        curves.append((["+", "z", "*", C, "exp", "*", C, "z"], [1.0, k]))
     for k in frequencies(values, flat, w * np.abs(y) if product and (y != 0).all() else w):
-        curves += [([name, "*", C, *z], [k]) for name in ("sin", "cos", "tan")]
+        curves += [([name, "*", C, "z"], [k]) for name in ("sin", "cos", "tan")]
         for phase in (0.0, 2.0, 4.0):
-            curves.append((["sin", "+", C, "*", C, *z], [phase, k]))
-            curves.append((["+", *z, "*", C, "sin", "+", C, "*", C, *z], [1.0, phase, k]))
-            curves += [(["*", "exp", "*", C, *z, "sin", "+", C, "*", C, *z], [-s / width, phase, k]) for s in (1, 4)]
+            curves.append((["sin", "+", C, "*", C, "z"], [phase, k]))
+            curves.append((["+", "z", "*", C, "sin", "+", C, "*", C, "z"], [1.0, phase, k]))
+            curves += [(["*", "exp", "*", C, "z", "sin", "+", C, "*", C, "z"], [-s / width, phase, k]) for s in (1, 4)]
     for k in (1.0, 2.0, 4.0):
-        curves += [([name, "*", C, *z], [k / width]) for name in ("sin", "cos")]
+        curves += [([name, "*", C, "z"], [k / width]) for name in ("sin", "cos")]
     for form, constants in plain + curves:
         yield form, [float(c) for c in constants]
     if product:
         for form, constants in plain + curves:
-            for offset in (1.0, -1.0):
-                yield ["+", C, *form], [offset, *map(float, constants)]
+            yield ["+", C, *form], [-1.0 if form[0] in ("exp", "cos") else 1.0, *map(float, constants)]

@@ -16,7 +16,7 @@ from collections import namedtuple
 
 import numpy as np
 
-from data_utils.formulas.expressions import LITERALS, OPERATORS, Program, evaluate
+from data_utils.formulas.expressions import LITERALS, OPERATORS, Program
 from data_utils.formulas.fit import fit, spread
 from data_utils.formulas.simplify import NotReal, simplify
 
@@ -27,7 +27,8 @@ RARE = 8.0  # nats of an operator that the paper does not count
 NESTED = 8.0  # bits of a function inside another
 TRIGONOMETRIC = ("sin", "cos", "tan")
 FUNCTIONS = {*TRIGONOMETRIC, "exp", "log", "sinh", "cosh", "tanh", "asin", "acos", "atan", "asinh", "acosh", "atanh"}
-PRECISION = 1e-12  # of y relative to its largest value, where no rounding is known: float64 computes no better
+PRECISION, ROUNDING = 1e-12, 1e-16  # of y where nothing is known: of each value, and of the largest (float64)
+TOO_FAR = 0.5  # residuals in proportion to y above this are none
 SIGN = 1.0  # bits of a constant besides its digits
 DIGIT = math.log2(10)
 SNAPS = 6  # plain numbers that are tried at a time
@@ -48,7 +49,7 @@ class Data:
         self.X, self.y = np.asarray(X, float), np.asarray(y, float)
         self.n, self.D = self.X.shape
         size = np.abs(self.y)
-        self.floor = np.full(self.n, PRECISION * size.max())
+        self.floor = PRECISION * size + ROUNDING * size.max()
         if half is not None:
             self.floor = np.maximum(self.floor, np.asarray(half, float) / math.sqrt(3))
         constant = np.ones(self.n) if sigma is None else 1 / np.asarray(sigma, float)
@@ -74,10 +75,28 @@ class Data:
         return math.sqrt(max(variance, np.mean((self.floor * weights) ** 2)))
 
     def residual_bits(self, fvu, free, relative):
-        """Return the bits of the residuals; inf where there are as many constants as points."""
+        """Return the bits of residuals with this weighted FVU; inf where there are as many constants as points."""
         if free >= self.n or not fvu < math.inf:
             return math.inf
-        return self.n * math.log2(self.deviation(fvu, free, relative)) - np.log2(self.weights[relative]).sum()
+        deviation, weights = self.deviation(fvu, free, relative), self.weights[relative]
+        if relative and deviation > TOO_FAR * np.mean(weights * np.abs(self.y)):
+            return math.inf
+        return self.n * math.log2(deviation) - np.log2(weights).sum()
+
+    def exact_bits(self, values, free, relative):
+        """Return the bits of the residuals of values (M,); relative ones are in proportion to the values, not to y."""
+        if not relative:
+            weights = self.weights[False]
+            share = np.mean(np.square((values - self.y) * weights)) / max(spread(self.y, weights) ** 2, 1e-300)
+            return self.residual_bits(float(share), free, False)
+        size = np.abs(values)
+        if free >= self.n or not (values * self.y > 0).all():
+            return math.inf
+        variance = np.square((values - self.y) / size).sum() / max(self.n - free, 0.5)
+        variance = max(variance, np.mean(np.square(self.floor / size)))
+        if variance > TOO_FAR**2:
+            return math.inf
+        return self.n / 2 * math.log2(variance) + np.log2(size).sum()
 
 
 def structure_bits(prefix, D):
@@ -116,14 +135,17 @@ def plain_bits(value):
 
 
 def plain_numbers(value, error):
-    """Return plain numbers within four standard errors of a constant, the plainest first."""
-    near = {0.0, 1.0, -1.0, *(round(value * k) / k for k in (1, 2, 3, 4))}
+    """Return plain numbers near a constant, the plainest first: within two standard errors, 0 and 1 within four."""
+    near = {*(round(value * k) / k for k in (1, 2, 3, 4))}
     for k in (1, 2, 3, 4):
         if abs(value) * k < 5 * math.pi:
             near.add(round(value * k / math.pi) * math.pi / k)
     for digits in (1, 2, 3):
         near.add(float(f"{value:.{digits - 1}e}"))
-    return sorted((v for v in near if abs(v - value) <= 4 * error), key=lambda v: (plain_bits(v), abs(v - value)))
+    close = {v for v in near if abs(v - value) <= 2 * error} | {
+        v for v in (0.0, 1.0, -1.0) if abs(v - value) <= 4 * error
+    }
+    return sorted(close, key=lambda v: (plain_bits(v), abs(v - value)))
 
 
 def admissible(prefix, constants, X):
@@ -171,11 +193,12 @@ def admissible(prefix, constants, X):
     return good
 
 
-def jacobian(alphabet, row, constants, data):
-    """Return dy / dconstants (C, M) of one formula, 0 where it isn't finite."""
-    columns = padded_columns(alphabet, data.X)
-    _, J = Program(alphabet, row, columns).gradient(constants)
-    return np.where(np.isfinite(J[0]), J[0], 0.0)
+def value_and_slopes(alphabet, prefix, constants, data):
+    """Return y (M,) of one formula, and dy / dconstants (C, M), 0 where it isn't finite."""
+    row = np.array([alphabet.encode(prefix)], np.uint8)
+    constants = np.asarray(constants, float).reshape(1, -1)
+    y, J = Program(alphabet, row, padded_columns(alphabet, data.X)).gradient(constants)
+    return y[0], np.where(np.isfinite(J[0]), J[0], 0.0)
 
 
 def padded_columns(alphabet, X):
@@ -194,7 +217,9 @@ def standard_errors(J, weights, deviation):
     size = np.maximum(size, 1e-300)
     unit = J / size[:, None]
     inverse = np.linalg.pinv(unit @ unit.T, rcond=1e-12, hermitian=True)
-    return deviation / size, deviation / size * np.sqrt(np.maximum(inverse.diagonal(), 1.0))
+    with np.errstate(over="ignore"):
+        alone = deviation / size
+        return alone, alone * np.sqrt(np.maximum(inverse.diagonal(), 1.0))
 
 
 class _Fitted:
@@ -208,12 +233,11 @@ class _Fitted:
         self.errors = np.zeros(len(free))
         if fvu == math.inf or count >= max(data.n - 1, 1) and count:
             return
-        bits = data.residual_bits(fvu, count, relative) + structure_bits(prefix, data.D)
+        values, J = value_and_slopes(alphabet, prefix, self.constants, data)
+        bits = data.exact_bits(values, count, relative) + structure_bits(prefix, data.D)
         if count:
-            row = np.array([alphabet.encode(prefix)], np.uint8)
-            J = jacobian(alphabet, row, self.constants[None], data)[free]
             deviation = data.deviation(fvu, count, relative)
-            alone, together = standard_errors(J, data.weights[relative], deviation)
+            alone, together = standard_errors(J[free], data.weights[relative], deviation)
             self.errors[free] = together
             with np.errstate(all="ignore"):
                 digits = np.log2(np.abs(self.constants[free]) / alone)
@@ -250,9 +274,7 @@ def _ranked(alphabet, fitted, data):
     """Return a _Fitted as Ranked, None where it may not be listed. Its FVU is unweighted."""
     if fitted is None or fitted.bits == math.inf or not admissible(fitted.prefix, fitted.constants, data.X):
         return None
-    row = np.array([alphabet.encode(fitted.prefix)], np.uint8)
-    constants = fitted.constants[None] if len(fitted.constants) else np.zeros((1, 1))
-    values = evaluate(alphabet, row, constants, padded_columns(alphabet, data.X)[None])[0]
+    values, _ = value_and_slopes(alphabet, fitted.prefix, fitted.constants, data)
     variance = np.var(data.y)
     fvu = float(np.mean((values - data.y) ** 2) / variance) if variance else 0.0
     return Ranked(list(fitted.prefix), fitted.constants.tolist(), fitted.bits, fvu, len(fitted.prefix),

@@ -29,8 +29,10 @@ EXACT = 1e-14  # FVU below which the search does not look for a better fit, only
 SEARCHED, ROUGH, REFITTED = 512, 1000, 8  # rows that the search sees, that rank; formulas fitted to all rows
 SEARCHING, MARGIN = 0.7, 0.3  # share of max_seconds before ranking begins; seconds that ranking leaves over
 SHAPES, STARTS = 256, 3  # general forms that are fitted together; starts of each that are fitted well
-EXTENDED = 12  # forms to which a plain term is added
+EXTENDED = 6  # forms of each number of constants to which a plain term is added
 SHAPING, AFTER_STOP = 0.35, 2.0  # share of max_seconds for them; seconds of ranking after Ctrl+C
+ALWAYS = 3  # candidates that are ranked, whatever the deadline
+RANGE = 60  # decades of y beyond which it is ranked scaled
 SCREENED = 5  # columns that are searched, where there are more
 DONATED, FINAL = 40, 40  # general forms that are bred from; candidates of each kind that are ranked
 SUMS, KEPT, LONGEST_SUM = 16, 8, 40  # searches for sums in a round, sums that are fitted, tokens of one
@@ -233,15 +235,21 @@ class Search:
         structure = structure_bits(self.alphabet.decode(candidate.prefix), self.data.D)
         return structure + count * digits + self.data.residual_bits(error, min(count, n - 1), self.relative)
 
-    def fit_shapes(self, deadline):
-        """Fit the general forms of forms.py, all of them roughly, then the most promising well."""
-        batch = [(self.alphabet.encode(prefix), constants)
-                 for prefix, constants in starts(self.alphabet, self.data, self.weights, self.rng)
-                 if len(prefix) <= self.longest_sum and not contains(prefix, self.exclude)]  # fmt: skip
+    def fit_shapes(self, deadline, batch=None):
+        """Fit the general forms of forms.py, all of them roughly, then the most promising well.
+
+        batch: (id list, start of its constants) of these forms, where they are known. Returns those that fitted best.
+        """
+        batch = batch or [
+            (self.alphabet.encode(prefix), constants)
+            for prefix, constants in starts(self.alphabet, self.data, self.weights, self.rng)
+            if len(prefix) <= self.longest_sum and not contains(prefix, self.exclude)
+        ]
         few = self.rng.permutation(self.data.n)[:FIT_POINTS]
         rough = self._shapes(batch, few, 8, deadline)
         kept = {}
-        for candidate in sorted(rough, key=self.bits):
+        rough.sort(key=self.bits)
+        for candidate in rough:
             starting = kept.setdefault(tuple(candidate.prefix), [])
             if len(starting) < STARTS:
                 starting.append((candidate.prefix, candidate.constants[2:]))
@@ -249,9 +257,10 @@ class Search:
         unique = {}
         for candidate in sorted(self._shapes(chosen, slice(None), 60, deadline), key=lambda c: c.fvu):
             unique.setdefault(tuple(candidate.prefix), candidate)
-        longer = []
-        for shape in sorted(unique.values(), key=self.bits)[:EXTENDED]:
-            for term in terms(self.data.D):
+        longer, counts = [], {}
+        for shape in sorted(unique.values(), key=self.bits):
+            count = counts[len(shape.constants)] = counts.get(len(shape.constants), 0) + 1
+            for term in terms(self.data.D) if count <= EXTENDED else ():
                 prefix = ["+", *self.alphabet.decode(shape.prefix), "*", "<constant>", *term]
                 if self.alphabet.ids.keys() >= set(prefix) and not contains(prefix, self.exclude):
                     longer.append((self.alphabet.encode(prefix), [*shape.constants[2:], 0.0]))
@@ -260,6 +269,7 @@ class Search:
         self.shapes = sorted(unique.values(), key=self.bits)
         self.tried += len(batch) + len(longer)
         self.keep(archive=self.shapes[:DONATED])
+        return [(c.prefix, c.constants[2:]) for c in rough[: len(rough) // 4]]
 
     def _shapes(self, batch, points, steps, deadline):
         """Fit (id list, start of its constants) to some points -> Candidates."""
@@ -346,11 +356,9 @@ def find_formula(
     deadline = begin + max_seconds if max_seconds else math.inf
     X, y = np.asarray(X, float), np.asarray(y, float)
     powers, power = decades(X), int(decades(y))
-    half = None if half is None else scaled(half, power)
-    data = Data(X, scaled(y, power), sigma, half)
     rows = np.sort(rng.permutation(len(y))[:SEARCHED])
-    near = Data(scaled(X[rows], powers), data.y[rows], None if sigma is None else sigma[rows],
-                None if half is None else half[rows])  # fmt: skip
+    near = Data(scaled(X[rows], powers), scaled(y[rows], power), None if sigma is None else sigma[rows],
+                None if half is None else scaled(half[rows], power))  # fmt: skip
     active = list(range(X.shape[1]))
     if isinstance(propose, Prior):
         active = screen(near.X, near.y, near.weights[False], rng, SCREENED)
@@ -361,20 +369,23 @@ def find_formula(
                 if near.weights[relative] is not None]  # fmt: skip
     try:
         if shapes:
-            for k, search in enumerate(searches, 1):
-                search.fit_shapes(begin + SHAPING * k / len(searches) * max_seconds if max_seconds else math.inf)
+            batch = None
+            for search in reversed(searches):  # residuals in proportion to y first: they see small values too
+                batch = search.fit_shapes(begin + SHAPING * max_seconds if max_seconds else math.inf, batch)
             searches.sort(key=lambda search: search.bits(search.shapes[0]) if search.shapes else math.inf)
         search, enough = searches[0], math.inf
         choices += search.tried
+        spent, slowest = time.monotonic() - begin, 0.0
         while not stop and search.tried < enough:
-            spent = time.monotonic() - begin
-            if spent >= SEARCHING * max_seconds if max_seconds else search.tried >= choices:
+            if spent + slowest > SEARCHING * max_seconds if max_seconds else search.tried >= choices:
                 break
             n = ROUND if max_seconds else min(ROUND, choices - search.tried)
             search.breed(propose, prior, n, evolve, restarts, refiner)
             leader = search.leader()
             if enough == math.inf and leader and leader.fvu <= PERFECT and near.n - len(leader.constants) >= 5:
                 enough = 2 * search.tried
+            now = time.monotonic() - begin
+            spent, slowest = now, max(slowest, now - spent)
             if watch and leader:
                 watch(leader, spent)
     except KeyboardInterrupt:
@@ -382,8 +393,12 @@ def find_formula(
     candidates = searches[0].finalists()
     for other in searches[1:]:
         candidates += other.finalists()[: FINAL // 2]
-    formulas = ranking(alphabet, candidates, data, active, powers, rng, deadline, exclude)
-    return [in_units(alphabet, formula, power) for formula in formulas], sum(search.tried for search in searches)
+    shift = power if abs(power) > RANGE else 0  # of y while formulas are ranked: its squares must stay floats
+    if shift:
+        y, half = scaled(y, shift), None if half is None else scaled(half, shift)
+    data = Data(X, y, sigma, half)
+    formulas = ranking(alphabet, candidates, data, active, powers, power - shift, rng, deadline, exclude)
+    return [in_units(alphabet, formula, shift) for formula in formulas], sum(search.tried for search in searches)
 
 
 def in_units(alphabet, formula, power):
@@ -395,21 +410,20 @@ def in_units(alphabet, formula, power):
     return formula if raw is None else formula._replace(prefix=raw[0], constants=raw[1], length=len(raw[0]))
 
 
-def ranking(alphabet, candidates, data, active, powers, rng, deadline, exclude=()):
+def ranking(alphabet, candidates, data, active, powers, power, rng, deadline, exclude=()):
     """Return candidates about the `active` columns, scaled, as Ranked formulas about columns in the user's units.
 
-    Best first, and the mean of y is among them. y stays scaled: its squares might leave the range of floats. Of many
-    rows some decide the order, and the first formulas are fitted to all of them. Candidates that the deadline leaves no
-    time for are left out.
+    Best first, and the mean of y is among them. Of many rows some decide the order, and the first formulas are fitted
+    to all of them. Candidates that the deadline leaves no time for are left out.
     """
     rough = data if data.n <= ROUGH else data.subset(np.sort(rng.permutation(data.n)[:ROUGH]))
     formulas = [rank_formula(alphabet, ["<constant>"], [float(np.mean(rough.y))], rough)]
     names = {f"x{i + 1}": f"x{j + 1}" for i, j in enumerate(active)}
-    for candidate in candidates:
-        if time.monotonic() > deadline - MARGIN * (1 if rough is data else 3) and len(formulas) > 1:
+    for place, candidate in enumerate(candidates):
+        if time.monotonic() > deadline - MARGIN * (1 if rough is data else 3) and place >= ALWAYS:
             break
         tokens = wrap(alphabet.decode(candidate.prefix))
-        raw = unscaled(tokens, candidate.constants, powers[active], 0, alphabet.operators)
+        raw = unscaled(tokens, candidate.constants, powers[active], power, alphabet.operators)
         if raw is not None:
             prefix = [names.get(token, token) for token in raw[0]]
             if all(token in alphabet.ids for token in prefix):
