@@ -16,6 +16,8 @@ fit.py                 constants of many formulas at once
 sums.py                sums of known parts that explain y
 search.py              a formula for given points
 problems.py            problems of test sets, a user's table, scores
+cells.py               columns of numbers out of a user's file
+tables.py              which of them are y, x and the uncertainty of y
 model_files.py         the folder of a trained model
 generate.py            the search as a command
 figures.py             a formula and its residuals
