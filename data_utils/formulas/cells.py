@@ -95,7 +95,8 @@ def read_columns(path):
             name = next(name for name in ("index", "index_2", "index_3") if name not in {*names, *columns})
         if column.unit:
             first = next(text for text in texts if not _is_missing(text)).strip()
-            notes.append(f"{name}: {first} is read as a number with the unit {column.unit}")
+            value = values[np.isfinite(values)][0]
+            notes.append(f"{name}: {first} is read as {value:g} with the unit {column.unit}")
         column.unit = unit or column.unit or split_unit(name)[1]
         if values is not None and not separator:
             column.digits[:] = 0.0

@@ -20,7 +20,7 @@ ROWS = list(zip(M.tolist(), V.tolist(), RHO.tolist(), strict=True))
 
 
 def table(separator=",", header=("m", "V", "rho"), end="\n", cell=str, line=lambda i, text: text):
-    """m, V, rho as text. cell: how a number is written; line: how row i is, from what it would be."""
+    """Return m, V, rho as text. cell: writes a number; line: changes row i."""
     lines = [separator.join(header)] if header else []
     lines += [line(i, separator.join(map(cell, row))) for i, row in enumerate(ROWS)]
     return end.join(lines) + end
@@ -114,7 +114,7 @@ ROWWISE = {  # kind -> content, names of x, first row of x, a part of a note
     "empty column": ("a,b,y\n5,,1\n3,NA,2\n4,n/a,4\n", ["a"], [5], "left out: b, which is empty"),
     "mostly missing": ("a,b,y\n5,,1\n3,,2\n4,1,4\n1,2,5\n2,,6\n", ["a"], [5], "left out: b, missing in 3 of 5 rows"),
     "units below": ("a,b,y\nkg,m^3,-\n5,2,1\n3,1,2\n4,1,4\n", ["a", "b"], [5, 2], "line 2 is read as units: kg, m^3"),
-    "percent": ("a,y\n5%,1\n3.5%,2\n4%,4\n", ["a"], [5], "5% is read as a number with the unit %"),
+    "percent": ("a,y\n5%,1\n3.5%,2\n4%,4\n", ["a"], [5], "5% is read as 5 with the unit %"),
     "units in cells": ("a,y\n5 kg,1\n3.5 kg,2\n,3\n4 kg,4\n", ["a"], [5], "with the unit kg"),
     "thousands": ('a,y\n"1,200",1.5\n"3,000,000",2\n"4,500",4\n', ["a"], [1200], "mark of thousands"),
     "thousands, blanks": ("a;y\n1 234,5;1\n3 000;2\n20;4\n", ["a"], [1234.5], "decimal mark"),
