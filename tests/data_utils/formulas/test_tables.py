@@ -175,7 +175,7 @@ REFUSED = {  # kind -> content, what the error says, what it advises
     "either mark": ("a\ty\n1,500\t2\n2,250\t3\n4\t5\n", "decimals or thousands", "without separators"),
     "binary": (b"\x89PNG\r\n\x00\x01\x02\x00\x00\x00\x03", "found other bytes", "csv"),
     "torn gzip": (gzip.compress(WEIGH.encode())[:40], "end-of-stream", ""),
-    "not Excel": (b"PK\x03\x04 nothing", "", "save the table as csv"),
+    "not Excel": (b"PK\x03\x04 nothing", "weigh.csv", "save the table as csv"),
     "gaps": ("a,y\n1,\n,2\n3,4\n", "complete rows of numbers: 1", ""),
 }  # fmt: skip
 
