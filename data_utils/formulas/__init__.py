@@ -18,7 +18,8 @@ forms.py               general forms from which a search starts
 scaling.py             columns near 1, and formulas back in the user's units
 score.py               bits of a formula and of what it leaves of the data
 search.py              a formula for given points
-tables.py              a user's table of measurements
+cells.py               columns of numbers out of a user's file
+tables.py              which of them are y, x and the uncertainty of y
 answers.py             the search in a user's words: operators, excluded terms, answers
 formats.py             digits of constants; formulas as text, Python, LaTeX, sympy
 problems.py            problems of test sets, scores

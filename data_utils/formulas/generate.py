@@ -19,6 +19,7 @@ from data_utils.config import at_least
 from data_utils.errors import DataError, UsageError
 from data_utils.files import begins, check_replaceable, is_marked, make_room, write_atomic
 from data_utils.formulas.answers import is_mean, search_formulas, to_answers
+from data_utils.formulas.cells import read_new_rows
 from data_utils.formulas.expressions import from_text
 from data_utils.formulas.fit import wrap
 from data_utils.formulas.formats import number_text, write_equation, write_formula
@@ -29,7 +30,7 @@ from data_utils.formulas.scaling import decades, unscaled
 from data_utils.formulas.score import Data
 from data_utils.formulas.search import SCREENED, predict
 from data_utils.formulas.skeletons import PoolConfig
-from data_utils.formulas.tables import read_columns, read_table
+from data_utils.formulas.tables import read_table
 from data_utils.hardware import open_device
 from models.formula_model import check_sampling
 
@@ -250,7 +251,7 @@ class Predictions:
 
     def __init__(self, cfg, names, target):
         """Read the table of --predict. Raises UsageError where its neighbour is another's file."""
-        self.table = read_columns(cfg.predict, names)
+        self.table = read_new_rows(cfg.predict, names)
         path = Path(cfg.predict)
         path = path.with_suffix("") if path.suffix in (".gz", ".bz2", ".xz") else path
         self.path = path.with_name(f"{path.stem}.predicted.csv")
