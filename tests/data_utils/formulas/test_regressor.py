@@ -11,7 +11,7 @@ from data_utils.formulas import SymbolicRegressor, forms, search
 from data_utils.formulas.regressor import _rounding, _weighted
 from tests.helpers import ROOT
 
-QUICK = dict(max_seconds=0, choices=4, operators=("pow2",))
+QUICK = dict(max_seconds=0, choices=16, operators=("pow", "pow2"))
 
 
 @pytest.fixture(scope="module", autouse=True)
