@@ -26,7 +26,8 @@ MOST_COLUMNS = 150  # an alphabet has at most 256 tokens
 MOST_ORDERS = 64  # of the operands of an excluded term
 COMPARED, SAME = 1000, 1e-9  # rows on which formulas are compared; standard deviations of y that count as nothing
 ALWAYS = "+", "*"  # every sum of parts needs them
-ARITHMETIC = (*ALWAYS, "-", "/", "neg", "inv")
+MULTIPLES = tuple(f"{name}{k}" for name in ("mult", "div") for k in (2, 3, 4, 5))  # in which normal forms are written
+ARITHMETIC = (*ALWAYS, "-", "/", "neg", "inv", *MULTIPLES)
 FAMILIES = {  # signs that several operators are written with
     "-": ("-", "neg"),
     "/": ("/", "inv", "div2", "div3", "div4", "div5"),

@@ -4,7 +4,15 @@ import numpy as np
 import pytest
 
 from data_utils.errors import UsageError
-from data_utils.formulas.answers import LEFT_OUT, check_operators, contains, read_terms, to_answers, vocabulary
+from data_utils.formulas.answers import (
+    ARITHMETIC,
+    LEFT_OUT,
+    check_operators,
+    contains,
+    read_terms,
+    to_answers,
+    vocabulary,
+)
 from data_utils.formulas.expressions import OPERATORS, from_text
 from data_utils.formulas.score import Data, Ranked
 
@@ -20,7 +28,7 @@ def excludes(term, text, names=("x1", "x2")):
 
 def test_operators():
     assert set(check_operators(())) == set(OPERATORS) - set(LEFT_OUT)
-    assert set(check_operators(("sin", "sqrt"))) == {"+", "*", "-", "/", "neg", "inv", "sin", "pow1_2"}
+    assert set(check_operators(("sin", "sqrt"))) == {*ARITHMETIC, "sin", "pow1_2"}
     assert "asinh" in check_operators(("asinh",)) and {"pow", "pow2", "pow1_3"} <= set(check_operators(("**",)))
     with pytest.raises(UsageError, match="--operators sinus: no operator.*\nnearest: .*sin"):
         check_operators(("sinus",))
