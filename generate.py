@@ -59,38 +59,47 @@ class AnswerConfig:
 
 @dataclass
 class FormulaConfig:
-    model: str = ""  # folder of a model of train_sr.py; --method prior needs none
-    data: str = ""  # csv file: a header, then numbers
-    target: str = ""  # its column y; "" = the last one
-    method: Literal["sampling", "beam", "prior"] = "sampling"  # source of candidates; prior: the draws of the training
-    choices: int = 512  # candidates
-    temperature: float = 1.0  # of the network's samples
-    top_k: int = 0  # sample from this many likeliest tokens; 0 = all
-    top_p: float = 1.0  # sample from the likeliest tokens with this share of the probability
-    max_len: int = 64  # longest sequence of tokens, including prompt and marks
-    beam_width: int = 32  # beams of --method beam
-    evolve: float = 0.7  # share of candidates bred from the best ones, from the second round on
-    restarts: int = 4  # starting points of each fit
-    refiner: Literal["lm", "bfgs"] = "lm"  # fit of the constants
-    parsimony: float = 0.05  # cost of a token, in decades of error
-    rank: Literal["mdl", "score"] = "mdl"  # order of answers by bits of formula and residuals, or by error and length
-    max_seconds: float = 0.0  # search this long or to an exact fit, with any number of --choices; 0 = off
-    max_points: int = 64  # points that the network reads
-    precision: int = 6  # printed digits of constants
-    top: int = 10  # listed candidates
-    out: str = ""  # csv or jsonl file for all candidates, or all runs of a suite
-    plot: str = ""  # PNG file for fit and residuals
-    fresh: bool = False  # rename files of other origin with these two names to *.bak
-    complexity: int = 0  # prompt: tokens of the formula; 0 = not given
+    data: str = ""  # table of numbers with a header: csv, other text, Excel, parquet
+    target: str = ""  # its column y; "" = the last one of numbers
+    columns: tuple[str, ...] = ()  # columns x; none named = all others that vary
+    ignore: tuple[str, ...] = ()  # columns that are no x
+    sigma: str = ""  # column with the uncertainty of y
+    operators: tuple[str, ...] = ()  # that may occur beside + - * /, such as sin exp sqrt pow; none = all usual
+    exclude_terms: tuple[str, ...] = ()  # that may not occur: an operator such as sin, or a term such as "x**2"
+    max_length: int = 0  # longest formula, in operators, constants and variables; 0 = as long as it pays
+    max_seconds: float = 20.0  # of the search; 0 = until --choices were tried
+    choices: int = 512  # candidates, with --max_seconds 0
+    model: str = ""  # folder of a network of train_sr.py that proposes formulas; "" = none
+    method: Literal["auto", "sampling", "beam", "prior"] = "auto"  # who proposes: the network, or random formulas
+    format: Literal["text", "python", "latex", "sympy"] = "text"  # of the answer
+    precision: int = 0  # digits of constants; 0 = as many as the fit needs
+    top: int = 10  # formulas listed, besides those on the Pareto front
+    out: str = ""  # csv or jsonl of all formulas, or of all runs of a suite
+    plot: str = ""  # PNG of data, fit, residuals and Pareto front
+    predict: str = ""  # table with the same columns x; y is written to NAME.predicted.csv beside it
+    fresh: bool = False  # rename files of these names that are not from here to *.bak
+    evolve: float = 0.7  # share of candidates bred from the best so far, from the second round on
+    restarts: int = 4  # starts of each fit
+    refiner: Literal["lm", "bfgs"] = "lm"  # how constants are fitted
+    parsimony: float = 0.05  # price of a token while candidates are bred, in tenfold errors
+    temperature: float = 1.0  # of the network's draws
+    top_k: int = 0  # choose among so many likeliest tokens; 0 = all
+    top_p: float = 1.0  # choose among the likeliest tokens that hold this share of the probability
+    max_len: int = 64  # longest sequence of the network's tokens, prompt and marks included
+    beam_width: int = 32  # of --method beam
+    max_points: int = 64  # points that the network reads at once
+    complexity: int = 0  # prompt of a network: tokens of the formula; 0 = not told
     allowed_terms: tuple[str, ...] = ()  # prompt: terms that may occur
     include_terms: tuple[str, ...] = ()  # prompt: terms that do occur
-    exclude_terms: tuple[str, ...] = ()  # prompt: terms that do not occur
-    suite: tuple[str, ...] = ()  # test sets instead of --data: nguyen, feynman, fastsrb, csv files, saved pools
+    suite: tuple[str, ...] = ()  # nguyen, feynman, fastsrb, csv files like them, or saved pools, instead of --data
     seeds: int = 1  # data sets of each problem
     noise: float = 0.0  # noise on y, in its standard deviations
     max_variables: int = 0  # leave out problems with more variables; 0 = none
     seed: int = 0  # random seed
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
+
+    def __post_init__(self):
+        self.began = time.monotonic()  # before torch is imported, which counts for --max_seconds, too
 
 
 @dataclass

@@ -332,7 +332,9 @@ def candidates(args):
     """Held-out skeletons by candidates alone, nothing bred or summed: what the network reads off the points."""
     for arm, (_, flags) in arms_of(args).items():
         for choices in (128, 512) if arm == "network" else (128, 512, 1024, 5000):
-            rows = solved(args, held_out(args), f"pool-{arm}-{choices}", f"{flags} --evolve 0 --choices {choices}")
+            rows = solved(
+                args, held_out(args), f"pool-{arm}-{choices}", f"{flags} --evolve 0 --max_seconds 0 --choices {choices}"
+            )
             title = f"{len(rows)} held-out skeletons, recovered, {choices} candidates of {arm} alone"
             yield shares(f"{arm}.{choices}", args, "pool", rows, arm) | dict(title=title)
 

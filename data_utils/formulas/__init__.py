@@ -16,8 +16,26 @@ checkpoint_folders.py  checkpoints that are folders
 model_files.py         the folder of a trained model
 fit.py                 constants of many formulas at once
 sums.py                sums of known parts that explain y
+forms.py               general forms from which a search starts
+scaling.py             columns near 1, and formulas back in the user's units
+score.py               bits of a formula and of what it leaves of the data
 search.py              a formula for given points
-problems.py            problems of test sets, a user's table, scores
+cells.py               columns of numbers out of a user's file
+tables.py              which of them are y, x and the uncertainty of y
+answers.py             the search in a user's words: operators, excluded terms, answers
+formats.py             digits of constants; formulas as text, Python, LaTeX, sympy
+problems.py            problems of test sets, scores
 generate.py            the search as a command
-figures.py             a formula and its residuals
+regressor.py           the search as an estimator with scikit-learn's methods
+figures.py             a formula, its residuals and the formulas beside it
+
+`from data_utils.formulas import SymbolicRegressor` works in a notebook.
 """
+
+
+def __getattr__(name):  # torch is imported only where the search is used
+    if name == "SymbolicRegressor":
+        from data_utils.formulas.regressor import SymbolicRegressor
+
+        return SymbolicRegressor
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

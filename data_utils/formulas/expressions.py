@@ -103,7 +103,7 @@ OPERATORS = {
     **{f"div{k}": _fraction(k) for k in (2, 3, 4, 5)},
 }
 FOLDS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv, ast.Pow: pow}
-SYNONYMS = {"sqrt": "pow1_2", "ln": "log", "arcsin": "asin", "arccos": "acos", "arctan": "atan"}
+SYNONYMS = {"sqrt": "pow1_2", "cbrt": "pow1_3", "ln": "log", "arcsin": "asin", "arccos": "acos", "arctan": "atan"}
 
 
 class Alphabet:

@@ -1,29 +1,51 @@
-"""The figure of a formula: the points that it was fitted to, and what is left."""
+"""The figure of a formula: the points that it was fitted to, what is left of them, and the formulas beside it."""
 
-from data_utils.figures import COLOURS, open_frame, plt, write_figure
+from data_utils.figures import COLOURS, RED, open_frame, plt, write_figure
+
+LEAST = 1e-16  # 1 - R2 that is drawn for an exact fit
+TITLE = 90  # characters
 
 
-def plot_fit(X, y, predicted, names, target, title, out):
-    """Write points X (M, D), y (M,) and what a formula gives for them to `out`: fit and residuals.
+def draw_fit(X, y, predicted, names, title, answers=(), sigma=None):
+    """Return the figure of points X (M, D), y (M,) and the values (M,) of a formula: fit, residuals, Pareto front.
 
-    Over x for one variable; for more, predictions over data.
+    Fit and residuals are drawn over x for one column, else predictions over data. names: of the columns and of y.
+    answers: the Answers of a search, of which those on the front are drawn. sigma (M,): uncertainties of y.
     """
-    one = X.shape[1] == 1
-    x = X[:, 0] if one else y
+    *columns, target = names
+    single = X.shape[1] == 1
+    x = X[:, 0] if single else y
     order = x.argsort()
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
-    if one:
-        left.plot(x, y, "o", ms=4, alpha=0.7, label="data")
-    style, label = ("-", "formula") if one else ("o", "points")
-    left.plot(x[order], predicted[order], style, ms=4, color=COLOURS[1], label=label)
-    if not one:
+    figure, panels = plt.subplots(1, 3 if answers else 2, figsize=(15.5 if answers else 11, 4), layout="constrained")
+    left, right = panels[:2]
+    if single:
+        left.errorbar(x, y, sigma, fmt="o", ms=4, alpha=0.7, elinewidth=1, label="data")
+        left.plot(x[order], predicted[order], color=COLOURS[1], label="formula")
+        left.set(xlabel=columns[0], ylabel=target)
+    else:
+        left.plot(x, predicted, "o", ms=4, color=COLOURS[1], label="points")
         left.axline((y.mean(), y.mean()), slope=1, color="grey", lw=1, label="equal")
-    left.set(xlabel=names[0] if one else f"{target}, data", ylabel=target if one else f"{target}, formula")
+        left.set(xlabel=f"{target}, data", ylabel=f"{target}, formula")
+    left.set_title("fit")
     right.axhline(0, color="grey", lw=1)
-    right.plot(x, y - predicted, "o", ms=4, color=COLOURS[2])
+    right.errorbar(x, y - predicted, sigma, fmt="o", ms=4, elinewidth=1, color=COLOURS[2])
     right.set(xlabel=left.get_xlabel(), ylabel="data minus formula", title="residuals")
     left.legend(frameon=False)
-    left.set_title(title if len(title) < 70 else title[:67] + "...", fontsize=10)
-    for axes in (left, right):
+    if answers:
+        front = sorted((answer for answer in answers if answer.front), key=lambda answer: answer.length)
+        lengths, errors = [answer.length for answer in front], [max(answer.fvu, LEAST) for answer in front]
+        panels[2].plot(lengths, errors, "o-", ms=5, label="Pareto front")
+        panels[2].plot(answers[0].length, max(answers[0].fvu, LEAST), "o", ms=9, color=RED, label="first answer")
+        panels[2].set(xlabel="length", ylabel="1 - R2", yscale="log", title="error and length")
+        panels[2].xaxis.get_major_locator().set_params(integer=True)
+        panels[2].legend(frameon=False)
+    title = title.replace("$", r"\$")  # which would begin a formula of matplotlib's
+    figure.suptitle(title if len(title) < TITLE else title[: TITLE - 3] + "...", fontsize=10)
+    for axes in panels:
         open_frame(axes)
-    write_figure(figure, out)
+    return figure
+
+
+def plot_fit(X, y, predicted, names, title, out, answers=(), sigma=None):
+    """Write the figure of draw_fit to the file `out`."""
+    write_figure(draw_fit(X, y, predicted, names, title, answers, sigma), out)

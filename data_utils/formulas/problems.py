@@ -1,4 +1,4 @@
-"""Problems for symbolic regression: test sets of known formulas, a user's table, and how well a formula found fits.
+"""Problems for symbolic regression: test sets of known formulas, and how well a formula solves them.
 
 M points, D variables. Uy et al. 2011 (Nguyen), AI Feynman (arXiv 1905.11481), FastSRB (2508.14481), SRSD (2206.10540).
 """
@@ -114,32 +114,25 @@ def attainable(problem):
     return fvu(problem.y_val, evaluate(EVERY, tokens, constants, X_val[None])[0])
 
 
-def score(alphabet, candidate, problem):
-    """How good a candidate is for a Problem -> dict of FVUs on fitted, validation and wider points, and verdicts.
+def score(alphabet, formula, problem):
+    """Judge a Ranked formula of a Problem -> dict of FVUs on fitted, validation and wider points, and verdicts.
 
     vnrr: the validation points are met; recovered: the wider ones too; nnrr: the validation points are met as well as
     the noise allows, to four times the FVU of the true formula fitted to the same points.
     """
-    found = dict(
-        fvu_fit=fvu(problem.y, predict(alphabet, candidate, problem.X)),
-        fvu_val=fvu(problem.y_val, predict(alphabet, candidate, problem.X_val)),
-        fvu_ext=fvu(problem.y_wide, predict(alphabet, candidate, problem.X_wide)),
+    errors = dict(
+        fvu_fit=fvu(problem.y, predict(alphabet, formula, problem.X)),
+        fvu_val=fvu(problem.y_val, predict(alphabet, formula, problem.X_val)),
+        fvu_ext=fvu(problem.y_wide, predict(alphabet, formula, problem.X_wide)),
     )
-    solved = found["fvu_val"] <= SOLVED
+    solved = errors["fvu_val"] <= SOLVED
     noisy = (problem.y != problem.clean).any()
-    return found | dict(r2=1 - found["fvu_val"], vnrr=solved, recovered=solved and found["fvu_ext"] <= SOLVED,
-                        nnrr=found["fvu_val"] <= max(SOLVED, 4 * attainable(problem) if noisy else 0.0),
-                        length=candidate.length,
-                        length_ratio=candidate.length / len(problem.formula.prefix))  # fmt: skip
-
-
-def terms(alphabet, texts, names):
-    """Formulas that a user typed about columns `names` -> lists of ids."""
-    found = []
-    for text in texts:
-        prefix, _ = parse_formula(text, names)
-        unknown = [t for t in prefix if t not in alphabet.ids]
-        if unknown:
-            raise UsageError(f"{text}: the model has no {unknown[0]}")
-        found.append(alphabet.encode(prefix))
-    return found
+    limit = max(SOLVED, 4 * attainable(problem) if noisy else 0.0)
+    return errors | dict(
+        r2=1 - errors["fvu_val"],
+        vnrr=solved,
+        recovered=solved and errors["fvu_ext"] <= SOLVED,
+        nnrr=errors["fvu_val"] <= limit,
+        length=formula.length,
+        length_ratio=formula.length / len(problem.formula.prefix),
+    )

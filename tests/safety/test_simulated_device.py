@@ -26,9 +26,8 @@ SR = """train_sr.py --encoder_dim 16 --decoder_input_dim 16 --decoder_model_dim 
 --decoder_n_heads 2 --encoder_ffn_hidden_dim 16 --decoder_ffn_hidden_dim 16 --decoder_n_layers 1 --encoder_n_sab 1
 --encoder_n_isab 1 --batch_size 2 --val_size 4 --val_batch_size 4 --val_problems 1 --val_choices 2 --max_operators 3
 --validate_interval 2 --holdout_pools none --wandb_mode disabled --steps 3 -o formulas"""
-FORMULA = (
-    "generate.py formula --model formulas --data {data}/points.csv --choices 4 --max_points 8 --restarts 1 --top 1"
-)
+FORMULA = """generate.py formula --model formulas --data {data}/points.csv --max_seconds 0 --choices 4 --max_points 8
+--restarts 1 --top 1"""
 AE = "train_ae.py hidden=[8,8] latent_dim=4 codebook_size=8 events=80 batch_size=16 epochs=1 make_plots=false"
 PAGES = """train_multimodal.py --arch smoke --data_paths {data}/pages --code_dir {data}/code --tasks continue sudoku4
 --train_samples 8 --test_samples 4 --text_source stories --hidden_size 16 --global_batch_size 4 --supervision_steps 2

@@ -243,14 +243,14 @@ def test_formula_of_a_table(model, tmp_path):
     x = np.linspace(-2, 2, 30)
     lines = ["t,u,height", *(f"{a},{b},{3 * a * a + 1.5}" for a, b in zip(x, x[::-1] ** 2, strict=True))]
     (tmp_path / "points.csv").write_text("\n".join(lines) + "\n")
-    flags = ["--data", "points.csv", "--choices", "256", "--out", "all.jsonl", "--plot", "fit.png"]
+    flags = "--data points.csv --max_seconds 0 --choices 256 --out all.jsonl --plot fit.png".split()
     for more in (["--model", model], ["--method=prior"], ["--model", model, "--method=beam", "--beam_width=4"]):
         out, err = finish(start("generate.py", "formula", *flags, *more, cwd=tmp_path))
         assert out.startswith("height = ") and "candidates" in err and (tmp_path / "fit.png").exists()
         best = json.loads((tmp_path / "all.jsonl").read_text().splitlines()[0])
         assert best["rank"] == 1 and best["r2"] > 0.5
-    out, _ = finish(start("generate.py", "formula", *flags[:4], "--method=prior", "--suite", "nguyen", cwd=tmp_path), 2)
-    few = ["--method=prior", "--suite", "nguyen", "--choices=64", "--max_variables=1", "--out=rows.csv"]
+    out, _ = finish(start("generate.py", "formula", *flags[:4], "--suite", "nguyen", cwd=tmp_path), 2)
+    few = ["--suite", "nguyen", "--max_seconds=0", "--choices=64", "--max_variables=1", "--out=rows.csv"]
     out, _ = finish(start("generate.py", "formula", *few, cwd=tmp_path))
     assert "nguyen, 8 runs: vNRR" in out and len((tmp_path / "rows.csv").read_text().splitlines()) == 9
 

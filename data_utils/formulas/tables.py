@@ -1,0 +1,195 @@
+"""Decide which columns of a user's table are y, x, and the uncertainty of y; say aloud what is left out.
+
+M rows, D columns x. cells.py reads the files.
+"""
+
+import difflib
+import re
+import shlex
+from collections import Counter
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from data_utils.errors import UsageError
+from data_utils.formulas.cells import error, read_columns, split_unit
+
+COUNTERS = {"index", "idx", "id", "row", "no", "no.", "nr", "nr.", "number", "#"}
+ERROR = r"(?:std[ _.]?(?:err|error|dev)?|stdev|err|errors?|sigma|σ|sd|sem|unc|uncert|uncertainty|±|\+/?-)"
+UNCERTAIN = re.compile(rf"(.*?)[ _.-]*{ERROR}|{ERROR}[ _.-]*(.*)|u\((.*)\)")
+DIFFERENCE = re.compile(r"(?:d|δ|delta_)(.+)")  # an uncertainty of y; of x it may well be a variable
+
+
+@dataclass
+class Table:
+    X: np.ndarray  # (M, D) float64
+    y: np.ndarray  # (M,)
+    names: list  # of the columns of X, as the file writes them
+    target: str = "y"
+    sigma: np.ndarray | None = None  # (M,) uncertainty of y
+    units: dict = field(default_factory=dict)  # name -> text, where the file says it
+    digits_X: np.ndarray | None = None  # (M, D) half a unit of the last digit as written; 0 = unknown
+    digits_y: np.ndarray | None = None  # (M,)
+    notes: list = field(default_factory=list)  # lines to be said aloud: what is left out, how cells are read
+
+    def __post_init__(self):
+        if self.digits_X is None:
+            self.digits_X, self.digits_y = np.zeros(self.X.shape), np.zeros(self.y.shape)
+
+
+def from_arrays(X, y, names=None):
+    """Return the Table of an array or DataFrame X (M, D) and y (M,). Names default to those of X, else x1, x2, ..."""
+    if names is None:
+        names = getattr(X, "columns", None)
+    target = getattr(y, "name", None)
+    y = np.asarray(y, np.float64).reshape(-1)
+    X = np.asarray(X, np.float64).reshape(len(y), -1)
+    names = [f"x{j + 1}" for j in range(X.shape[1])] if names is None else [str(name) for name in names]
+    return Table(X, y, names, "y" if target is None else str(target))
+
+
+def read_table(path, target="", columns=(), ignore=(), sigma=""):
+    """Return the Table of a file.
+
+    target: the column y, "" = the last one of numbers. columns: those of X, () = all others that vary. sigma: the
+    uncertainty of y. Raises UsageError for a flag that no column fits, DataError for a file that can't be read.
+    """
+    table, lines, notes = read_columns(path)
+    chosen = list(dict.fromkeys(_find(path, table, "--columns", name) for name in columns))
+    ignored = {_find(path, table, "--ignore", name) for name in ignore}
+    sigma = _find(path, table, "--sigma", sigma) if sigma else ""
+    if target:
+        target = _find(path, table, "--target", target)
+    else:
+        target = _last_column(path, table, {*chosen, *ignored, sigma} - {""}, notes)
+    needed = [target, sigma] if sigma else [target]
+    uses = Counter([*chosen, *ignored, *needed])
+    if max(uses.values()) > 1:
+        remedy = "try: each column under one of --target, --columns, --ignore, --sigma"
+        raise UsageError(f"column {max(uses, key=uses.get)} is named twice (y is {target})\n{remedy}")
+    used = chosen or _other_columns(table, target, uses, notes)
+    for name in [*used, *needed]:
+        if table[name].wrong:
+            line, cell = table[name].wrong
+            remedy = f"correct it or empty the cell, or --ignore {shlex.quote(name)}"
+            raise error(path, f"line {line}, column {name}: {cell!r} is no number", remedy)
+    used, rows = _complete_rows(table, used, needed, bool(chosen), notes)
+    M = int(rows.sum())
+    if M < len(rows):
+        gaps = [name for name in [*used, *needed] if not np.isfinite(table[name].values).all()]
+        notes.append(f"left out: {len(rows) - M} of {len(rows)} rows, missing or infinite in {', '.join(gaps)}")
+    if not used:
+        message = f"no column of numbers varies beside {target}: expected one x or more"
+        raise error(path, message, "--target NAME", notes)
+    if M < 2:
+        raise error(path, f"complete rows of numbers: {M}; expected 2 or more", "--ignore NAME", notes)
+    if sigma and (table[sigma].values[rows] <= 0).any():
+        line = lines[np.flatnonzero(rows & (table[sigma].values <= 0))[0]]
+        remedy = "empty the cell, and the row is left out"
+        raise error(path, f"line {line}, column {sigma}: an uncertainty is above 0", remedy)
+    return Table(
+        X=np.stack([table[name].values[rows] for name in used], 1),
+        y=table[target].values[rows],
+        names=used,
+        target=target,
+        sigma=table[sigma].values[rows] if sigma else None,
+        units={name: table[name].unit for name in [*used, *needed] if table[name].unit},
+        digits_X=np.stack([table[name].digits[rows] for name in used], 1),
+        digits_y=table[target].digits[rows],
+        notes=notes,
+    )
+
+
+def _find(path, table, flag, name):
+    """Return the column that a flag names, with its unit or without. All but --ignore need numbers."""
+    matches = [name] if name in table else [other for other in table if split_unit(other)[0] == name]
+    if len(matches) != 1:
+        folded = {other.casefold(): other for other in table}
+        near = difflib.get_close_matches(name.casefold(), folded, 1, 0)
+        remedy = f"try: {flag} {shlex.quote(folded[near[0]])}"
+        raise UsageError(f"{flag} {name}: the columns of {path} are {', '.join(table)}\n{remedy}")
+    fault = table[matches[0]].fault
+    if fault and flag != "--ignore":
+        usable = [other for other in table if not table[other].fault] or ["NAME"]
+        remedy = f"try: {flag} {shlex.quote(usable[-1])}"
+        raise UsageError(f"{flag} {name}: expected a column of numbers, found one {fault}\n{remedy}")
+    return matches[0]
+
+
+def _uncertainty_of(name, table, target=""):
+    """Return the column whose uncertainty `name` looks to be, "" for none. target "": y is not chosen yet."""
+    if (table[name].values < 0).any():
+        return ""
+    by_name = {split_unit(other)[0].casefold(): other for other in table}
+    folded = split_unit(name)[0].casefold()
+    match, difference = UNCERTAIN.fullmatch(folded), DIFFERENCE.fullmatch(folded)
+    if match:
+        base = next(filter(None, match.groups()), "").strip(" _.-")
+        return by_name.get(base) or (target or "y" if base in ("", "y") else "")
+    of = by_name.get(difference[1].strip(" _"), "") if difference else ""
+    return of if target in ("", of) else ""
+
+
+def _last_column(path, table, taken, notes):
+    """Return the last column of numbers that is no uncertainty: y where no flag says otherwise."""
+    free = [name for name in table if not table[name].fault and name not in taken]
+    if not free:
+        faults = [f"{name}, {column.fault}" for name, column in table.items() if column.fault]
+        raise error(path, "no column of numbers for y", "a table with two columns of numbers or more", faults)
+    plain = [name for name in free if not table[name].index and not _uncertainty_of(name, table)]
+    if len(free) == 2 and not taken and plain == free[:1] and _uncertainty_of(free[1], table) != free[0]:
+        plain = free  # h, error: nothing else is left for x
+    target = (plain or free)[-1]
+    if target != list(table)[-1]:
+        notes.append(f"y is {target}, the last column of numbers; for another try: --target NAME")
+    return target
+
+
+def _other_columns(table, target, uses, notes):
+    """Return the columns that may be x and that no flag names; note those that are left out."""
+    used, spare = [], {}
+    for name, column in table.items():
+        if name in uses:
+            continue
+        if column.fault:
+            notes.append(f"left out: {name}, {column.fault}")
+        elif column.index:
+            spare[name] = "an index without a name"
+        elif of := _uncertainty_of(name, table, target):
+            spare[name] = f"which looks like the uncertainty of {of}"
+        else:
+            used.append(name)
+    if spare and not any(table[name].wrong or table[name].varies() for name in used):
+        name = max(spare, key=lambda name: table[name].index)
+        notes.append(f"x is {name}, {spare.pop(name)}: no other column varies")
+        used.append(name)
+    for name, reason in spare.items():
+        flags = ["--sigma", name] if reason.endswith(f"uncertainty of {target}") else ["--columns", *used, name]
+        notes.append(f"left out: {name}, {reason}; to use it try: {shlex.join(flags)}")
+    for name in used if len(used) > 1 else ():
+        if name.casefold() in COUNTERS and (np.diff(table[name].values) == 1).all():
+            notes.append(f"{name} numbers the rows and is used as x; to leave it out try: --ignore {shlex.quote(name)}")
+    return used
+
+
+def _complete_rows(table, used, needed, explicit, notes):
+    """Return the columns x that vary and the rows (M,) in which all of them and `needed` are finite.
+
+    Unless the columns are explicit, those are left out whose gaps would cost more than half of the rows.
+    """
+    used = list(used)
+    base = np.all([np.isfinite(table[name].values) for name in needed], 0)
+    while True:
+        rows = np.all([base, *(np.isfinite(table[name].values) for name in used)], 0)
+        constant = [name for name in used if not table[name].varies(base)]
+        if not constant and not explicit and len(used) > 1 and rows.sum() < base.sum() / 2:
+            name = max(used, key=lambda name: (~np.isfinite(table[name].values[base])).sum())
+            gaps = int((~np.isfinite(table[name].values)).sum())
+            reason = f"missing in {gaps} of {len(rows)} rows; to use it try: {shlex.join(['--columns', *used])}"
+        else:
+            constant = constant or [name for name in used if not table[name].varies(rows)]
+            if not constant:
+                return used, rows
+            name, reason = constant[0], "which is the same in all rows"
+        used.remove(name)
+        notes.append(f"left out: {name}, {reason}")
