@@ -12,7 +12,7 @@ import numpy as np
 
 from data_utils.errors import DataError, UsageError
 from data_utils.files import root
-from data_utils.formulas.expressions import evaluate, parse_formula
+from data_utils.formulas.expressions import evaluate
 from data_utils.formulas.fit import fit
 from data_utils.formulas.pools import EVERY, Formula, load_pool, read_formulas
 from data_utils.formulas.samples import propose
