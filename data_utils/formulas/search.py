@@ -31,6 +31,7 @@ SEARCHING, MARGIN = 0.7, 0.3  # share of max_seconds before ranking begins; seco
 SHAPES, STARTS = 256, 3  # general forms that are fitted together; starts of each that are fitted well
 EXTENDED = 6  # forms of each number of constants to which a plain term is added
 SHAPING, AFTER_STOP = 0.35, 2.0  # share of max_seconds for them; seconds of ranking after Ctrl+C
+FEW = 10  # points below which formulas without an offset are ranked, too
 ALWAYS = 3  # candidates that are ranked, whatever the deadline
 RANGE = 60  # decades of y beyond which it is ranked scaled
 SCREENED = 5  # columns that are searched, where there are more
@@ -223,7 +224,7 @@ class Search:
         candidates = []
         for row, c, e in zip(rows, constants, error, strict=True):
             count = 2 + list(row).count(self.alphabet.constant)
-            if np.isfinite(e) and count < max(self.data.n - 1, 3):
+            if np.isfinite(e) and count < max(self.data.n - 1, 4):  # of few points the offset may go
                 score = np.log10(max(e, EXACT)) + self.parsimony * len(row)
                 candidates.append(Candidate(list(row), c[:count].tolist(), float(e), len(row), float(score)))
         return candidates
@@ -278,7 +279,7 @@ class Search:
         """Fit (id list, start of its constants) to some points -> Candidates."""
         candidates = []
         for a in range(0, len(batch), SHAPES):
-            if time.monotonic() > deadline:
+            if candidates and time.monotonic() > deadline:
                 break
             rows, start = [row for row, _ in batch[a : a + SHAPES]], [c for _, c in batch[a : a + SHAPES]]
             padded_start = np.ones((len(rows), max(1, *map(len, start))))
@@ -430,8 +431,13 @@ def ranking(alphabet, candidates, data, active, powers, power, rng, deadline, ex
         if time.monotonic() > deadline - MARGIN * (1 if rough is data else 3) and place >= ALWAYS:
             break
         tokens = wrap(alphabet.decode(candidate.prefix))
-        raw = unscaled(tokens, candidate.constants, powers[active], power, alphabet.operators)
-        if raw is not None:
+        forms = [(tokens, candidate.constants)]
+        if data.n < FEW:  # too few for one constant more: b g beside a + b g
+            forms.append((tokens[2:], candidate.constants[1:]))
+        for tokens, constants in forms:
+            raw = unscaled(tokens, constants, powers[active], power, alphabet.operators)
+            if raw is None:
+                continue
             prefix = [names.get(token, token) for token in raw[0]]
             if all(token in alphabet.ids for token in prefix):
                 formulas.append(rank_formula(alphabet, prefix, raw[1], rough))
