@@ -92,8 +92,9 @@ class Data:
         size = np.abs(values)
         if free >= self.n or not (values * self.y > 0).all():
             return math.inf
-        variance = np.square((values - self.y) / size).sum() / max(self.n - free, 0.5)
-        variance = max(variance, np.mean(np.square(self.floor / size)))
+        with np.errstate(over="ignore"):
+            variance = np.square((values - self.y) / size).sum() / max(self.n - free, 0.5)
+            variance = max(variance, np.mean(np.square(self.floor / size)))
         if variance > TOO_FAR**2:
             return math.inf
         return self.n / 2 * math.log2(variance) + np.log2(size).sum()

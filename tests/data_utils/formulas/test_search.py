@@ -118,9 +118,9 @@ def test_a_deadline_holds_for_many_rows():
     rng = np.random.default_rng(0)
     X = rng.uniform(1, 3, (100_000, 2))
     y = X[:, 0] * np.exp(-X[:, 1]) * (1 + 0.01 * rng.standard_normal(100_000))
-    start = time.monotonic()
+    start = time.process_time()  # of this process alone: others may have the cores
     formula = search(X, y, max_seconds=3)[0]
-    assert time.monotonic() - start < 3 + 2 and formula.fvu < 0.01  # 1 s on a free core
+    assert time.process_time() - start < 3 + 1 and formula.fvu < 0.01
 
 
 def test_ctrl_c_ends_the_search_with_the_best_so_far():
@@ -139,7 +139,7 @@ def test_the_same_seed_finds_the_same():
 
     def run():
         return find_formula(Prior(ALPHABET, POOL, 2), X, y, alphabet=ALPHABET, pool=POOL,
-                            rng=np.random.default_rng(3), choices=200)[0]  # fmt: skip
+                            rng=np.random.default_rng(3), choices=60)[0]  # fmt: skip
 
     assert run() == run()
 
