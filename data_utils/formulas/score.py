@@ -72,7 +72,7 @@ class Data:
         """Return the standard deviation of weighted residuals with this FVU and so many free constants."""
         weights = self.weights[relative]
         variance = fvu * spread(self.y, weights) ** 2 * self.n / max(self.n - free, 0.5)
-        return math.sqrt(max(variance, np.mean((self.floor * weights) ** 2)))
+        return math.sqrt(max(variance, np.median(self.floor * weights) ** 2))  # some values lack their last zeros
 
     def residual_bits(self, fvu, free, relative):
         """Return the bits of residuals with this weighted FVU; inf where there are as many constants as points."""
@@ -94,7 +94,7 @@ class Data:
             return math.inf
         with np.errstate(over="ignore"):
             variance = np.square((values - self.y) / size).sum() / max(self.n - free, 0.5)
-            variance = max(variance, np.mean(np.square(self.floor / size)))
+            variance = max(variance, np.median(self.floor / size) ** 2)
         if variance > TOO_FAR**2:
             return math.inf
         return self.n / 2 * math.log2(variance) + np.log2(size).sum()
