@@ -176,8 +176,8 @@ def test_a_whole_run_as_a_process(tmp_path):
     assert not [name for name in drawn if "e000" in name or name.startswith(("adversarial", "diffusion", "recon"))]
     assert {p.name for p in (home / ".hydra").iterdir()} == {"config.yaml", "overrides.yaml", "hydra.yaml"}
     assert yaml.safe_load((home / ".hydra" / "overrides.yaml").read_text()) == list(map(str, words))
-    about = yaml.safe_load((home / ".hydra" / "hydra.yaml").read_text())
-    assert {line["meta"]["run_id"] for line in lines(home)} == {about["run_id"]}
+    header = yaml.safe_load((home / ".hydra" / "hydra.yaml").read_text())
+    assert {line["meta"]["run_id"] for line in lines(home)} == {header["run_id"]}
 
 
 # ---- every combination -----------------------------------------------------------------------------------------------

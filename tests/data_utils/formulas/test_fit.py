@@ -63,11 +63,11 @@ def test_from_twenty_starts_as_a_plain_fit(text):
         plain = np.array([plain_fit(lambda c: FORMULAS[text](*X.T, c), y, start) for start in starts])
     assert (plain < 1e-12).mean() > 0.7
     for kind in (dict(), dict(affine=True), dict(method="bfgs", steps=100)):
-        found, fvu = fit(ALPHABET, tokens, X, y, 1, rng, start=starts, **kind)
+        constants, fvu = fit(ALPHABET, tokens, X, y, 1, rng, start=starts, **kind)
         assert (fvu < 1e-12).mean() >= (plain < 1e-12).mean() - (0.5 if "method" in kind else 0.05)
-        again = [FORMULAS[text](*X.T, c) for c in found[:, 2 * (found.shape[1] > truth.shape[1]) :]]
+        again = [FORMULAS[text](*X.T, c) for c in constants[:, 2 * (constants.shape[1] > truth.shape[1]) :]]
         if "affine" in kind:
-            again = found[:, :1] + found[:, 1:2] * np.array(again)
+            again = constants[:, :1] + constants[:, 1:2] * np.array(again)
         np.testing.assert_allclose(np.mean((again - y) ** 2, 1) / y.var(), fvu, rtol=1e-6, atol=1e-20)
 
 
