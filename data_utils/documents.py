@@ -16,8 +16,9 @@ import itertools
 import json
 import re
 import shlex
+import sys
 import zlib
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 from data_utils.errors import DataError, UsageError
@@ -78,6 +79,8 @@ def iconv(path, encoding):
     """Return "iconv ..." and the line to type, which converts a file to UTF-8 and keeps the old one."""
     old, new = shlex.quote(f"{path}.{encoding}"), shlex.quote(str(path))
     command = f"iconv -f {encoding} -t UTF-8"
+    if str(path) == "-":
+        return command
     if Path(path).suffix.lower() == ".gz":
         return f"{command}\ntry: mv {new} {old} && gzip -dc < {old} | {command} | gzip > {new}"
     return f"{command}\ntry: mv {new} {old} && {command} {old} > {new}"
@@ -85,7 +88,7 @@ def iconv(path, encoding):
 
 def _mend(path, content):
     """Return the end of a message about bytes that are no UTF-8: convert the file if no part of it is UTF-8."""
-    if content.decode("utf-8", errors="ignore").isascii():
+    if b"\0" not in content and content.decode("utf-8", errors="ignore").isascii():
         return f", perhaps CP1252, convert it: {iconv(path, 'CP1252')}"
     return "\ntry: mend the line"
 
@@ -97,19 +100,21 @@ def decode(content):
     except UnicodeDecodeError as e:
         raise ValueError(f"invalid UTF-8: {e.reason}") from None
     if "\0" in text:
-        raise ValueError("invalid UTF-8: a NUL byte, which no text has")
+        raise ValueError("invalid text: a NUL byte")
     return text
 
 
 def read_text(path):
-    """Return the text of a whole file with "\\n" at the line ends.
+    """Return the text of a whole file, of standard input for "-", with "\n" at the line ends.
 
-    Raises DataError for another encoding and for a file above MAX_LINE_BYTES, OSError if it can't be opened.
+    Raises DataError ("file:line: reason") for another encoding and for a file above MAX_LINE_BYTES, OSError if it
+    can't be opened.
     """
-    with open_text(path) as file:
+    with nullcontext(sys.stdin.buffer) if str(path) == "-" else open_text(path) as file:
         content = file.read(MAX_LINE_BYTES + 1)
     if len(content) > MAX_LINE_BYTES:
         raise DataError(f"{path}: text longer than {MAX_LINE_BYTES} bytes\ntry: split -C 200m {shlex.quote(str(path))}")
+    check_encoding(path, content[:HEAD_BYTES])
     try:
         text = decode(content)
     except ValueError as e:
