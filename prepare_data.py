@@ -52,7 +52,7 @@ class ReadingConfig:
 
 @dataclass
 class LanguageConfig(ReadingConfig):
-    source: str = ""  # file or folder: .parquet .arrow .jsonl .json .txt (a row per line), the last three also .gz
+    source: str = ""  # file or folder: .parquet .arrow .csv .jsonl .json .txt (a row per line), the last four also .gz
     dest: str = ""  # folder to write
     tokenizer: str = ""  # tokenizer.json to use; "" trains one
     vocab_size: int = 8192  # ids of the trained tokenizer
@@ -90,11 +90,11 @@ class ConvertConfig:
 
 @dataclass
 class NormalizeConfig:
-    input: str = ""  # .json .jsonl .parquet .arrow, the first two also .gz
+    input: str = ""  # .json .jsonl .csv .parquet .arrow, the first three also .gz
     output: str = ""  # JSONL file to write
     question_field: str = ""  # path like data.question, a[0][1], data[].qas[].question; [] makes a record per element
     answer_field: str = ""  # path like data.answers.text[0]
-    context_field: str = ""  # path, if a template uses {context}
+    context_field: str = ""  # path, which a template must use as {context}; paragraphs are joined
     prompt_template: str = "{question}"  # with {question} {answer} {context}; {{ }} for braces, \n \t \\
     response_template: str = "{answer}"  # likewise
     num_threads: int = 0  # processes; 0 = one per core

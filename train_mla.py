@@ -398,8 +398,15 @@ def main(cfg):
         if cfg.use_vector_store and store_hash:
             raw_model.attach(load_store(store_file, store_hash))
         elif cfg.use_vector_store:
-            store = VectorStore(cfg.d_model, cfg.top_k, cfg.max_vectors)
             count = data.windows("train")
+            # Every window of a domain is full but an only one: the last one overlaps the one before.
+            contexts = sum(
+                stream.tokens if stream.windows == 1 else stream.windows * cfg.max_seq_len
+                for stream in data.streams["train"]
+            )
+            if cfg.max_vectors > contexts:
+                log(f"--max_vectors {cfg.max_vectors}: cut to {contexts}, all training contexts")
+            store = VectorStore(cfg.d_model, cfg.top_k, min(cfg.max_vectors, contexts))
             windows = min(count, math.ceil(cfg.max_vectors / cfg.max_seq_len))
             windows = np.linspace(0, count, windows, endpoint=False, dtype=np.int64)
             for index, x, y in training_batches(windows):

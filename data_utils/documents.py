@@ -69,7 +69,8 @@ def check_encoding(path, head):
     else:
         # Half of the bytes of Western text are NULs, always the same half. Spaces and line ends suffice.
         even, odd = head[::2].count(0), head[1::2].count(0)
-        if max(even, odd) * 40 > len(head) and max(even, odd) > 10 * min(even, odd):
+        most = max(even, odd)
+        if most > 1 and most * 40 > len(head) and most > 10 * min(even, odd):
             encoding = "UTF-16LE" if odd > even else "UTF-16BE"
     if encoding:
         raise DataError(f"{path}: {encoding[:6]}, convert it: {iconv(path, encoding)}")
