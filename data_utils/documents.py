@@ -207,6 +207,9 @@ def find_domains(data_dir):
         message += f"try: mkdir -p {folder}/my_domain && mv {folder}/*.{ending} {folder}/my_domain/"
     elif ignored:
         message += f"; {format_ignored(ignored)}"
+        if ignored[0].suffix.lower() == ".json":
+            old, new = (shlex.quote(str(path)) for path in (ignored[0], ignored[0].with_suffix(".jsonl")))
+            message += f"\ntry: mv {old} {new}"
     else:
         message += f"\ntry: python prepare_data.py expert --toy --data_dir {shlex.quote(str(root))}"
     raise DataError(message)

@@ -63,7 +63,7 @@ def texts_of(row, text_field, counts):
         return pairs
     present = [name for name in text_field if name in row]
     if not present:
-        raise ValueError(f"no text: fields {', '.join(map(str, row)) or '(none)'}; name one with --text-field")
+        raise ValueError(f"no text: fields {', '.join(map(str, row)) or '(none)'}")
     name = next((name for name in present if not layouts.is_missing(row[name])), None)
     if name is None:
         counts["null_text"] += 1
@@ -101,9 +101,14 @@ def read_texts(task, counts, *, text_field, lang, collapse_whitespace, skip_bad_
             texts = texts_of(row, text_field, counts)
         except ValueError as e:
             if not skip_bad_lines:
-                windows = ", or iconv -f CP1252 -t UTF-8 if it is from Windows" if "UTF-8" in str(e) else ""
-                place = sources.where(task, place)
-                raise DataError(f"{place}: {e}\ntry: mend it, or --skip-bad-lines{windows}") from None
+                fix = "mend it, or --skip-bad-lines"
+                if "UTF-8" in str(e):
+                    fix += ", or iconv -f CP1252 -t UTF-8 if it is from Windows"
+                if str(e).startswith("no text"):
+                    fix = (
+                        "--text-field NAME, or python prepare_data.py normalize-qa --help for questions in these fields"
+                    )
+                raise DataError(f"{sources.where(task, place)}: {e}\ntry: {fix}") from None
             counts["bad_rows"] += 1
             counts[f"bad_rows, {str(e).partition(';')[0].partition(', expected')[0][:60]}"] += 1
             continue
