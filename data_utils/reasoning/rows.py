@@ -105,9 +105,7 @@ def read_texts(task, counts, *, text_field, lang, collapse_whitespace, skip_bad_
                 if "UTF-8" in str(e):
                     fix += ", or iconv -f CP1252 -t UTF-8 if it is from Windows"
                 if str(e).startswith("no text"):
-                    fix = (
-                        "--text-field NAME, or python prepare_data.py normalize-qa --help for questions in these fields"
-                    )
+                    fix = "--text-field NAME, or python prepare_data.py normalize-qa --help for other fields"
                 raise DataError(f"{sources.where(task, place)}: {e}\ntry: {fix}") from None
             counts["bad_rows"] += 1
             counts[f"bad_rows, {str(e).partition(';')[0].partition(', expected')[0][:60]}"] += 1

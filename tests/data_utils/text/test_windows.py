@@ -326,7 +326,7 @@ def test_other_encodings_are_refused_and_the_advice_mends_them(tmp_path, name, e
     command = str(error.value).split("\ntry: ")[1]
     if command.startswith("mend the line"):  # only this line has been read
         command = documents.iconv(path, "CP1252").split("\ntry: ")[1]
-    subprocess.run(command, shell=True, check=True)
+    subprocess.run(["sh", "-c", command], check=True)
     assert list(documents.read_documents(path)) == [document]
     domains, ignored = documents.find_domains(tmp_path / "my data")
     assert domains == {"dom": [path]} and len(ignored) == 1
