@@ -60,7 +60,7 @@ def open_text(path):
 
 
 def check_encoding(path, head):
-    """Raise DataError if the first bytes of a file show that it is no UTF-8: by their mark, or by their NULs."""
+    """Raise DataError if the mark or the NULs in the first bytes of a file show another encoding than UTF-8."""
     encoding = ""
     if head.startswith((codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)):
         encoding = "UTF-32"
@@ -87,8 +87,11 @@ def iconv(path, encoding):
     return f"{command}\ntry: mv {new} {old} && {command} {old} > {new}"
 
 
-def _mend(path, content):
-    """Return the end of a message about bytes that are no UTF-8: convert the file if no part of it is UTF-8."""
+def how_to_mend(path, content):
+    """Return the end of a message about bytes that are not UTF-8.
+
+    The advice is to convert the file, unless part of `content` is UTF-8 beyond ASCII, which iconv would spoil.
+    """
     if b"\0" not in content and content.decode("utf-8", errors="ignore").isascii():
         return f", perhaps CP1252, convert it: {iconv(path, 'CP1252')}"
     return "\ntry: mend the line"
@@ -120,7 +123,7 @@ def read_text(path):
         text = decode(content)
     except ValueError as e:
         line = next(number for number, line in enumerate(content.split(b"\n"), 1) if not _is_text(line))
-        raise DataError(f"{path}:{line}: {e}{_mend(path, content)}") from None
+        raise DataError(f"{path}:{line}: {e}{how_to_mend(path, content)}") from None
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
@@ -151,7 +154,7 @@ def csv_rows(path):
                 yield number, row
         except UnicodeDecodeError as e:
             message = f"invalid UTF-8: {e.reason}"
-            raise DataError(f"{path}: after line {number}: {message}{_mend(path, e.object)}") from e
+            raise DataError(f"{path}: after line {number}: {message}{how_to_mend(path, e.object)}") from e
         except csv.Error as e:
             raise DataError(f"{path}:{number + 1}: {e}\ntry: mend the quotes") from e
 
@@ -219,7 +222,7 @@ def format_ignored(paths):
     """Return one line about the files of a data folder that are not read."""
     names = ", ".join(map(str, paths[:3])) + (", ..." if len(paths) > 3 else "")
     files = "1 file" if len(paths) == 1 else f"{len(paths)} files"
-    return f"ignored: {files}: {names}; read are {' '.join(READ)} in the folders of domains"
+    return f"ignored: {files}: {names}; only {' '.join(READ)} in domain folders are read"
 
 
 def _files_below(folder, around, ignored):
@@ -237,7 +240,7 @@ def _files_below(folder, around, ignored):
 
 
 def read_documents(path, problems=None, skip_bad_lines=False, text_field="text"):
-    """Yield the text of each document in a file; count what is none in problems {kind: [count, up to 5 examples]}.
+    """Yield the text of each document in a file; count the others in problems {kind: [count, up to 5 examples]}.
 
     Raises DataError("file:line: reason") at a malformed line, unless skip_bad_lines, and at one above MAX_LINE_BYTES.
     """

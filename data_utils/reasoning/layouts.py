@@ -57,8 +57,9 @@ def pairs_of(row, counts):
 
     Counts what is left out, by reason, in `counts`. Raises ValueError for an unknown role or a value that is no text.
     """
-    before = [string_of(row.get(name), name) for name in BEFORE] if has_layout(row) else []
-    before = [text for text in before if text]
+    if not has_layout(row):
+        return None
+    before = [text for name in BEFORE if (text := string_of(row.get(name), name))]
     for name in TURNS:
         if isinstance(row.get(name), list) and not (name == "chosen" and "prompt" in row):
             return _conversation(row[name], before, counts)

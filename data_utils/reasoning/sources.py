@@ -20,6 +20,7 @@ from data_utils.documents import (
     TABLES,
     csv_rows,
     decode,
+    how_to_mend,
     import_pyarrow,
     open_parquet,
     open_text,
@@ -225,6 +226,9 @@ def _json(path):
                 yield value
                 at = end
                 number += 1
+    except UnicodeDecodeError as e:
+        message = f"invalid UTF-8: {e.reason}"
+        raise DataError(f"{path}: value {number} or later: {message}{how_to_mend(path, e.object)}") from e
     except (OSError, EOFError, ValueError) as e:
         raise DataError(f"{path}: value {number}: {e}") from e
 

@@ -182,6 +182,9 @@ def test_other_bytes_are_named_by_line(tmp_path):
     (tmp_path / "a.txt").write_bytes(b"fine\ncaf\xe9\n")
     with pytest.raises(DataError, match="a.txt:2: invalid UTF-8(?s:.*)iconv -f CP1252"):
         rows_in(tmp_path / "a.txt")
+    (tmp_path / "a.json").write_bytes(b'[{"text": "fine"}, {"text": "caf\xe9"}]')
+    with pytest.raises(DataError, match="a.json: value 1 or later: invalid UTF-8.*CP1252, convert it: iconv"):
+        rows_in(tmp_path / "a.json")
     (tmp_path / "a.txt").write_bytes(b"fine\nwith a \0 byte\n")
     with pytest.raises(DataError, match="a.txt:2: .*NUL"):
         rows_in(tmp_path / "a.txt")
