@@ -62,7 +62,7 @@ def _writable(folders):
     raise DataError(f"{folders[-1]}: the token cache can't be written: {reason}")
 
 
-def _tokenize(path, tokenizer, base, dtype, skip_bad_lines, text_field):
+def _tokenize(path, tokenizer, base, dtype, skip_bad_lines, text_field="text"):
     """Write base.bin (tokens, eos after each document), then base.npz (everything else), each atomically."""
     offsets = array("q", [0])  # where each document ends in the tokens
     hashes = bytearray()
