@@ -119,8 +119,8 @@ def _judge(alphabet, row, constants, data, relative, rows):
     limits = []
     for kind in {False, relative}:
         weights = data.weights[kind][rows]
-        own = kind == relative
-        growth = min((1 + GROWTH) ** 2 - 1, LIKELIHOOD / data.n) if own else (1 + GROWTH) ** 2 - 1
+        same_kind = kind == relative
+        growth = min((1 + GROWTH) ** 2 - 1, LIKELIHOOD / data.n) if same_kind else (1 + GROWTH) ** 2 - 1
         least = np.mean((weights * PRECISION * (y / size)) ** 2)
         limits.append((weights, growth, least))
 
@@ -203,15 +203,15 @@ def write_formula(prefix, numbers, names, style="text"):
 
 def identifiers(names, taken=("np", "sp")):
     """Return a valid, distinct Python name for each column name."""
-    found = []
+    unique = []
     for name in names:
         name = re.sub(r"\W+", "_", name).strip("_") or "x"
         if not name.isidentifier():
             name = f"x{name}"
-        while keyword.iskeyword(name) or name in taken or name in found:
+        while keyword.iskeyword(name) or name in taken or name in unique:
             name += "_"
-        found.append(name)
-    return found
+        unique.append(name)
+    return unique
 
 
 def latex_name(name):

@@ -183,7 +183,7 @@ class Shards:
         """Read the manifest of the first folder until done(manifest)."""
         folder, start = self.folders[0], time.monotonic()
         heartbeat = batches = None
-        seen = progressed = told = start  # times of the last heartbeat, batch and line
+        seen = progressed = line_time = start  # times of the last heartbeat, batch and line
         while not done(manifest := folder.refresh()):
             self.alive()
             if self.stop:
@@ -202,8 +202,8 @@ class Shards:
                 problem = f"its builder, process {builder['pid']}, gave no sign in {STALE} s"
             if problem:
                 raise DataError(f"{folder.path}: {problem}\ntry: see {folder.path}/build.log; the same command goes on")
-            if now - told >= LINE_SECONDS:
-                told = now
+            if now - line_time >= LINE_SECONDS:
+                line_time = now
                 self.tell(f"waiting for {folder.path}: {batches or 0} batches, {now - start:.0f} s")
             time.sleep(shard_builder.POLL)
 
@@ -250,13 +250,13 @@ class Builder:
 
     def wait(self, stop=(), tell=say):
         """Return when the process is done. Raises DataError if it failed, Stopped if `stop` becomes true."""
-        start = told = time.monotonic()
+        start = line_time = time.monotonic()
         while self.process and self.process.poll() is None:
             if stop:
                 raise Stopped
-            if time.monotonic() - told >= LINE_SECONDS:
-                told = time.monotonic()
-                tell(f"{self.folder} is under construction, {told - start:.0f} s")
+            if time.monotonic() - line_time >= LINE_SECONDS:
+                line_time = time.monotonic()
+                tell(f"{self.folder} is under construction, {line_time - start:.0f} s")
             time.sleep(shard_builder.POLL)
         self.check()
 

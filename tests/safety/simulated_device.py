@@ -288,8 +288,8 @@ def simulated(kind, capability):
             if func is torch.Tensor.data.__set__:
                 args[0].host = to_host(args[1])
             if func in (torch.tensor, torch.as_tensor) and is_here(device):
-                made = func(*args, **{name: value for name, value in kwargs.items() if name != "device"})
-                return made.to(device)
+                result = func(*args, **{name: value for name, value in kwargs.items() if name != "device"})
+                return result.to(device)
             return func(*args, **kwargs)
 
     def moved(module, function, recurse=True, memo=None):

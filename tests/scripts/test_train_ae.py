@@ -176,8 +176,8 @@ def test_a_whole_run_as_a_process(tmp_path):
     assert not [name for name in drawn if "e000" in name or name.startswith(("adversarial", "diffusion", "recon"))]
     assert {p.name for p in (home / ".hydra").iterdir()} == {"config.yaml", "overrides.yaml", "hydra.yaml"}
     assert yaml.safe_load((home / ".hydra" / "overrides.yaml").read_text()) == list(map(str, words))
-    about = yaml.safe_load((home / ".hydra" / "hydra.yaml").read_text())
-    assert {line["meta"]["run_id"] for line in lines(home)} == {about["run_id"]}
+    header = yaml.safe_load((home / ".hydra" / "hydra.yaml").read_text())
+    assert {line["meta"]["run_id"] for line in lines(home)} == {header["run_id"]}
 
 
 # ---- every combination -----------------------------------------------------------------------------------------------
@@ -421,7 +421,7 @@ REFUSED = [  # (words, exit status, what the message must name); {a} is a finish
     ("resume={a}/none.pt", 2, "no such run"),
     ("resume=.", 2, "no such run"),
     ("device=cuda:7", 2, "--device cpu"),
-    ("epochs=0", 2, "--epochs 0: expected 1"),
+    ("epochs=0", 2, "--epochs 0: expected one of them"),
     ("lr=-1", 2, "--lr -1.0: expected 0"),
     ("batch_size=0", 2, "--batch_size 0"),
     ("labels=[7]", 1, "labels there: 0 1 2 3 4 5"),

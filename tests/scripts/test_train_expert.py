@@ -20,11 +20,11 @@ def rows(folder, split="train", expert="transformer"):
 
 
 def test_one_file_by_domain_or_in_a_folder_of_its_own(toy, tmp_path):
-    own = tmp_path / "data" / "my_domain"
-    own.mkdir(parents=True)
-    shutil.copy(toy / "general" / "toy.jsonl", own)
+    domain = tmp_path / "data" / "my_domain"
+    domain.mkdir(parents=True)
+    shutil.copy(toy / "general" / "toy.jsonl", domain)
     shutil.copytree(toy / "code", tmp_path / "data" / "code")
-    shutil.copytree(own, tmp_path / "my_training_data" / "my_domain")
+    shutil.copytree(domain, tmp_path / "my_training_data" / "my_domain")
     common = ["--expert=transformer", "--max_steps=3", *TINY]
     by_domain = start("train_expert.py", *common, "--domains", "my_domain", "--checkpoint_dir=a", cwd=tmp_path)
     isolated = start("train_expert.py", *common, "--data_dir=my_training_data", "--checkpoint_dir=b", cwd=tmp_path)

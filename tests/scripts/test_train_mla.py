@@ -24,8 +24,8 @@ def trained(toy, experts, tmp_path_factory):
 
 def test_store_holds_no_validation_text(toy, trained, tmp_path):
     data = DomainText(toy, load_tokenizer("bytes"), domains=(), val_split=0.1, window=32, cache_dir=tmp_path)
-    model, about = load_expert(trained / "nanothink_mla.pt", "mla")
-    assert len(model.store) == 1500 and about["store_hash"]
+    model, checkpoint = load_expert(trained / "nanothink_mla.pt", "mla")
+    assert len(model.store) == 1500 and checkpoint["store_hash"]
     index = np.arange(data.windows("val"))
     real = data.batch("val", index)[1] >= 0
     held_out = set(data.documents("val", index)[real].tolist())

@@ -180,18 +180,18 @@ def test_predictions_stand_beside_the_rows_of_another_table(pendulum, tmp_path, 
     new = tmp_path / "new.csv"
     new.write_text("name,mass,length m\na,1,0.25\nb,2,\nc,3,4\n")
     answer(capsys, pendulum, predict=str(new), columns=("length m",))
-    made = tmp_path / "new.predicted.csv"
-    rows = list(csv.reader(made.open()))
+    predicted = tmp_path / "new.predicted.csv"
+    rows = list(csv.reader(predicted.open()))
     assert rows[0] == ["name", "mass", "length m", "period_predicted"]
     assert rows[2] == ["b", "2", "", ""] and [row[:3] for row in rows[1:]] == [["a", "1", "0.25"], ["b", "2", ""],
                                                                                ["c", "3", "4"]]  # fmt: skip
     assert float(rows[1][3]) == pytest.approx(1.003, rel=0.02) and float(rows[3][3]) == pytest.approx(4.012, rel=0.02)
     answer(capsys, pendulum, predict=str(new), columns=("length m",))  # its own is replaced
-    made.write_text("mine\n")
+    predicted.write_text("mine\n")
     with pytest.raises(UsageError, match="new.predicted.csv exists.*\n.*--fresh"):
         answer(capsys, pendulum, predict=str(new), columns=("length m",))
     answer(capsys, pendulum, predict=str(new), columns=("length m",), fresh=True)
-    assert (tmp_path / "new.predicted.csv.bak").read_text() == "mine\n" and len(list(csv.reader(made.open()))) == 4
+    assert (tmp_path / "new.predicted.csv.bak").read_text() == "mine\n" and len(list(csv.reader(predicted.open()))) == 4
     new.write_text("mass\n1\n2\n")
     with pytest.raises(DataError, match="no column length m"):
         answer(capsys, pendulum, predict=str(new), columns=("length m",))

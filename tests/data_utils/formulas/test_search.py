@@ -24,21 +24,21 @@ def points(n=20, seed=0):
 def test_beam_over_all_sets_is_the_best_of_all_subsets():
     rng = np.random.default_rng(0)
     parts, y = rng.normal(size=(7, 12)), rng.normal(size=12)
-    found = choose(parts, y, width=99, most=3)
+    results = choose(parts, y, width=99, most=3)
     for size in (1, 2, 3):
         best = {}
         for rows in itertools.combinations(range(7), size):
             columns = np.column_stack([np.ones(12), *parts[list(rows)]])
             rest = y - columns @ np.linalg.lstsq(columns, y, rcond=None)[0]
             best[rows] = rest @ rest / (12 * np.var(y))
-        share, rows = min(pair for pair in found if len(pair[1]) == size)
+        share, rows = min(pair for pair in results if len(pair[1]) == size)
         assert share == pytest.approx(min(best.values()), rel=1e-9) and best[rows] == pytest.approx(share, rel=1e-9)
 
 
 def test_parts_that_say_the_same_are_taken_once():
     x = np.linspace(0, 1, 9)
-    found = choose(np.stack([x, 2 * x + 1, x * x]), x + x * x, most=3)
-    assert all(len({0, 1} & set(rows)) < 2 for _, rows in found) and min(found)[0] < 1e-20
+    results = choose(np.stack([x, 2 * x + 1, x * x]), x + x * x, most=3)
+    assert all(len({0, 1} & set(rows)) < 2 for _, rows in results) and min(results)[0] < 1e-20
 
 
 @pytest.mark.parametrize(
@@ -54,9 +54,9 @@ def test_parts_that_say_the_same_are_taken_once():
 def test_laws_are_found_without_a_network(truth):
     X = points()
     prior = Prior(ALPHABET, POOL, 2)
-    found, tried = find_formula(prior, X, truth(X), alphabet=ALPHABET, pool=POOL, rng=np.random.default_rng(1),
-                                choices=3000)  # fmt: skip
-    assert found[0].fvu < 1e-20 and tried > 3000, format_formula(found[0].prefix, found[0].constants)
+    formulas, tried = find_formula(prior, X, truth(X), alphabet=ALPHABET, pool=POOL, rng=np.random.default_rng(1),
+                                choices=1000)  # fmt: skip
+    assert formulas[0].fvu < 1e-20 and tried > 1000, format_formula(formulas[0].prefix, formulas[0].constants)
 
 
 def search(X, y, seed=1, alphabet=ALPHABET, pool=POOL, **settings):
@@ -68,8 +68,8 @@ def search(X, y, seed=1, alphabet=ALPHABET, pool=POOL, **settings):
 def test_the_answer_does_not_depend_on_units(size, height):
     near = points()
     X = near * [size, 1.0]
-    formula = search(X, height * (near[:, 0] + near[:, 1] ** 2), choices=300)[0]
-    plain = search(near, near[:, 0] + near[:, 1] ** 2, choices=300)[0]
+    formula = search(X, height * (near[:, 0] + near[:, 1] ** 2), choices=1)[0]
+    plain = search(near, near[:, 0] + near[:, 1] ** 2, choices=1)[0]
     assert predict(ALPHABET, formula, X) == pytest.approx(height * (near[:, 0] + near[:, 1] ** 2), rel=1e-9)
     assert [t for t in formula.prefix if t[0] in "xp"] == [t for t in plain.prefix if t[0] in "xp"]
     assert plain.length == 4 and formula.length <= 8 and formula.fvu < 1e-20
@@ -84,7 +84,7 @@ def test_few_rows_of_a_plain_law_give_the_plain_law(n, law, shape):
     y = evaluate(ALPHABET, np.array([ALPHABET.encode(prefix)], np.uint8), np.array([values]),
                  np.column_stack([X, X])[None])[0]  # fmt: skip
     digits = 10.0 ** (np.floor(np.log10(np.abs(y))) - 3)
-    formula = search(X, np.rint(y / digits) * digits, half=digits / 2, choices=300)[0]
+    formula = search(X, np.rint(y / digits) * digits, half=digits / 2, choices=1)[0]
     beyond = np.array([[5.0], [6.0]])
     truth = evaluate(ALPHABET, np.array([ALPHABET.encode(prefix)], np.uint8), np.array([values]),
                      np.column_stack([beyond, beyond])[None])[0]  # fmt: skip
@@ -94,15 +94,15 @@ def test_few_rows_of_a_plain_law_give_the_plain_law(n, law, shape):
 
 def test_noise_alone_gives_the_mean():
     rng = np.random.default_rng(0)
-    formula = search(rng.uniform(1, 2, (40, 1)), 5 + rng.standard_normal(40), choices=500)[0]
+    formula = search(rng.uniform(1, 2, (40, 1)), 5 + rng.standard_normal(40), choices=300)[0]
     assert formula.prefix == ["<constant>"] and formula.fvu >= 0.99
 
 
 def test_excluded_terms_and_long_formulas_do_not_occur():
     X = points()
     y = np.sin(2 * X[:, 0]) + X[:, 1]
-    assert any("sin" in formula.prefix for formula in search(X, y, choices=300))
-    for formula in search(X, y, choices=300, exclude=[["sin"], ["cos"]], longest=9):
+    assert any("sin" in formula.prefix for formula in search(X, y, choices=50))
+    for formula in search(X, y, choices=100, exclude=[["sin"], ["cos"]], longest=9):
         assert not {"sin", "cos"} & set(formula.prefix)
 
 
@@ -110,7 +110,7 @@ def test_columns_that_do_not_matter_are_left_out():
     pool = PoolConfig(variables=tuple(f"x{i + 1}" for i in range(12)), max_operators=4)
     rng = np.random.default_rng(0)
     X = rng.uniform(1, 3, (60, 12))
-    formula = search(X, 7 * X[:, 10] ** 2 / X[:, 3], alphabet=check_pool(pool), pool=pool, choices=200)[0]
+    formula = search(X, 7 * X[:, 10] ** 2 / X[:, 3], alphabet=check_pool(pool), pool=pool, choices=1)[0]
     assert {t for t in formula.prefix if t[0] == "x"} == {"x4", "x11"} and formula.fvu < 1e-20
 
 
@@ -118,9 +118,9 @@ def test_a_deadline_holds_for_many_rows():
     rng = np.random.default_rng(0)
     X = rng.uniform(1, 3, (100_000, 2))
     y = X[:, 0] * np.exp(-X[:, 1]) * (1 + 0.01 * rng.standard_normal(100_000))
-    start = time.monotonic()
+    start = time.process_time()  # of this process alone: others may have the cores
     formula = search(X, y, max_seconds=3)[0]
-    assert time.monotonic() - start < 3 + 2 and formula.fvu < 0.01  # 1 s on a free core
+    assert time.process_time() - start < 3 + 1 and formula.fvu < 0.01
 
 
 def test_ctrl_c_ends_the_search_with_the_best_so_far():
@@ -139,7 +139,7 @@ def test_the_same_seed_finds_the_same():
 
     def run():
         return find_formula(Prior(ALPHABET, POOL, 2), X, y, alphabet=ALPHABET, pool=POOL,
-                            rng=np.random.default_rng(3), choices=400)[0]  # fmt: skip
+                            rng=np.random.default_rng(3), choices=60)[0]  # fmt: skip
 
     assert run() == run()
 
@@ -185,9 +185,9 @@ def test_what_noise_allows_is_known():
 
 def test_a_saved_pool_is_a_suite(tmp_path):
     save_pool(tmp_path, draw_pool(12, ALPHABET, POOL, None, seed=0, split=1), ALPHABET, POOL)
-    found, again = (list(problems(str(tmp_path), 0, 0.0)) for _ in range(2))
-    assert len(found) >= 10 and len({problem.name for problem in found}) == len(found)
-    for problem, same in zip(found, again, strict=True):
+    suite, again = (list(problems(str(tmp_path), 0, 0.0)) for _ in range(2))
+    assert len(suite) >= 10 and len({problem.name for problem in suite}) == len(suite)
+    for problem, same in zip(suite, again, strict=True):
         assert problem.X.shape == (20, len(problem.formula.variables)) and np.array_equal(problem.X, same.X)
         assert np.isfinite(problem.y).all() and np.isfinite(problem.y_val).all() and len(problem.y_val) == 1000
         assert attainable(problem) < 1e-20
@@ -198,7 +198,7 @@ def test_plain_pairs_are_those_of_a_loop():
     parts, y = rng.standard_normal((6, 30)), rng.standard_normal(30)
     parts[5] = -parts[2] + 1e-9 * parts[5]  # a sum of nothing
     y += parts[1] - parts[4]
-    found = plain_pairs(parts, y, most=3)
+    results = plain_pairs(parts, y, most=3)
     naive = []
     for sign in (1, -1):
         for i in range(6):
@@ -207,11 +207,11 @@ def test_plain_pairs_are_those_of_a_loop():
                 if np.ptp(g) > 1e-6:
                     naive.append((1 - np.corrcoef(g, y)[0, 1] ** 2, i, sign, k))
     best = sorted(naive)[0]
-    assert min(found)[1:] == best[1:] == (1, -1, 4) and min(found)[0] == pytest.approx(best[0])
+    assert min(results)[1:] == best[1:] == (1, -1, 4) and min(results)[0] == pytest.approx(best[0])
     shares = {tuple(pair): share for share, *pair in naive}
-    assert all(share == pytest.approx(shares[tuple(pair)]) for share, *pair in found)
+    assert all(share == pytest.approx(shares[tuple(pair)]) for share, *pair in results)
 
 
 def test_the_front_of_each_length():
-    made = [Candidate([0] * n, [], error, n, 0.0) for n, error in ((3, 0.5), (3, 0.4), (5, 0.45), (7, 0.1))]
-    assert [(c.length, c.fvu) for c in front(made)] == [(3, 0.4), (7, 0.1)]
+    candidates = [Candidate([0] * n, [], error, n, 0.0) for n, error in ((3, 0.5), (3, 0.4), (5, 0.45), (7, 0.1))]
+    assert [(c.length, c.fvu) for c in front(candidates)] == [(3, 0.4), (7, 0.1)]

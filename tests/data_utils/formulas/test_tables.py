@@ -298,12 +298,12 @@ def test_a_missing_package_is_named(tmp_path, monkeypatch):
 
 
 def test_arrays_and_frames():
-    made = from_arrays([[1, 2], [3, 4]], [5, 6])
-    assert (made.names, made.target, made.notes, made.units) == (["x1", "x2"], "y", [], {})
-    assert made.X.dtype == np.float64 and made.digits_X.shape == (2, 2) and not made.digits_y.any()
+    table = from_arrays([[1, 2], [3, 4]], [5, 6])
+    assert (table.names, table.target, table.notes, table.units) == (["x1", "x2"], "y", [], {})
+    assert table.X.dtype == np.float64 and table.digits_X.shape == (2, 2) and not table.digits_y.any()
     frame = pd.DataFrame(dict(m=M, V=V, rho=RHO))
-    made = from_arrays(frame[["m", "V"]], frame.rho)
-    assert (made.names, made.target) == (["m", "V"], "rho")
+    table = from_arrays(frame[["m", "V"]], frame.rho)
+    assert (table.names, table.target) == (["m", "V"], "rho")
     assert from_arrays(M, RHO, names=["mass"]).X.shape == (6, 1)
 
 
