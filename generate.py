@@ -238,7 +238,8 @@ def write_texts(cfg):
     if tokenizer.hash != state["tokenizer_hash"]:
         raise UsageError(f"{cfg.checkpoint}: tokenizer {state['tokenizer']} is not the one it was trained with")
     model.to(device)
-    ids = torch.tensor([[tokenizer.eos, *tokenizer.encode(cfg.prompt)]], device=device)  # (1, T)
+    prompt = cfg.prompt.removeprefix("\ufeff")  # a byte order mark is no character
+    ids = torch.tensor([[tokenizer.eos, *tokenizer.encode(prompt)]], device=device)  # (1, T)
     diffuser = state["expert"] == "diffuser"
     if diffuser and not ids.shape[1] <= cfg.length <= model.max_seq_len:
         raise UsageError(f"--length {cfg.length}: expected {ids.shape[1]} (the prompt) to {model.max_seq_len}")
@@ -249,7 +250,7 @@ def write_texts(cfg):
             sample = model.sample(1, cfg.length, cfg.steps, cfg.temperature, generator, cfg.sampler, ids)[0].tolist()
             count, size = stream(tokenizer, ((token, 0) for token in sample[1:]))
         else:
-            print(cfg.prompt, end="", flush=True)
+            print(prompt, end="", flush=True)
             tokens = write(model, ids, cfg.max_new_tokens, cfg.temperature, cfg.top_k, cfg.top_p, generator)
             tokens = itertools.takewhile(lambda pair: pair[0] != tokenizer.eos, tokens)
             count, size = stream(tokenizer, tokens)

@@ -25,6 +25,7 @@ class ExpertConfig:
 @dataclass
 class TokenizerConfig:
     data_dir: str = "data"  # root of the domain folders to learn from
+    text_field: str = "text"  # field or column of the text in .jsonl, .csv, .parquet
     source: str = ""  # or a file or folder as `language` reads it; pad, bos, eos, unk then have the ids 0 to 3
     max_chars: int = 64_000_000  # characters of --source to read; 0 = all
     doc_cap: int = 10_000  # characters of one document of --source
@@ -36,6 +37,7 @@ class TokenizerConfig:
 @dataclass
 class CheckConfig:
     data_dir: str = "data"  # root of the domain folders
+    text_field: str = "text"  # field or column of the text in .jsonl, .csv, .parquet
 
 
 @dataclass
@@ -50,7 +52,7 @@ class ReadingConfig:
 
 @dataclass
 class LanguageConfig(ReadingConfig):
-    source: str = ""  # file or folder: .parquet .arrow .jsonl .json .txt (a row per line), the last three also .gz
+    source: str = ""  # file or folder: .parquet .arrow .csv .jsonl .json .txt (a row per line), the last four also .gz
     dest: str = ""  # folder to write
     tokenizer: str = ""  # tokenizer.json to use; "" trains one
     vocab_size: int = 8192  # ids of the trained tokenizer
@@ -88,11 +90,11 @@ class ConvertConfig:
 
 @dataclass
 class NormalizeConfig:
-    input: str = ""  # .json .jsonl .parquet .arrow, the first two also .gz
+    input: str = ""  # .json .jsonl .csv .parquet .arrow, the first three also .gz
     output: str = ""  # JSONL file to write
     question_field: str = ""  # path like data.question, a[0][1], data[].qas[].question; [] makes a record per element
     answer_field: str = ""  # path like data.answers.text[0]
-    context_field: str = ""  # path, if a template uses {context}
+    context_field: str = ""  # path, which a template must use as {context}; paragraphs are joined
     prompt_template: str = "{question}"  # with {question} {answer} {context}; {{ }} for braces, \n \t \\
     response_template: str = "{answer}"  # likewise
     num_threads: int = 0  # processes; 0 = one per core
@@ -230,7 +232,7 @@ def tokenizer(cfg):
     """Train a byte-level BPE tokenizer on every document of the domain folders."""
     from pathlib import Path
 
-    from data_utils.documents import find_domains, read_documents
+    from data_utils.documents import find_domains, format_ignored, read_documents
     from data_utils.files import check_replaceable, holds, make_room, write_atomic
     from data_utils.tokenizer import train_bpe
 
@@ -247,15 +249,21 @@ def tokenizer(cfg):
         from data_utils.reasoning import prepare, sources
 
         reading = {f.name: f.default for f in fields(ReadingConfig)[:4]}
+        if cfg.text_field != "text":
+            reading["text_field"] = (cfg.text_field,)
         files = sources.find_files(cfg.source)
         check_replaceable(cfg.out, cfg.fresh, is_tokenizer, inputs=files)
         content = prepare.train_tokenizer(
             files, cfg.vocab_size, max_chars=cfg.max_chars, doc_cap=cfg.doc_cap, reading=reading
         )
     else:
-        files = [path for paths in find_domains(cfg.data_dir).values() for path in paths]
+        domains, ignored = find_domains(cfg.data_dir)
+        files = [path for paths in domains.values() for path in paths]
+        if ignored:
+            print(format_ignored(ignored))
         check_replaceable(cfg.out, cfg.fresh, is_tokenizer, inputs=files)
-        content = train_bpe((text for path in files for text in read_documents(path)), cfg.vocab_size)
+        texts = (text for path in files for text in read_documents(path, text_field=cfg.text_field))
+        content = train_bpe(texts, cfg.vocab_size)
     content = content.encode("utf-8")
     check_replaceable(cfg.out, cfg.fresh, is_equal)  # models trained with another tokenizer of this name need it
     make_room(Path(cfg.out), is_equal)
@@ -268,15 +276,18 @@ def check(cfg):
     """Check every line of the domain folders; status 1 if one is malformed."""
     from data_utils.documents import MALFORMED, find_domains, format_problems, read_documents
 
+    domains, ignored = find_domains(cfg.data_dir)
     problems = {}
     print(f"{'domain':<20} {'documents':>10} {'MB':>10}")
-    for domain, files in find_domains(cfg.data_dir).items():
+    for domain, files in domains.items():
         documents = size = 0
         for path in files:
-            for text in read_documents(path, problems, skip_bad_lines=True):
+            for text in read_documents(path, problems, skip_bad_lines=True, text_field=cfg.text_field):
                 documents += 1
                 size += len(text.encode("utf-8"))
         print(f"{domain:<20} {documents:>10} {size / 1e6:>10.2f}", flush=True)
+    for path in ignored:
+        print(f"ignored: {path}")
     if problems:
         print(format_problems(problems))
     bad = sum(problems[kind][0] for kind in MALFORMED if kind in problems)

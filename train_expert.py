@@ -76,6 +76,7 @@ class DataConfig:
     val_split: float = 0.1  # share of documents held out, per domain
     data_dir: str = cosmetic("data")  # root of the domain folders
     domains: tuple[str, ...] = ()  # folders to use; none named = all
+    text_field: str = cosmetic("text")  # field or column of the text in .jsonl, .csv, .parquet
     skip_bad_lines: bool = cosmetic(False)  # count and skip malformed lines instead of stopping
 
 
@@ -292,6 +293,7 @@ def main(cfg):
         window=cfg.max_seq_len,
         cache_dir=folder,
         skip_bad_lines=cfg.skip_bad_lines,
+        text_field=cfg.text_field,
         rank=rank,
         say=log,
     )

@@ -57,6 +57,7 @@ class DataConfig:
     val_split: float = 0.1  # share of documents held out, per domain
     data_dir: str = cosmetic("data")  # root of the domain folders
     domains: tuple[str, ...] = ()  # folders to use; none named = all
+    text_field: str = cosmetic("text")  # field or column of the text in .jsonl, .csv, .parquet
     skip_bad_lines: bool = cosmetic(False)  # count and skip malformed lines instead of stopping
 
 
@@ -263,6 +264,7 @@ def main(cfg):
         window=cfg.max_seq_len,
         cache_dir=folder,
         skip_bad_lines=cfg.skip_bad_lines,
+        text_field=cfg.text_field,
         rank=rank,
         say=log,
     )
@@ -396,8 +398,15 @@ def main(cfg):
         if cfg.use_vector_store and store_hash:
             raw_model.attach(load_store(store_file, store_hash))
         elif cfg.use_vector_store:
-            store = VectorStore(cfg.d_model, cfg.top_k, cfg.max_vectors)
             count = data.windows("train")
+            # Every window of a domain is full but an only one: the last one overlaps the one before.
+            contexts = sum(
+                stream.tokens if stream.windows == 1 else stream.windows * cfg.max_seq_len
+                for stream in data.streams["train"]
+            )
+            if cfg.max_vectors > contexts:
+                log(f"--max_vectors {cfg.max_vectors}: cut to {contexts}, all training contexts")
+            store = VectorStore(cfg.d_model, cfg.top_k, min(cfg.max_vectors, contexts))
             windows = min(count, math.ceil(cfg.max_vectors / cfg.max_seq_len))
             windows = np.linspace(0, count, windows, endpoint=False, dtype=np.int64)
             for index, x, y in training_batches(windows):

@@ -25,6 +25,6 @@ figures.py      style and files of figures, the losses of runs; needs matplotlib
 progress.py     a progress bar or lines, log files, peak memory
 stop.py         a signal asks for a stop between two steps
 workers.py      tasks in other processes, results in order
-documents.py    JSONL files of domain folders, split into pieces
+documents.py    text files of every kind, and the domain folders that hold them
 tokenizer.py    the tokenizers gpt2, bytes, bpe and characters
 """

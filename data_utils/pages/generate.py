@@ -15,6 +15,7 @@ import torch
 
 from data_utils.checkpoint import canonical_keys, first_good, load_checkpoint
 from data_utils.config import at_least
+from data_utils.documents import read_text
 from data_utils.errors import CheckpointError, UsageError
 from data_utils.files import check_replaceable, is_marked, warn
 from data_utils.hardware import open_device
@@ -126,13 +127,9 @@ def read_input(path):
     if not path:
         raise UsageError("no question\ntry: --input FILE, or --input - for standard input")
     try:
-        content = sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()
-        text = content.decode("utf-8-sig")  # a byte order mark is no character
+        return read_text(path).removesuffix("\n")
     except OSError as e:
         raise UsageError(f"--input {path}: {e.strerror}\ntry: an existing file, or - for standard input") from e
-    except UnicodeDecodeError as e:
-        raise UsageError(f"--input {path}: not UTF-8: {e.reason} at byte {e.start}\ntry: save it as UTF-8") from e
-    return text.replace("\r\n", "\n").replace("\r", "\n").removesuffix("\n")
 
 
 # --- pages ------------------------------------------------------------------------------------------------------------

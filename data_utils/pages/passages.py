@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data_utils.documents import MALFORMED, read_documents
+from data_utils.documents import MALFORMED, read_documents, read_text
 from data_utils.errors import DataError
 from data_utils.files import warn
 from data_utils.pages.render import TAB, layout, lost, to_symbols, to_text
@@ -308,7 +308,10 @@ def code_files(folder=""):
     for path in sorted(_python_files(root, () if folder else WITHOUT)):
         name = path.relative_to(root).as_posix()
         if folder or not name.startswith(("config-", "_sysconfigdata")):
-            texts[name] = _decode(path, path.read_bytes().replace(b"\r\n", b"\n"), bool(folder))
+            if folder:
+                texts[name] = read_text(path)
+            else:
+                texts[name] = path.read_bytes().replace(b"\r\n", b"\n").decode("utf-8-sig", "replace")
     if not any(texts.values()):
         raise DataError(f"--code_dir {root}: no .py file with text in it\ntry: another folder")
     if folder:
@@ -343,14 +346,14 @@ def story_rows(path):
     """
     path = Path(path)
     try:
-        if path.suffix == ".jsonl":
+        if path.suffix.lower() == ".jsonl":
             problems = {}
             texts = list(read_documents(path, problems, skip_bad_lines=True))
             for kind in problems:
                 if kind in MALFORMED:
                     raise DataError(f"--stories {problems[kind][1][0]}\ntry: mend the line")
-        elif path.suffix == ".txt":
-            texts = _decode(path, path.read_bytes(), True).split("\n")
+        elif path.suffix.lower() == ".txt":
+            texts = read_text(path).split("\n")
         else:
             raise DataError(f"--stories {path}: expected a .txt or .jsonl file")
     except OSError as e:
@@ -360,11 +363,3 @@ def story_rows(path):
         raise DataError(f"--stories {path}: no text in it")
     _check_characters(f"--stories {path}", stories.values())
     return {number: _plain(text) for number, text in stories.items()}
-
-
-def _decode(path, content, strict):
-    try:
-        return content.decode("utf-8-sig", "strict" if strict else "replace")
-    except UnicodeDecodeError as e:
-        line = content.count(b"\n", 0, e.start) + 1
-        raise DataError(f"{path}:{line}: not UTF-8: {e.reason}\ntry: save it as UTF-8") from e

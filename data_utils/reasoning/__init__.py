@@ -1,6 +1,7 @@
 """Prepared rows of questions and answers, arithmetic and Sudoku.
 
-sources.py        parquet, arrow, jsonl, json and txt files as tasks for processes
+sources.py        parquet, arrow, csv, jsonl, json and txt files as tasks for processes
+layouts.py        rows in the layouts of published data sets become prompts and answers
 rows.py           the work of these processes: text or ids in, rows of ids out
 normalize_qa.py   questions and answers of any shape become prompt and response
 folder.py         prepared folders, whose writer continues after a kill

@@ -10,6 +10,7 @@ import torch
 
 from data_utils.checkpoint import load_checkpoint, numbered_files
 from data_utils.config import at_least
+from data_utils.documents import read_text
 from data_utils.errors import CheckpointError, UsageError
 from data_utils.hardware import open_device
 from data_utils.reasoning.dataset import open_tokenizer
@@ -27,7 +28,8 @@ def answer(cfg, choose):
     device = open_device(cfg.device)
     model, state, encode, tokenizer = load_reasoner(cfg.run_name, cfg.checkpoint, cfg.dataset)
     model.to(device)
-    prompts = [*cfg.prompt, *(_read_lines(cfg.input) if cfg.input else [])]
+    prompts = [prompt.removeprefix("\ufeff") for prompt in cfg.prompt]  # a byte order mark is no character
+    prompts += _read_lines(cfg.input) if cfg.input else []
     if not prompts:
         raise UsageError('no question\ntry: --prompt "What is 12 + 7?" or --input FILE')
     evaluated = state["config"]["eval_segments"] or state["config"]["segments"] * (4 if model.halting else 1)
@@ -60,10 +62,9 @@ def answer(cfg, choose):
 
 def _read_lines(path):
     try:
-        with open(path, encoding="utf-8") as file:
-            return [line.rstrip("\n") for line in file if line.strip()]
-    except (OSError, UnicodeDecodeError) as e:
-        raise UsageError(f"--input {path}: {e}") from e
+        return [line for line in read_text(path).split("\n") if line.strip()]
+    except OSError as e:
+        raise UsageError(f"--input {path}: {e.strerror}") from e
 
 
 def load_reasoner(run_name, path, dataset):

@@ -13,6 +13,7 @@ from data_utils.config import at_least
 from data_utils.errors import DataError, UsageError
 from data_utils.files import check_replaceable, lock_run, make_room, write_atomic
 from data_utils.reasoning import sources
+from data_utils.reasoning.layouts import string_of
 from data_utils.stop import Stop
 from data_utils.workers import cores, in_order
 
@@ -48,19 +49,19 @@ def parse_template(text, flag):
 def records(row, paths):
     """Yield one {name: text} for each element that the EACH steps of paths["question"] reach.
 
-    The other paths start from the same elements, as far as they agree. A list stands for its first element, a number
-    becomes text, and a missing value "".
+    The other paths start from the same elements, as far as they agree. A list stands for its first element, a list of
+    paragraphs of the context for all of them; numbers and booleans become text, and a missing value (null, NaN) "".
     """
     main = paths["question"]
     edges = [i + 1 for i, step in enumerate(main) if step == EACH]  # lengths of the prefixes that end with EACH
     if not edges:
-        yield {name: _text(_follow(row, steps)) for name, steps in paths.items()}
+        yield {name: _text(_follow(row, steps), name) for name, steps in paths.items()}
         return
 
     def walk(bound):
         """Bind the next EACH step to each of its elements; bound: {prefix of the path: element}."""
         if len(bound) == len(edges) + 1:
-            yield {name: _text(_resolve(bound, steps)) for name, steps in paths.items()}
+            yield {name: _text(_resolve(bound, steps), name) for name, steps in paths.items()}
             return
         start = list(bound)[-1]
         elements = _follow(bound[start], main[len(start) : edges[len(bound) - 1] - 1])
@@ -87,12 +88,10 @@ def _follow(value, steps):
     return value
 
 
-def _text(value):
-    while isinstance(value, list):
+def _text(value, name):
+    while isinstance(value, list) and name != "context":
         value = value[0] if value else None
-    if isinstance(value, bool) or not isinstance(value, (str, int, float)):
-        return ""
-    return str(value)
+    return "" if isinstance(value, dict) else string_of(value, name) or ""
 
 
 def normalize_task(task, *, paths, templates, skip_missing):
@@ -104,11 +103,16 @@ def normalize_task(task, *, paths, templates, skip_missing):
     for place, row in sources.rows(task, columns):
         if isinstance(row, ValueError):
             raise DataError(f"{sources.where(task, place)}: {row}\ntry: mend it")
-        for record in records(row, paths):
-            present = [name for name in ("question", "answer") if record[name]]
-            counts.update(present)
-            if len(present) < 2 and skip_missing:
+        try:
+            row_records = list(records(row, paths))
+        except ValueError as e:
+            raise DataError(f"{sources.where(task, place)}: {e}\ntry: another field") from None
+        for record in row_records:
+            counts.update(name for name, text in record.items() if text)
+            missing = [name for name in ("question", "answer") if not record[name]]
+            if missing and skip_missing:
                 counts["skipped"] += 1
+                counts[f"skipped without {missing[0]}"] += 1
                 continue
             prompt, response = (_fill(template, record) for template in templates)
             line = f'{{"prompt": {quoted(prompt)}, "response": {quoted(response)}}}\n'
@@ -141,6 +145,12 @@ def normalize(cfg):
     fields = dict(question=cfg.question_field, answer=cfg.answer_field, context=cfg.context_field)
     paths = {name: parse_path(path, f"{name}_field") for name, path in fields.items() if path}
     templates = [parse_template(getattr(cfg, name), name) for name in ("prompt_template", "response_template")]
+    uses_context = any(("context",) in template for template in templates)
+    if uses_context and not cfg.context_field:
+        raise UsageError("a template holds {context}, and no field is named for it\ntry: --context-field NAME")
+    if cfg.context_field and not uses_context:
+        message = f"--context_field {cfg.context_field}: no template holds {{context}}"
+        raise UsageError(f"{message}\ntry: --prompt-template '{{context}}\\n{{question}}'")
     files = sources.find_files(cfg.input)
     check_replaceable(output, True, lambda path: True, flag="--output", inputs=files)
     share = max(1, sum(path.stat().st_size for path in files) // PROCESS_BYTES)
@@ -179,12 +189,14 @@ def normalize(cfg):
             write_shuffled(file)
         else:
             write(file)
-        if not (counts["records"] and counts["question"] and counts["answer"]):
+        lacking = [name for name in paths if not counts[name]]
+        if not counts["records"] or lacking:
             first = next((row for task in sources.split_tasks(files) for _, row in sources.rows(task)), {})
             names = ", ".join(map(str, first)) or "none" if isinstance(first, dict) else first
+            flags = ", ".join(f"--{name}-field" for name in lacking or ("question", "answer"))
             raise DataError(
-                f"no question or no answer in {cfg.input}: fields of the first row: {names}\n"
-                "try: other --question-field, --answer-field"
+                f"no {' and no '.join(lacking) or 'record'} in {cfg.input}: fields of the first row: {names}\n"
+                f"try: other {flags}"
             )
         make_room(output, _is_normalized)  # last, so that a failure changes nothing
 
@@ -198,10 +210,12 @@ def normalize(cfg):
             print("stopped: nothing was written")
             return dict(stopped=stop.signal)
     megabytes = output.stat().st_size / 1e6
+    reasons = [f"{counts[f'skipped without {name}']} without {name}" for name in ("question", "answer")]
+    reasons = f" ({', '.join(reasons)})" if counts["skipped"] else ""
     seconds = time.monotonic() - started
     print(
         f"{output}: {counts['records']} records, {counts['question']} with a question, {counts['answer']} with an "
-        f"answer, {counts['skipped']} skipped; {megabytes:.1f} MB, {seconds:.1f} s"
+        f"answer, {counts['skipped']} skipped{reasons}; {megabytes:.1f} MB, {seconds:.1f} s"
     )
     return {}
 

@@ -18,7 +18,7 @@ from data_utils.config import at_least
 from data_utils.errors import DataError, UsageError
 from data_utils.files import lock_run, warn, write_atomic
 from data_utils.reasoning import folder as prepared
-from data_utils.reasoning import sources
+from data_utils.reasoning import layouts, sources
 from data_utils.reasoning import sudoku as puzzles
 from data_utils.reasoning.folder import FILES, FINISHED, KNOWN, Writer, read_index, read_meta, read_row
 from data_utils.reasoning.rows import SPLITS, encode_task, id_type, pack, read_texts
@@ -110,6 +110,7 @@ def language(cfg):
         if signal:
             return dict(stopped=signal)
         _check_rows(writer.counts, cfg, files)
+        _name_unused(files)
         kind = "pairs" if writer.counts.get("pairs") else "text"
         root = Path(cfg.source)
         meta = _tokenizer_meta(tokenizer)
@@ -162,13 +163,26 @@ def _tokenizer(path, given, files, cfg, reading):
 def _check_rows(counts, cfg, files):
     """Raise DataError if there are no rows, warn if none is held out, print the bytes per token."""
     if not counts.get("train_samples") and not counts.get("val_samples"):
-        first = next((row for task in sources.split_tasks(files) for _, row in sources.rows(task)), {})
+        first = _first_row(files)
         fields = ", ".join(first) if isinstance(first, dict) else first
         raise DataError(f"no text in {cfg.source}: {dict(counts)}; the first row has {fields}\ntry: --text-field NAME")
     if cfg.val_ratio and not counts.get("val_samples"):
         warn(f"no document is held out: --val_ratio {counts['lowest'] * 1.01:.3g} holds one out")
     bytes_per_token = counts.get("text_bytes", 0) / max(1, counts.get("text_tokens", 0))
     print(f"{bytes_per_token:.2f} bytes per token")
+
+
+def _first_row(files):
+    return next((row for task in sources.split_tasks(files) for _, row in sources.rows(task)), {})
+
+
+def _name_unused(files):
+    """Print the fields that are not read, if the first row holds questions or a conversation."""
+    first = _first_row(files)
+    if isinstance(first, dict) and layouts.has_layout(first):
+        unused = [str(name) for name in first if name not in layouts.COLUMNS | {"language"}]
+        if unused:
+            print(f"fields of the first row that are not used: {', '.join(unused)}")
 
 
 def _stamp(files):
@@ -458,6 +472,11 @@ def sudoku(cfg):
         prepared.clear(out, cfg.fresh, "--out")
         prepared.write_json(out / "progress.json", dict(specification=dict(command="sudoku", **options)))
         splits = puzzles.make(**options, processes=min(cfg.num_threads or cores(), cores()))
+        reached = np.concatenate([np.count_nonzero(grids, axis=1) for grids, _ in splits.values()])
+        print(f"givens: {reached.min()} to {reached.max()}, {reached.mean():.1f} on average")
+        if reached.max() > cfg.givens > 0:
+            share = (reached > cfg.givens).mean()
+            warn(f"--givens {cfg.givens}: {share:.0%} of the puzzles keep more, as fewer would leave other solutions")
         for split, grids in splits.items():
             write_atomic(out / f"{split}.npy", lambda file, grids=grids: np.save(file, np.stack(grids, 1)))
         sizes = dict(train_samples=cfg.train, val_samples=cfg.val, max_seq_len=cfg.size**2, vocab_size=cfg.size + 1)

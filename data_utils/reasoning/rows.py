@@ -15,16 +15,11 @@ import numpy as np
 
 from data_utils.documents import cut
 from data_utils.errors import DataError
-from data_utils.reasoning import sources
+from data_utils.reasoning import layouts, sources
 from data_utils.tokenizer import load_tokenizer
 
 PIECE_CHARACTERS = 1_000_000  # bounds the memory of the tokenizer
 SPLITS = ("train", "val")
-QUESTIONS = (("prompt", "response"), ("question", "answer"), ("instruction", "output"))
-CONVERSATIONS = (("messages", "role", "content"), ("conversations", "from", "value"))
-ASSISTANTS = ("assistant", "gpt", "model")
-COLUMNS = {"input", "language", "messages", "conversations", *(name for pair in QUESTIONS for name in pair)}
-
 tokenizer_of = functools.cache(lambda path, digest: load_tokenizer(f"bpe:{path}"))  # one load per process and content
 
 
@@ -58,32 +53,26 @@ def _line(bos_id, encoder_ids, labels, decoder=()):
 # ---- text ------------------------------------------------------------------------------------------------------------
 
 
-def texts_of(row, text_field):
+def texts_of(row, text_field, counts):
     """Return [(prompt, answer), ...] of a row with questions or a conversation, else the text of the row.
 
-    Raises ValueError if there is none or it is no string.
+    Returns None or [] if there is none, and counts the reason. Raises ValueError if it can't be read as text.
     """
-    for turns, role, content in CONVERSATIONS:
-        if isinstance(row.get(turns), list):
-            messages = [(turn.get(role), _string(turn, content)) for turn in row[turns] if isinstance(turn, dict)]
-            answers = [(i, text) for i, (speaker, text) in enumerate(messages) if speaker in ASSISTANTS]
-            return [("\n".join(text for _, text in messages[:i]), answer) for i, answer in answers]
-    for question, answer in QUESTIONS:
-        if question in row and answer in row:
-            prompt = _string(row, question)
-            if question == "instruction" and row.get("input"):
-                prompt += "\n" + _string(row, "input")
-            return [(prompt, _string(row, answer))]
-    field = next((name for name in text_field if name in row), None)
-    if field is None:
-        raise ValueError(f"no text: fields {', '.join(map(str, row)) or '(none)'}; name one with --text-field")
-    return _string(row, field)
-
-
-def _string(row, name):
-    if not isinstance(row.get(name), str):
-        raise ValueError(f"{name} is {type(row.get(name)).__name__}, expected a string")
-    return row[name]
+    pairs = layouts.pairs_of(row, counts)
+    if pairs is not None:
+        return pairs
+    present = [name for name in text_field if name in row]
+    if not present:
+        raise ValueError(f"no text: fields {', '.join(map(str, row)) or '(none)'}")
+    name = next((name for name in present if not layouts.is_missing(row[name])), None)
+    if name is None:
+        counts["null_text"] += 1
+        return None
+    text = layouts.string_of(row[name], name)
+    if not text.strip():
+        counts["empty_rows"] += 1
+        return None
+    return text
 
 
 def read_texts(task, counts, *, text_field, lang, collapse_whitespace, skip_bad_lines):
@@ -102,24 +91,28 @@ def read_texts(task, counts, *, text_field, lang, collapse_whitespace, skip_bad_
             text = re.sub("[\ud800-\udfff]", "\ufffd", text)
         return text
 
-    for place, row in sources.rows(task, COLUMNS | set(text_field)):
+    for place, row in sources.rows(task, layouts.COLUMNS | {"language"} | set(text_field)):
         try:
             if isinstance(row, ValueError):
                 raise row
             if lang and row.get("language") != lang:
                 counts["other_language"] += 1
                 continue
-            texts = texts_of(row, text_field)
+            texts = texts_of(row, text_field, counts)
         except ValueError as e:
             if not skip_bad_lines:
-                raise DataError(f"{sources.where(task, place)}: {e}\ntry: mend it, or --skip-bad-lines") from None
+                fix = "mend it, or --skip-bad-lines"
+                if "UTF-8" in str(e):
+                    fix += ", or iconv -f CP1252 -t UTF-8 if it is from Windows"
+                if str(e).startswith("no text"):
+                    fix = "--text-field NAME, or python prepare_data.py normalize-qa --help for other fields"
+                raise DataError(f"{sources.where(task, place)}: {e}\ntry: {fix}") from None
             counts["bad_rows"] += 1
+            counts[f"bad_rows, {str(e).partition(';')[0].partition(', expected')[0][:60]}"] += 1
             continue
-        if not (texts if isinstance(texts, list) else texts.strip()):
-            counts["empty_rows"] += 1
-        elif isinstance(texts, str):
+        if isinstance(texts, str):
             yield clean(texts)
-        else:
+        elif texts:
             yield [(clean(prompt), clean(answer)) for prompt, answer in texts]
 
 

@@ -1,24 +1,36 @@
-"""Files of rows (.parquet .arrow .jsonl .json .txt, the last three also .gz) as tasks for several processes.
+"""Files of rows (.parquet .arrow .csv .jsonl .json .txt, the last four also .gz) as tasks for several processes.
 
 A task is (path, kind, first, content):
 lines   the lines that begin between the bytes `first` and `content` of the file
 block   `content` is the bytes of whole lines, `first` the number of the first line
 group   row group `first` of a parquet file
 values  `content` is a list of JSON values, `first` the number of the first one
+csv     `content` is a list of (line, row)
 A line of .txt is a row with the field "text" alone.
 """
 
-import gzip
 import io
 import json
 import re
 from itertools import islice
 from pathlib import Path
 
-from data_utils.documents import MAX_LINE_BYTES
-from data_utils.errors import DataError, UsageError
+from data_utils.documents import (
+    MAX_LINE_BYTES,
+    TABLES,
+    csv_rows,
+    decode,
+    how_to_mend,
+    import_pyarrow,
+    open_parquet,
+    open_text,
+    suffix_of,
+)
+from data_utils.errors import DataError
 
-LINES, TABLES = (".jsonl", ".txt"), (".parquet", ".arrow")
+LINES = (".jsonl", ".txt")
+READ = (*TABLES, ".csv", *LINES, ".json")
+SAVED_BESIDE = ("dataset_info.json", "state.json", "dataset_dict.json")  # by save_to_disk of Hugging Face, no rows
 BLOCK_BYTES = 8 * 2**20
 GROUP_ROWS = 512  # rows held as Python objects at a time
 MAX_VALUE_CHARACTERS = 512 * 2**20
@@ -35,37 +47,56 @@ def find_files(source, most=0):
     zstandard = [path for path in visible if path.suffix == ".zst"]
     if zstandard:
         raise DataError(f"{zstandard[0]}: zstandard is not read\ntry: zstd -d --rm {zstandard[0]}")
-    files = [path for path in visible if _suffix(path) in (*LINES, ".json") or path.suffix in TABLES]
+    files = [path for path in visible if suffix_of(path) in READ and not _is_saved_beside(path, root)]
     if not files:
-        names = " ".join((*TABLES, *LINES, ".json"))
+        names = " ".join(READ)
         raise DataError(
-            f"no source in {root}: searched for {names}, the last three also .gz; {len(visible)} other files"
+            f"no source in {root}: searched for {names}, the last four also .gz; {len(visible)} other files"
         )
     return files[:most] if most else files
+
+
+def _is_saved_beside(path, root):
+    """Return whether a file describes the .arrow files beside or below it and holds no rows."""
+    return path != root and path.name in SAVED_BESIDE and any(path.parent.rglob("*.arrow"))
 
 
 def split_tasks(files, block=BLOCK_BYTES):
     """Yield the tasks of the files, in order. They do not depend on the number of processes."""
     for path in files:
-        suffix = _suffix(path)
-        if suffix in LINES and path.suffix != ".gz":
-            size = path.stat().st_size
-            for start in range(0, size, block):
-                yield path, "lines", start, min(start + block, size)
-        elif suffix in LINES:
-            number = 1
-            for content in _unpacked(path, block):
-                yield path, "block", number, content
-                number += content.count(b"\n")
-        elif path.suffix == ".parquet":
-            for group in range(_parquet(path).num_row_groups):
+        suffix = suffix_of(path)
+        if suffix in LINES and not (suffix == ".jsonl" and _is_spread_out(path)):
+            with open_text(path) as file:  # also checks the encoding
+                if path.suffix.lower() == ".gz":
+                    number = 1
+                    while lines := file.readlines(block):
+                        content = b"".join(lines)
+                        yield path, "block", number, content
+                        number += content.count(b"\n")
+                else:
+                    size = path.stat().st_size
+                    for start in range(0, size, block):
+                        yield path, "lines", start, min(start + block, size)
+        elif suffix == ".parquet":
+            for group in range(open_parquet(path).num_row_groups):
                 yield path, "group", group, None
+        elif suffix == ".csv":
+            remaining = csv_rows(path)
+            while values := list(islice(remaining, GROUP_ROWS)):
+                yield path, "csv", 0, values
         else:
             number = 1
-            remaining = _arrow(path) if path.suffix == ".arrow" else _json(path)
+            remaining = _arrow(path) if suffix == ".arrow" else _json(path)
             while values := list(islice(remaining, GROUP_ROWS)):
                 yield path, "values", number, values
                 number += len(values)
+
+
+def _is_spread_out(path):
+    """Return whether a .jsonl file holds one array or objects over several lines: its first line is a bracket."""
+    with open_text(path) as file:
+        first = file.readline(100).strip().removeprefix(b"\xef\xbb\xbf")
+        return first in (b"[", b"{") and file.read(1) != b""
 
 
 def rows(task, columns=None, parse=None):
@@ -75,7 +106,7 @@ def rows(task, columns=None, parse=None):
     """
     path, kind, first, content = task
     if kind == "group":
-        table = _parquet(path)
+        table = open_parquet(path)
         names = [name for name in table.schema_arrow.names if columns is None or name in columns]
         options = dict(row_groups=[first], columns=names, use_threads=False)
         try:
@@ -86,13 +117,15 @@ def rows(task, columns=None, parse=None):
                 yield from enumerate({} for _ in range(table.metadata.row_group(first).num_rows))
         except (OSError, ValueError) as e:
             raise DataError(f"{path}: row group {first}: {str(e).splitlines()[0]}") from e
+    elif kind == "csv":
+        yield from content
     elif kind == "values":
         for number, value in enumerate(content, first):
-            yield number, _checked(value)
+            yield from ((number, row) for row in _each(_checked(value)))
     else:
         lines = _lines(path, first, content) if kind == "lines" else enumerate(io.BytesIO(content), first)
-        parse = _text_row if _suffix(path) == ".txt" else parse or parse_line
-        yield from ((place, parse(line)) for place, line in lines if line.strip())
+        parse = _text_row if suffix_of(path) == ".txt" else parse or parse_line
+        yield from ((place, row) for place, line in lines if line.strip() for row in _each(parse(line)))
 
 
 def where(task, place):
@@ -114,31 +147,33 @@ def where(task, place):
 
 
 def parse_line(line):
-    """Return the JSON object of a line of bytes, or a ValueError with the reason."""
+    """Return the JSON object of a line of bytes, a list of them for an array, or a ValueError with the reason."""
     try:
-        return _checked(json.loads(line.decode("utf-8-sig")))
-    except UnicodeDecodeError as e:
-        return ValueError(f"invalid UTF-8: {e.reason}")
+        text = decode(line)
+    except ValueError as e:
+        return e
+    try:
+        return _checked(json.loads(text))
     except (ValueError, RecursionError) as e:  # deep nesting, integers of thousands of digits
         return ValueError(f"invalid JSON: {e}")
 
 
 def _checked(value):
+    """Return a row, the rows of an array, or a ValueError; an array of turns is one conversation."""
+    if isinstance(value, list) and value and all(isinstance(row, dict) for row in value):
+        return dict(messages=value) if all("role" in row or "from" in row for row in value) else value
     return value if isinstance(value, dict) else ValueError(f"expected an object, found {type(value).__name__}")
+
+
+def _each(parsed):
+    return parsed if isinstance(parsed, list) else (parsed,)
 
 
 def _text_row(line):
     try:
-        return {"text": line.decode("utf-8-sig").rstrip("\r\n")}
-    except UnicodeDecodeError as e:
-        return ValueError(f"invalid UTF-8: {e.reason}")
-
-
-def _suffix(path):
-    """Return the suffix before .gz; "" for a compressed table, which is not read."""
-    name = path.name.removesuffix(".gz")
-    suffix = Path(name).suffix
-    return "" if suffix in TABLES and name != path.name else suffix
+        return {"text": decode(line).rstrip("\r\n")}
+    except ValueError as e:
+        return e
 
 
 def _lines(path, start, end):
@@ -153,16 +188,6 @@ def _lines(path, start, end):
             place += len(line)
 
 
-def _unpacked(path, block):
-    """Yield blocks of complete lines of a .gz file."""
-    try:
-        with gzip.open(path) as file:
-            while lines := file.readlines(block):
-                yield b"".join(lines)
-    except (OSError, EOFError) as e:
-        raise DataError(f"{path}: {e}") from e
-
-
 def _json(path):
     """Yield the elements of a top-level array, or values that follow each other; holds about one of them at a time."""
     decoder = json.JSONDecoder()
@@ -173,7 +198,7 @@ def _json(path):
     ended = False  # the file
     number = 1  # of the value
     try:
-        with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8-sig", newline="") as file:
+        with open_text(path) as content, io.TextIOWrapper(content, encoding="utf-8-sig", newline="") as file:
             while True:
                 at = separators.match(text, at).end()
                 if in_array is None and at < len(text):
@@ -201,30 +226,16 @@ def _json(path):
                 yield value
                 at = end
                 number += 1
+    except UnicodeDecodeError as e:
+        message = f"invalid UTF-8: {e.reason}"
+        raise DataError(f"{path}: value {number} or later: {message}{how_to_mend(path, e.object)}") from e
     except (OSError, EOFError, ValueError) as e:
         raise DataError(f"{path}: value {number}: {e}") from e
 
 
-def _pyarrow():
-    try:
-        import pyarrow
-        import pyarrow.ipc
-        import pyarrow.parquet
-    except ImportError:
-        raise UsageError("parquet and arrow need pyarrow\ntry: pip install pyarrow, or give .jsonl") from None
-    return pyarrow
-
-
-def _parquet(path):
-    try:
-        return _pyarrow().parquet.ParquetFile(path)
-    except (OSError, ValueError) as e:  # pyarrow raises both
-        raise DataError(f"{path}: {str(e).splitlines()[0]}") from e
-
-
 def _arrow(path):
     """Yield the rows of an arrow file, in stream or file format."""
-    arrow = _pyarrow()
+    arrow = import_pyarrow()
     try:
         with arrow.memory_map(str(path)) as file:
             if file.read(6) == b"ARROW1":

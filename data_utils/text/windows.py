@@ -1,4 +1,4 @@
-"""Domain folders of JSONL text as packed windows of tokens: <data_dir>/<domain>/*.jsonl, {"text": "..."} per line.
+"""Domain folders of text (data_utils/documents.py) as packed windows of tokens.
 
 B windows, T tokens per window. Each file is tokenized once, into <data_dir>/.cache. The split is by document, within
 each domain.
@@ -17,7 +17,16 @@ import numpy as np
 import torch
 from torch.utils.data import WeightedRandomSampler
 
-from data_utils.documents import MALFORMED, cut, find_domains, format_problems, read_documents
+from data_utils.documents import (
+    MALFORMED,
+    WHOLE,
+    cut,
+    find_domains,
+    format_ignored,
+    format_problems,
+    read_documents,
+    suffix_of,
+)
 from data_utils.errors import DataError, UsageError
 from data_utils.files import write_atomic
 
@@ -26,12 +35,19 @@ MAX_WINDOWS = 2**24  # the limit of torch.multinomial, which draws the order
 SPLIT_KEY = b"42"  # of the text hashes, whose order decides the split
 
 
-def _digest(path):
+def _digest(path, text_field):
+    """Return a hash of the content of a file, and of how it is read unless that is "text" of .jsonl."""
     try:
         with open(path, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as e:
         raise DataError(f"{path}: {e.strerror}") from None
+    suffix = suffix_of(path)
+    if suffix in WHOLE:
+        suffix, text_field = WHOLE[0], ""
+    if (suffix, text_field) == (".jsonl", "text"):
+        return digest
+    return hashlib.sha256(f"{digest} {suffix} {text_field}".encode()).hexdigest()
 
 
 def _writable(folders):
@@ -46,7 +62,7 @@ def _writable(folders):
     raise DataError(f"{folders[-1]}: the token cache can't be written: {reason}")
 
 
-def _tokenize(path, tokenizer, base, dtype, skip_bad_lines):
+def _tokenize(path, tokenizer, base, dtype, skip_bad_lines, text_field="text"):
     """Write base.bin (tokens, eos after each document), then base.npz (everything else), each atomically."""
     offsets = array("q", [0])  # where each document ends in the tokens
     hashes = bytearray()
@@ -56,7 +72,7 @@ def _tokenize(path, tokenizer, base, dtype, skip_bad_lines):
     def pieces():
         """Yield (piece of a document, whether it is the last one)."""
         nonlocal n_bytes
-        for text in read_documents(path, problems, skip_bad_lines):
+        for text in read_documents(path, problems, skip_bad_lines, text_field):
             content = text.encode("utf-8")
             hashes.extend(hashlib.blake2b(content, digest_size=16, key=SPLIT_KEY).digest())
             n_bytes += len(content)
@@ -168,12 +184,24 @@ class DomainText:
     """Windows of the domain folders, numbered per split ("train", "val") over the domains in sorted order.
 
     domains: names to use, () for all; window: T; cache_dir: where the token cache goes if data_dir can't be written.
+    text_field: field or column of the text in .jsonl, .csv and .parquet files.
     Rank 0 tokenizes, the other ranks wait. `hash` identifies the data: contents, domains and val_split.
     Raises UsageError for val_split or a domain that is a path, DataError for the content of the folders.
     """
 
     def __init__(
-        self, data_dir, tokenizer, *, domains, val_split, window, cache_dir, skip_bad_lines=False, rank=0, say=print
+        self,
+        data_dir,
+        tokenizer,
+        *,
+        domains,
+        val_split,
+        window,
+        cache_dir,
+        skip_bad_lines=False,
+        text_field="text",
+        rank=0,
+        say=print,
     ):
         if not 0 < val_split <= 0.5:
             raise UsageError(f"--val_split {val_split}: choose above 0 up to 0.5; without val there would be no best")
@@ -183,6 +211,7 @@ class DomainText:
         self.tokenizer = tokenizer
         self.window = window
         self.val_split = val_split
+        self.text_field = text_field
         self.dtype = np.uint16 if tokenizer.vocab_size <= 65536 else np.uint32
         self.domains = []
         self.streams = {"train": [], "val": []}  # one stream per domain
@@ -190,7 +219,7 @@ class DomainText:
         contents, problems = [], {}
         folders = [Path(data_dir, ".cache"), Path(cache_dir, ".cache")]
         for domain, files, named in self._chosen(data_dir, domains, say):
-            digests = [_digest(path) for path in files]
+            digests = [_digest(path, text_field) for path in files]
             parts = []
             for path, digest in zip(files, digests, strict=True):
                 part = self._part(path, digest, folders, skip_bad_lines, rank, say)
@@ -221,7 +250,9 @@ class DomainText:
 
     def _chosen(self, data_dir, domains, say):
         """Return [(domain, files, whether the user named it)]."""
-        existing = find_domains(data_dir, say)
+        existing, ignored = find_domains(data_dir)
+        if ignored:
+            say(format_ignored(ignored))
         names = sorted({name for word in domains for name in word.split(",") if name})
         for name in names:
             if "/" in name or "\\" in name:
@@ -241,7 +272,8 @@ class DomainText:
                     return part
             if rank == 0:
                 say(f"tokenizing {path} with {self.tokenizer.name}, once")
-                _tokenize(path, self.tokenizer, _writable(folders) / name, self.dtype, skip_bad_lines)
+                base = _writable(folders) / name
+                _tokenize(path, self.tokenizer, base, self.dtype, skip_bad_lines, self.text_field)
             elif time.monotonic() - started > 3600:
                 raise DataError(f"{path}: rank 0 did not tokenize it within an hour")
             else:

@@ -1,5 +1,7 @@
 """train_mla.py through its real command line at toy size."""
 
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -29,6 +31,13 @@ def test_store_holds_no_validation_text(toy, trained, tmp_path):
     held_out = set(data.documents("val", index)[real].tolist())
     train = set(data.documents("train", np.arange(data.windows("train"))).flatten().tolist())
     assert set(model.store.documents.tolist()) <= train and not held_out & train
+
+
+def test_a_store_larger_than_the_text_is_cut_to_it(toy, experts, tmp_path):
+    flags = [*train_flags("mla_store", toy, experts), f"--checkpoint_dir={tmp_path}", "--max_steps=1"]
+    out, _ = finish(start(*flags, "--max_vectors=50000000"))
+    (size,) = re.findall(r"--max_vectors 50000000: cut to (\d+), all training contexts", out)
+    assert f"store of {size} training contexts" in out  # none is left out, and no memory for more is taken
 
 
 def test_checkpoint_writes_text_and_keeps_its_experts(trained, experts):

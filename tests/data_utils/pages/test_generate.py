@@ -13,7 +13,7 @@ import torch
 import generate
 import train_multimodal
 from data_utils.checkpoint import canonical_keys, load_checkpoint, save_checkpoint
-from data_utils.errors import UsageError
+from data_utils.errors import DataError, UsageError
 from data_utils.pages import arc, figures
 from data_utils.pages import generate as answer_pages
 from data_utils.pages.generate import Question, capsule_attention, load_model, read_page, think, to_batch, verdict
@@ -368,7 +368,10 @@ def test_a_file_that_is_not_utf_8_is_refused(run, tmp_path):
     file = tmp_path / "latin1"
     file.write_bytes(b"caf\xe9")
     cfg = generate.PagesConfig(checkpoint=str(run), input=str(file), device="cpu", task="read")
-    with pytest.raises(UsageError, match="not UTF-8: .* at byte 3\ntry: save it as UTF-8"):
+    with pytest.raises(DataError, match="latin1:1: invalid UTF-8: .*CP1252, convert it: iconv"):
+        generate.main(cfg)
+    file.write_text("caf\u00e9", encoding="utf-16")
+    with pytest.raises(DataError, match="latin1: UTF-16, convert it: iconv(?s:.*)\ntry: mv "):
         generate.main(cfg)
 
 
@@ -392,7 +395,7 @@ def test_files_of_users_are_answered_or_refused(kind, task, run, arc_file, capsy
         cfg = generate.PagesConfig(checkpoint=str(checkpoint), input=str(file), device="cpu", task=task, votes=1)
         try:
             generate.main(cfg)
-        except UsageError as e:
+        except (UsageError, DataError) as e:
             assert len(str(e).splitlines()) <= 3, file
         else:
             assert "score" in capsys.readouterr().err, file

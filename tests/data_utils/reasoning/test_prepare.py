@@ -183,9 +183,9 @@ def test_every_format_gives_the_same_rows(prepared, tmp_path):
         language(tmp_path / "x.parquet", tmp_path / "broken")
 
 
-BAD = [(b'{"text": 3}', "text is int"), (b'{"title": "x"}', "fields title; name one with --text-field"),
+BAD = [(b'{"text": {"a": 3}}', "text is dict"), (b'{"title": "x"}', "fields title(?s:.*)--text-field NAME, or .*qa"),
        (b"{", "invalid JSON"), (b'{"text": "\xff"}', "invalid UTF-8"), (b"[]", "found list"),
-       (b'{"prompt": "x", "response": null}', "response is NoneType")]  # fmt: skip
+       (b'{"prompt": "x", "response": {}}', "response is dict")]  # fmt: skip
 
 
 @pytest.mark.parametrize("line, reason", BAD)
@@ -489,7 +489,7 @@ def test_raw_squad(tmp_path):
 
 def test_paths_lists_numbers_and_what_is_missing(tmp_path):
     rows = [dict(q="x", a=[[1, 2.5], [3]]), dict(q=["y", "z"], a=[[]]), dict(a=[[0, True]]), dict(q=dict(k=1), a=None)]
-    expected = [("x", "2.5"), ("y", ""), ("", ""), ("", "")]
+    expected = [("x", "2.5"), ("y", ""), ("", "true"), ("", "")]
     assert normalized(tmp_path, rows, answer_field="a[0][1]") == expected
     assert normalized(tmp_path, rows, answer_field="a[0][1]", max_records=1) == expected[:1]
     for bad in ("a.", "a[b]", "a[-1]", "[0]", "a b]"):
@@ -502,8 +502,9 @@ def test_paths_lists_numbers_and_what_is_missing(tmp_path):
 
 
 def test_templates(tmp_path):
-    options = dict(prompt_template=r"{{{question}}}\t\\{context}", response_template=r"\x: {answer}")
-    assert normalized(tmp_path, [dict(q="{answer}\\n", a="b")], **options) == [("{{answer}\\n}\t\\", r"\x: b")]
+    options = dict(prompt_template=r"{{{question}}}\t\\{context}", response_template=r"\x: {answer}", context_field="c")
+    rows = [dict(q="{answer}\\n", a="b", c="{c}")]
+    assert normalized(tmp_path, rows, **options) == [("{{answer}\\n}\t\\{c}", r"\x: b")]
     for bad in ("{question.__class__}", "{0}", "{question!r}", "{", "}", "{other}", "{question[0]}"):
         with pytest.raises(UsageError, match="--prompt_template"):
             normalized(tmp_path, [dict(q="x", a="b")], prompt_template=bad)

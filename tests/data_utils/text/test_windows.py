@@ -1,7 +1,12 @@
 """Domain folders: formats and bad lines, split, windows against a plain reference, cache, order."""
 
+import csv
+import gzip
+import hashlib
+import io
 import json
 import os
+import subprocess
 import threading
 import time
 import tracemalloc
@@ -10,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 
+import prepare_data
 from data_utils import documents
 from data_utils.errors import DataError, UsageError
 from data_utils.text import windows as text
@@ -140,7 +146,7 @@ def test_layout(tmp_path):
         put(tmp_path, domain, sentences(1, 5))
     put(tmp_path, "a", sentences(2, 5), "z")
     (tmp_path / "data" / "root.jsonl").write_bytes(b"not read")
-    (tmp_path / "data" / "a" / "note.txt").write_bytes(b"not read")
+    (tmp_path / "data" / "a" / "note.pdf").write_bytes(b"not read")
     assert load(tmp_path).domains == ["a", "b"]
     assert load(tmp_path, domains=("b",)).domains == ["b"]
     for both in ("b,a",), ("b", "a"), ("a,", "b", "a"):
@@ -173,17 +179,20 @@ def test_no_domain_shows_what_to_type(tmp_path):
         load(tmp_path)
 
 
-def test_links_out_of_the_root_and_loops_are_not_followed(tmp_path):
+def test_links_are_followed_but_no_loops(tmp_path):
     put(tmp_path, "a", sentences(1, 5))
     put(tmp_path / "other", "x", sentences(2, 5))
     root = tmp_path / "data"
     (root / "out").symlink_to(tmp_path / "other" / "data" / "x")
-    (root / "loop").symlink_to("loop")
     (root / "a" / "b.jsonl").symlink_to(tmp_path / "other" / "data" / "x" / "a.jsonl")
     (root / "inside").symlink_to("a")
-    lines = []
-    assert load(tmp_path, lines=lines).domains == ["a", "inside"]
-    assert sum("not followed" in line for line in lines) >= 3
+    loops = [root / "loop", root / "up", root / "a" / "down", root / "a" / "broken.jsonl"]
+    for link, target in zip(loops, ["loop", tmp_path, root / "a", "nothing"], strict=True):
+        link.symlink_to(target)
+    domains, ignored = documents.find_domains(root)
+    names = {domain: [path.name for path in paths] for domain, paths in domains.items()}
+    assert names == dict(a=["a.jsonl", "b.jsonl"], inside=["a.jsonl", "b.jsonl"], out=["a.jsonl"])
+    assert set(loops) <= set(ignored)
 
 
 def test_arguments(tmp_path):
@@ -191,6 +200,180 @@ def test_arguments(tmp_path):
     for val_split in 0, -0.1, 0.6, float("nan"):
         with pytest.raises(UsageError, match="--val_split"):
             load(tmp_path, val_split=val_split)
+
+
+# ---- other files than .jsonl -----------------------------------------------------------------------------------------
+
+
+def test_a_folder_of_jsonl_keeps_its_order_hash_and_cache(tmp_path):
+    """Runs and caches from before other files were read go on as they were."""
+    for domain in "b", "a":
+        for name in "z", "B", "a1", "a":
+            put(tmp_path, domain, sentences(len(name), 5), name)
+    data = load(tmp_path)
+    contents = [
+        [
+            d,
+            *(
+                hashlib.sha256(path.read_bytes()).hexdigest()
+                for path in sorted((tmp_path / "data" / d).glob("*.jsonl"))
+            ),
+        ]
+        for d in "ab"
+    ]
+    assert data.hash == hashlib.sha256(json.dumps([0.2, contents]).encode()).hexdigest()
+    cached = {path.name for path in (tmp_path / "data" / ".cache").glob("*.npz")}
+    assert cached == {f"{digest}-{data.tokenizer.hash}.npz" for _, *digests in contents for digest in digests}
+
+
+def kinds(folder, texts):
+    """Write the same documents as a file of every kind."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = "".join(json.dumps(dict(text=text, n=1)) + "\n" for text in texts).encode()
+    table = io.StringIO()
+    csv.writer(table).writerows([["n", "text"], *enumerate(texts)])
+    (folder / "a.JSONL").write_bytes(lines)
+    (folder / "b.jsonl.GZ").write_bytes(gzip.compress(lines))
+    (folder / "c.csv").write_bytes(b"\xef\xbb\xbf" + table.getvalue().encode())
+    pandas = pytest.importorskip("pandas")
+    pandas.DataFrame(dict(text=texts, n=1)).to_parquet(folder / "e.parquet")
+
+
+def test_every_kind_of_file_gives_the_same_documents(tmp_path):
+    texts = ['He said "no", or;\nwas it\ta | tab?', "caf\u00e9 \u2028 \U0001f600", "plain", "NA", "-1.5"]
+    kinds(tmp_path / "data" / "dom" / "sub" / "deeper", texts)
+    (paths,) = documents.find_domains(tmp_path / "data")[0].values()
+    assert {path.name for path in paths} == {"a.JSONL", "b.jsonl.GZ", "c.csv", "e.parquet"}
+    for path in paths:
+        assert list(documents.read_documents(path)) == texts, path.name
+    data = load(tmp_path)
+    assert data.domains == ["dom"] and contents(data, "train") | contents(data, "val") == set(texts)
+
+
+@pytest.mark.parametrize("separator", ",;\t|")
+def test_csv(tmp_path, separator):
+    path = tmp_path / "a.csv"
+    path.write_text(separator.join(["id", "body"]) + f"\r\n1{separator}one\r\n2{separator}\r\n3{separator}three\r\n")
+    problems = {}
+    assert list(documents.read_documents(path, problems, text_field="body")) == ["one", "three"]
+    assert problems == {"empty text": [1, [f"{path}:3: skipped"]]}
+    with pytest.raises(DataError, match="no column text; there are: id, body(?s:.*)--text_field"):
+        list(documents.read_documents(path))
+    path.write_text(f"text\nsun, moon{separator}stars\nrain\n" if separator == "," else "text\na,b\nrain\n")
+    with pytest.raises(DataError, match="a.csv:2: bad row: more values than the 1 columns"):
+        list(documents.read_documents(path))
+    assert list(documents.read_documents(path, skip_bad_lines=True)) == ["rain"]
+    path.write_text('text\n"open\n')
+    with pytest.raises(DataError, match="a.csv:.*(?s:.*)mend the quotes"):
+        list(documents.read_documents(path))
+
+
+def test_a_text_file_is_one_document(tmp_path):
+    folder = tmp_path / "data" / "books"
+    folder.mkdir(parents=True)
+    (folder / "a.txt").write_bytes(b"\xef\xbb\xbfOne.\r\n\r\nTwo.\r")
+    (folder / "b.MD").write_bytes("# Caf\u00e9\n".encode())
+    (folder / "c.txt").write_bytes(b"\n")
+    data = load(tmp_path)
+    assert contents(data, "train") | contents(data, "val") == {"One.\n\nTwo.\n", "# Caf\u00e9\n"}
+    same = load(tmp_path).hash
+    (folder / "b.MD").rename(folder / "b.jsonl")  # the same bytes, read in another way
+    with pytest.raises(DataError, match="b.jsonl:1: invalid JSON"):
+        load(tmp_path)
+    (folder / "b.jsonl").rename(folder / "b.txt")
+    assert load(tmp_path).hash == same
+
+
+def test_text_field(tmp_path):
+    put_bytes(tmp_path, b'{"content": "c1", "text": "t1"}\n{"content": "c2", "text": "t2"}\n')
+    first, second = load(tmp_path), load(tmp_path, text_field="content")
+    assert contents(first, "train") | contents(first, "val") == {"t1", "t2"}
+    assert contents(second, "train") | contents(second, "val") == {"c1", "c2"} and first.hash != second.hash
+    with pytest.raises(DataError, match='a.jsonl:1: "body" is missing; fields: content, text; .*--text_field'):
+        load(tmp_path, text_field="body")
+
+
+def test_ignored_files_are_named_in_one_line(tmp_path):
+    put(tmp_path, "a", sentences(1, 5))
+    lines = []
+    load(tmp_path, lines=lines)
+    assert not any("ignored:" in line for line in lines)
+    root = tmp_path / "data"
+    for name in "loose.txt", "SOURCES.md", "a/b.pdf", "a/sub/c.json", "a/.hidden.pdf", "a/d.jsonl.bak":
+        (root / name).parent.mkdir(exist_ok=True)
+        (root / name).write_text("x")
+    lines = []
+    load(tmp_path, lines=lines)
+    (line,) = [line for line in lines if "ignored:" in line]
+    assert line.startswith("ignored: 4 files: ") and "loose.txt" in line
+    assert "only .jsonl .txt .md .csv .parquet in domain folders" in line
+    (root / "a" / "a.jsonl").unlink()
+    (root / "loose.txt").unlink()
+    with pytest.raises(DataError, match="no domain in .*b.pdf"):
+        load(tmp_path)
+
+
+def test_check_and_tokenizer_read_the_same_files(tmp_path, capsys):
+    put_bytes(tmp_path, b'{"body": "some words, some words"}\n')
+    folder = tmp_path / "data" / "code"
+    (folder / "sub").mkdir()
+    (folder / "sub" / "b.csv").write_text("body,n\nsome more words,1\n")
+    ignored = [folder / name for name in ("a.pdf", "b.json", "c.png", "sub/d.html")]
+    for path in ignored:
+        path.write_text("x")
+    prepare_data.main(prepare_data.CheckConfig(data_dir=str(tmp_path / "data"), text_field="body"))
+    shown = capsys.readouterr().out
+    assert shown.splitlines()[1].split() == ["code", "2", "0.00"]
+    assert [line for line in shown.splitlines() if "ignored" in line] == [f"ignored: {path}" for path in ignored]
+    out = str(tmp_path / "tokenizer.json")
+    options = dict(data_dir=str(tmp_path / "data"), text_field="body", vocab_size=260, out=out)
+    prepare_data.main(prepare_data.TokenizerConfig(**options))
+    shown = capsys.readouterr().out
+    assert "ignored: 4 files" in shown and "trained on 2 files" in shown
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.txt", "a.csv"])
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "cp1252"])
+def test_other_encodings_are_refused_and_the_advice_mends_them(tmp_path, name, encoding):
+    document = "\u00fcber die Stra\u00dfe, caf\u00e9"
+    text = {"a.txt": document, "a.csv": f'text\n"{document}"\n'}.get(name, f'{{"text": "{document}"}}\n')
+    path = tmp_path / "my data" / "dom" / name
+    path.parent.mkdir(parents=True)
+    content = text.encode(encoding)
+    path.write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
+    word = "CP1252" if encoding == "cp1252" else "UTF-16, convert it: iconv"
+    with pytest.raises(DataError, match=word) as error:
+        list(documents.read_documents(path))
+    command = str(error.value).split("\ntry: ")[1]
+    if command.startswith("mend the line"):  # only this line has been read
+        command = documents.iconv(path, "CP1252").split("\ntry: ")[1]
+    subprocess.run(["sh", "-c", command], check=True)
+    assert list(documents.read_documents(path)) == [document]
+    domains, ignored = documents.find_domains(tmp_path / "my data")
+    assert domains == {"dom": [path]} and len(ignored) == 1
+
+
+@pytest.mark.parametrize("language", ["\u043f\u0440\u0438\u0432\u0435\u0442 \u043c\u0438\u0440, ", "word "])
+def test_utf16_without_a_mark_is_seen_by_its_nuls_and_none_reaches_a_document(tmp_path, language):
+    path = tmp_path / "a.txt"
+    for encoding in "utf-16-le", "utf-16-be":
+        path.write_bytes((language * 9).encode(encoding))
+        with pytest.raises(DataError, match="UTF-16, convert it"):
+            list(documents.read_documents(path))
+    path.write_bytes(b"much text \n" * 90 + b"one \0 byte\n")
+    with pytest.raises(DataError, match="a.txt:91: .*NUL"):
+        list(documents.read_documents(path))
+    path.write_bytes("\u00e9t\u00e9\n".encode() * 9 + b"\xff\n")
+    with pytest.raises(DataError, match="a.txt:10: invalid UTF-8(?s:.*)mend the line"):  # iconv would spoil the others
+        list(documents.read_documents(path))
+
+
+def test_a_damaged_gz_file_is_an_error(tmp_path):
+    content = gzip.compress((GOOD * 1000) + bytes(range(256)) * 9)
+    for damaged in content[: len(content) // 2], b"no gzip", content[:30] + b"xxxx" + content[34:]:
+        (tmp_path / "a.jsonl.gz").write_bytes(damaged)
+        with pytest.raises(DataError, match="a.jsonl.gz: damaged"):
+            list(documents.read_documents(tmp_path / "a.jsonl.gz", skip_bad_lines=True))
 
 
 # ---- split -----------------------------------------------------------------------------------------------------------
