@@ -1,5 +1,6 @@
 """Start scripts, wait for them, and the sizes of tiny runs: what several test files share."""
 
+import json
 import os
 import signal
 import subprocess
@@ -71,6 +72,15 @@ def finish(process, status=0):
         raise AssertionError(f"no end after 200 s\n{out}\n{err}") from None
     assert process.returncode == status, err or out
     return out, err
+
+
+def run_python(code, name, *columns):
+    """Run printed code in an interpreter of its own -> what its function `name` gives for arrays."""
+    call = f"print(json.dumps(np.asarray({name}(*map(np.array, json.load(sys.stdin)))).tolist()))"
+    program = f"{code}\nimport json, sys\nimport numpy as np\n{call}"
+    text = json.dumps([column.tolist() for column in columns])
+    command = [sys.executable, "-c", program]
+    return json.loads(subprocess.run(command, input=text, text=True, check=True, stdout=subprocess.PIPE).stdout)
 
 
 def train_flags(name, toy, experts):

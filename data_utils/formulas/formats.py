@@ -5,6 +5,7 @@ C constants, M points, D variables. A formula is prefix tokens whose i-th "<cons
 
 import keyword
 import math
+import operator
 import re
 
 import numpy as np
@@ -271,8 +272,31 @@ def to_sympy(prefix, constants, names):
         import sympy
     except ImportError as e:
         raise ImportError("sympy is missing, which expressions need\ntry: pip install sympy") from e
-    numbers = [repr(float(value)) for value in constants]
-    places = [f"x{i + 1}" for i in range(len(names))]
-    code = write_formula(prefix, numbers, places, "sympy")
-    symbols = {place: sympy.Symbol(name, real=True) for place, name in zip(places, names, strict=True)}
-    return sympy.sympify(eval(code, {"__builtins__": {}, "sp": sympy} | symbols))  # only tokens that are known
+    whole_numbers = {str(k): sympy.Integer(k) for k in (0, 1)} | {"(-1)": sympy.Integer(-1)}
+    literals = whole_numbers | {"np.pi": sympy.pi, "np.e": sympy.E}
+    named = dict(abs=sympy.Abs, pow1_2=sympy.sqrt, inv=lambda a: 1 / a, neg=lambda a: -a)
+    binary = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.truediv, "pow": operator.pow}
+    tokens, numbers = iter(prefix), iter(constants)
+
+    def read():
+        token = next(tokens)
+        if token == "<constant>":
+            return sympy.Float(next(numbers))
+        if token in literals:
+            return literals[token]
+        if token not in OPERATORS:
+            return sympy.Symbol(names[int(token[1:]) - 1], real=True)
+        operands = [read() for _ in range(OPERATORS[token].arity)]
+        if token in binary:
+            return binary[token](*operands)
+        (a,) = operands
+        if token in named:
+            return named[token](a)
+        k = int(token[-1]) if token[-1].isdigit() else 0
+        if token.startswith("pow1_"):
+            return sympy.real_root(a, k)
+        if k:
+            return a**k if token.startswith("pow") else a * k if token.startswith("mult") else a / k
+        return getattr(sympy, token)(a)
+
+    return read()

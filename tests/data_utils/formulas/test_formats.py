@@ -20,6 +20,7 @@ from data_utils.formulas.formats import (
     write_formula,
 )
 from data_utils.formulas.score import Data, Ranked
+from tests.helpers import run_python
 
 NAMES = ["T_K", "lambda", "a b"]
 ALPHABET = Alphabet(OPERATORS, ["x1", "x2", "x3"])
@@ -60,22 +61,20 @@ def test_text_is_read_back_as_the_same_formula(text):
 @pytest.mark.parametrize("text", FORMULAS)
 def test_python_runs_and_gives_the_same_numbers(text):
     prefix, constants, numbers = written(text)
-    namespace = {}
-    exec(write_equation(prefix, numbers, NAMES, "y (m)", "python"), namespace)
+    code = write_equation(prefix, numbers, NAMES, "y (m)", "python")
     X = points()
     arguments = {"x1": X[:, 0], "x2": X[:, 1], "x3": X[:, 2]}
     used = [arguments[f"x{i}"] for i in (1, 2, 3) if f"x{i}" in prefix]
-    np.testing.assert_allclose(namespace["y_m"](*used), values(prefix, constants, X), rtol=1e-14)
+    np.testing.assert_allclose(run_python(code, "y_m", *used), values(prefix, constants, X), rtol=1e-14)
 
 
 def test_python_takes_whole_numbers():
     for text in ("x1**5", "x1**-2.0", "1/x1", "2*x1**-3"):
         prefix, constants, numbers = written(text)
-        namespace = {}
-        exec(write_equation(prefix, numbers, NAMES, "y", "python"), namespace)
+        code = write_equation(prefix, numbers, NAMES, "y", "python")
         x = np.array([1, 20000, 30000])
         expected = values(prefix, constants, np.stack([x, x, x], 1).astype(float))
-        np.testing.assert_allclose(namespace["y"](x), expected, rtol=1e-14)
+        np.testing.assert_allclose(run_python(code, "y", x), expected, rtol=1e-14)
 
 
 @pytest.mark.parametrize("text", FORMULAS)
@@ -88,10 +87,10 @@ def test_sympy_gives_the_same_numbers(text):
     assert expression.free_symbols <= set(symbols)
     for row, y in zip(X.tolist(), expected.tolist(), strict=True):
         assert float(expression.subs(dict(zip(symbols, row, strict=True)))) == pytest.approx(y, rel=1e-12)
-    namespace = {}
-    exec(write_equation(prefix, numbers, NAMES, "y", "sympy"), namespace)
-    row = dict(zip(symbols, X[0].tolist(), strict=True))
-    assert float(sympy.sympify(namespace["y"]).subs(row)) == pytest.approx(expected[0], rel=1e-12)
+    code = write_equation(prefix, numbers, NAMES, "y", "sympy")
+    symbols = ", ".join(f"sp.Symbol({name!r}, real=True): {x!r}" for name, x in zip(NAMES, X[0].tolist(), strict=True))
+    code += f"\ndef value():\n    return float((y + sp.Integer(0)).subs({{{symbols}}}))"
+    assert run_python(code, "value") == pytest.approx(expected[0], rel=1e-12)
 
 
 def test_latex():
