@@ -262,7 +262,7 @@ def judged(args, row, arm, law, seed):
 
     It is read from the file of runs if it is there; front: whether any of the listed answers is accepted.
     """
-    key = dict(arm=arm, law=law.name, seed=seed, noise=law.noise, seconds=args.seconds)
+    key = dict(arm=arm, law=law.name, seed=seed, noise=law.noise, max_seconds=args.seconds)
     if arm == "ours":
         key["search"] = search_digest()
     for run in args.runs:
@@ -430,7 +430,7 @@ def skeleton(text):
 
     def summed(node):
         unique = set(terms(node))
-        if len(unique) > 1 and any(term.startswith("log(") and "*" not in term for term in unique):
+        if len(unique) > 1 and any(map(is_log, unique)):
             unique -= {"c"}
         return "+".join(sorted(unique))
 
@@ -467,6 +467,10 @@ def skeleton(text):
                     return {}
                 return {f"{name}({without_number(inner) if name == 'exp' else inner})": 1}
         raise ValueError(f"not a formula: {text[:60]}")
+
+    def is_log(term):
+        depths = np.cumsum([(c == "(") - (c == ")") for c in term])
+        return term.startswith("log(") and (depths[3:-1] > 0).all() and depths[-1] == 0
 
     def without_number(inner):
         return "+".join(part for part in inner.split("+") if part != "c") or "c"
