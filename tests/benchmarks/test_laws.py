@@ -35,7 +35,7 @@ def test_every_law_is_accepted_as_its_own_answer_and_its_table_has_the_digits_of
         ("ohm_power", "current*current*resistance*1*1*1", "short"),  # 8 parts
         ("kepler_si", "5.4582e-10*sqrt(a)**3", ""),
         ("kepler_si", "5.6e-10*a**1.5", "inside"),  # no noise: 1 %
-        ("two_points_line", "2*x + 0.0001*exp(2*x)", "outside"),
+        ("celsius_to_fahrenheit", "1.8*c + 32 + exp(c - 99)", "outside"),
         ("sine_tide", "3.1", "inside, outside"),
         ("nernst", "8.617e-5*T*(log(co) - log(ci))", ""),
         ("diode", "1e-12*exp(V/0.02585)", ""),
