@@ -31,7 +31,9 @@ from benchmarks import peers
 from benchmarks.report import HERE, ROOT, WORK, command_line, figure, mean_and_each, measure, save
 from data_utils.errors import DataError, UsageError
 from data_utils.files import write_atomic
-from data_utils.formulas.regressor import SymbolicRegressor
+from data_utils.formulas.answers import search_formulas, to_answers
+from data_utils.formulas.formats import write_formula
+from data_utils.formulas.score import Data
 from data_utils.formulas.tables import read_table
 
 CASES = ROOT.parent / "shared" / "cases" / "formulas"  # that only developers have; COPIES are like them
@@ -360,10 +362,15 @@ def noise(args):
                      spread=spent_words(runs))  # fmt: skip
 
 
-def search_table(args, X, y):
-    """Search a table without a clock, so that equal tables get equal answers -> the first formula."""
-    model = SymbolicRegressor(max_seconds=0, choices=args.choices).fit(X, y)
-    return model.text()
+def search_table(args, names, cells):
+    """Search a table as the command does, but without a clock: equal tables get equal answers -> first formula."""
+    path = args.work / "table.csv"
+    path.write_text("\n".join(map(",".join, [names, *cells])) + "\n", encoding="utf-8")
+    table = read_table(str(path))
+    alphabet, formulas, _ = search_formulas(table.X, table.y, table.names, np.random.default_rng(0),
+                                            half=table.digits_y, choices=args.choices)  # fmt: skip
+    best = to_answers(alphabet, formulas, Data(table.X, table.y, None, table.digits_y))[0]
+    return write_formula(best.prefix, best.numbers, table.names)
 
 
 def scales(args):
@@ -371,14 +378,14 @@ def scales(args):
     same, changed, total = 0, [], 0
     for i, law in enumerate(read_laws()[: args.laws]):
         names, cells = make_table(law, 0)
-        plain = skeleton(search_table(args, *columns_of(cells)))
+        plain = skeleton(search_table(args, names, cells))
         rng = np.random.default_rng(i)
         for variant in range(args.variants):
             powers = rng.choice(DECADES, len(names))
             if variant % 2:  # one column alone
                 powers[np.arange(len(names)) != rng.integers(len(names))] = 0
             shifted = [[shift(cell, power) for cell, power in zip(row, powers, strict=True)] for row in cells]
-            formula = search_table(args, *columns_of(shifted))
+            formula = search_table(args, names, shifted)
             total += 1
             same += skeleton(formula) == plain
             if skeleton(formula) != plain:
@@ -491,9 +498,8 @@ def rows(args):
         answers = []
         for n in LENGTHS[: args.lengths]:
             for seed in range(args.seeds):
-                _, cells = make_table(replace(law, rows=n), seed)
-                answers.append((n, search_table(args, *columns_of(cells))))
-        plain = skeleton(law.formula.replace("x", "x1").replace("ex1p", "exp"))
+                answers.append((n, search_table(args, *make_table(replace(law, rows=n), seed))))
+        plain = skeleton(law.formula)
         wrong = [f"{n} rows: {formula}" for n, formula in answers if skeleton(formula) != plain]
         title = f"{law.name}, {', '.join(map(str, LENGTHS[: args.lengths]))} rows, the plain form"
         yield figure(law.name.replace(" ", "_"), title, round(100 * (1 - len(wrong) / len(answers)), 1), "100",
