@@ -28,7 +28,7 @@ import numpy as np
 import torch
 
 from benchmarks import peers
-from benchmarks.report import HERE, ROOT, WORK, command_line, figure, mean_and_each, measure, save
+from benchmarks.report import HERE, ROOT, WORK, changed_flags, command_line, figure, mean_and_each, measure, save
 from data_utils.errors import DataError, UsageError
 from data_utils.files import write_atomic
 from data_utils.formulas.answers import search_formulas, to_answers
@@ -405,8 +405,8 @@ def skeleton(text):
     """Return a formula without its constants, as text that equal forms share.
 
     Factors and divisors that are numbers are dropped, and terms that are numbers become one `c`. Exponents that are no
-    whole numbers become `p`. Terms and factors are sorted. log(c*x) is log(x) + c; exp(c + x), exp(x) and c**x are
-    equal up to constants.
+    whole numbers become `p`. Terms and factors are sorted. log(c*x) is log(x) + c; exp(c + x), exp(x),
+    1/exp(x) and c**x are equal up to constants.
     """
 
     def power(base, exponent):
@@ -416,6 +416,7 @@ def skeleton(text):
     def written(factors):
         parts = []
         for key, e in sorted(factors.items()):
+            e = 1 if e and key.startswith("exp(") else e
             whole = abs(e - round(e)) < 1e-9
             if whole and round(e) == 0:
                 continue
@@ -567,6 +568,15 @@ def tables(args):
 
 ROWS = dict(laws=laws, noise=noise, scales=scales, rows=rows, deadline=deadline, tables=tables)
 
+FLAGS = dict(  # that belong to the command of a row
+    laws="seeds seconds arms",
+    noise="seeds seconds",
+    scales="variants choices",
+    rows="seeds choices",
+    deadline="seeds",
+    tables="",
+)
+
 
 def main(argv=None):
     numbers = dict(seeds=3, seconds=15, choices=1, variants=2)
@@ -583,9 +593,11 @@ def main(argv=None):
     args.runs = []
     if args.runs_file.exists():
         args.runs = [json.loads(line) for line in args.runs_file.read_text().splitlines()]
-    changed = "".join(f" --{name} {getattr(args, name)}" for name in ("seeds", "seconds", "arms")
-                      if getattr(args, name) != parser.get_default(name) and not args.quick)  # fmt: skip
-    measure(args, ROWS, changed)
+
+    def flags(row):
+        return "" if args.quick else changed_flags(parser, args, FLAGS[row].split())
+
+    measure(args, ROWS, flags)
 
 
 if __name__ == "__main__":

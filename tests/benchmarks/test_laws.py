@@ -79,6 +79,7 @@ def test_ranges_grow_on_their_side_of_zero():
         ("2.4*sqrt(x)**3", "7*x*sqrt(x)", True),
         ("5*exp(-0.4*x)", "3e-9*0.67**x", True),
         ("exp(1 - 0.4*x)", "exp(x)", True),
+        ("5/exp(0.4*x)", "exp(-x)", True),
         ("log(a/b)", "log(2e9*a/b)", True),
         ("log(a/b)", "log(a/b) + 4", True),
         ("2*x", "2*x + 1", False),
