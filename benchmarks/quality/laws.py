@@ -569,9 +569,9 @@ def tables(args):
 ROWS = dict(laws=laws, noise=noise, scales=scales, rows=rows, deadline=deadline, tables=tables)
 
 FLAGS = dict(  # that belong to the command of a row
-    laws="seeds seconds arms",
-    noise="seeds seconds",
-    scales="variants choices",
+    laws="laws seeds seconds arms",
+    noise="laws seeds seconds",
+    scales="laws variants choices",
     rows="seeds choices",
     deadline="seeds",
     tables="",
@@ -579,10 +579,10 @@ FLAGS = dict(  # that belong to the command of a row
 
 
 def main(argv=None):
-    numbers = dict(seeds=3, seconds=15, choices=1, variants=2)
+    numbers = dict(laws=30, seeds=3, seconds=15, choices=1, variants=2)
     parser = command_line(__doc__, ROWS, "quality.laws", **numbers, arms="ours,pyoperon,gplearn,logs")
     args = parser.parse_args(argv)
-    args.threads, args.laws, args.lengths = 1, None, None
+    args.threads, args.lengths = 1, None
     torch.set_num_threads(1)
     args.work = WORK / "laws"
     if args.quick:
