@@ -67,7 +67,7 @@ def refine(
 ):
     """`fit` in two rounds: all formulas for 10 steps on `points` points, then the best quarter with more of everything.
 
-    The second round starts from what the first found, has `more` restarts, and up to `most` points.
+    The second round starts from the constants of the first, has `more` restarts, and up to `most` points.
     """
     weights = np.ones(len(y)) if weights is None else weights
     few, many = (rng.permutation(len(y))[:n] if len(y) > n else slice(None) for n in (points, most))
@@ -145,13 +145,13 @@ class _Problem:
 
 def _levenberg(problem, constants, steps):
     """(J'J + mu diag J'J) d = -J'r; mu / 3 after a success, 4 mu after a failure -> constants, fvu. First mu = 0."""
-    found, best = constants.copy(), np.full(len(constants), np.inf)
+    fitted, best = constants.copy(), np.full(len(constants), np.inf)
     rows, c, eye = np.arange(len(constants)), constants, np.eye(constants.shape[1])
     r, J, fvu = problem.residuals(c)
     mu, slow = np.zeros(len(c)), np.zeros(len(c), int)
     for _ in range(steps + 1):
         done = ~(fvu > SOLVED) | (slow > 1) | (mu > STUCK) | ~np.isfinite(fvu) | ~problem.free.any(1)
-        found[rows], best[rows] = c, fvu
+        fitted[rows], best[rows] = c, fvu
         if done.all():
             break
         if 4 * done.sum() > len(done):
@@ -175,7 +175,7 @@ def _levenberg(problem, constants, steps):
         mu = np.where(good, mu / 3, np.maximum(4 * mu, 1e-2))
         c, fvu = np.where(good[:, None], trial, c), np.where(good, fvu2, fvu)
         r, J = np.where(good[:, None], r2, r), np.where(good[:, None, None], J2, J)
-    return found, best
+    return fitted, best
 
 
 def _slope(J, r):
@@ -186,14 +186,14 @@ def _slope(J, r):
 
 def _bfgs(problem, constants, steps):
     """Dense inverse Hessians of the FVU, steps halved until they gain what Armijo asks for -> constants, fvu."""
-    found, best = constants.copy(), np.full(len(constants), np.inf)
+    fitted, best = constants.copy(), np.full(len(constants), np.inf)
     rows, c, eye = np.arange(len(constants)), constants, np.eye(constants.shape[1])
     r, J, fvu = problem.residuals(c)
     slope = _slope(J, r)
     H, length, slow = np.tile(eye, (len(c), 1, 1)), np.ones(len(c)), np.zeros(len(c), int)
     for _ in range(steps + 1):
         done = ~(fvu > SOLVED) | (slow > 1) | (length < 1 / STUCK) | ~np.isfinite(fvu) | ~problem.free.any(1)
-        found[rows], best[rows] = c, fvu
+        fitted[rows], best[rows] = c, fvu
         if done.all():
             break
         if 4 * done.sum() > len(done):
@@ -216,7 +216,7 @@ def _bfgs(problem, constants, steps):
         length = np.where(good, 1.0, length / 4)
         c, fvu = np.where(good[:, None], trial, c), np.where(good, fvu2, fvu)
         slope = np.where(good[:, None], slope2, slope)
-    return found, best
+    return fitted, best
 
 
 METHODS = {"lm": _levenberg, "bfgs": _bfgs}

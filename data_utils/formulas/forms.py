@@ -15,6 +15,7 @@ DEGREE = 4  # of the polynomial in z that stands for an unknown function
 EXPONENTS = (-3, -2, -1.5, -1, -0.5, 0, 0.5, 1, 1.5, 2, 3, 4)
 WHOLE = (0, 1, 2, 3, -1, -2)  # exponents of a column with both signs
 QUANTITIES, SINGLES = 5, 3  # the most promising z; single columns that are tried besides
+POWERS = {"z", "pow", "pow2", "inv", "pow1_2", C}  # tokens of forms that are powers of z
 OFFSETS = 3  # z for which forms with an offset of their own are tried
 WEIGHTS = (1.0, -1.0, 10.0, -10.0, 0.1, -0.1)  # of the second column of a sum: units near 1 differ by powers of ten
 PEAKS = 3  # frequencies per z
@@ -29,20 +30,32 @@ def starts(alphabet, data, weights, rng, points=128):
     rows = rng.permutation(data.n)[:points]
     X, y, w = data.X[rows], data.y[rows], weights[rows]
     known = set(alphabet.tokens)
+    positive = (X > 0).all(0)
+    exponents, _ = _exponents(X, y, w, np.ones((len(y), 1)), list(range(data.D)), positive)
+    product = _product(exponents, X)
+    if product[0] and known.issuperset(product[0]):
+        yield product
     for place, (tokens, z, exponents, inner) in enumerate(quantities(X, y, w)):
-        factor, powers = [], []
-        for j, p in exponents.items():
-            part, constants = _power(j, p, X)
-            if part:
-                factor = ["*", *part, *factor] if factor else part
-                powers = [*constants, *powers]
+        factor, powers = _product(exponents, X)
+        same = tokens[0] in "*/" and positive.all()  # its powers are products of powers of columns
         for form, constants in forms(z, y, w, bool(factor) and place < OFFSETS, _flattened(X, y, exponents)):
+            if same and POWERS.issuperset(form):
+                continue
             prefix, values = _expanded(form, constants, tokens, inner)
             prefix = ["*", *factor, *prefix] if factor else prefix
             if known.issuperset(prefix):
                 yield prefix, [*powers, *values]
-        if factor and known.issuperset(factor):
-            yield factor, powers
+
+
+def _product(exponents, X):
+    """Return the tokens of a product of powers of columns, {column: exponent}, and its constants."""
+    factor, powers = [], []
+    for j, p in exponents.items():
+        part, constants = _power(j, p, X)
+        if part:
+            factor = ["*", *part, *factor] if factor else part
+            powers = [*constants, *powers]
+    return factor, powers
 
 
 def _expanded(form, constants, tokens, inner):

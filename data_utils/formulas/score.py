@@ -72,7 +72,7 @@ class Data:
         """Return the standard deviation of weighted residuals with this FVU and so many free constants."""
         weights = self.weights[relative]
         variance = fvu * spread(self.y, weights) ** 2 * self.n / max(self.n - free, 0.5)
-        return math.sqrt(max(variance, np.mean((self.floor * weights) ** 2)))
+        return math.sqrt(max(variance, np.median(self.floor * weights) ** 2))  # some values lack their last zeros
 
     def residual_bits(self, fvu, free, relative):
         """Return the bits of residuals with this weighted FVU; inf where there are as many constants as points."""
@@ -92,8 +92,9 @@ class Data:
         size = np.abs(values)
         if free >= self.n or not (values * self.y > 0).all():
             return math.inf
-        variance = np.square((values - self.y) / size).sum() / max(self.n - free, 0.5)
-        variance = max(variance, np.mean(np.square(self.floor / size)))
+        with np.errstate(over="ignore"):
+            variance = np.square((values - self.y) / size).sum() / max(self.n - free, 0.5)
+            variance = max(variance, np.median(self.floor / size) ** 2)
         if variance > TOO_FAR**2:
             return math.inf
         return self.n / 2 * math.log2(variance) + np.log2(size).sum()
@@ -193,14 +194,6 @@ def admissible(prefix, constants, X):
     return good
 
 
-def value_and_slopes(alphabet, prefix, constants, data):
-    """Return y (M,) of one formula, and dy / dconstants (C, M), 0 where it isn't finite."""
-    row = np.array([alphabet.encode(prefix)], np.uint8)
-    constants = np.asarray(constants, float).reshape(1, -1)
-    y, J = Program(alphabet, row, padded_columns(alphabet, data.X)).gradient(constants)
-    return y[0], np.where(np.isfinite(J[0]), J[0], 0.0)
-
-
 def padded_columns(alphabet, X):
     """Return X (M, D) with columns of zeros for the variables that the data lack."""
     columns = np.zeros((len(X), len(alphabet.variables)))
@@ -225,19 +218,23 @@ def standard_errors(J, weights, deviation):
 class _Fitted:
     """A formula in the user's units with fitted constants, some of them fixed to plain numbers, and its bits."""
 
-    def __init__(self, alphabet, prefix, constants, free, fvu, relative, data):
-        self.prefix, self.constants, self.free = prefix, np.asarray(constants, float), free
-        self.fvu, self.relative = fvu, relative
+    def __init__(self, prefix, constants, free, values, J, relative, data):
+        """values: (M,) of the formula; J: (C, M), its derivatives by the constants."""
+        self.prefix, self.constants, self.free, self.values = prefix, constants, free, values
+        self.relative = relative
         count = int(free.sum())
         self.bits = math.inf
         self.errors = np.zeros(len(free))
-        if fvu == math.inf or count >= max(data.n - 1, 1) and count:
+        if not np.isfinite(values).all() or count >= max(data.n - 1, 1) and count:
             return
-        values, J = value_and_slopes(alphabet, prefix, self.constants, data)
+        weights = data.weights[relative]
+        with np.errstate(over="ignore"):
+            left = np.mean(np.square((values - data.y) * weights))
+        fvu = float(left) / max(spread(data.y, weights) ** 2, 1e-300)
         bits = data.exact_bits(values, count, relative) + structure_bits(prefix, data.D)
         if count:
             deviation = data.deviation(fvu, count, relative)
-            alone, together = standard_errors(J[free], data.weights[relative], deviation)
+            alone, together = standard_errors(J[free], weights, deviation)
             self.errors[free] = together
             with np.errstate(all="ignore"):
                 digits = np.log2(np.abs(self.constants[free]) / alone)
@@ -256,11 +253,21 @@ def rank_formula(alphabet, prefix, constants, data):
     for relative in (False, True):
         if data.weights[relative] is not None:
             fitted = _fitted(alphabet, prefix, [constants], [np.ones(len(constants), bool)], relative, data)[0]
-            if fitted and (best is None or fitted.bits < best.bits):
+            if best is None or fitted.bits < best.bits:
                 best = fitted
-    while best and best.free.any() and (shorter := _snapped(alphabet, best, data)):
+    while best.bits < math.inf and best.free.any() and (shorter := _snapped(alphabet, best, data)):
         best = shorter
     return _ranked(alphabet, best, data)
+
+
+def rank_mean(data):
+    """Return the mean of y as a Ranked formula, the one that all others must beat."""
+    weights = data.weights[False]
+    mean = float(np.average(data.y, weights=weights**2))
+    error = spread(data.y, weights) or 1e-300
+    digits = max(0.5 * math.log2(data.n), math.log2(max(abs(mean), 1e-300) / error * math.sqrt(data.n)))
+    bits = data.residual_bits(1.0, 1, False) + digits + SIGN if data.n > 1 else 0.0
+    return Ranked(["<constant>"], [mean], bits, 1.0, 1, False, [True])
 
 
 def refit(alphabet, formula, data):
@@ -272,30 +279,35 @@ def refit(alphabet, formula, data):
 
 def _ranked(alphabet, fitted, data):
     """Return a _Fitted as Ranked, None where it may not be listed. Its FVU is unweighted."""
-    if fitted is None or fitted.bits == math.inf or not admissible(fitted.prefix, fitted.constants, data.X):
+    if fitted.bits == math.inf or not admissible(fitted.prefix, fitted.constants, data.X):
         return None
-    values, _ = value_and_slopes(alphabet, fitted.prefix, fitted.constants, data)
     variance = np.var(data.y)
-    fvu = float(np.mean((values - data.y) ** 2) / variance) if variance else 0.0
+    fvu = float(np.mean((fitted.values - data.y) ** 2) / variance) if variance else 0.0
     return Ranked(list(fitted.prefix), fitted.constants.tolist(), fitted.bits, fvu, len(fitted.prefix),
                   fitted.relative, fitted.free.tolist())  # fmt: skip
 
 
 def _fitted(alphabet, prefix, starts, masks, relative, data):
-    """Fit one formula from several starts (lists of C) with several sets of free constants -> list of _Fitted."""
+    """Fit one formula from several starts (N, C) with several sets of free constants (N, C) -> list of _Fitted."""
     row = np.array([alphabet.encode(prefix)], np.uint8)
     starts, masks = np.array(starts, float).reshape(len(starts), -1), np.array(masks).reshape(len(masks), -1)
-    columns, rng = padded_columns(alphabet, data.X), np.random.default_rng(0)
-    constants, fvu = fit(
-        alphabet, np.repeat(row, len(starts), 0), columns, data.y, 1, rng, steps=30, start=starts, free=masks,
-        weights=data.weights[relative],
-    )  # fmt: skip
-    if not starts.shape[1]:
-        constants = np.zeros((len(starts), 0))
-    return [
-        _Fitted(alphabet, prefix, c, free, float(error), relative, data) if np.isfinite(error) else None
-        for c, free, error in zip(constants, masks, fvu, strict=True)
-    ]
+    if masks.any():
+        starts, _ = fit(
+            alphabet, np.repeat(row, len(starts), 0), padded_columns(alphabet, data.X), data.y, 1,
+            np.random.default_rng(0), steps=30, start=starts, free=masks, weights=data.weights[relative],
+        )  # fmt: skip
+    return _measured(alphabet, prefix, starts, masks, relative, data)
+
+
+def _measured(alphabet, prefix, constants, masks, relative, data):
+    """Return one formula with several sets of constants (N, C) as a list of _Fitted, without a fit."""
+    constants = np.asarray(constants, float).reshape(len(constants), -1)
+    row = np.array([alphabet.encode(prefix)], np.uint8)
+    program = Program(alphabet, np.repeat(row, len(constants), 0), padded_columns(alphabet, data.X))
+    with np.errstate(all="ignore"):
+        values, J = program.gradient(constants)
+    J = np.where(np.isfinite(J), J, 0.0)
+    return [_Fitted(prefix, *parts, relative, data) for parts in zip(constants, masks, values, J, strict=True)]
 
 
 def _snapped(alphabet, formula, data):
@@ -320,8 +332,6 @@ def _snapped(alphabet, formula, data):
         starts[k, i], masks[k, i] = plain, False
     best = None
     for candidate in _fitted(alphabet, formula.prefix, starts, masks, formula.relative, data):
-        if candidate is None:
-            continue
         candidate = _shortened(alphabet, candidate, data)
         if candidate.bits < (best or formula).bits:
             best = candidate
@@ -341,5 +351,5 @@ def _shortened(alphabet, candidate, data):
         return candidate
     fixed = set(marked[~candidate.free].tolist())
     free = np.array([v not in fixed for v in values], bool)
-    refitted = _fitted(alphabet, prefix, [values], [free], candidate.relative, data)[0]
-    return refitted if refitted is not None and refitted.bits < math.inf else candidate
+    shorter = _measured(alphabet, prefix, [values], [free], candidate.relative, data)[0]
+    return shorter if shorter.bits < math.inf else candidate

@@ -15,7 +15,7 @@ from data_utils.formulas.expressions import evaluate
 from data_utils.formulas.fit import fit, refine, wrap
 from data_utils.formulas.forms import screen, starts, terms
 from data_utils.formulas.scaling import decades, scaled, unscaled
-from data_utils.formulas.score import Data, padded_columns, rank_formula, refit, structure_bits
+from data_utils.formulas.score import Data, padded_columns, rank_formula, rank_mean, refit, structure_bits
 from data_utils.formulas.simplify import NotReal, simplify
 from data_utils.formulas.skeletons import make_chunk, operator_weights
 from data_utils.formulas.sums import Library
@@ -31,10 +31,12 @@ SEARCHING, MARGIN = 0.7, 0.3  # share of max_seconds before ranking begins; seco
 SHAPES, STARTS = 256, 3  # general forms that are fitted together; starts of each that are fitted well
 EXTENDED = 6  # forms of each number of constants to which a plain term is added
 SHAPING, AFTER_STOP = 0.35, 2.0  # share of max_seconds for them; seconds of ranking after Ctrl+C
+FEW = 10  # points below which formulas without an offset are ranked, too
 ALWAYS = 3  # candidates that are ranked, whatever the deadline
 RANGE = 60  # decades of y beyond which it is ranked scaled
 SCREENED = 5  # columns that are searched, where there are more
-DONATED, FINAL = 40, 40  # general forms that are bred from; candidates of each kind that are ranked
+DONATED, FINAL = 40, 40  # general forms that are bred from; candidates of each kind that may be ranked
+BEHIND = 50  # bits by which a candidate may be behind the best one to be ranked
 SUMS, KEPT, LONGEST_SUM = 16, 8, 40  # searches for sums in a round, sums that are fitted, tokens of one
 DRAWS = 4096  # trees of the prior that are drawn at a time
 HOT = 1.3  # temperature of the draws once they repeat themselves
@@ -222,7 +224,7 @@ class Search:
         candidates = []
         for row, c, e in zip(rows, constants, error, strict=True):
             count = 2 + list(row).count(self.alphabet.constant)
-            if np.isfinite(e) and count < max(self.data.n - 1, 3):
+            if np.isfinite(e) and count < max(self.data.n - 1, 4):  # of few points the offset may go
                 score = np.log10(max(e, EXACT)) + self.parsimony * len(row)
                 candidates.append(Candidate(list(row), c[:count].tolist(), float(e), len(row), float(score)))
         return candidates
@@ -249,6 +251,7 @@ class Search:
         rough = self._shapes(batch, few, 8, deadline)
         kept = {}
         rough.sort(key=self.bits)
+        self.shapes = rough[:FINAL]  # these are there when Ctrl+C ends the fits below
         for candidate in rough:
             starting = kept.setdefault(tuple(candidate.prefix), [])
             if len(starting) < STARTS:
@@ -257,8 +260,9 @@ class Search:
         unique = {}
         for candidate in sorted(self._shapes(chosen, slice(None), 60, deadline), key=lambda c: c.fvu):
             unique.setdefault(tuple(candidate.prefix), candidate)
+        self.shapes = sorted(unique.values(), key=self.bits)
         longer, counts = [], {}
-        for shape in sorted(unique.values(), key=self.bits):
+        for shape in self.shapes:
             count = counts[len(shape.constants)] = counts.get(len(shape.constants), 0) + 1
             for term in terms(self.data.D) if count <= EXTENDED else ():
                 prefix = ["+", *self.alphabet.decode(shape.prefix), "*", "<constant>", *term]
@@ -275,7 +279,7 @@ class Search:
         """Fit (id list, start of its constants) to some points -> Candidates."""
         candidates = []
         for a in range(0, len(batch), SHAPES):
-            if time.monotonic() > deadline:
+            if candidates and time.monotonic() > deadline:
                 break
             rows, start = [row for row, _ in batch[a : a + SHAPES]], [c for _, c in batch[a : a + SHAPES]]
             padded_start = np.ones((len(rows), max(1, *map(len, start))))
@@ -325,12 +329,16 @@ class Search:
         return min(self.archive[:1] + self.sums[:1], key=lambda candidate: candidate.score, default=None)
 
     def finalists(self):
-        """Return all candidates that may be the answer, the most promising first."""
+        """Return the candidates that may be the answer, the most promising first, and the best of each length."""
         pool = {}
-        for candidate in self.shapes[:FINAL] + self.archive[:FINAL] + self.sums[:FINAL] + self.front:
+        for candidate in self.front + self.shapes[:FINAL] + self.archive[:FINAL] + self.sums[:FINAL]:
             key = tuple(candidate.prefix), tuple(f"{c:.6g}" for c in candidate.constants)
             pool.setdefault(key, candidate)
-        return sorted(pool.values(), key=self.bits)
+        bits = {key: self.bits(candidate) for key, candidate in pool.items()}
+        least = min(bits.values(), default=0.0)
+        best_of_length = {id(candidate) for candidate in front(list(pool.values()))}
+        kept = [key for key in pool if bits[key] < least + BEHIND or id(pool[key]) in best_of_length]
+        return [pool[key] for key in sorted(kept, key=bits.get)]
 
 
 def contains(prefix, excluded):
@@ -368,7 +376,7 @@ def find_formula(
     searches = [Search(alphabet, pool, near, relative, parsimony, rng, exclude, longest) for relative in (False, True)
                 if near.weights[relative] is not None]  # fmt: skip
     try:
-        if shapes:
+        if shapes and evolve:  # without evolution only proposals count
             batch = None
             for search in reversed(searches):  # residuals in proportion to y first: they see small values too
                 batch = search.fit_shapes(begin + SHAPING * max_seconds if max_seconds else math.inf, batch)
@@ -417,14 +425,19 @@ def ranking(alphabet, candidates, data, active, powers, power, rng, deadline, ex
     to all of them. Candidates that the deadline leaves no time for are left out.
     """
     rough = data if data.n <= ROUGH else data.subset(np.sort(rng.permutation(data.n)[:ROUGH]))
-    formulas = [rank_formula(alphabet, ["<constant>"], [float(np.mean(rough.y))], rough)]
+    formulas = [rank_mean(rough)]
     names = {f"x{i + 1}": f"x{j + 1}" for i, j in enumerate(active)}
     for place, candidate in enumerate(candidates):
         if time.monotonic() > deadline - MARGIN * (1 if rough is data else 3) and place >= ALWAYS:
             break
         tokens = wrap(alphabet.decode(candidate.prefix))
-        raw = unscaled(tokens, candidate.constants, powers[active], power, alphabet.operators)
-        if raw is not None:
+        forms = [(tokens, candidate.constants)]
+        if data.n < FEW:  # too few for one constant more: b g beside a + b g
+            forms.append((tokens[2:], candidate.constants[1:]))
+        for tokens, constants in forms:
+            raw = unscaled(tokens, constants, powers[active], power, alphabet.operators)
+            if raw is None:
+                continue
             prefix = [names.get(token, token) for token in raw[0]]
             if all(token in alphabet.ids for token in prefix):
                 formulas.append(rank_formula(alphabet, prefix, raw[1], rough))

@@ -37,12 +37,13 @@ def choose(parts, y, weights=None, *, width=WIDTH, most=TERMS):
     """
     weights = np.ones(len(y)) if weights is None else weights
     parts, y = centred(parts, weights), centred(y, weights)
-    power, whole = (parts * parts).sum(1), y @ y
-    left, rest, sets, found = y[None], parts[None], [()], []  # of y, of the parts: orthogonal to each set
+    power, total = (parts * parts).sum(1), y @ y
+    left, rest = y[None], parts[None]  # of y and of the parts: what is orthogonal to each set
+    sets, results = [()], []
     for _ in range(most):
-        own = (rest * rest).sum(2)
-        usable = own > RELATED * power
-        gain = np.where(usable, (rest @ left[:, :, None])[:, :, 0] ** 2 / np.where(usable, own, 1.0), -1.0)
+        power_left = (rest * rest).sum(2)
+        usable = power_left > RELATED * power
+        gain = np.where(usable, (rest @ left[:, :, None])[:, :, 0] ** 2 / np.where(usable, power_left, 1.0), -1.0)
         error = (left * left).sum(1)[:, None] - gain
         kept = {}  # a set is reached in several orders
         for place in np.argsort(error, axis=None, kind="stable")[: 4 * width].tolist():
@@ -53,11 +54,11 @@ def choose(parts, y, weights=None, *, width=WIDTH, most=TERMS):
             break
         sets = list(kept)[:width]
         i, k = np.array([kept[chosen] for chosen in sets]).T
-        unit = rest[i, k] / np.sqrt(own[i, k])[:, None]
+        unit = rest[i, k] / np.sqrt(power_left[i, k])[:, None]
         left = left[i] - (left[i] * unit).sum(1)[:, None] * unit
         rest = rest[i] - (rest[i] @ unit[:, :, None]) * unit[:, None]
-        found += zip(((left * left).sum(1) / whole).tolist(), sets, strict=True)
-    return found
+        results += zip(((left * left).sum(1) / total).tolist(), sets, strict=True)
+    return results
 
 
 def plain_pairs(parts, y, weights=None, most=WIDTH):
@@ -67,16 +68,16 @@ def plain_pairs(parts, y, weights=None, most=WIDTH):
     """
     weights = np.ones(len(y)) if weights is None else weights
     parts, y = centred(parts, weights), centred(y, weights)
-    gram, along, whole = parts @ parts.T, parts @ y, y @ y
+    gram, along, total = parts @ parts.T, parts @ y, y @ y
     i, k = np.triu_indices(len(parts), 1)
-    found = []
+    results = []
     for sign in (1, -1):
         power = gram[i, i] + gram[k, k] + 2 * sign * gram[i, k]
         usable = power > RELATED * (gram[i, i] + gram[k, k])
         gain = np.where(usable, (along[i] + sign * along[k]) ** 2 / np.where(usable, power, 1.0), 0.0)
         best = np.argsort(-gain, kind="stable")[:most]
-        found += [(max(0.0, 1 - gain[b] / whole), int(i[b]), sign, int(k[b])) for b in best.tolist()]
-    return found
+        results += [(max(0.0, 1 - gain[b] / total), int(i[b]), sign, int(k[b])) for b in best.tolist()]
+    return results
 
 
 class Library:
@@ -109,7 +110,7 @@ class Library:
                 self.counts[part], self.values[part] = new[part], value
 
     def __call__(self, rng, parsimony):
-        """Sums of some parts, under a link or none -> (score, id list) of those found, constants still to be fitted."""
+        """Sums of some parts, under a link or none -> (score, id list) of the best, constants still to be fitted."""
         ids, names, values = self.alphabet.ids, list(self.counts), list(self.values.values())
         link = str(rng.choice(list(LINKS)[1:])) if rng.random() < 0.5 else ""
         if not names or not {"+", "*", link or "+"} <= ids.keys():
@@ -130,14 +131,14 @@ class Library:
             return []
         weights = weights / weights.max()
         names, values = list(parts), np.array(list(parts.values()))
-        found = choose(values, y / largest, weights)
-        rows = [self._row(link, [names[i] for i in chosen]) for _, chosen in found]
+        sums = choose(values, y / largest, weights)
+        rows = [self._row(link, [names[i] for i in chosen]) for _, chosen in sums]
         signs = {1: ids["+"], -1: ids.get("-")}
         for share, i, sign, k in plain_pairs(values, y / largest, weights) if signs[-1] else ():
-            found.append((share, (i, k)))
+            sums.append((share, (i, k)))
             rows.append(self._row(link, [(signs[sign], *names[i], *names[k])]))
         return [(np.log10(max(share, EXACT)) + parsimony * len(row), row)
-                for (share, _), row in zip(found, rows, strict=True)]  # fmt: skip
+                for (share, _), row in zip(sums, rows, strict=True)]  # fmt: skip
 
     def _row(self, link, parts):
         plus, times = self.alphabet.ids["+"], self.alphabet.ids["*"]

@@ -25,7 +25,7 @@ def test_runs_on_2_and_on_4_threads_equal_each_other_and_resumed_ones(names, toy
         finish(puzzles)
     # threads that wait passively: on a busy machine spinning ones take ten times as long
     env = environment(OMP_NUM_THREADS="2", OMP_WAIT_POLICY="PASSIVE")
-    words = [sys.executable, ROOT / "tests" / "threads.py", ",".join(names), tmp_path]
+    words = [sys.executable, ROOT / "tests" / "scripts" / "threads.py", ",".join(names), tmp_path]
     done = subprocess.run(words, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     report = json.loads((tmp_path / f"{names[0]}.json").read_text())

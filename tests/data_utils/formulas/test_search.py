@@ -55,8 +55,8 @@ def test_laws_are_found_without_a_network(truth):
     X = points()
     prior = Prior(ALPHABET, POOL, 2)
     found, tried = find_formula(prior, X, truth(X), alphabet=ALPHABET, pool=POOL, rng=np.random.default_rng(1),
-                                choices=3000)  # fmt: skip
-    assert found[0].fvu < 1e-20 and tried > 3000, format_formula(found[0].prefix, found[0].constants)
+                                choices=1000)  # fmt: skip
+    assert found[0].fvu < 1e-20 and tried > 1000, format_formula(found[0].prefix, found[0].constants)
 
 
 def search(X, y, seed=1, alphabet=ALPHABET, pool=POOL, **settings):
@@ -68,8 +68,8 @@ def search(X, y, seed=1, alphabet=ALPHABET, pool=POOL, **settings):
 def test_the_answer_does_not_depend_on_units(size, height):
     near = points()
     X = near * [size, 1.0]
-    formula = search(X, height * (near[:, 0] + near[:, 1] ** 2), choices=300)[0]
-    plain = search(near, near[:, 0] + near[:, 1] ** 2, choices=300)[0]
+    formula = search(X, height * (near[:, 0] + near[:, 1] ** 2), choices=1)[0]
+    plain = search(near, near[:, 0] + near[:, 1] ** 2, choices=1)[0]
     assert predict(ALPHABET, formula, X) == pytest.approx(height * (near[:, 0] + near[:, 1] ** 2), rel=1e-9)
     assert [t for t in formula.prefix if t[0] in "xp"] == [t for t in plain.prefix if t[0] in "xp"]
     assert plain.length == 4 and formula.length <= 8 and formula.fvu < 1e-20
@@ -84,7 +84,7 @@ def test_few_rows_of_a_plain_law_give_the_plain_law(n, law, shape):
     y = evaluate(ALPHABET, np.array([ALPHABET.encode(prefix)], np.uint8), np.array([values]),
                  np.column_stack([X, X])[None])[0]  # fmt: skip
     digits = 10.0 ** (np.floor(np.log10(np.abs(y))) - 3)
-    formula = search(X, np.rint(y / digits) * digits, half=digits / 2, choices=300)[0]
+    formula = search(X, np.rint(y / digits) * digits, half=digits / 2, choices=1)[0]
     beyond = np.array([[5.0], [6.0]])
     truth = evaluate(ALPHABET, np.array([ALPHABET.encode(prefix)], np.uint8), np.array([values]),
                      np.column_stack([beyond, beyond])[None])[0]  # fmt: skip
@@ -94,15 +94,15 @@ def test_few_rows_of_a_plain_law_give_the_plain_law(n, law, shape):
 
 def test_noise_alone_gives_the_mean():
     rng = np.random.default_rng(0)
-    formula = search(rng.uniform(1, 2, (40, 1)), 5 + rng.standard_normal(40), choices=500)[0]
+    formula = search(rng.uniform(1, 2, (40, 1)), 5 + rng.standard_normal(40), choices=300)[0]
     assert formula.prefix == ["<constant>"] and formula.fvu >= 0.99
 
 
 def test_excluded_terms_and_long_formulas_do_not_occur():
     X = points()
     y = np.sin(2 * X[:, 0]) + X[:, 1]
-    assert any("sin" in formula.prefix for formula in search(X, y, choices=300))
-    for formula in search(X, y, choices=300, exclude=[["sin"], ["cos"]], longest=9):
+    assert any("sin" in formula.prefix for formula in search(X, y, choices=50))
+    for formula in search(X, y, choices=100, exclude=[["sin"], ["cos"]], longest=9):
         assert not {"sin", "cos"} & set(formula.prefix)
 
 
@@ -110,7 +110,7 @@ def test_columns_that_do_not_matter_are_left_out():
     pool = PoolConfig(variables=tuple(f"x{i + 1}" for i in range(12)), max_operators=4)
     rng = np.random.default_rng(0)
     X = rng.uniform(1, 3, (60, 12))
-    formula = search(X, 7 * X[:, 10] ** 2 / X[:, 3], alphabet=check_pool(pool), pool=pool, choices=200)[0]
+    formula = search(X, 7 * X[:, 10] ** 2 / X[:, 3], alphabet=check_pool(pool), pool=pool, choices=1)[0]
     assert {t for t in formula.prefix if t[0] == "x"} == {"x4", "x11"} and formula.fvu < 1e-20
 
 
@@ -118,9 +118,9 @@ def test_a_deadline_holds_for_many_rows():
     rng = np.random.default_rng(0)
     X = rng.uniform(1, 3, (100_000, 2))
     y = X[:, 0] * np.exp(-X[:, 1]) * (1 + 0.01 * rng.standard_normal(100_000))
-    start = time.monotonic()
+    start = time.process_time()  # of this process alone: others may have the cores
     formula = search(X, y, max_seconds=3)[0]
-    assert time.monotonic() - start < 3 + 2 and formula.fvu < 0.01  # 1 s on a free core
+    assert time.process_time() - start < 3 + 1 and formula.fvu < 0.01
 
 
 def test_ctrl_c_ends_the_search_with_the_best_so_far():
@@ -139,7 +139,7 @@ def test_the_same_seed_finds_the_same():
 
     def run():
         return find_formula(Prior(ALPHABET, POOL, 2), X, y, alphabet=ALPHABET, pool=POOL,
-                            rng=np.random.default_rng(3), choices=400)[0]  # fmt: skip
+                            rng=np.random.default_rng(3), choices=60)[0]  # fmt: skip
 
     assert run() == run()
 
