@@ -215,6 +215,16 @@ def drawn_by_pillow(texts, rows, cols):
 # --- formulas ---------------------------------------------------------------------------------
 def gplearn(X, y, seed, seconds):
     """Search a formula of y in X for so many seconds -> function of X."""
+    return gplearn_regressor(X, y, seed, seconds).predict
+
+
+def gplearn_program(X, y, seed, seconds):
+    """The same -> [(formula as text, function of X)]."""
+    regressor = gplearn_regressor(X, y, seed, seconds)
+    return [(str(regressor._program), regressor.predict)]
+
+
+def gplearn_regressor(X, y, seed, seconds):
     import gplearn.functions
     from gplearn.genetic import SymbolicRegressor
 
@@ -230,17 +240,32 @@ def gplearn(X, y, seed, seconds):
         generations += 1
         regressor.set_params(generations=generations)
         regressor.fit(X, y)
-    return regressor.predict
+    return regressor
 
 
 def pyoperon(X, y, seed, seconds):
-    """The same by pyoperon."""
+    """Search by pyoperon for the best fit alone -> function of X."""
+    return pyoperon_regressor(X, y, seed, seconds).predict
+
+
+def pyoperon_front(X, y, seed, seconds):
+    """Search by pyoperon for fit and length -> [(formula as text, function of X)], its own choice first."""
+    regressor = pyoperon_regressor(X, y, seed, seconds, objectives=["r2", "length"])
+    trees = [regressor.model_, *(entry["tree"] for entry in regressor.pareto_front_)]
+    return [
+        (regressor.get_model_string(tree, 6).replace("^", "**"), partial(regressor.evaluate_model, tree))
+        for tree in trees
+    ]
+
+
+def pyoperon_regressor(X, y, seed, seconds, **settings):
     from pyoperon.sklearn import SymbolicRegressor
 
     regressor = SymbolicRegressor(
         allowed_symbols="add,sub,mul,div,sin,cos,exp,log,sqrt,square,constant,variable", max_length=30,
         optimizer_iterations=5, population_size=1000, generations=100_000, max_evaluations=10**9, max_time=seconds,
         n_threads=1, random_state=seed, epsilon=1e-10, tournament_size=3,
+        **settings,
     )  # fmt: skip
     regressor.fit(X, y)
-    return regressor.predict
+    return regressor

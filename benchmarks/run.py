@@ -59,6 +59,7 @@ BENCHMARKS = {  # module: (title, flags of each run at full size, flags at toy s
         ["--model models/ansr-models/sr-cpu"],
         "--quick --rows data,simplify,refine,nguyen",
     ),
+    "quality.laws": ("Formulas of measurements", [""], "--quick"),
     "speed.autoencoder": ("Autoencoders of particle events: speed", ["--threads 1"], "--quick --threads 1"),
     "quality.autoencoder": (
         "Autoencoders of particle events: quality",
