@@ -257,40 +257,40 @@ def to_safetensors(model, header, path):
 def to_program(model, header, path):
     """Return (bytes of the exported forward pass, a note on its inputs).
 
-    Batch and lengths stay free where the model's code allows it. Else the program takes one row of the model's whole
-    window. Raises UsageError if the model can't be exported, DataError if the outputs of the program differ.
+    Batch and lengths stay free where the model's code allows it; else the program takes one row, else one row of the
+    model's whole window. Raises UsageError if the model can't be exported, DataError if the program's outputs differ.
     """
     import torch
 
     for parameter in model.parameters():
         parameter.data = parameter.data.contiguous()  # a reasoner has some by columns, which the format does not know
     window = model.network.max_seq_len
-    full = model.example(1, window)
+    half = max(2, window // 2)
     batch = torch.export.Dim("batch", max=2**16)
-    lengths = {axis: torch.export.Dim(axis, max=window) for axis in model.axes.values()}
-    if model.fixed_length:
-        free = tuple({0: batch} for _ in full)
-    else:
-        free = tuple({0: batch, 1: lengths[axis]} for axis in model.axes.values())
-    content = io.BytesIO()
-    for inputs, shapes in ((model.example(2, max(2, window // 2)), free), (full, None)):
+    lengths = {axis: torch.export.Dim(axis, max=window) for axis in model.axes.values() if not model.fixed_length}
+    attempts = []
+    for rows, free, length in ((batch, lengths, half), (1, lengths, half), (1, {}, window)):
+        shapes = [(rows, free.get(axis, window)) for axis in model.axes.values()]
+        attempts.append((model.example(1 if rows == 1 else 2, length), shapes))
+    for inputs, shapes in attempts:
+        free = tuple({i: dim for i, dim in enumerate(shape) if not isinstance(dim, int)} for shape in shapes)
         try:
             with torch.no_grad(), contextlib.redirect_stderr(io.StringIO()):
-                program = torch.export.export(model, inputs, dynamic_shapes=shapes)
+                program = torch.export.export(model, inputs, dynamic_shapes=free)
             break
         except Exception as e:  # of a dozen types
             reason = f"{type(e).__name__}: {e}".splitlines()[0]
     else:
         raise UsageError(f"--export {path}: torch.export can't follow this model: {reason}")
+    content = io.BytesIO()
     torch.export.save(program, content, extra_files={"petri.json": json.dumps(header)})
     restored = torch.export.load(io.BytesIO(content.getvalue())).module()
-    for example in (inputs, full):
+    for example in (inputs, model.example(1, window)):
         with torch.no_grad():
             if not torch.allclose(restored(*example), model(*example), rtol=1e-4, atol=1e-4):
                 raise DataError(f"{path} was not written: its outputs differ from those of the model")
-    sizes = [f"{name} {tuple(x.shape)}" for name, x in zip(model.axes, full, strict=True)]
-    if shapes:
-        sizes = [f"{name} (batch, {axis})" for name, axis in model.axes.items()]
+    words = [[getattr(dim, "__name__", str(dim)) for dim in shape] for shape in shapes]
+    sizes = [f"{name} ({', '.join(shape)})" for name, shape in zip(model.axes, words, strict=True)]
     return content.getvalue(), f"forward pass of {', '.join(sizes)}"
 
 

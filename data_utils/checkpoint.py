@@ -7,6 +7,7 @@ import math
 import os
 import pickletools
 import re
+import shlex
 import shutil
 import zipfile
 from pathlib import Path
@@ -257,7 +258,10 @@ def _check_header(state, path, header, allow_partial, same_data):
     """Raise UsageError if tokenizer, data or model arguments of a checkpoint differ from those of this run."""
     if state.get("tokenizer_hash") != header.get("tokenizer_hash"):
         theirs, ours = (f"{h['tokenizer']} ({h['tokenizer_hash'][:8]})" for h in (state, header))
-        raise UsageError(f"{path} was trained with tokenizer {theirs}, this run has {ours}")
+        raise UsageError(
+            f"{path} was trained with tokenizer {theirs}, this run has {ours}\n"
+            f"try: python generate.py {shlex.quote(str(path))} --export tokenizer.json, which writes the first one"
+        )
     if same_data and state["data_hash"] != header["data_hash"]:
         theirs, ours = (h["data_hash"][:8] for h in (state, header))
         raise UsageError(

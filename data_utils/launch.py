@@ -5,6 +5,7 @@ import contextvars
 import functools
 import os
 import re
+import select
 import signal
 import sys
 import time
@@ -85,13 +86,17 @@ def at_end(call):
 
 
 def reader_left():
-    """Return whether nothing reads standard output any more, as after `| head`; then it goes to the null device."""
-    try:
-        sys.stdout.flush()
-        return False
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return True
+    """Return whether nothing reads standard output any more, as after `| head`; then it goes to the null device.
+
+    A BrokenPipeError may come from another pipe, such as that of a process that was killed.
+    """
+    if hasattr(select, "poll"):
+        poll = select.poll()
+        poll.register(sys.stdout.fileno(), 0)  # an error of the pipe is reported in any case
+        if not poll.poll(0):
+            return False
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return True
 
 
 def launch(main, cfg, leave=True):
@@ -118,7 +123,7 @@ def launch(main, cfg, leave=True):
     except BrokenPipeError:
         if not reader_left():
             raise
-        status = 128 + signal.SIGPIPE
+        status = 141  # as of any program that SIGPIPE ends
     except (UsageError, DataError) as e:
         status = 2 if isinstance(e, UsageError) else 1
         print(f"error: {e}", file=sys.stderr)
