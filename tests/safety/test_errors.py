@@ -342,7 +342,7 @@ ROWS = [  # (command line, exit status, words that the message must contain, pre
     ("generate --checkpoint {run}/transformer_expert.pt --prompt caf\udce9", 2, ["--prompt", "0xe9", "not UTF-8"]),
     ("generate --checkpoint {run}/transformer_expert.pt --export {tmp}/x.onnx", 2, ["x.onnx", ".safetensors", ".pt2"]),
     (
-        "generate --checkpoint {run}/transformer_expert.pt --export {tmp}/other.pt2",
+        "generate --checkpoint {run}/transformer_expert.pt --export {tmp}/of.pt2",
         2,
         ["exists", "--fresh"],
         other_file,
