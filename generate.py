@@ -9,18 +9,27 @@
     python generate.py formula --method prior --suite nguyen                        # a test set, without a network
     python generate.py events outputs/runs/run_20251103-140953_experiment --mode sample --events 1000
     python generate.py multimodal checkpoints/multimodal-sudoku4 --task sudoku4 --input puzzle.txt --png answer.png
+    python generate.py PATH --help        # any checkpoint, or folder of a run: the flags of its kind of model
+    python generate.py PATH --export model.safetensors                              # or model.pt2, the forward pass
 
 Text goes to stdout while it is generated, timing to stderr.
 """
 
-import itertools
+import contextlib
+import difflib
+import io
+import json
+import shlex
 import sys
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
-from data_utils.config import at_least, complete, from_cli
-from data_utils.errors import UsageError
+from data_utils.checkpoint import kind_of
+from data_utils.config import Parser, complete, from_cli
+from data_utils.errors import DataError, UsageError
+from data_utils.files import MARK, check_replaceable, is_marked, make_room, write_atomic
 from data_utils.launch import ends_cleanly, launch
 
 
@@ -28,15 +37,17 @@ from data_utils.launch import ends_cleanly, launch
 class Config:
     checkpoint: str = "checkpoints/transformer_expert.pt"  # a model of train_expert.py or train_mla.py
     prompt: str = ""  # text to continue
-    max_new_tokens: int = 200  # tokens to write; a document may end earlier
+    max_new_tokens: int = 0  # tokens to write; a document may end earlier; 0 = 200, or as length says
     temperature: float = 0.8  # 1 samples from the model's probabilities, 0 takes the likeliest token
-    top_k: int = 50  # sample from this many likeliest tokens; 0 = all
+    top_k: int = -1  # sample from this many likeliest tokens; 0 = all; -1 = 50, but all for the diffuser
     top_p: float = 1.0  # sample from the likeliest tokens with this share of the probability
     num_samples: int = 1  # texts to write
     seed: int = 0  # sample number i uses seed + i
     steps: int = 32  # diffuser: denoising steps
-    length: int = 128  # diffuser: tokens of a text, including the prompt
+    length: int = 0  # tokens of a text, including the prompt; 0 = 128 for the diffuser, if it has as many
     sampler: Literal["ancestral", "ddim"] = "ancestral"  # diffuser: draw tokens in each step, or take the mean
+    export: str = ""  # write no text, but the model: FILE.safetensors has weights, FILE.pt2 the forward pass
+    fresh: bool = False  # rename a file of other origin with that name to *.bak
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
 
 
@@ -53,6 +64,8 @@ class AnswerConfig:
     top_p: float = 1.0  # sample from the likeliest tokens with this share of the probability
     segments: int = 0  # segments of reasoning; 0 = as in evaluation
     halting: bool = True  # stop when the model expects to be right, if it has learnt to
+    export: str = ""  # write no answer, but the model: FILE.safetensors has weights, FILE.pt2 the forward pass
+    fresh: bool = False  # rename a file of other origin with that name to *.bak
     seed: int = 0  # random seed
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
 
@@ -136,136 +149,157 @@ class PagesConfig:
 
 COMMANDS = dict(formula=FormulaConfig, events=EventsConfig, multimodal=PagesConfig)
 FIRST = dict(events="--model", multimodal="--checkpoint")  # flags whose name may be left out
+KINDS = dict(  # kind in a checkpoint, up to its colon: (its configuration, the flag that names the checkpoint)
+    expert=(Config, "--checkpoint"),
+    hrm=(AnswerConfig, "--checkpoint"),
+    sr=(FormulaConfig, "--model"),
+    ae=(EventsConfig, "--model"),
+    multimodal=(PagesConfig, "--checkpoint"),
+)
 
 
 def parse(argv=None):
-    """Return the configuration that the command line (or the list `argv`) asks for."""
-    words = sys.argv[1:] if argv is None else list(argv)
-    command = words[0] if words and words[0] in COMMANDS else ""
-    if command:
-        argv = words[1:]
-        if command in FIRST and argv and not argv[0].startswith("-"):
-            argv = [FIRST[command], *argv]
+    """Return the configuration that the command line (or the list `argv`) asks for.
 
-    def variant(run_name):
-        """Return the class of a command, of a run of train_hrm.py (they lie in runs/), or of a language model."""
-        if command:
-            return COMMANDS[command]
-        return AnswerConfig if run_name or any("runs/" in word for word in words) else Config
-
-    return from_cli(variant, __doc__, argv, by="run_name")
-
-
-if __name__ == "__main__":  # before torch is imported, so that --help and typos answer at once
-    cfg = parse()
-
-import torch
-
-from data_utils.hardware import open_device
-from data_utils.text.experts import load_expert
-from data_utils.tokenizer import load_tokenizer
-
-
-def choose(logits, temperature, top_k, top_p, generator):
-    """Draw one token for each row of logits (B, V) -> (B, 1)."""
-    if not temperature:
-        return logits.argmax(-1, keepdim=True)
-    logits = logits.float() / temperature
-    if 0 < top_k < logits.shape[-1]:
-        logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], -torch.inf)
-    if top_p < 1:
-        p, order = logits.softmax(-1).sort(descending=True)
-        beyond = p.cumsum(-1) - p >= top_p  # the likeliest token always stays
-        logits = logits.masked_fill(beyond.scatter(-1, order, beyond), -torch.inf)
-    return torch.multinomial(logits.softmax(-1), 1, generator=generator)
-
-
-@torch.no_grad()
-def write(model, ids, n, temperature, top_k, top_p, generator):
-    """Yield (token, bytes of the state that predicted it) for n tokens after ids (1, T), one model step each.
-
-    When the window of max_seq_len tokens is full, its later half is read again, so that positions stay in the range
-    of the training.
+    The first word may be a command, or the path of a checkpoint or of a run, whose kind of model says what is meant.
     """
-    window = model.max_seq_len
-    ids = ids[:, -window:]
-    n_read = ids.shape[1]
-    logits, state = model.step(ids, model.init_state(1))
-    for _ in range(n):
-        token = choose(logits, temperature, top_k, top_p, generator)
-        yield token.item(), size_of(state)
-        ids = torch.cat([ids, token], 1)[:, -window:]
-        if n_read == window and hasattr(model, "rotary"):  # a state space model has no positions
-            n_read = window // 2
-            logits, state = model.step(ids[:, -n_read:], model.init_state(1))
-        else:
-            logits, state = model.step(token, state)
-            n_read += 1
+    words = sys.argv[1:] if argv is None else list(argv)
+    first = words[0] if words else ""
+    if first in COMMANDS:
+        argv = words[1:]
+        if first in FIRST and argv and not argv[0].startswith("-"):
+            argv = [FIRST[first], *argv]
+        return from_cli(COMMANDS[first], __doc__, argv)
+    path, others = first, words[1:]
+    if not first or first.startswith("-"):
+        path, others = take_checkpoint(words)
+    elif not Path(path).exists():
+        near = difflib.get_close_matches(path, COMMANDS, 1)
+        hint = f" (did you mean {near[0]}?)" if near else ""
+        Parser().error(f"{path}: no such file, folder or command{hint}")
+    cls, flag = KINDS.get(kind_of(path).partition(":")[0], (Config, "--checkpoint"))
+    if path:
+        argv = [f"{flag}={path}", *others]
+    # A run of train_hrm.py may be named instead.
+    return from_cli(lambda run_name: AnswerConfig if run_name else cls, __doc__, argv, by="run_name")
 
 
-def stream(tokenizer, tokens):
-    """Print the text of (token, size) pairs, a character once all its bytes are there; return (count, last size)."""
-    pending = []
-    count = last_size = 0
-    for token, size in tokens:
-        pending.append(token)
-        count += 1
-        last_size = size
-        text = tokenizer.decode(pending)
-        if text and not text.endswith("\ufffd"):
-            print(text, end="", flush=True)
-            pending = []
-    print(tokenizer.decode(pending), flush=True)
-    return count, last_size
+def take_checkpoint(words):
+    """Return (the value of --checkpoint in a command line, "" without it; the other words)."""
+    for i, word in enumerate(words):
+        flag, equals, path = word.partition("=")
+        if flag == "--checkpoint" and equals:
+            return path, words[:i] + words[i + 1 :]
+        if flag == "--checkpoint" and i + 1 < len(words):
+            return words[i + 1], words[:i] + words[i + 2 :]
+    return "", words
 
 
-def size_of(state):
-    """Return the bytes of the tensors in a nested state; of an attention cache only the used part counts."""
-    if isinstance(state, torch.Tensor):
-        return state.numel() * state.element_size()
-    if isinstance(state[0], int):  # (used positions, cache)
-        return state[0] * size_of(state[1]) // state[1].shape[-2]
-    return sum(size_of(part) for part in state)
+# torch is imported by the branch that needs it, so that --help and typos answer at once
 
 
-def write_texts(cfg):
-    """Print --num_samples texts of a language model."""
-    at_least(cfg, 1, "num_samples", "steps", "length", "max_new_tokens")
-    at_least(cfg, 0, "temperature", "top_k", "top_p", "seed")
-    device = open_device(cfg.device)
-    model, state = load_expert(cfg.checkpoint)
-    tokenizer = load_tokenizer(state["tokenizer"])
-    if tokenizer.hash != state["tokenizer_hash"]:
-        raise UsageError(f"{cfg.checkpoint}: tokenizer {state['tokenizer']} is not the one it was trained with")
-    model.to(device)
-    prompt = cfg.prompt.removeprefix("\ufeff")  # a byte order mark is no character
-    ids = torch.tensor([[tokenizer.eos, *tokenizer.encode(prompt)]], device=device)  # (1, T)
-    diffuser = state["expert"] == "diffuser"
-    if diffuser and not ids.shape[1] <= cfg.length <= model.max_seq_len:
-        raise UsageError(f"--length {cfg.length}: expected {ids.shape[1]} (the prompt) to {model.max_seq_len}")
-    for number in range(cfg.num_samples):
-        generator = torch.Generator(device).manual_seed(cfg.seed + number)
-        start = time.monotonic()
-        if diffuser:
-            sample = model.sample(1, cfg.length, cfg.steps, cfg.temperature, generator, cfg.sampler, ids)[0].tolist()
-            count, size = stream(tokenizer, ((token, 0) for token in sample[1:]))
-        else:
-            print(prompt, end="", flush=True)
-            tokens = write(model, ids, cfg.max_new_tokens, cfg.temperature, cfg.top_k, cfg.top_p, generator)
-            tokens = itertools.takewhile(lambda pair: pair[0] != tokenizer.eos, tokens)
-            count, size = stream(tokenizer, tokens)
-        rate = count / (time.monotonic() - start)
-        cache = f", state of {size / 1e6:.2f} MB" if size else ""
-        print(f"{count} tokens, {rate:.0f} tokens/s{cache}", file=sys.stderr)
-        if number < cfg.num_samples - 1:
-            print("---")
+def export_model(cfg):
+    """Write the model of a Config or AnswerConfig to the file --export, whose ending names the format.
+
+    .safetensors: the weights by name; kind, model_args and tokenizer are in its metadata. .pt2: the forward pass, by
+    torch.export; the file is written only if its outputs are those of the model. .json: the tokenizer.
+    Raises UsageError, DataError.
+    """
+    path = Path(cfg.export)
+    if path.suffix not in (".safetensors", ".pt2", ".json"):
+        raise UsageError(f"--export {path}: expected FILE.safetensors, FILE.pt2, or FILE.json for the tokenizer")
+    checkpoint = cfg.checkpoint
+    if isinstance(cfg, AnswerConfig):
+        from data_utils.reasoning.generate import best_of_run, load
+
+        if cfg.run_name:
+            checkpoint = best_of_run(Path("runs", cfg.run_name))
+    else:
+        from data_utils.text.generate import load
+    model, _ = load(checkpoint)
+    tokenizer = model.header["tokenizer_json"].encode()
+    if path.suffix == ".json" and not tokenizer:
+        raise UsageError(f"--export {path}: a model of puzzles has no tokenizer")
+
+    def is_export(path):
+        return is_marked(path) or path.read_bytes() == tokenizer
+
+    check_replaceable(path, cfg.fresh, is_export, flag="--export", inputs=[checkpoint])
+    header = {name: json.dumps(value) for name, value in model.header.items()} | dict(origin=MARK.decode())
+    if path.suffix == ".safetensors":
+        content = to_safetensors(model, header, path)
+        note = "weights"
+    elif path.suffix == ".pt2":
+        content, note = to_program(model, header, path)
+    else:
+        content = tokenizer
+        note = "tokenizer"
+    make_room(path, is_export)
+    write_atomic(path, lambda file: file.write(content))
+    print(f"{path}: {note}, {len(content) / 1e6:.2f} MB")
     return {}
+
+
+def to_safetensors(model, header, path):
+    """Return the bytes of a safetensors file of a model's weights. Raises UsageError without that package."""
+    try:
+        from safetensors.torch import save
+    except ImportError as e:
+        raise UsageError(
+            f"--export {path}: the package safetensors is not installed\n"
+            f"try: pip install safetensors, or --export {shlex.quote(str(path.with_suffix('.pt2')))}"
+        ) from e
+    # The format has no two names for one tensor, so each gets a copy.
+    weights = {name: weight.contiguous().clone() for name, weight in model.network.state_dict().items()}
+    return save(weights, header)
+
+
+def to_program(model, header, path):
+    """Return (bytes of the exported forward pass, a note on its inputs).
+
+    Batch and lengths stay free where the model's code allows it; else the program takes one row, else one row of the
+    model's whole window. Raises UsageError if the model can't be exported, DataError if the program's outputs differ.
+    """
+    import torch
+
+    for parameter in model.parameters():
+        parameter.data = parameter.data.contiguous()  # a reasoner has some by columns, which the format does not know
+    window = model.network.max_seq_len
+    half = max(2, window // 2)
+    batch = torch.export.Dim("batch", max=2**16)
+    lengths = {axis: torch.export.Dim(axis, max=window) for axis in model.axes.values() if not model.fixed_length}
+    attempts = []
+    for rows, free, length in ((batch, lengths, half), (1, lengths, half), (1, {}, window)):
+        shapes = [(rows, free.get(axis, window)) for axis in model.axes.values()]
+        attempts.append((model.example(1 if rows == 1 else 2, length), shapes))
+    for inputs, shapes in attempts:
+        free = tuple({i: dim for i, dim in enumerate(shape) if not isinstance(dim, int)} for shape in shapes)
+        try:
+            with torch.no_grad(), contextlib.redirect_stderr(io.StringIO()):
+                program = torch.export.export(model, inputs, dynamic_shapes=free)
+            break
+        except Exception as e:  # of a dozen types
+            reason = f"{type(e).__name__}: {e}".splitlines()[0]
+    else:
+        raise UsageError(f"--export {path}: torch.export can't follow this model: {reason}")
+    content = io.BytesIO()
+    torch.export.save(program, content, extra_files={"petri.json": json.dumps(header)})
+    restored = torch.export.load(io.BytesIO(content.getvalue())).module()
+    for example in (inputs, model.example(1, window)):
+        with torch.no_grad():
+            if not torch.allclose(restored(*example), model(*example), rtol=1e-4, atol=1e-4):
+                raise DataError(f"{path} was not written: its outputs differ from those of the model")
+    words = [[getattr(dim, "__name__", str(dim)) for dim in shape] for shape in shapes]
+    sizes = [f"{name} ({', '.join(shape)})" for name, shape in zip(model.axes, words, strict=True)]
+    return content.getvalue(), f"forward pass of {', '.join(sizes)}"
 
 
 @ends_cleanly
 def main(cfg):
     """Generate what the class of `cfg` stands for. Each branch imports only what it needs."""
     cfg = complete(cfg, type(cfg))
+    if getattr(cfg, "export", ""):
+        return export_model(cfg)
     if isinstance(cfg, FormulaConfig):
         from data_utils.formulas.generate import find
 
@@ -277,13 +311,15 @@ def main(cfg):
     if isinstance(cfg, PagesConfig):
         from data_utils.pages.generate import answer_pages
 
-        return answer_pages(cfg, choose)
+        return answer_pages(cfg)
     if isinstance(cfg, AnswerConfig):
         from data_utils.reasoning.generate import answer
 
-        return answer(cfg, choose)
+        return answer(cfg)
+    from data_utils.text.generate import write_texts
+
     return write_texts(cfg)
 
 
 if __name__ == "__main__":
-    launch(main, cfg)
+    launch(main, parse())

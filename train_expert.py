@@ -373,6 +373,7 @@ def main(cfg):
         expert=cfg.expert,
         tokenizer=cfg.tokenizer,
         tokenizer_hash=tokenizer.hash,
+        tokenizer_json=tokenizer.json_text,  # so that the file is all that is needed to use it
         data_hash=data.hash,
         world_size=world,
         steps=steps,

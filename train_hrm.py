@@ -425,6 +425,7 @@ def main(cfg):
         dataset=cfg.dataset,
         tokenizer=data.tokenizer.name,
         tokenizer_hash=data.tokenizer.hash,
+        tokenizer_json=data.tokenizer.json_text,  # so that the file is all that is needed to use it
         data_hash=data.hash,
         world_size=world,
         steps=steps,

@@ -5,7 +5,9 @@ Imports torch inside functions: prepare_data.py also imports this file and runs 
 
 import math
 import os
+import pickletools
 import re
+import shlex
 import shutil
 import zipfile
 from pathlib import Path
@@ -108,6 +110,29 @@ def read(path):
             culprit = re.search(r"GLOBAL (\S+)", str(e))
             reason = f"holds {culprit[1] if culprit else 'a pickle'}, not tensors and plain Python only"
         raise CheckpointError(f"{path} can't be read: {type(e).__name__}: {reason}") from e
+
+
+def kind_of(path):
+    """Return the kind that a checkpoint says it is of, or the first checkpoint in the folder of a run; "" if none does.
+
+    Reads the pickle's opcodes without running them, and without torch. A folder with model.yaml is of kind "sr".
+    """
+    path = Path(path)
+    if path.is_dir():
+        if any(path.glob("model.yaml")) or any(path.glob("checkpoint_*/model.yaml")):
+            return "sr"
+        patterns = ("*.pt", "checkpoints/*.pt", "best-model/*.pt")
+        kinds = (kind_of(file) for pattern in patterns for file in sorted(path.glob(pattern)))
+        return next(filter(None, kinds), "")
+    try:
+        with zipfile.ZipFile(path) as archive:
+            (name,) = (name for name in archive.namelist() if name.endswith("/data.pkl"))
+            texts = (value for _, value, _ in pickletools.genops(archive.read(name)) if isinstance(value, str))
+            if any(text == "kind" for text in texts):  # the next text is its value
+                return next(texts, "")
+    except (OSError, ValueError, zipfile.BadZipFile):  # no checkpoint, or damaged: its reader says so
+        pass
+    return "sr" if (path.parent / "model.yaml").is_file() and path.suffix == ".pt" else ""
 
 
 def load_checkpoint(path, kinds):
@@ -233,7 +258,10 @@ def _check_header(state, path, header, allow_partial, same_data):
     """Raise UsageError if tokenizer, data or model arguments of a checkpoint differ from those of this run."""
     if state.get("tokenizer_hash") != header.get("tokenizer_hash"):
         theirs, ours = (f"{h['tokenizer']} ({h['tokenizer_hash'][:8]})" for h in (state, header))
-        raise UsageError(f"{path} was trained with tokenizer {theirs}, this run has {ours}")
+        raise UsageError(
+            f"{path} was trained with tokenizer {theirs}, this run has {ours}\n"
+            f"try: python generate.py {shlex.quote(str(path))} --export tokenizer.json, which writes the first one"
+        )
     if same_data and state["data_hash"] != header["data_hash"]:
         theirs, ours = (h["data_hash"][:8] for h in (state, header))
         raise UsageError(

@@ -290,6 +290,17 @@ def below_one(cfg, *names):
             raise UsageError(f"--{name} {getattr(cfg, name)}: expected 0 or more, and less than 1\ntry: --{name} 0.9")
 
 
+def check_unicode(cfg, field):
+    """Raise UsageError if a text of that field has bytes that are not UTF-8; Python keeps those as surrogates."""
+    texts = getattr(cfg, field)
+    for text in [texts] if isinstance(texts, str) else texts:
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as e:
+            byte = ord(text[e.start]) & 0xFF
+            raise UsageError(f"--{field}: character {e.start + 1} is the byte {byte:#x}, which is not UTF-8") from e
+
+
 def check_name(cfg, field):
     """Raise UsageError unless that field, which becomes part of a path, is a plain name on every system."""
     name = getattr(cfg, field)

@@ -5,6 +5,7 @@ import contextvars
 import functools
 import os
 import re
+import select
 import signal
 import sys
 import time
@@ -84,6 +85,20 @@ def at_end(call):
         endings.push(lambda kind, error, trace: call(kind is not None) and None)
 
 
+def reader_left():
+    """Return whether nothing reads standard output any more, as after `| head`; then it goes to the null device.
+
+    A BrokenPipeError may come from another pipe, such as that of a process that was killed.
+    """
+    if hasattr(select, "poll"):
+        poll = select.poll()
+        poll.register(sys.stdout.fileno(), 0)  # an error of the pipe is reported in any case
+        if not poll.poll(0):
+            return False
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return True
+
+
 def launch(main, cfg, leave=True):
     """Run main(cfg) as a program and exit: 0 done, 1 bad data or failed run, 2 usage, 128 + signal when stopped.
 
@@ -94,6 +109,8 @@ def launch(main, cfg, leave=True):
     if cfg is None:
         return None
     status = 0
+    if hasattr(sys.stdout, "reconfigure") and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="backslashreplace")  # an old code page lacks most characters
     try:
         signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # until there is a state to save
         result = main(cfg)
@@ -102,6 +119,11 @@ def launch(main, cfg, leave=True):
         stopped = result.get("stopped", 0)
         if stopped:
             status = 130 if stopped == signal.SIGINT else 143
+        sys.stdout.flush()
+    except BrokenPipeError:
+        if not reader_left():
+            raise
+        status = 141  # as of any program that SIGPIPE ends
     except (UsageError, DataError) as e:
         status = 2 if isinstance(e, UsageError) else 1
         print(f"error: {e}", file=sys.stderr)

@@ -1,8 +1,9 @@
 """Lossless tokenizers: GPT-2's byte-level BPE, plain bytes, and byte-level BPE trained on your own text.
 
 All have name, vocab_size, eos, hash (of the content that defines the ids, not of its path), token_bytes (UTF-8 bytes
-of each id), encode, encode_batch and decode. encode never produces control ids: "<|endoftext|>" in a text is ordinary
-text. SimpleTokenizer, for sums and other short questions, has one id per ASCII character.
+of each id), json_text (which a checkpoint keeps), encode, encode_batch and decode. encode never produces control ids:
+"<|endoftext|>" in a text is ordinary text. SimpleTokenizer, for sums and other short questions, has one id per ASCII
+character.
 """
 
 import hashlib
@@ -53,6 +54,29 @@ def load_tokenizer(spec):
     raise UsageError(f"--tokenizer {spec}: choose gpt2, bytes or bpe:FILE")
 
 
+def restore_tokenizer(state, path):
+    """Return the tokenizer of the checkpoint `state`: its JSON text, name and hash are there.
+
+    A checkpoint of before has the name alone, which says where the tokenizer is. path: of the checkpoint, for messages.
+    Raises UsageError if another tokenizer is there by now, DataError if it is missing or unreadable.
+    """
+    name, text = state["tokenizer"], state.get("tokenizer_json", "")
+    if not text:
+        tokenizer = load_tokenizer(name)
+        if tokenizer.hash != state["tokenizer_hash"]:
+            raise UsageError(f"{path}: tokenizer {name} is not the one it was trained with")
+        return tokenizer
+    try:
+        kind = json.loads(text).get("kind")
+        if kind == "characters":
+            return SimpleTokenizer.from_dict(json.loads(text))
+        return ByteTokenizer() if kind == "bytes" else _parse_bpe(name, text, state["tokenizer_hash"])
+    except KeyboardInterrupt:
+        raise
+    except BaseException as e:  # a panic of the tokenizers package is no Exception
+        raise DataError(f"{path}: its tokenizer can't be read: {type(e).__name__}: {e}"[:300]) from e
+
+
 def train_bpe(texts, vocab_size, control=END[:1]):
     """Train a lossless byte-level BPE of at most `vocab_size` ids, `control` tokens first; return its JSON text."""
     from tokenizers import trainers
@@ -83,23 +107,13 @@ def _gpt2_files():
 
 
 def _load_bpe(spec):
-    """Load a BPE from its vocabulary and merges alone.
-
-    A pattern from an unknown file would be executed, and an added token would be lossy.
-    """
+    """Return the tokenizer of "bpe:FILE". Raises DataError, with a command that makes one."""
     path = Path(spec[4:])
     try:
         if path.stat().st_size > MAX_FILE_BYTES:
             raise ValueError(f"larger than {MAX_FILE_BYTES >> 20} MB")
         content = path.read_bytes()
-        state = json.loads(content.decode("utf-8"))
-        vocab, merges = state["model"]["vocab"], state["model"]["merges"]
-        if state["model"]["type"] != "BPE" or state["pre_tokenizer"]["type"] != "ByteLevel":
-            raise ValueError("not a byte-level BPE")
-        if sorted(vocab.values()) != list(range(len(vocab))):
-            raise ValueError(f"ids of {len(vocab)} tokens run from {min(vocab.values())} to {max(vocab.values())}")
-        pairs = [tuple(pair.split(" ") if isinstance(pair, str) else pair) for pair in merges]
-        return BPETokenizer(spec, vocab, pairs, hashlib.sha256(content).hexdigest())
+        return _parse_bpe(spec, content.decode("utf-8"), hashlib.sha256(content).hexdigest())
     except OSError as e:
         reason = e.strerror
     except KeyboardInterrupt:
@@ -108,6 +122,21 @@ def _load_bpe(spec):
         reason = f"{type(e).__name__}: {e}"[:200]
     command = f"python prepare_data.py tokenizer --data_dir data --vocab_size 8192 --out {path}"
     raise DataError(f"--tokenizer {spec}: {path}: {reason}\ntry: {command}")
+
+
+def _parse_bpe(name, text, digest):
+    """Build a BPE from the vocabulary and merges in a JSON text. Raises ValueError if it is not byte-level.
+
+    The rest is not used: a pattern from an unknown file would be executed, and an added token would be lossy.
+    """
+    state = json.loads(text)
+    vocab, merges = state["model"]["vocab"], state["model"]["merges"]
+    if state["model"]["type"] != "BPE" or state["pre_tokenizer"]["type"] != "ByteLevel":
+        raise ValueError("not a byte-level BPE")
+    if sorted(vocab.values()) != list(range(len(vocab))):
+        raise ValueError(f"ids of {len(vocab)} tokens run from {min(vocab.values())} to {max(vocab.values())}")
+    pairs = [tuple(pair.split(" ") if isinstance(pair, str) else pair) for pair in merges]
+    return BPETokenizer(name, vocab, pairs, digest, text)
 
 
 def _byte_level(vocab, merges):
@@ -128,9 +157,12 @@ class _Numbers(dict):
 
 
 class BPETokenizer:
-    """Byte-level BPE with a vocabulary {token: id}, merges [(token, token)] in order, and no added tokens."""
+    """Byte-level BPE with a vocabulary {token: id}, merges [(token, token)] in order, and no added tokens.
 
-    def __init__(self, name, vocab, merges, digest):
+    digest: the hash. json_text: the content of the file that it comes from; "" = none, it is GPT-2's.
+    """
+
+    def __init__(self, name, vocab, merges, digest, json_text=""):
         self.bpe = _byte_level(vocab, merges)
         missing = set(self.bpe.pre_tokenizer.alphabet()) - set(vocab)
         if missing:
@@ -140,6 +172,7 @@ class BPETokenizer:
             raise ValueError(f"no token {' or '.join(END)}")
         self.name = name
         self.hash = digest
+        self.source = json_text
         self.vocab_size = len(vocab)
         self.eos = self.eos_id = end[0]
         self.pad_id = vocab.get("<pad>", self.eos)  # masks tell padding from a real eos
@@ -184,6 +217,10 @@ class BPETokenizer:
         self.ids = array("H" if self.vocab_size <= 65536 else "I")  # of all pieces, one after the other
         self.ends = array("q", [0])  # where each piece ends in ids
 
+    @property
+    def json_text(self):
+        return self.source or self.bpe.to_str()
+
     def to_json(self):
         return self.bpe.to_str()
 
@@ -196,6 +233,7 @@ class ByteTokenizer:
 
     def __init__(self):
         self.name = "bytes"
+        self.json_text = json.dumps(dict(kind="bytes"))
         self.vocab_size = 259
         self.eos = 1
         self.hash = hashlib.sha256(b"pad eos bos byte+3").hexdigest()
@@ -233,6 +271,10 @@ class SimpleTokenizer:
 
     def to_json(self):
         return json.dumps(self.to_dict())
+
+    @property
+    def json_text(self):
+        return self.to_json()
 
     def to_dict(self):
         return dict(kind="characters", pad_id=0, bos_id=1, eos_id=2, characters="".join(map(chr, range(32, 127))))

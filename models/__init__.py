@@ -21,6 +21,7 @@ autoencoder.py      encoders, latent spaces and decoders of events
 glyphs.py           pages of symbols, drawn as pixels and patches
 decoder.py          causal decoder of symbols that can predict one symbol further
 planning.py         several reasoning paths for one sample
+sampling.py         tokens drawn from logits
 memory.py           memory of solved samples that similar samples read
 halting.py          Q-learning of when to stop
 multimodal.py       pictures, capsules, recursive reasoning, answers

@@ -14,6 +14,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from models.cross_entropy import by_chunk, linear_cross_entropy
+from models.sampling import GREEDY, keep_likeliest
 from models.transformer import RMSNorm, Rotary, TransformerBlock, initialize
 
 CLEAN_WEIGHT = 0.05  # weight of a token at level 0 in the loss: its own latent already gives the token away
@@ -334,11 +335,12 @@ class Diffuser(nn.Module):
         return loss + weight * next_nats, report
 
     @torch.no_grad()
-    def sample(self, n, length, steps, temperature, generator, sampler, prompt=None):
+    def sample(self, n, length, steps, temperature, generator, sampler, prompt=None, top_k=0, top_p=1.0):
         """Generate n sequences of `length` tokens in `steps` steps (0 = inference_steps) -> ids (n, length).
 
         sampler: "ancestral" uses a sampled token as x and adds noise, "ddim" uses the mean and adds none.
-        temperature: of the network's logits, not of the likelihood. prompt: (1, P) first ids, kept clean.
+        temperature: of the network's logits, not of the likelihood; 0 takes the likeliest token of both.
+        prompt: (1, P) first ids, kept clean. top_k, top_p: of sampled tokens, as in sampling.keep_likeliest.
         generator: on the model's device.
         """
         device = self.noise.device
@@ -347,6 +349,8 @@ class Diffuser(nn.Module):
             prompt = torch.empty(1, 0, dtype=torch.long, device=device)
         P = prompt.shape[1]
         ancestral = sampler == "ancestral"
+        greedy = temperature < GREEDY
+        temperature = 1.0 if greedy else temperature
         prompt_latents = self.latents(prompt) if P else 0.0
         rank = torch.rand(n, length - P, generator=generator, device=device).argsort(1)
         z = self.noise[-1] * torch.randn(n, length, len(self.mean), generator=generator, device=device)
@@ -356,15 +360,16 @@ class Diffuser(nn.Module):
 
         def choose(h, z, r):
             logits = self._logits(h, z, r, temperature)
-            if not ancestral:
+            if greedy or not ancestral:
                 return logits.argmax(-1)
+            logits = keep_likeliest(logits, top_k, top_p)
             return torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
 
         for k, after in zip(levels, levels[1:], strict=False):
             r = self.noise[k]
             h = self.hidden_denoise(z, k)
             ids = by_chunk(choose, h, z, r)
-            if ancestral and not self.latent_layer:
+            if (greedy or ancestral) and not self.latent_layer:
                 x_hat = self.table[ids]
             else:
                 x_hat = by_chunk(lambda *a: self._x_hat(*a, temperature), h, z, r)

@@ -37,7 +37,7 @@ from benchmarks.training import update
 from data_utils.errors import DataError
 from data_utils.reasoning import sudoku as puzzles_of
 from data_utils.reasoning.dataset import BUILT_IN, open_pairs
-from data_utils.reasoning.generate import load_reasoner
+from data_utils.reasoning.generate import best_of_run, load_reasoner
 from data_utils.reasoning.halting import pick_threshold, stops
 from models.hrm import HRM
 from models.optim.adamw8bit import AdamW8bit
@@ -147,7 +147,7 @@ def singles(puzzles):
 def traced(home, name):
     """Trace a finished run over its validation puzzles -> (N, SEGMENTS) each, model, puzzles and solutions."""
     with contextlib.chdir(home):
-        model, checkpoint, _, _ = load_reasoner(name, "", "auto")
+        model, checkpoint, _, _ = load_reasoner(best_of_run(Path("runs", name)))
     puzzles, solutions = grids(checkpoint["config"]["data_seed"])
     parts = []
     for x, y in zip(puzzles.split(100), solutions.split(100), strict=True):
@@ -291,7 +291,7 @@ def text(args):
         name = f"text-{arm}"
         _, val = train(args, name, f"{TEXT} --dataset {folder} --steps {args.text_steps} {more}")
         with contextlib.chdir(args.home):
-            model, checkpoint, _, _ = load_reasoner(name, "", "auto")
+            model, checkpoint, _, _ = load_reasoner(best_of_run(Path("runs", name)))
         data = open_pairs(folder, max_seq_len=checkpoint["config"]["max_seq_len"])
         rng, rows = np.random.default_rng(0), np.arange(400)
         right, shuffled = (nats(model, data, rows, prompts) for prompts in (rows, rng.permutation(rows)))

@@ -10,4 +10,14 @@ facts.py        events.jsonl and scalars.csv in that folder
 sweep.py        the jobs of --multirun, one process each
 generate.py     reconstruct, encode, decode, score and sample events
 figures.py      figures of runs, of several runs, and of sweeps
+
+`from data_utils.events import load` works in a notebook.
 """
+
+
+def __getattr__(name):  # torch is imported only where a model is used
+    if name == "load":
+        from data_utils.events.generate import load
+
+        return load
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,4 +1,4 @@
-"""`generate.py events`: reconstruct, encode, decode, score and sample events with a run of train_ae.py.
+"""`generate.py events`: reconstruct, encode, decode, score and sample events with a run of train_ae.py; `load`.
 
 N events, T slots, D latent width. Rows (N, 2 + 5 T) as in dataset.py.
 """
@@ -12,6 +12,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
+import torch.nn as nn
 import torch.nn.functional as F
 
 from data_utils.checkpoint import first_good, load_checkpoint
@@ -96,7 +97,8 @@ def load_run(run, device):
         newest = max(Path("outputs/runs").glob("run_*"), default="outputs/runs/run_...")
         problem = f"{run}: no such run" if run else "no run named"
         raise UsageError(f"{problem}\ntry: python generate.py events {newest} --mode sample")
-    files = [path / "model.pt", path / "best_val.pt"] if path.is_dir() else [path]
+    names = ("model.pt", "best_val.pt", "last.pt")
+    files = [path / name for name in names] if path.is_dir() else [path]
     kinds = [f"ae:{loop}" for loop in (*LOOPS, "test_mlp")]
     path, state = first_good(files, lambda file: load_checkpoint(file, kinds))
     if not state:
@@ -108,6 +110,46 @@ def load_run(run, device):
     schedule = {name: state["config"].get(name) for name in ("diffusion_steps", "noise_schedule")}
     noises = NoiseSchedule(**schedule).to(device) if state["model_args"]["denoise"] else None
     return SimpleNamespace(**state | dict(path=path, model=model.to(device).eval(), noises=noises, device=device))
+
+
+def load(path, device="cpu"):
+    """Load the run folder or a checkpoint of train_ae.py -> (EventModel, its meta: features, units, slots).
+
+    Raises UsageError, CheckpointError.
+    """
+    run = load_run(path, open_device(device))
+    run.steps = run.config.get("ddim_steps", 0)
+    return EventModel(run), run.meta
+
+
+class EventModel(nn.Module):
+    """A trained autoencoder of events: model.encode(rows) -> arrays, model.decode(**arrays) -> rows.
+
+    model.network is the AutoEncoder. Rows (N, 2 + 5 T) in GeV, as in dataset.py.
+    """
+
+    def __init__(self, run):
+        """run: what load_run returns, with `steps` of diffusion."""
+        super().__init__()
+        self.network = run.model
+        self.run = run
+
+    @torch.no_grad()
+    def encode(self, rows):
+        """Return {`indices` of codes or `latents`, `ids` of the types (N, T)}, which `decode` reads."""
+        parts = [z if indices is None else indices for _, _, z, indices in encode_rows(rows, self.run)]
+        ids = rows[:, : slots(rows)].astype(np.int64)
+        return {_name(self.run): torch.cat(parts).cpu().numpy(), "ids": ids}
+
+    @torch.no_grad()
+    def decode(self, *, ids, indices=None, latents=None, seed=0):
+        """Return rows (N, 2 + 5 T) of codes or latents and types; seed: of the noise of diffusion_ae."""
+        run = self.run
+        if _name(run) == "indices":
+            z = F.embedding(torch.as_tensor(indices).clamp_min(0), run.model.latent.codes.cpu())
+        else:
+            z = torch.as_tensor(latents)
+        return decode_rows(run.model, run.noises, z, torch.as_tensor(ids), False, run.steps, seed, None, run.meta)
 
 
 def select_events(cfg, run):

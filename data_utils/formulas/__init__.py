@@ -29,7 +29,7 @@ generate.py            the search as a command
 regressor.py           the search as an estimator with scikit-learn's methods
 figures.py             a formula, its residuals and the formulas beside it
 
-`from data_utils.formulas import SymbolicRegressor` works in a notebook.
+`from data_utils.formulas import SymbolicRegressor` works in a notebook, and so does `load`.
 """
 
 
@@ -38,4 +38,8 @@ def __getattr__(name):  # torch is imported only where the search is used
         from data_utils.formulas.regressor import SymbolicRegressor
 
         return SymbolicRegressor
+    if name == "load":
+        from data_utils.formulas.model_files import load
+
+        return load
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

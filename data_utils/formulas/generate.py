@@ -24,7 +24,7 @@ from data_utils.formulas.expressions import parse_formula
 from data_utils.formulas.fit import wrap
 from data_utils.formulas.formats import number_text, write_equation, write_formula
 from data_utils.formulas.holdout import hold_out
-from data_utils.formulas.model_files import load_model
+from data_utils.formulas.model_files import load_model, model_folder
 from data_utils.formulas.problems import problems, score
 from data_utils.formulas.scaling import decades, unscaled
 from data_utils.formulas.score import Data
@@ -62,7 +62,7 @@ def find(cfg):
     check_replaceable(cfg.out, cfg.fresh, made_here, inputs=inputs)
     check_replaceable(cfg.plot, cfg.fresh, is_marked, flag="--plot", inputs=inputs)
     device = open_device(cfg.device) if cfg.model else None
-    model = load_model(cfg.model).to(device) if cfg.model else None
+    model = load_model(model_folder(cfg.model)).to(device) if cfg.model else None
     if model and cfg.max_len > model.max_seq_len:
         raise UsageError(f"--max_len {cfg.max_len}: the model was built for at most {model.max_seq_len}")
     return solve(cfg, model, begin) if cfg.data else measure(cfg, model)

@@ -5,11 +5,12 @@ from pathlib import Path
 
 import torch
 
-from data_utils.checkpoint import read
+from data_utils.checkpoint import numbered_files, read
 from data_utils.errors import DataError, UsageError
 from data_utils.files import write_atomic
 from data_utils.formulas.bundles import load_config, save_config
 from data_utils.formulas.expressions import Alphabet
+from data_utils.hardware import open_device
 from models.formula_model import ARGUMENTS, FlashANSRModel
 
 CONFIG, TOKENIZER, WEIGHTS = "model.yaml", "tokenizer.yaml", "state_dict.pt"
@@ -36,6 +37,24 @@ def save_model(model: FlashANSRModel, folder, weights: dict | None = None, **mor
     save_config(model.model_args | dict(tokenizer=tokenizer) | more, folder, "model")
     weights = {name: tensor.detach().cpu() for name, tensor in (weights or model.state_dict()).items()}
     write_atomic(Path(folder) / WEIGHTS, lambda file: torch.save(weights, file))
+
+
+def load(path, device="cpu"):
+    """Load the network of a run of train_sr.py -> (FlashANSRModel in eval mode, its Alphabet).
+
+    path: as in `model_folder`. SymbolicRegressor(model=network) searches with it. Raises UsageError, DataError.
+    """
+    model = load_model(model_folder(path)).to(open_device(device))
+    return model, model.alphabet
+
+
+def model_folder(path):
+    """Return the folder of a trained model: `path`, the folder of that file, or the newest checkpoint in the folder."""
+    folder = Path(path)
+    if folder.is_file():
+        folder = folder.parent
+    checkpoints = [place for place in numbered_files(folder, r"checkpoint_(\d+)") if (place / WEIGHTS).is_file()]
+    return checkpoints[0] if checkpoints and not (folder / WEIGHTS).is_file() else folder
 
 
 def load_model(folder) -> FlashANSRModel:

@@ -13,4 +13,14 @@ scores.py         how right answers are
 evaluate.py       scores of held-out pages after each number of steps
 generate.py       the answer to a page, a puzzle or an ARC task
 figures.py        pages, their answers, and the attention of capsules
+
+`from data_utils.pages import load` works in a notebook.
 """
+
+
+def __getattr__(name):  # torch is imported only where a model is used
+    if name == "load":
+        from data_utils.pages.generate import load
+
+        return load
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

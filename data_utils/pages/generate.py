@@ -1,4 +1,4 @@
-"""`generate.py multimodal`: answer a page, a puzzle or an ARC task of the user with a model of train_multimodal.py.
+"""`generate.py multimodal`, and `load` for Python: answer a page, a puzzle or an ARC task of the user.
 
 V views of a question: one, or several of an ARC task. R x C cells of a page, L symbols of an answer, S steps shown.
 """
@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn as nn
 
 from data_utils.checkpoint import canonical_keys, first_good, load_checkpoint
 from data_utils.config import at_least
@@ -29,6 +30,7 @@ from data_utils.reasoning import sudoku as puzzles
 from models.glyphs import END, HOLE, NEWLINE, PADDING
 from models.multimodal import Multimodal
 from models.planning import pick, select
+from models.sampling import choose
 
 BLANK = re.compile(r"(?<!\w)__+(?!\w)")  # marks a missing name; a single _ is a name
 
@@ -43,8 +45,8 @@ class Question:
 
 
 @torch.no_grad()
-def answer_pages(cfg, choose):
-    """Run the command once: cfg has the fields of generate.PagesConfig, choose is generate.choose."""
+def answer_pages(cfg):
+    """Run the command once: cfg has the fields of generate.PagesConfig."""
     at_least(cfg, 0, "paths", "noise", "steps", "temperature", "seed")
     at_least(cfg, 1, "votes")
     check_replaceable(cfg.png, cfg.fresh, is_marked, flag="--png", inputs=[cfg.input])
@@ -57,7 +59,7 @@ def answer_pages(cfg, choose):
             "try: --noise 0.2 with it"
         )
     text = read_input(cfg.input)
-    questions = arc_questions(text, task, config, cfg.votes) if task.ids else [Question(read_page(text, task)[None])]
+    questions = to_questions(text, task, config, cfg.votes)
     model.to(device)
     last = cfg.steps or model.limit(task.name)
     steps = [*(step for step in STEPS if cfg.png and step < last), last]
@@ -85,6 +87,57 @@ def answer_pages(cfg, choose):
                 title=f"{task.name}: {note}",
             )
     return {}
+
+
+def load(path, device="cpu"):
+    """Load a file of train_multimodal.py, or the folder of a run -> (PageModel, {name of a task it has learnt: Task}).
+
+    Raises UsageError, CheckpointError.
+    """
+    device = open_device(device)
+    network, config = load_model(path)
+    model = PageModel(network.to(device), config)
+    return model, model.tasks
+
+
+class PageModel(nn.Module):
+    """A trained network of train_multimodal.py: model.answer(text) -> text, model(batch) as in Multimodal."""
+
+    def __init__(self, network, config):
+        super().__init__()
+        self.network = network
+        self.config = config
+        self.tasks = {name: Task(**sizes) for name, sizes in network.tasks.items()}
+
+    def forward(self, batch):
+        return self.network(batch)
+
+    @torch.no_grad()
+    def answer(self, text, task="", *, steps=0, paths=0, noise=0.0, temperature=0.0, votes=16, seed=0):
+        """Return the answer to a page of text, to the lines of a puzzle, or to an ARC task as JSON.
+
+        Arguments as in generate.PagesConfig. Answers to several tests of an ARC task are joined by empty lines.
+        """
+        network = self.network
+        task = choose_task(task, network.tasks)
+        device = network.starts.device
+        draws = torch.Generator(device).manual_seed(seed)
+
+        def choose_symbol(logits):
+            return choose(logits, temperature, 0, 1.0, draws)[:, 0]
+
+        texts = []
+        for question in to_questions(text.removesuffix("\n"), task, self.config, votes):
+            batch = to_batch(question, task, network.augment, seed, device)
+            last = [steps or network.limit(task.name)]
+            answers, q = think(network, batch, last, choose_symbol, paths=paths, noise=noise, seed=seed)
+            texts.append(describe_answer(question, task, answers[-1], q[-1])[0])
+        return "\n\n".join(texts)
+
+
+def to_questions(text, task, config, votes):
+    """Return the Questions in a text: the tests of an ARC task, or one page."""
+    return arc_questions(text, task, config, votes) if task.ids else [Question(read_page(text, task)[None])]
 
 
 def load_model(checkpoint):

@@ -12,4 +12,14 @@ generate.py       answers of trained reasoners
 nested_config.py  configuration files of older HRM trainers
 arithmetic.py     "What is 12 + 7?"
 sudoku.py         puzzles with one solution, and their symmetries
+
+`from data_utils.reasoning import load` works in a notebook.
 """
+
+
+def __getattr__(name):  # torch is imported only where a model is used
+    if name == "load":
+        from data_utils.reasoning.generate import load
+
+        return load
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -61,7 +61,7 @@ def random_batch(n, length, vocab_size):
 class Puzzles:
     """Sudokus {split: (puzzles, solutions)}, uint8 (n, N) each; training rows are augmented anew in each batch."""
 
-    tokenizer = SimpleNamespace(name="digits", hash="")
+    tokenizer = SimpleNamespace(name="digits", hash="", json_text="")
 
     def __init__(self, grids, meta, *, seed, reveal):
         self.grids = grids

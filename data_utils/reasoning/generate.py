@@ -1,4 +1,7 @@
-"""Answer questions with a trained reasoner: `generate.py --run_name RUN`."""
+"""Answers of a trained reasoner: `generate.py --run_name RUN`, and `load` for Python.
+
+B batch, S prompt, T answer, V vocabulary.
+"""
 
 import math
 import sys
@@ -7,57 +10,105 @@ from functools import partial
 from pathlib import Path
 
 import torch
+import torch.nn as nn
 
 from data_utils.checkpoint import load_checkpoint, numbered_files
-from data_utils.config import at_least
+from data_utils.config import at_least, check_unicode
 from data_utils.documents import read_text
 from data_utils.errors import CheckpointError, UsageError
 from data_utils.hardware import open_device
 from data_utils.reasoning.dataset import open_tokenizer
 from data_utils.reasoning.sudoku import parse_puzzle
-from data_utils.tokenizer import SimpleTokenizer
+from data_utils.tokenizer import SimpleTokenizer, restore_tokenizer
 from models.hrm import HRM
+from models.sampling import choose
 
 
-def answer(cfg, choose):
-    """Answer each prompt: answers go to stdout, segments and speed to stderr.
-
-    cfg: AnswerConfig of generate.py; choose(logits, temperature, top_k, top_p, generator) draws a token.
-    """
+def answer(cfg):
+    """Answer each prompt: answers go to stdout, segments and speed to stderr. cfg: AnswerConfig of generate.py."""
     at_least(cfg, 0, "temperature", "top_k", "top_p", "seed", "segments")
-    device = open_device(cfg.device)
-    model, state, encode, tokenizer = load_reasoner(cfg.run_name, cfg.checkpoint, cfg.dataset)
-    model.to(device)
+    check_unicode(cfg, "prompt")
+    path = best_of_run(Path("runs", cfg.run_name)) if cfg.run_name else cfg.checkpoint
+    model, _ = load(path, cfg.device, cfg.dataset)
     prompts = [prompt.removeprefix("\ufeff") for prompt in cfg.prompt]  # a byte order mark is no character
     prompts += _read_lines(cfg.input) if cfg.input else []
     if not prompts:
         raise UsageError('no question\ntry: --prompt "What is 12 + 7?" or --input FILE')
-    evaluated = state["config"]["eval_segments"] or state["config"]["segments"] * (4 if model.halting else 1)
-    thinking = dict(segments=cfg.segments or evaluated, threshold=state["halt_threshold"] if cfg.halting else math.inf)
-    generator = torch.Generator(device).manual_seed(cfg.seed)
-
-    def choose_token(logits):
-        return choose(logits, cfg.temperature, cfg.top_k, cfg.top_p, generator)
-
+    names = ("max_new_tokens", "temperature", "top_k", "top_p", "segments", "halting")
+    options = {name: getattr(cfg, name) for name in names}
+    generator = torch.Generator(model.network.head.weight.device).manual_seed(cfg.seed)
     for prompt in prompts:
         start = time.monotonic()
-        ids = torch.tensor([encode(prompt)], device=device)  # (1, S)
-        if ids.shape[1] > model.max_seq_len:
-            raise UsageError(f"a prompt of {ids.shape[1]} tokens, the model was built for {model.max_seq_len}")
-        if model.cells:
-            digits, used = model.solve(ids, **thinking)
-            rows = digits.view(math.isqrt(ids.shape[1]), -1).tolist()
-            text = "\n".join("".join(map(str, row)) for row in rows)
-            count = ids.shape[1]
-        else:
-            limits = dict(bos_id=tokenizer.bos_id, eos_id=tokenizer.eos_id, max_new_tokens=cfg.max_new_tokens)
-            (tokens,), used = model.generate(ids, None, **limits, **thinking, choose=choose_token)
-            text = tokenizer.decode(tokens)
-            count = len(tokens) + 1
+        text, count, segments = model.reason(prompt, generator=generator, **options)
         print(text, flush=True)
         rate = count / (time.monotonic() - start)
-        print(f"{used.item()} segments, {count} tokens, {rate:.0f} tokens/s", file=sys.stderr)
+        print(f"{segments} segments, {count} tokens, {rate:.0f} tokens/s", file=sys.stderr)
     return {}
+
+
+class Reasoner(nn.Module):
+    """A trained reasoner with its tokenizer, which is None for puzzles: model.answer(prompt) -> text."""
+
+    def __init__(self, network, tokenizer, encode, state):
+        """encode: prompt -> ids. state: the checkpoint."""
+        super().__init__()
+        self.network = network
+        self.tokenizer = tokenizer
+        self.encode = encode
+        config = state["config"]
+        self.segments = config["eval_segments"] or config["segments"] * (4 if network.halting else 1)
+        self.threshold = state["halt_threshold"]  # halting logit that ends the reasoning earlier
+        self.header = {name: state[name] for name in ("kind", "model_args", "tokenizer", "tokenizer_hash")}
+        self.header["tokenizer_json"] = tokenizer.json_text if tokenizer else ""
+        self.fixed_length = network.cells
+        self.axes = dict(ids="cells")  # inputs of `forward`, and the name of their second dimension
+        if not network.cells:
+            self.axes = dict(ids="prompt", mask="prompt", decoder_input_ids="answer")
+
+    def forward(self, ids, mask=None, decoder_input_ids=None):
+        """Prompts ids (B, S) and an answer so far (B, T) -> logits of its next tokens (B, T, V).
+
+        mask (B, S): 0 = padding; None = none. Puzzles (B, S) have neither mask nor decoder: logits of the cells
+        (B, S, V). All segments of reasoning are used.
+        """
+        network = self.network
+        x, bias, z_H, _ = network.think(ids, mask, self.segments, math.inf)
+        return network.head(network.answer(x, z_H, bias, decoder_input_ids))
+
+    def example(self, batch, length):
+        """Return random inputs of `forward`; puzzles have one length."""
+        network = self.network
+        sizes = (batch, network.max_seq_len if network.cells else length)
+        ids = torch.randint(network.embedding.num_embeddings, sizes)
+        return (ids,) if network.cells else (ids, torch.ones_like(ids), ids)
+
+    def answer(self, prompt, **options):
+        """Return the answer to one question, or the filled puzzle; options as in `reason`."""
+        return self.reason(prompt, **options)[0]
+
+    def reason(self, prompt, *, max_new_tokens=64, temperature=0.0, top_k=0, top_p=1.0, segments=0, halting=True,
+               generator=None):  # fmt: skip
+        """Return (answer, tokens written, segments used). Arguments as in generate.AnswerConfig.
+
+        Raises UsageError for a prompt that the model can't read.
+        """
+        network = self.network
+        ids = torch.tensor([self.encode(prompt)], device=network.head.weight.device)  # (1, S)
+        S = ids.shape[1]
+        if S > network.max_seq_len:
+            raise UsageError(f"a prompt of {S} tokens, the model was built for {network.max_seq_len}")
+        thinking = dict(segments=segments or self.segments, threshold=self.threshold if halting else math.inf)
+        if network.cells:
+            digits, used = network.solve(ids, **thinking)
+            rows = digits.view(math.isqrt(S), -1).tolist()
+            return "\n".join("".join(map(str, row)) for row in rows), S, used.item()
+
+        def choose_token(logits):
+            return choose(logits, temperature, top_k, top_p, generator)
+
+        limits = dict(bos_id=self.tokenizer.bos_id, eos_id=self.tokenizer.eos_id, max_new_tokens=max_new_tokens)
+        (tokens,), used = network.generate(ids, None, **limits, **thinking, choose=choose_token)
+        return self.tokenizer.decode(tokens), len(tokens) + 1, used.item()
 
 
 def _read_lines(path):
@@ -67,14 +118,24 @@ def _read_lines(path):
         raise UsageError(f"--input {path}: {e.strerror}") from e
 
 
-def load_reasoner(run_name, path, dataset):
+def load(path, device="cpu", dataset="auto"):
+    """Load a checkpoint or a run folder of train_hrm.py -> (Reasoner with averaged weights, its tokenizer or None).
+
+    dataset: that of the training, or "auto". Raises UsageError, listing the checkpoints, or CheckpointError.
+    """
+    path = Path(path)
+    device = open_device(device)
+    if path.is_dir():
+        path = best_of_run(path)
+    network, state, encode, tokenizer = load_reasoner(path, dataset)
+    return Reasoner(network.to(device), tokenizer, encode, state), tokenizer
+
+
+def load_reasoner(path, dataset="auto"):
     """Return (frozen averaged model in eval mode, its checkpoint, prompt -> ids, tokenizer; None for puzzles).
 
-    run_name: take best-model, else final.pt, else the newest step of runs/<run_name>; "" takes `path`. dataset: that
-    of the training, or "auto". Raises UsageError, listing the checkpoints, or CheckpointError.
+    dataset: that of the training, or "auto". Raises UsageError, listing the checkpoints, or CheckpointError.
     """
-    if run_name:
-        path = _best_of_run(run_name)
     if not Path(path).exists():
         existing = ", ".join(str(file) for file in sorted(Path(path).parent.glob("*.pt"))) or "none"
         raise UsageError(f"--checkpoint {path}: no such file; checkpoints there: {existing}")
@@ -89,19 +150,25 @@ def load_reasoner(run_name, path, dataset):
         raise CheckpointError(f"{path} does not fit its own model_args: {str(e).splitlines()[0]}") from e
     if model.cells:
         return model.frozen(), state, lambda prompt: parse_puzzle(prompt).tolist(), None
-    tokenizer = open_tokenizer(Path(path).parent, state["meta"] | dict(tokenizer_file="tokenizer.json"))
+    if state.get("tokenizer_json"):
+        tokenizer = restore_tokenizer(state, path)
+    else:  # a checkpoint of before
+        tokenizer = open_tokenizer(Path(path).parent, state["meta"] | dict(tokenizer_file="tokenizer.json"))
     encode = tokenizer.encode
     if isinstance(tokenizer, SimpleTokenizer):
         encode = partial(tokenizer.encode, add_specials=False)
     return model.frozen(), state, lambda prompt: [tokenizer.bos_id, *encode(prompt), tokenizer.eos_id], tokenizer
 
 
-def _best_of_run(run_name):
-    """Return the best checkpoint of a run. Raises UsageError, listing the runs, if it has none."""
-    home = Path("runs", run_name)
-    steps = numbered_files(home / "checkpoints", r"step_(\d+)\.pt")
-    for path in (home / "best-model" / "best.pt", home / "checkpoints" / "final.pt", *steps):
+def best_of_run(folder):
+    """Return the best checkpoint in the folder of a run. Raises UsageError, listing the neighbours, if it has none."""
+    folder = Path(folder)
+    places = [folder / "best-model" / "best.pt", folder / "checkpoints" / "final.pt", folder / "final.pt"]
+    for place in (folder / "checkpoints", folder):
+        places += numbered_files(place, r"step_(\d+)\.pt")
+    places.append(folder / "best.pt")
+    for path in places:
         if path.exists():
             return path
-    existing = ", ".join(sorted(path.name for path in Path("runs").glob("*"))) or "none"
-    raise UsageError(f"--run_name {run_name}: no checkpoint in {home}; runs there are: {existing}")
+    existing = ", ".join(sorted(path.name for path in folder.parent.glob("*"))) or "none"
+    raise UsageError(f"no checkpoint in {folder}; runs there are: {existing}")

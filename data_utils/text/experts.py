@@ -47,7 +47,7 @@ def save_store(path, store):
 def load_store(path, digest):
     """Return the VectorStore in `path`. Raises DataError unless its hash is `digest`, which the checkpoint keeps."""
     if not Path(path).exists():
-        raise DataError(f"{path} is missing: the checkpoint was trained with it\ntry: train_mla.py without --resume")
+        raise DataError(f"{path} is missing: the checkpoint was trained with it\ntry: copy it beside the checkpoint")
     if _digest(path) != digest:
         raise DataError(f"{path} is not the store that the checkpoint was trained with")
     with np.load(path) as arrays:

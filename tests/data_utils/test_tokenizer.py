@@ -8,7 +8,7 @@ import pytest
 from data_utils import tokenizer as module
 from data_utils.documents import cut
 from data_utils.errors import DataError, UsageError
-from data_utils.tokenizer import load_tokenizer, train_bpe
+from data_utils.tokenizer import SimpleTokenizer, load_tokenizer, restore_tokenizer, train_bpe
 
 TEXTS = [
     "",
@@ -153,3 +153,27 @@ def test_absent_large_or_unknown(tmp_path, monkeypatch):
     for name in "gpt4", "bpe:", "":
         with pytest.raises(UsageError, match="gpt2, bytes or bpe:FILE"):
             load_tokenizer(name)
+
+
+@pytest.mark.parametrize("which", range(3))
+def test_a_checkpoint_keeps_a_tokenizer_as_it_was(names, which, tmp_path, monkeypatch):
+    tokenizer = load_tokenizer(names[which])
+    state = dict(tokenizer=tokenizer.name, tokenizer_hash=tokenizer.hash, tokenizer_json=tokenizer.json_text)
+    monkeypatch.setattr("data_utils.tokenizer.load_tokenizer", None)  # no file, no package
+    restored = restore_tokenizer(state, "x.pt")
+    text = "the mat\n caf\u00e9 <|endoftext|> 12"
+    assert restored.encode(text) == tokenizer.encode(text) and restored.decode(restored.encode(text)) == text
+    for name in ("name", "hash", "vocab_size", "eos", "json_text"):
+        assert getattr(restored, name) == getattr(tokenizer, name), name
+    with pytest.raises(DataError, match="x.pt: its tokenizer can't be read"):
+        restore_tokenizer(state | dict(tokenizer_json='{"model": 1}'), "x.pt")
+
+
+def test_a_checkpoint_of_before_finds_its_tokenizer_by_name():
+    state = dict(tokenizer="bytes", tokenizer_hash=load_tokenizer("bytes").hash)
+    assert restore_tokenizer(state, "x.pt").vocab_size == 259
+    with pytest.raises(UsageError, match="x.pt: tokenizer bytes is not the one"):
+        restore_tokenizer(state | dict(tokenizer_hash="other"), "x.pt")
+    characters = SimpleTokenizer()
+    state = dict(tokenizer="characters", tokenizer_hash="", tokenizer_json=characters.json_text)
+    assert restore_tokenizer(state, "x.pt").encode("a") == characters.encode("a")

@@ -199,3 +199,24 @@ def test_state_dict_restores_everything():
     x, y = tokens(2), tokens(2, seed=1)
     loaded, wanted = (m.eval()(x, y)[1] for m in (other, model))
     assert all(torch.equal(loaded[name], wanted[name]) for name in wanted)
+
+
+@pytest.mark.parametrize("sampler", ["ancestral", "ddim"])
+def test_temperature_0_takes_the_likeliest_tokens(sampler):
+    model = build().eval()
+    drawn = [
+        model.sample(1, T, 8, temperature, torch.Generator().manual_seed(1), sampler)
+        for temperature in (0.0, 1e-40, 1e-7)
+    ]
+    assert torch.equal(drawn[0], drawn[1]) and torch.equal(drawn[0], drawn[2])
+    assert 0 <= drawn[0].min() and drawn[0].max() < V
+
+
+def test_top_k_and_top_p_of_one_token_are_temperature_0_at_the_last_step():
+    model = build().eval()
+    sizes = dict(n=1, length=T, steps=1, temperature=1.0, sampler="ancestral")
+    draws = [dict(), dict(top_k=1), dict(top_p=0.0), dict(temperature=0.0)]
+    free, one, none, greedy = (
+        model.sample(**(sizes | draw), generator=torch.Generator().manual_seed(1)) for draw in draws
+    )
+    assert torch.equal(one, greedy) and torch.equal(none, greedy) and not torch.equal(free, greedy)

@@ -32,6 +32,7 @@ MODULES = (
 MODULES += (
     " train_ae train_multimodal data_utils.formulas.generate data_utils.events.generate data_utils.pages.generate"
 )
+MODULES += " data_utils.text.generate data_utils.reasoning.generate"
 
 SHIM = """
 #include <ATen/CPUGeneratorImpl.h>

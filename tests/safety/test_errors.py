@@ -66,6 +66,7 @@ USAGE = [  # (command line, words that the message must contain); {x.yaml} is a 
     ("train_multimodal.py arch.hiden_size=3", ["arch.hiden_size", "did you mean arch.hidden_size?"]),
     ("train_multimodal.py --config {nested.yaml}", ["nested.yaml", "model", "flat"]),
     ("generate.py multimodal --taks read", ["--taks", "did you mean --task?"]),
+    ("generate.py fromula --data x.csv", ["fromula: no such file, folder or command (did you mean formula?)"]),
     ("generate.py --temprature 1", ["--temprature", "did you mean --temperature?"]),
     ("generate.py --top_k many", ["--top_k", "'many'"]),
     ("generate.py --sampler greedy", ["--sampler", "'greedy'", "ancestral", "ddim"]),
@@ -184,10 +185,15 @@ def garbage(at):
 
 
 def bpe_run(at):
-    """Write a checkpoint whose tokenizer file has changed."""
+    """Write a checkpoint of before, without its tokenizer, whose tokenizer file has changed."""
     train_bpe(at)
     state = torch.load(at.run / "transformer_expert.pt", weights_only=True)
+    del state["tokenizer_json"]
     torch.save(state | dict(tokenizer=f"bpe:{at.tmp}/bpe.json"), at.tmp / "other.pt")
+
+
+def other_file(at):
+    (at.tmp / "of.pt2").write_text("of the user's\n")
 
 
 def texts(at, content, place="own/a.jsonl"):
@@ -333,6 +339,16 @@ ROWS = [  # (command line, exit status, words that the message must contain, pre
     ("generate --checkpoint {run}/transformer_expert.pt --num_samples 0", 2, ["--num_samples 0", "1 or more"]),
     ("generate --checkpoint {run}/transformer_expert.pt --temperature -1", 2, ["--temperature -1", "0 or more"]),
     ("generate --checkpoint {run}/transformer_expert.pt --device cuda:99", 2, ["cuda:99", "--device cpu"]),
+    ("generate --checkpoint {run}/transformer_expert.pt --prompt caf\udce9", 2, ["--prompt", "0xe9", "not UTF-8"]),
+    ("generate --checkpoint {run}/transformer_expert.pt --export {tmp}/x.onnx", 2, ["x.onnx", ".safetensors", ".pt2"]),
+    (
+        "generate --checkpoint {run}/transformer_expert.pt --export {tmp}/of.pt2",
+        2,
+        ["exists", "--fresh"],
+        other_file,
+    ),
+    ("generate --checkpoint {run}/diffuser_expert.pt --max_new_tokens 32", 2, ["--max_new_tokens 32", "at most 31"]),
+    ("generate --checkpoint {run}/diffuser_expert.pt --max_new_tokens 2 --length 9", 2, ["--length", "one of them"]),
     ("generate --checkpoint {run}/diffuser_expert.pt --length 33", 2, ["--length 33", "32"]),
     ("generate --checkpoint {run}/diffuser_expert.pt --prompt 'a prompt' --length 8", 2, ["--length 8", "9"]),
     # plot and prepare_data

@@ -313,7 +313,7 @@ def test_the_real_command_reads_standard_input(run):
     [
         (dict(task=""), ["--task is missing", "read or continue or fill or sudoku4 or maze"]),
         (dict(task="sudok4"), ["--task sudok4", "did you mean sudoku4?"]),
-        (dict(paths=9), ["--paths 9", "the 4 trained ones", "--noise"]),
+        (dict(paths=9), ["--paths 9", "4 trained ones", "--noise"]),
         (dict(votes=0), ["--votes 0"]),
         (dict(noise=-1.0), ["--noise -1"]),
         (dict(input=""), ["no question", "--input -"]),

@@ -5,7 +5,8 @@ import torch
 
 import generate
 from data_utils.errors import DataError, UsageError
-from generate import choose, size_of, stream, write
+from data_utils.text.generate import size_of, stream, write
+from models.sampling import choose
 from models.state_space import StateSpace
 from models.transformer import Transformer
 
@@ -43,7 +44,9 @@ def test_choose_keeps_to_the_likeliest():
     assert set(choose(logits, 1.0, 2, 1.0, g).flatten().tolist()) == {0, 1}
     assert set(choose(logits, 1.0, 0, 0.7, g).flatten().tolist()) == {0, 1}
     assert set(choose(logits, 1.0, 0, 0.4, g).flatten().tolist()) == {0}
-    assert set(choose(logits, 0.0, 0, 1.0, g).flatten().tolist()) == {0}
+    assert set(choose(logits, 1.0, 0, 0.0, g).flatten().tolist()) == {0}
+    for temperature in (0.0, 1e-40, 1e-6):
+        assert set(choose(logits, temperature, 0, 1.0, g).flatten().tolist()) == {0}
     share = (choose(logits, 1.0, 0, 1.0, g) == 0).float().mean()
     assert abs(share - 0.5) < 0.08
 
