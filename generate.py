@@ -33,6 +33,9 @@ from data_utils.files import MARK, check_replaceable, is_marked, make_room, writ
 from data_utils.launch import ends_cleanly, launch
 
 
+STARTED = time.monotonic()  # imports count for --max_seconds, too
+
+
 @dataclass
 class Config:
     checkpoint: str = "checkpoints/transformer_expert.pt"  # a model of train_expert.py or train_mla.py
@@ -110,9 +113,6 @@ class FormulaConfig:
     max_variables: int = 0  # leave out problems with more variables; 0 = none
     seed: int = 0  # random seed
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
-
-    def __post_init__(self):
-        self.began = time.monotonic()  # before torch is imported, which counts for --max_seconds, too
 
 
 @dataclass
@@ -303,7 +303,7 @@ def main(cfg):
     if isinstance(cfg, FormulaConfig):
         from data_utils.formulas.generate import find
 
-        return find(cfg)
+        return find(cfg, STARTED if __name__ == "__main__" else time.monotonic())
     if isinstance(cfg, EventsConfig):
         from data_utils.events.generate import generate_events
 

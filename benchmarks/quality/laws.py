@@ -417,10 +417,10 @@ def skeleton(text):
         parts = []
         for key, e in sorted(factors.items()):
             e = 1 if e and key.startswith("exp(") else e
-            whole = abs(e - round(e)) < 1e-9
-            if whole and round(e) == 0:
+            is_whole = abs(e - round(e)) < 1e-9
+            if is_whole and round(e) == 0:
                 continue
-            exponent = "" if whole and round(e) == 1 else f"^{round(e)}" if whole else "^p"
+            exponent = "" if is_whole and round(e) == 1 else f"^{round(e)}" if is_whole else "^p"
             parts.append(key + exponent)
         return "*".join(parts) or "c"
 

@@ -37,17 +37,17 @@ from models.formula_model import check_sampling
 # of the files that write_rows makes: formulas of a table, runs of a suite
 STARTS = b"rank,formula,prefix,constants,", b"suite,name,seed,noise,", b'{"rank": 1, "formula": ', b'{"suite": '
 PROMPTS = "complexity", "allowed_terms", "include_terms"  # flags that only a network can follow
-IMPORTS = 20.0  # seconds that imports take at most
 TICK = 0.5  # seconds between two looks of the bar at the clock
 NO_FORMULA = "no formula explains y better than its mean"
 BESIDE = 3  # formulas listed beside that
 
 
-def find(cfg):
-    """Answer one call of the command: cfg has the fields of generate.FormulaConfig."""
-    begin = time.monotonic()
-    if begin - cfg.began < IMPORTS:  # else the configuration was made for another start, in a notebook
-        begin = cfg.began
+def find(cfg, begin=None):
+    """Answer one call of the command: cfg has the fields of generate.FormulaConfig.
+
+    begin: time.monotonic() from which --max_seconds counts, None = now.
+    """
+    begin = time.monotonic() if begin is None else begin
     at_least(cfg, 1, "choices", "restarts", "top", "seeds", "max_points", "beam_width")
     at_least(cfg, 0, "parsimony", "max_seconds", "noise", "complexity", "seed", "max_variables", "evolve")
     at_least(cfg, 0, "max_length", "precision")

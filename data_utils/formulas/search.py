@@ -278,14 +278,16 @@ class Search:
     def _shapes(self, batch, points, steps, deadline):
         """Fit (id list, start of its constants) to some points -> Candidates."""
         candidates = []
-        for a in range(0, len(batch), SHAPES):
+        y = self.data.y[points]
+        size = max(16, SHAPES * FIT_POINTS // max(len(y), FIT_POINTS))  # many points: fewer forms at a time
+        for a in range(0, len(batch), size):
             if candidates and time.monotonic() > deadline:
                 break
-            rows, start = [row for row, _ in batch[a : a + SHAPES]], [c for _, c in batch[a : a + SHAPES]]
+            rows, start = [row for row, _ in batch[a : a + size]], [c for _, c in batch[a : a + size]]
             padded_start = np.ones((len(rows), max(1, *map(len, start))))
             for i, constants in enumerate(start):
                 padded_start[i, : len(constants)] = constants
-            fitted = fit(self.alphabet, padded(rows), self.columns[points], self.data.y[points], 1, self.rng,
+            fitted = fit(self.alphabet, padded(rows), self.columns[points], y, 1, self.rng,
                          steps=steps, affine=True, start=padded_start, weights=self.weights[points])  # fmt: skip
             candidates += self.candidates(rows, *fitted)
         return candidates

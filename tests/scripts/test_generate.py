@@ -166,8 +166,8 @@ def test_language_models(expert, capsys):
 def test_other_rooms(tmp_path):
     network, alphabet = formulas.load(OLD / "formulas")
     assert alphabet is network.alphabet and not network.training
-    found = formulas.SymbolicRegressor(max_seconds=0, choices=4, model=network).fit([[1.0], [2], [3]], [2.0, 4, 6])
-    assert found.formula_
+    regressor = formulas.SymbolicRegressor(max_seconds=0, choices=4, model=network).fit([[1.0], [2], [3]], [2.0, 4, 6])
+    assert regressor.formula_
 
     rows, _ = decay_chain(12, seed=1)
     model, meta = events.load(OLD / "events")
