@@ -32,7 +32,6 @@ from data_utils.errors import DataError, UsageError
 from data_utils.files import MARK, check_replaceable, is_marked, make_room, write_atomic
 from data_utils.launch import ends_cleanly, launch
 
-
 STARTED = time.monotonic()  # imports count for --max_seconds, too
 
 

@@ -87,7 +87,8 @@ class Data:
         """Return the bits of the residuals of values (M,); relative ones are in proportion to the values, not to y."""
         if not relative:
             weights = self.weights[False]
-            share = np.mean(np.square((values - self.y) * weights)) / max(spread(self.y, weights) ** 2, 1e-300)
+            with np.errstate(over="ignore"):
+                share = np.mean(np.square((values - self.y) * weights)) / max(spread(self.y, weights) ** 2, 1e-300)
             return self.residual_bits(float(share), free, False)
         size = np.abs(values)
         if free >= self.n or not (values * self.y > 0).all():
