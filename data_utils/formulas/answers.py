@@ -12,6 +12,7 @@ from collections import namedtuple
 import numpy as np
 
 from data_utils.errors import DataError, UsageError
+from data_utils.formulas import search
 from data_utils.formulas.expressions import OPERATORS, SYNONYMS, evaluate, parse_formula
 from data_utils.formulas.formats import number_text, round_constants, used_variables, write_formula
 from data_utils.formulas.score import Ranked, padded_columns
@@ -143,7 +144,7 @@ def contains(formula, operators, terms):
         pass
     if any(set(operators) & set(form) for form in forms):
         return True
-    return any(form[i : i + len(term)] == term for form in forms for term in terms for i in range(len(form)))
+    return any(search.contains(form, terms) for form in forms)
 
 
 # ---- the search
