@@ -9,12 +9,23 @@ import pytest
 from data_utils.formulas.expressions import evaluate, format_formula, parse_formula
 from data_utils.formulas.pools import save_pool
 from data_utils.formulas.problems import attainable, problems
-from data_utils.formulas.search import Candidate, Prior, find_formula, front, offspring, predict, subtree_end
+from data_utils.formulas.score import admissible
+from data_utils.formulas.search import (
+    Candidate,
+    Prior,
+    find_formula,
+    front,
+    offspring,
+    predict,
+    subtree_end,
+    with_logarithm,
+)
 from data_utils.formulas.skeletons import PoolConfig, check_pool, draw_pool
 from data_utils.formulas.sums import Library, choose, plain_pairs
 
 POOL = PoolConfig(variables=("x1", "x2"), max_operators=4)
 ALPHABET = check_pool(POOL)
+C = "<constant>"
 
 
 def points(n=20, seed=0):
@@ -215,3 +226,12 @@ def test_plain_pairs_are_those_of_a_loop():
 def test_the_front_of_each_length():
     candidates = [Candidate([0] * n, [], error, n, 0.0) for n, error in ((3, 0.5), (3, 0.4), (5, 0.45), (7, 0.1))]
     assert [(c.length, c.fvu) for c in front(candidates)] == [(3, 0.4), (7, 0.1)]
+
+
+def test_a_power_with_an_exponent_near_zero_is_written_as_a_logarithm():
+    tokens = ["*", C, "+", C, "pow", "/", "x1", "x2", C]
+    assert with_logarithm(tokens, [2.0, -1.0, 1e-4]) == (["*", C, "+", C, "log", "/", "x1", "x2"], [2.0, -1.0])
+    assert with_logarithm(tokens, [2.0, -1.0, 0.5]) is None
+    X = np.random.default_rng(0).uniform(1, 9, (20, 2))
+    assert not admissible(tokens, [2.0, -1.0, 1e-4], X)
+    assert admissible(tokens, [2.0, -1.0, 0.5], X)
