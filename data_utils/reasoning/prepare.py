@@ -251,6 +251,9 @@ def _chunks(batches, output):
         raise DataError(f"no chunk in {batches}: no such folder")
     result = os.path.realpath(output)
     folders = sorted(path for path in root.iterdir() if path.is_dir() and os.path.realpath(path) != result)
+    folders = [path for path in folders if not path.name.startswith(".")]  # such as the .cache of a prepared folder
+    if not folders and (root / "meta.json").exists():
+        raise DataError(f"{batches} is itself a prepared folder, expected a folder of them\nfix: the folder around it")
     if not folders:
         raise DataError(f"no chunk in {batches}: expected one folder each, with meta.json")
     prepared.check_apart(output, "--output_dir", folders)
