@@ -33,7 +33,7 @@ def _command(advice):
         return shlex.join(typed())
     if advice.startswith("without "):
         return shlex.join(_without(typed(), _names(advice.split())))
-    if re.match(f"{FLAG}|{KEY}", advice):
+    if re.match(f"'?(?:{FLAG}|{KEY})", advice):
         changes = shlex.split(advice)
         names = _names(changes)
         names += [other for name in names for other in EXCLUDED.get(name, ())]

@@ -191,7 +191,9 @@ def _complete_rows(table, used, needed, explicit, notes):
         if not constant and not explicit and len(used) > 1 and rows.sum() < base.sum() / 2:
             name = max(used, key=lambda name: (~np.isfinite(table[name].values[base])).sum())
             gaps = int((~np.isfinite(table[name].values)).sum())
-            reason = f"missing in {gaps} of {len(rows)} rows; to use it try: {shlex.join(['--columns', *used])}"
+            reason = f"missing in {gaps} of {len(rows)} rows"
+            if rows.sum() > 1:
+                reason += f"; to use it try: {shlex.join(['--columns', *used])}"
         else:
             constant = constant or [name for name in used if not table[name].varies(rows)]
             if not constant:

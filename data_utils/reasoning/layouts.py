@@ -42,7 +42,7 @@ def advice(source, row):
         return "fix: rows with a field of text"
     longest = sorted(texts, key=lambda name: len(texts[name]))[-2:]
     if len(longest) == 1:
-        return f"try: --text-field {shlex.quote(longest[0])}"
+        return f"try: --text-field {shlex.quote(longest[0])} --fresh"
     question, answer = (shlex.quote(name) for name in texts if name in longest)
     output = shlex.quote(str(unused(f"{Path(source).stem}_qa.jsonl", "")))
     command = f"python prepare_data.py normalize-qa --input {shlex.quote(str(source))} --output {output}"

@@ -101,7 +101,7 @@ def read_texts(task, counts, *, text_field, lang, collapse_whitespace, skip_bad_
             texts = texts_of(row, text_field, counts)
         except ValueError as e:
             if not skip_bad_lines:
-                advice = "--skip-bad-lines"
+                advice = "try: --skip-bad-lines --fresh"
                 if "UTF-8" in str(e):
                     e = f"{e}; iconv -f CP1252 -t UTF-8 converts a file from Windows"
                 if str(e).startswith("no text"):
