@@ -71,7 +71,7 @@ def read_table(path, target="", columns=(), ignore=(), sigma=""):
     for name in [*used, *needed]:
         if table[name].wrong:
             line, cell = table[name].wrong
-            remedy = "fix: correct it or empty the cell" if name in needed else f"try: --ignore {shlex.quote(name)}"
+            remedy = "fix: correct it or empty the cell" if name in needed else _without(name, chosen)
             raise error(path, f"line {line}, column {name}: {cell!r} is no number", remedy)
     used, rows = _complete_rows(table, used, needed, bool(chosen), notes)
     M = int(rows.sum())
@@ -84,8 +84,7 @@ def read_table(path, target="", columns=(), ignore=(), sigma=""):
     if M < 2:
         remedy = "fix: more complete rows"
         if len(used) > 1:
-            emptiest = min(used, key=lambda name: np.isfinite(table[name].values).sum())
-            remedy = f"try: --ignore {shlex.quote(emptiest)}"
+            remedy = _without(min(used, key=lambda name: np.isfinite(table[name].values).sum()), chosen)
         raise error(path, f"complete rows of numbers: {M}; expected 2 or more", remedy, notes)
     if sigma and (table[sigma].values[rows] <= 0).any():
         line = lines[np.flatnonzero(rows & (table[sigma].values <= 0))[0]]
@@ -102,6 +101,14 @@ def read_table(path, target="", columns=(), ignore=(), sigma=""):
         digits_y=table[target].digits[rows],
         notes=notes,
     )
+
+
+def _without(name, chosen):
+    """Return the advice to leave a column out; chosen: those under --columns."""
+    others = [other for other in chosen if other != name]
+    if chosen and not others:
+        return "fix: another column"
+    return f"try: {shlex.join(['--columns', *others] if chosen else ['--ignore', name])}"
 
 
 def _find(path, table, flag, name):
