@@ -369,6 +369,8 @@ def questions(patch):
         yield f"{LANGUAGE} --source {name} --dest prepared_{name.strip(chr(39))[:3].strip()}", None
     put("texts/a.jsonl", lines_of(dict(text=f"text number {i}") for i in range(40)))
     yield f"{LANGUAGE} --source texts --dest texts/out", None
+    put("bad/a.jsonl", Path("texts/a.jsonl").read_text() + "{\n")
+    yield f"{LANGUAGE} --source bad --dest prepared_bad", None
     yield "train_hrm.py --dataset texts --device cpu", None
     yield "train_hrm.py --dataset 'no folder' --device cpu", None
     yield f"{QA} --input pairs.jsonl --output out.jsonl --context-field c", None
@@ -511,6 +513,7 @@ def runs(patch):
     with patch.context() as inner:
         inner.setattr(torch.nn.utils, "clip_grad_norm_", lambda *_: torch.tensor(torch.nan))
         yield f"{expert} --resume --max_steps 30", None
+        yield f"{HRM} --steps 30", None
     with patch.context() as inner:
         stopped_after(inner, 2)
         yield f"{expert} --fresh --max_steps 30 --checkpoint_dir stopped", None
