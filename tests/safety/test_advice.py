@@ -369,8 +369,8 @@ def questions(patch):
         yield f"{LANGUAGE} --source {name} --dest prepared_{name.strip(chr(39))[:3].strip()}", None
     put("texts/a.jsonl", lines_of(dict(text=f"text number {i}") for i in range(40)))
     yield f"{LANGUAGE} --source texts --dest texts/out", None
-    put("bad/a.jsonl", Path("texts/a.jsonl").read_text() + "{\n")
-    yield f"{LANGUAGE} --source bad --dest prepared_bad", None
+    put("bad rows/a.jsonl", Path("texts/a.jsonl").read_text() + "{\n")
+    yield f"{LANGUAGE} --source 'bad rows' --dest prepared_bad", None
     yield "train_hrm.py --dataset texts --device cpu", None
     yield "train_hrm.py --dataset 'no folder' --device cpu", None
     yield f"{QA} --input pairs.jsonl --output out.jsonl --context-field c", None
