@@ -142,7 +142,7 @@ class SRConfig(ModelConfig, PoolConfig, DataConfig):
     # Flags of other scripts, and why they are not here.
     absent = dict.fromkeys(
         ("epochs", "max_epochs"),
-        "formulas are drawn anew at each step\ntry: without --epochs --max_epochs",
+        "formulas are drawn anew at each step: --steps says how many\ntry: without --epochs --max_epochs",
     )
 
     @property

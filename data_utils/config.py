@@ -66,7 +66,7 @@ class Parser(argparse.ArgumentParser):
             name = word.lstrip("-").replace("-", "_")
             if name in self.absent:
                 self.exit(2, pasteable(f"error: {self.prog} has no {word}: {self.absent[name]}\n"))
-            near = nearest(name, [option.lstrip("-") for option in self._option_string_actions])
+            near = nearest(word.lstrip("-"), [option.lstrip("-") for option in self._option_string_actions])
             message += f" (did you mean --{near}?)" if near else ""
         if "\ntry: " not in message:
             message += f"\ntry: python {self.prog} --help"
