@@ -56,9 +56,7 @@ class ReadingConfig:
 
 @dataclass
 class LanguageConfig(ReadingConfig):
-    source: str = (
-        ""  # file or folder: .parquet .arrow .csv .jsonl .json .txt (a row per line) .md, the last five also .gz
-    )
+    source: str = ""  # file or folder: .parquet .arrow, or .csv .jsonl .json .md .txt (a row per line), these also .gz
     dest: str = ""  # folder to write
     tokenizer: str = ""  # tokenizer.json to use; "" trains one
     vocab_size: int = 8192  # ids of the trained tokenizer
