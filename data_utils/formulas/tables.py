@@ -71,8 +71,10 @@ def read_table(path, target="", columns=(), ignore=(), sigma=""):
     for name in [*used, *needed]:
         if table[name].wrong:
             line, cell = table[name].wrong
-            remedy = "fix: correct it or empty the cell" if name in needed else _without(name, chosen)
-            raise error(path, f"line {line}, column {name}: {cell!r} is no number", remedy)
+            problem = f"line {line}, column {name}: {cell!r} is no number"
+            if name in needed or len(used) == 1:
+                raise error(path, problem, "fix: correct it or empty the cell")
+            raise error(path, f"{problem}: correct it or empty the cell", _without(name, chosen))
     used, rows = _complete_rows(table, used, needed, bool(chosen), notes)
     M = int(rows.sum())
     if M < len(rows):

@@ -168,7 +168,7 @@ REFUSED = {  # kind -> content, what the error says, what it advises
     "short row": ("m,V,rho\n1,2,3\n\n1,2\n2,3,4\n", "line 4 has 2 cells, the header 3: m, V, rho", "correct the line"),
     "long row": ("m,V,rho\n1,2,3\n2,3,4\n1,2,3,4\n", "line 4 has 4 cells, the header 3", "correct the line"),
     "commas twice": (table(cell=comma), "line 2 has 6 cells, the header 3", "semicolons"),
-    "a word": ("a,y\n1,2\n2,3\n3,bad\n4,4\n", "line 4, column y: 'bad' is no number", "--ignore y"),
+    "a word": ("a,y\n1,2\n2,3\n3,bad\n4,4\n", "line 4, column y: 'bad' is no number", "empty the cell"),
     "below the limit": ("a,y\n1,2\n<2,3\n3,5\n4,4\n", "line 3, column a: '<2' is no number", "empty the cell"),
     "a unit once": ("a,y\n1,2\n2,3\n3 kg,5\n4,4\n", "line 4, column a: '3 kg' is no number", ""),
     "two marks": ("a;y\n1,5;2\n2.25;3\n4;5\n", "the decimal mark can't be told from 1,5 and 2.25", "decimal point"),
