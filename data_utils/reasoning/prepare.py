@@ -329,7 +329,7 @@ def _remove(chunk, tokenizer):
     folder, meta = Path(chunk["folder"]), chunk["meta"]
     if not folder.is_dir():
         return
-    if "meta.json" not in chunk["written_here"]:
+    if "meta.json" not in chunk.get("written_here", ["meta.json"]):  # absent in an older plan
         warn(f"{folder} stays: it was not written by prepare_data.py")
         return
     names = [FINISHED[name] for name in FILES[meta["format"]]]

@@ -90,8 +90,9 @@ def split_tasks(files, block=BLOCK_BYTES):
                 yield path, "csv", 0, values
         else:
             number = 1
-            remaining = iter([dict(text=read_text(path))])
-            if suffix != ".md":
+            if suffix == ".md":
+                remaining = iter([dict(text=read_text(path))])
+            else:
                 remaining = _arrow(path) if suffix == ".arrow" else _json(path)
             while values := list(islice(remaining, GROUP_ROWS)):
                 yield path, "values", number, values

@@ -622,6 +622,35 @@ def pools_and_pages(patch):
         yield mm, lambda call=call: call
 
 
+ADVICE = [  # (command that was typed, advice in the code, command that is printed)
+    ("train_ae.py", "the same command", "train_ae.py"),
+    ("train_hrm.py --resume auto --lr 1", "--resume", "train_hrm.py --lr 1 --resume"),
+    ("train_hrm.py --resume 'a b.pt'", "--resume", "train_hrm.py --resume"),
+    ("train_hrm.py --fresh --dry_run", "--resume", "train_hrm.py --dry_run --resume"),
+    ("train_hrm.py --resume --seed -1", "--fresh", "train_hrm.py --seed -1 --fresh"),
+    ("train_ae.py a.hidden=8 data='a b' lr=1", "'hidden=[8,8]'", "train_ae.py 'data=a b' lr=1 'hidden=[8,8]'"),
+    ("train_sr.py --no-compile --out=x y=1", "without --compile --out", "train_sr.py y=1"),
+    ("generate.py events 'my run' --out a.csv", "--out a.npz", "generate.py events 'my run' --out a.npz"),
+    ("generate.py formula --columns a b --top 3", "--columns a", "generate.py formula --top 3 --columns a"),
+    ("plot.py x", "echo 1 | python generate.py multimodal x", "echo 1 | python {}/generate.py multimodal x"),
+    ("plot.py x", "free some space", "free some space"),
+]
+
+
+@pytest.mark.parametrize("typed, raw, command", ADVICE)
+def test_advice_changes_the_command_that_was_typed(typed, raw, command, monkeypatch):
+    script, *words = shlex.split(typed)
+    expected = command.format(ROOT) if "{}" in command or raw == command else f"python {ROOT}/{command}"
+    for ranks, launcher in (("1", "python"), ("2", "torchrun --standalone --nproc-per-node 2")):
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", ranks)
+        monkeypatch.setattr(sys, "argv", [str(ROOT / script), *words])
+        printed = advice.pasteable(f"error: x\ntry: {raw}")
+        begins = expected.startswith("python ")
+        assert printed == "error: x\ntry: " + (expected.replace("python", launcher, 1) if begins else expected)
+    monkeypatch.setattr(sys, "argv", ["ipykernel_launcher.py", "-f", "k.json"])
+    assert advice.pasteable(f"try: {raw}") == f"try: {raw}"
+
+
 GROUPS = [flags, data, questions, tables_of_numbers, environments, runs, pools_and_pages]
 
 

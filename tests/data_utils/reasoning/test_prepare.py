@@ -296,6 +296,19 @@ def test_killed_merge_loses_nothing(prepared, chunks, tmp_path, monkeypatch, see
     assert (len(list((tmp_path / "chunks").iterdir())) == 3) == (seed > 2) or kills
 
 
+def test_merge_deletes_no_chunk_that_another_program_wrote(chunks, tmp_path, capsys):
+    shutil.copytree(chunks, tmp_path / "chunks")
+    meta = tmp_path / "chunks" / "1" / "meta.json"
+    meta.write_text(json.dumps({k: v for k, v in json.loads(meta.read_text()).items() if k != "data_sha256"}))
+    (tmp_path / "chunks" / ".cache").mkdir()
+    before = content(meta.parent)
+    prepare.merge(config("merge", batches=str(tmp_path / "chunks"), output_dir=str(tmp_path / "out")))
+    assert content(meta.parent) == before and "chunks/1 stays: it was not written" in capsys.readouterr().err
+    assert not (tmp_path / "chunks" / "0").exists()
+    with pytest.raises(DataError, match="out is itself a prepared folder"):
+        prepare.merge(config("merge", batches=str(tmp_path / "out"), output_dir=str(tmp_path / "other")))
+
+
 @pytest.fixture(scope="module")
 def many_tasks(prepared, tmp_path_factory):
     """(source of 60 tasks, the folder prepared from it, the tokenizer)."""
