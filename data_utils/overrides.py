@@ -321,7 +321,7 @@ def _jobs(items, layers, earlier, parse, error):
     if number >= 0:
         return parse([*words[number], "multirun=false", f"sweep_job={number}"])
     if (bundled | typed).get("out"):
-        raise ValueError("out: a sweep names the folders of its jobs; outputs= is their root\ntry: without --out")
+        raise ValueError("out: a sweep names the folders of its jobs; outputs=FOLDER is their root\ntry: without --out")
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 or "TORCHELASTIC_RUN_ID" in os.environ:
         raise ValueError("--multirun under torchrun: a sweep is one process\nfix: python in place of torchrun")
     configs = [parse([*line, "multirun=false"]) for line in words]
