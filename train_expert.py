@@ -20,6 +20,7 @@ B batch, T time, V vocabulary. A window is T tokens and, as targets, the T token
 import inspect
 import math
 import os
+import shlex
 import sys
 import time
 from dataclasses import asdict, dataclass
@@ -125,8 +126,10 @@ class TrainExpertConfig(DataConfig):
     amp_dtype: Literal["bf16", "fp16"] = "bf16"  # fp16 where bf16 is slow; fp32 where both are
     compile: bool = cosmetic(False)  # torch.compile: slow to start, then faster on a GPU
 
-    # launch advises this when the memory is too small.
-    remedy = "a smaller --batch_size with a larger --grad_accum_steps, or --fsdp on several GPUs"
+    @property
+    def remedy(self):
+        """Return flags that need less memory and keep the size of a step."""
+        return f"--batch_size {max(1, self.batch_size // 2)} --grad_accum_steps {2 * self.grad_accum_steps}"
 
 
 @dataclass
@@ -278,7 +281,7 @@ def main(cfg):
     if cfg.fsdp and world == 1:
         raise UsageError(
             "--fsdp shares a model among processes, and this is the only one\n"
-            f"try: torchrun --standalone --nproc-per-node 2 {' '.join(sys.argv)}"
+            f"try: torchrun --standalone --nproc-per-node 2 {shlex.join(sys.argv)}"
         )
 
     # --- data -----------------------------------------------------------------------------
@@ -560,8 +563,9 @@ def main(cfg):
                     state.skipped_in_row = 0
                 if state.skipped_in_row == BAD_STEPS:
                     raise DataError(
-                        f"{BAD_STEPS} steps in a row were not finite, up to step {state.step}\n"
-                        f"try: a smaller --lr, or --dtype float32; last good file: {saver.last}"
+                        f"{BAD_STEPS} steps in a row were not finite, up to step {state.step}; "
+                        f"last good file: {saver.last}\n"
+                        f"try: --lr {cfg.lr / 10:g}"
                     )
 
                 # 4. Log.
@@ -639,10 +643,9 @@ def main(cfg):
         for domain, numbers in (val_row["domains"] | dict(all=val_row)).items():
             log(f"  {domain:12} loss {numbers['loss']:.4f}  bits per byte {numbers['bpb']:.4f}")
     if finished:
-        next_command = f"python generate.py --checkpoint {best_file}"
+        next_command = f"python generate.py --checkpoint {shlex.quote(str(best_file))}"
     else:
-        typed = [word for word in sys.argv if word != "--resume"]
-        next_command = " ".join(["python", *typed, "--resume"])
+        next_command = "--resume"
     log(
         f"{run}: step {state.step} of {last_step}, best val_loss {state.best_val_loss:.4f} "
         f"at step {state.best_step}, {time.monotonic() - start:.0f} s, "

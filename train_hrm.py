@@ -21,6 +21,7 @@ import inspect
 import json
 import math
 import os
+import shlex
 import sys
 import time
 from dataclasses import asdict, dataclass
@@ -118,9 +119,12 @@ class HrmConfig:
     compile: bool = cosmetic(False)  # torch.compile of the core: a minute to start, then faster
 
     # Flags of other scripts, and why they are not here.
-    absent = dict(grad_accum_steps="each segment is an optimizer step of its own\ntry: a larger --batch_size")
-    # launch advises this when the memory is too small.
-    remedy = "a smaller --batch_size or --d_model, or --fsdp on several GPUs"
+    absent = dict(grad_accum_steps="each segment is an optimizer step of its own\nfix: a larger --batch_size")
+
+    @property
+    def remedy(self):
+        """Return flags that need less memory."""
+        return f"--batch_size {max(1, self.batch_size // 2)}"
 
 
 @dataclass
@@ -313,7 +317,7 @@ def main(cfg):
     if cfg.fsdp and world == 1:
         raise UsageError(
             "--fsdp shares a model among processes, and this is the only one\n"
-            f"try: torchrun --standalone --nproc-per-node 2 {' '.join(sys.argv)}"
+            f"try: torchrun --standalone --nproc-per-node 2 {shlex.join(sys.argv)}"
         )
 
     # --- data -----------------------------------------------------------------------------
@@ -599,8 +603,9 @@ def main(cfg):
                     state.skipped_in_row = 0
                 if state.skipped_in_row == BAD_STEPS:
                     raise DataError(
-                        f"{BAD_STEPS} steps in a row were not finite, up to step {state.step}\n"
-                        f"try: a smaller --lr, or --dtype float32; last good file: {saver.last}"
+                        f"{BAD_STEPS} steps in a row were not finite, up to step {state.step}; "
+                        f"last good file: {saver.last}\n"
+                        f"try: --learning_rate {cfg.learning_rate / 10:g}"
                     )
 
                 # 4. Log.
@@ -668,9 +673,11 @@ def main(cfg):
     # --- summary --------------------------------------------------------------------------
     if rank == 0 and finished:
         draw_losses([metrics_file], home / "loss.png", log)
-    next_command = "the same command again"
+    next_command = "without --fresh"
     if finished:
-        next_command = f"python generate.py --checkpoint {final_file}"
+        prompt = shlex.quote(data.example())
+        path = shlex.quote(str(final_file))
+        next_command = f"python generate.py --checkpoint {path} --prompt {prompt}"
     log(
         f"{home}: step {state.step} of {last_step}, best val_loss {state.best_val_loss:.4f} "
         f"at step {state.best_step}, {time.monotonic() - start:.0f} s, "

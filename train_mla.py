@@ -18,7 +18,7 @@ main is that of train_expert.py, but for the parts that begin with `Differs:`.
 import inspect
 import math
 import os
-import sys
+import shlex
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -115,8 +115,11 @@ class TrainMLAConfig(MLAConfig, DataConfig):
         fsdp="each rank needs the frozen experts as they are\n"
         "try: torchrun --standalone --nproc-per-node 2 train_mla.py"
     )
-    # launch advises this when the memory is too small.
-    remedy = "a smaller --batch_size with a larger --grad_accum_steps"
+
+    @property
+    def remedy(self):
+        """Return flags that need less memory and keep the size of a step."""
+        return f"--batch_size {max(1, self.batch_size // 2)} --grad_accum_steps {2 * self.grad_accum_steps}"
 
 
 Config = TrainMLAConfig
@@ -577,8 +580,9 @@ def main(cfg):
                     state.skipped_in_row = 0
                 if state.skipped_in_row == BAD_STEPS:
                     raise DataError(
-                        f"{BAD_STEPS} steps in a row were not finite, up to step {state.step}\n"
-                        f"try: a smaller --lr, or --dtype float32; last good file: {saver.last}"
+                        f"{BAD_STEPS} steps in a row were not finite, up to step {state.step}; "
+                        f"last good file: {saver.last}\n"
+                        f"try: --lr {cfg.lr / 10:g}"
                     )
 
                 # 4. Log.
@@ -667,10 +671,9 @@ def main(cfg):
             mixture = f"{numbers['loss']:14.4f} {numbers['bpb']:5.3f} {numbers['static']:9.4f}"
             log(f"  {domain:10} {mixture}{experts}")
     if finished:
-        next_command = f"python generate.py --checkpoint {best_file}"
+        next_command = f"python generate.py --checkpoint {shlex.quote(str(best_file))}"
     else:
-        typed = [word for word in sys.argv if word != "--resume"]
-        next_command = " ".join(["python", *typed, "--resume"])
+        next_command = "--resume"
     log(
         f"{run}: step {state.step} of {last_step}, best val_loss {state.best_val_loss:.4f} "
         f"at step {state.best_step}, {time.monotonic() - start:.0f} s, "

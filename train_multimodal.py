@@ -20,6 +20,7 @@ import inspect
 import math
 import os
 import re
+import shlex
 import sys
 import time
 from collections import Counter
@@ -167,7 +168,7 @@ class MultimodalConfig:
     absent = dict(
         fsdp="each process holds all weights, and the optimizer averages the gradients\n"
         "try: torchrun --standalone --nproc-per-node 2 train_multimodal.py",
-        grad_accum_steps="a sample's states move at each step\ntry: a larger global_batch_size=",
+        grad_accum_steps="a sample's states move at each step\nfix: a larger global_batch_size=",
     )
 
     @property
@@ -182,7 +183,7 @@ class MultimodalConfig:
             cures.append("enable_latent_planning=false")
         if not self.enable_gradient_checkpointing:
             cures.append("enable_gradient_checkpointing=true")
-        return " ".join(cures) or "a smaller hidden_size="
+        return " ".join(cures) or f"hidden_size={self.hidden_size // 2}"
 
 
 CONFIGS = {"multimodal": MultimodalConfig}
@@ -226,9 +227,9 @@ def check(cfg):
         expected = "expected a folder, tasks, as many weights or none"
         raise UsageError(f"--data_paths, --tasks, --task_weights: {expected}")
     if weights and not (min(weights) >= 0 and 0 < sum(weights) < math.inf):
-        expected = "expected 0 or more for each task, above 0 for one"
-        advice = "the command without it, for equal shares"
-        raise UsageError(f"--task_weights {' '.join(map(str, weights))}: {expected}\ntry: {advice}")
+        expected = "expected 0 or more for each task, above 0 for one; without them shares are equal"
+        words = " ".join(map(str, weights))
+        raise UsageError(f"--task_weights {words}: {expected}\ntry: without --task_weights")
     below_one(cfg, "beta1", "beta2")
     starts_over = cfg.fresh or cfg.resume in ("", "none")
     if cfg.resume == "auto":
@@ -236,8 +237,7 @@ def check(cfg):
         starts_over = starts_over or not any(there)
     if cfg.eval_only and starts_over:
         reason = f"no trained model to score in {cfg.checkpoint_path}, or it is not to be read"
-        advice = "the command without --eval_only, which trains one"
-        raise UsageError(f"--eval_only: {reason}\ntry: {advice}")
+        raise UsageError(f"--eval_only: {reason}\ntry: without --eval_only")
     if cfg.halt_policy == "dqn" and not cfg.enable_dqn:
         raise UsageError("--halt_policy dqn needs --enable_dqn")
 
@@ -682,8 +682,9 @@ def main(cfg, begun=None):
                     state.skipped_in_row = 0
                 if state.skipped_in_row == BAD_STEPS:
                     raise DataError(
-                        f"{BAD_STEPS} steps in a row were not finite, up to step {state.step}\n"
-                        f"try: a smaller --lr, or --dtype float32; last good file: {saver.last}"
+                        f"{BAD_STEPS} steps in a row were not finite, up to step {state.step}; "
+                        f"last good file: {saver.last}\n"
+                        f"try: --lr {cfg.lr / 10:g}"
                     )
                 # A weight that no task reaches is a bug, which no loss would show.
                 if watched and all(taken[task] > 1 for task in names):
@@ -743,9 +744,13 @@ def main(cfg, begun=None):
     if rank == 0 and finished:
         draw_losses([metrics_file], folder / "loss.png", log)
     if finished:
-        next_command = f"python generate.py multimodal {best_file}"
+        next_command = f"python plot.py {shlex.quote(str(folder))}"
+        for name, source in sources.items():
+            if example := source.task.example():
+                next_command = f"echo {shlex.quote(example)} | python generate.py multimodal "
+                next_command += f"{shlex.quote(str(best_file))} --task {name} --input -"
     else:
-        next_command = "the same command again"
+        next_command = "without --fresh"
     log(
         f"{folder}: step {state.step} of {last_step}, best {state.best:.4f} "
         f"at step {state.best_step}, {time.monotonic() - start:.0f} s, "

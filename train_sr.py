@@ -18,6 +18,7 @@ B batch, M points, D variables, T tokens, V tokens of the alphabet.
 
 import math
 import os
+import shlex
 import sys
 import time
 from dataclasses import asdict, dataclass
@@ -141,10 +142,14 @@ class SRConfig(ModelConfig, PoolConfig, DataConfig):
     # Flags of other scripts, and why they are not here.
     absent = dict.fromkeys(
         ("epochs", "max_epochs"),
-        "formulas are drawn anew at each step\ntry: --steps alone",
+        "formulas are drawn anew at each step: --steps says how many\ntry: without --epochs --max_epochs",
     )
-    # launch advises this when the memory is too small.
-    remedy = "a smaller --batch_size, more --gradient_accumulation_steps, or --fsdp on several GPUs"
+
+    @property
+    def remedy(self):
+        """Return flags that need less memory and keep the size of a step."""
+        accumulate = 2 * self.gradient_accumulation_steps
+        return f"--batch_size {max(1, self.batch_size // 2)} --accumulate {accumulate}"
 
 
 Config = SRConfig
@@ -302,7 +307,7 @@ def main(cfg):
     if cfg.fsdp and world == 1:
         raise UsageError(
             "--fsdp shares a model among processes, and this is the only one\n"
-            f"try: torchrun --standalone --nproc-per-node 2 {' '.join(sys.argv)}"
+            f"try: torchrun --standalone --nproc-per-node 2 {shlex.join(sys.argv)}"
         )
 
     # --- data -----------------------------------------------------------------------------
@@ -363,8 +368,8 @@ def main(cfg):
     unfinished = snapshots and not model_file.exists()
     if unfinished and not resumed_from and not cfg.fresh:
         raise UsageError(
-            f"{folder} holds an unfinished run, up to {snapshots[0].name}\n"
-            "try: --resume-from auto, which goes on, or --fresh, which keeps it as *.bak"
+            f"{folder} holds an unfinished run, up to {snapshots[0].name}: --resume-from auto goes "
+            "on, --fresh keeps it as *.bak\ntry: --resume-from auto\ntry: --fresh"
         )
     # A resume compares this with its own and names each difference that ends exactness.
     header = dict(
@@ -572,8 +577,9 @@ def main(cfg):
                     state.skipped_in_row = 0
                 if state.skipped_in_row == BAD_STEPS:
                     raise DataError(
-                        f"{BAD_STEPS} steps in a row were not finite, up to step {state.step}\n"
-                        f"try: a smaller --lr, or --dtype float32; last good file: {saver.last}"
+                        f"{BAD_STEPS} steps in a row were not finite, up to step {state.step}; "
+                        f"last good file: {saver.last}\n"
+                        f"try: --lr {cfg.lr / 10:g}"
                     )
 
                 # 4. Log.
@@ -651,10 +657,11 @@ def main(cfg):
             save_model(raw_model, folder, weights, dtype=cfg.dtype)
         draw_losses([metrics_file], folder / "loss.png", log)
     if state.step >= cfg.steps:
-        next_command = f"python generate.py formula --model {folder} --data points.csv"
+        table = os.path.relpath(files.root() / "benchmarks" / "pendulum.csv")
+        model = shlex.quote(str(folder))
+        next_command = f"python generate.py formula --model {model} --data {shlex.quote(table)}"
     else:
-        typed = [word for word in sys.argv if word != "--fresh"]
-        next_command = " ".join(["python", *typed, "--resume-from", "auto"])
+        next_command = "--resume-from auto"
     log(
         f"{folder}: step {state.step} of {last_step}, best val_loss {state.best_val_loss:.4f} "
         f"at step {state.best_step}, {time.monotonic() - start:.0f} s, "

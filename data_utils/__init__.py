@@ -13,6 +13,8 @@ room has them, prepare.py is run by prepare_data.py, dataset.py is read by the t
 by generate.py.
 
 errors.py       errors with a message for the user
+advice.py       the advice in messages becomes a command that works when pasted
+other_names.py  the names that other projects give to flags
 launch.py       start and end of a program: threads, exit status, released resources
 files.py        atomic writes, locks, backups; no file of the user's is replaced unasked
 config.py       a dataclass becomes the command line

@@ -13,9 +13,10 @@ import zipfile
 from pathlib import Path
 
 from data_utils.errors import CheckpointError, DataError, UsageError
-from data_utils.files import set_aside, warn, write_atomic
+from data_utils.files import set_aside, unused, warn, write_atomic
 
 PLAIN = (int, float, str, bool, bytes, type(None))
+LEAST_SHARE = 0.5  # of the numbers of a model that must fit for --allow_partial
 FAILED_SAVES = 3  # rolling saves that may fail in a row before a run gives up
 # This bit of a zip entry is in no checksum. If it flips, torch fills the tensor with uninitialized memory.
 FOLDER = 0x10
@@ -184,7 +185,7 @@ def first_good(paths, load):
             unreadable += 1
             warn(f"{e}; trying the next one")
     if unreadable:
-        raise CheckpointError(f"none of {unreadable} checkpoints can be read\ntry: --fresh to start over")
+        raise CheckpointError(f"none of {unreadable} checkpoints can be read; --fresh starts over\ntry: --fresh")
     return None, None
 
 
@@ -203,9 +204,7 @@ def find_checkpoint(resume, fresh, files, kind):
         path, state = first_good(files, lambda path: load_checkpoint(path, kind))
         if not state and resume == "latest":
             names = ", ".join(path.name for path in files)
-            raise DataError(
-                f"--resume: {files[0].parent} has no checkpoint named {names}\ntry: the command without --resume"
-            )
+            raise DataError(f"--resume: {files[0].parent} has no checkpoint named {names}\ntry: without --resume")
         return path, state
     if not os.path.isfile(resume):
         existing = ", ".join(str(path) for path in files if path.exists()) or "none"
@@ -225,13 +224,16 @@ def load_parts(parts, state, path, header, allow_partial=None, same_data=""):
     Weight decay and betas stay those of this run; torch would silently restore those of the file. The learning rate
     follows from the schedule. Raises UsageError, listing the keys, if something does not fit.
     """
-    _check_header(state, path, header, allow_partial, same_data)
+    _check_header(state, path, header, same_data)
+    differs = changed(state["model_args"], header["model_args"])
     state = canonical_keys(state)
     model = parts["model_state"]
     if "optimizer_state" in parts and "optimizer_state" not in state:
-        raise UsageError(f"{path} holds weights alone: training can't continue from it\ntry: latest.pt beside it")
+        raise UsageError(f"{path} holds weights alone: training can't continue from it\nfix: latest.pt beside it")
     saved = {re.sub(r"^(_orig_mod\.|module\.)+", "", name): w for name, w in state["model_state"].items()}
     weights = model.state_dict()
+    if differs and not allow_partial:
+        raise UsageError(f"{path} has another model: {differs}{_remedy(_share(saved, weights), allow_partial)}")
     fitting = _fitting(saved, weights, path, allow_partial)
     complete = len(fitting) == len(weights) == len(saved)
     model.load_state_dict({name: shared_like(w, weights[name]) for name, w in fitting.items()}, strict=complete)
@@ -254,26 +256,36 @@ def load_parts(parts, state, path, header, allow_partial=None, same_data=""):
             part.load_state_dict({key: shared_like(v, current.get(key)) for key, v in state[name].items()})
 
 
-def _check_header(state, path, header, allow_partial, same_data):
-    """Raise UsageError if tokenizer, data or model arguments of a checkpoint differ from those of this run."""
+def _check_header(state, path, header, same_data):
+    """Raise UsageError if tokenizer or data of a checkpoint differ from those of this run."""
     if state.get("tokenizer_hash") != header.get("tokenizer_hash"):
         theirs, ours = (f"{h['tokenizer']} ({h['tokenizer_hash'][:8]})" for h in (state, header))
-        raise UsageError(
-            f"{path} was trained with tokenizer {theirs}, this run has {ours}\n"
-            f"try: python generate.py {shlex.quote(str(path))} --export tokenizer.json, which writes the first one"
-        )
+        advice = f"try: --tokenizer {state['tokenizer']}"
+        if state["tokenizer"] not in ("bytes", "gpt2"):
+            new = shlex.quote(str(unused("tokenizer.json", "_of_run")))
+            advice = f"try: python generate.py {shlex.quote(str(path))} --export {new}"
+        raise UsageError(f"{path} was trained with tokenizer {theirs}, this run has {ours}\n{advice}")
     if same_data and state["data_hash"] != header["data_hash"]:
         theirs, ours = (h["data_hash"][:8] for h in (state, header))
         raise UsageError(
             f"{path} was trained on other data: data_hash {theirs}, here {ours}\n"
-            f"try: the {same_data} that it was trained with"
+            f"fix: the {same_data} that it was trained with"
         )
-    differs = changed(state["model_args"], header["model_args"])
-    if differs and not allow_partial:
-        remedy = "--allow_partial loads what fits"
-        if allow_partial is None:
-            remedy = "the settings it was trained with, or another folder"
-        raise UsageError(f"{path} has another model: {differs}\ntry: {remedy}")
+
+
+def _share(saved, weights):
+    """Return the share of the numbers of `weights` that have the name and shape of a saved one."""
+    fitting = [w.numel() for name, w in weights.items() if name in saved and saved[name].shape == w.shape]
+    return sum(fitting) / max(1, sum(w.numel() for w in weights.values()))
+
+
+def _remedy(share, allow_partial):
+    """Return the end of a message about a checkpoint of which a share fits; the arguments are as in `load_parts`."""
+    if allow_partial is None:
+        return "\nfix: the settings it was trained with, or another folder"
+    if share < LEAST_SHARE:
+        return f": {share:.0%} of it would fit\nfix: the flags it was trained with"
+    return f"; --allow_partial loads {share:.0%} of it\ntry: --allow_partial"
 
 
 def _fitting(saved, weights, path, allow_partial):
@@ -290,11 +302,10 @@ def _fitting(saved, weights, path, allow_partial):
     if not any(problems.values()):
         return fitting
     listing = "; ".join(f"{len(names)} {kind}: {', '.join(names[:3])}" for kind, names in problems.items() if names)
-    share = sum(w.numel() for w in fitting.values()) / max(1, sum(w.numel() for w in weights.values()))
+    share = _share(saved, weights)
     if not allow_partial:
-        remedy = "" if allow_partial is None else f"\ntry: --allow_partial loads {share:.0%} of it"
-        raise UsageError(f"{path} does not fit this model: {listing}{remedy}")
-    if share < 0.5:
+        raise UsageError(f"{path} does not fit this model: {listing}{_remedy(share, allow_partial)}")
+    if share < LEAST_SHARE:
         raise UsageError(f"{path} fits only {share:.0%} of this model: {listing}")
     warn(f"{path}: {listing}; {share:.0%} loaded, the optimizer starts anew")
     return fitting

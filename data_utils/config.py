@@ -6,7 +6,6 @@ Imports no torch, so that --help and typos answer at once.
 import argparse
 import contextlib
 import dataclasses
-import difflib
 import functools
 import inspect
 import io
@@ -17,8 +16,10 @@ import textwrap
 import typing
 from pathlib import Path
 
+from data_utils.advice import pasteable
 from data_utils.errors import UsageError
 from data_utils.launch import share_cores
+from data_utils.other_names import nearest
 
 BARE = {"resume": "latest"}  # flags that may stand alone, and the value they then have
 COMPLETE = "_complete"  # attribute of a configuration whose bundles are read and whose types are checked
@@ -64,12 +65,12 @@ class Parser(argparse.ArgumentParser):
         for word in re.findall(r"(?<!\S)--?[\w-]+", unknown):
             name = word.lstrip("-").replace("-", "_")
             if name in self.absent:
-                self.exit(2, f"error: {self.prog} has no {word}: {self.absent[name]}\n")
-            close = difflib.get_close_matches(word, self._option_string_actions, 1)
-            message += f" (did you mean {close[0]}?)" if close else ""
+                self.exit(2, pasteable(f"error: {self.prog} has no {word}: {self.absent[name]}\n"))
+            near = nearest(word.lstrip("-"), [option.lstrip("-") for option in self._option_string_actions])
+            message += f" (did you mean --{near}?)" if near else ""
         if "\ntry: " not in message:
             message += f"\ntry: python {self.prog} --help"
-        self.exit(2, f"error: {message}\n")
+        self.exit(2, pasteable(f"error: {message}\n"))
 
 
 class _Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -142,8 +143,8 @@ def complete(cfg, cls, by="", **settings):
         return cfg
     fields = {f.name: f for f in dataclasses.fields(cfg)}
     for name in vars(cfg).keys() - fields.keys():  # cfg.max_step = 3
-        near = difflib.get_close_matches(name, fields, 1)
-        hint = f" (did you mean {near[0]}?)" if near else ""
+        near = nearest(name, fields)
+        hint = f" (did you mean {near}?)" if near else ""
         raise UsageError(f"{name}: not a field of {type(cfg).__name__}{hint}")
     values = {name: _value(cfg, f) for name, f in fields.items()}
     changes = {name: value for name, value in values.items() if value != default_of(fields[name])}
@@ -162,18 +163,17 @@ def complete(cfg, cls, by="", **settings):
             base = from_cli(variants, argv=words, by=by, **settings)
     except SystemExit:
         error = message.getvalue().removeprefix("error: ").partition("\ntry: ")[0].strip()
-        raise UsageError(f"{error}\ntry: help({type(cfg).__name__}), which lists the fields") from None
+        raise UsageError(f"{error}\ntry: help({type(cfg).__name__})") from None
     if getattr(base, "multirun", False):
         raise UsageError(
             "multirun: a sweep starts from the command line, each of its jobs is a process\n"
-            "try: python train_ae.py --multirun KEY=VALUE,VALUE"
+            "try: python train_ae.py --multirun seed=0,1"
         )
     for name, value in changes.items():
         if not hasattr(base, name):
             picked = type(base).__name__
             raise UsageError(
-                f"{name}={value!r}: not a field of {picked}, which {by}={values[by]!r} picks\n"
-                f"try: help({picked}), which lists the fields"
+                f"{name}={value!r}: not a field of {picked}, which {by}={values[by]!r} picks\ntry: help({picked})"
             )
     return _completed(dataclasses.replace(base, **_resets(fields.values(), changes), **changes))
 
@@ -307,7 +307,7 @@ def check_name(cfg, field):
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]{0,99}", name, re.ASCII):
         raise UsageError(f"--{field} {name}: letters, digits, dots, _ and -, at most 100, the first no sign")
     if re.fullmatch(r"(con|nul|aux|prn|com\d|lpt\d)(\..*)?", name, re.I):
-        raise UsageError(f"--{field} {name}: a device of Windows\ntry: another name")
+        raise UsageError(f"--{field} {name}: a device of Windows\nfix: another name")
 
 
 # ---- parsers ---------------------------------------------------------------------------------------------------------

@@ -94,7 +94,7 @@ def how_to_mend(path, content):
     """
     if b"\0" not in content and content.decode("utf-8", errors="ignore").isascii():
         return f", perhaps CP1252, convert it: {iconv(path, 'CP1252')}"
-    return "\ntry: mend the line"
+    return "\nfix: mend the line"
 
 
 def decode(content):
@@ -156,7 +156,7 @@ def csv_rows(path):
             message = f"invalid UTF-8: {e.reason}"
             raise DataError(f"{path}: after line {number}: {message}{how_to_mend(path, e.object)}") from e
         except csv.Error as e:
-            raise DataError(f"{path}:{number + 1}: {e}\ntry: mend the quotes") from e
+            raise DataError(f"{path}:{number + 1}: {e}\nfix: mend the quotes") from e
 
 
 def import_pyarrow():
@@ -245,6 +245,7 @@ def read_documents(path, problems=None, skip_bad_lines=False, text_field="text")
     Raises DataError("file:line: reason") at a malformed line, unless skip_bad_lines, and at one above MAX_LINE_BYTES.
     """
     problems = {} if problems is None else problems
+    texts = 0
     for place, kind, reason, text in _records(Path(path), text_field):
         if kind:
             entry = problems.setdefault(kind, [0, []])
@@ -252,9 +253,14 @@ def read_documents(path, problems=None, skip_bad_lines=False, text_field="text")
             if len(entry[1]) < 5:
                 entry[1].append(f"{path}{place}: {reason}")
         if kind in MALFORMED and not skip_bad_lines:
-            windows = ", or iconv -f CP1252 -t UTF-8 if it is from Windows" if kind == "invalid UTF-8" else ""
-            raise DataError(f"{path}{place}: {reason}\ntry: mend the line, or --skip_bad_lines{windows}")
+            if kind == "invalid UTF-8":
+                reason += "; iconv -f CP1252 -t UTF-8 converts a file from Windows"
+            advice = "--skip_bad_lines"
+            if "--text_field" in reason and not texts:
+                advice = reason[reason.index("--text_field") :]
+            raise DataError(f"{path}{place}: {reason}\ntry: {advice}")
         if text:
+            texts += 1
             yield text
 
 
@@ -272,7 +278,7 @@ def _records(path, text_field):
                 yield f":{number}", *_checked_text(row[text_field] or "")
     elif suffix == ".parquet":
         table = open_parquet(path)
-        _check_column(path, table.schema_arrow.names, text_field)
+        _check_column(path, {f.name: "text" if "string" in str(f.type) else "" for f in table.schema_arrow}, text_field)
         try:
             batches = table.iter_batches(512, columns=[text_field], use_threads=False)
             values = (row[text_field] for batch in batches for row in batch.to_pylist())
@@ -287,14 +293,26 @@ def _records(path, text_field):
                 number += 1
                 if len(line) > MAX_LINE_BYTES:
                     raise DataError(
-                        f"{path}:{number}: line longer than {MAX_LINE_BYTES} bytes\ntry: split the document"
+                        f"{path}:{number}: line longer than {MAX_LINE_BYTES} bytes\nfix: split the document"
                     )
-                yield f":{number}", *_read_line(line, text_field)
+                parts = [line]
+                if b"\r" in line.rstrip(b"\r\n"):  # the line ends of an old Mac: a string of JSON holds none
+                    parts = line.rstrip(b"\r\n").split(b"\r")
+                for part in parts:
+                    yield f":{number}", *_read_line(part, text_field)
 
 
 def _check_column(path, columns, name):
     if name not in columns:
-        raise DataError(f"{path}: no column {name}; there are: {', '.join(columns)}\ntry: --text_field NAME")
+        raise DataError(
+            f"{path}: no column {name}; there are: {', '.join(columns)}\n"
+            f"try: --text_field {shlex.quote(_longest(columns))}"
+        )
+
+
+def _longest(row):
+    """Return the field of a row whose text is the longest."""
+    return max(row, key=lambda name: len(row[name]) if isinstance(row[name], str) else -1)
 
 
 def cut(text, limit):
@@ -337,7 +355,8 @@ def _read_line(line, text_field):
         return "not an object", f'expected {{"{text_field}": "..."}}, found {type(row).__name__}', ""
     if text_field not in row:
         fields = ", ".join(row) or "none"
-        return 'no string "text"', f'"{text_field}" is missing; fields: {fields}; name one with --text_field', ""
+        hint = f"; one is read with --text_field {shlex.quote(_longest(row))}" if row else ""
+        return 'no string "text"', f'"{text_field}" is missing; fields: {fields}{hint}', ""
     return _checked_text(row[text_field])
 
 

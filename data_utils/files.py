@@ -8,6 +8,7 @@ import shlex
 import sys
 from pathlib import Path
 
+from data_utils.advice import pasteable
 from data_utils.errors import CheckpointError, UsageError
 from data_utils.launch import at_end
 
@@ -27,7 +28,7 @@ def root():
 def warn(message):
     """Print a warning to stderr; a closed or full stderr is ignored."""
     try:
-        print(f"warning: {message}", file=sys.stderr, flush=True)
+        print(pasteable(f"warning: {message}"), file=sys.stderr, flush=True)
     except OSError:
         pass
 
@@ -100,8 +101,10 @@ def check_replaceable(path, fresh, made_here=lambda path: False, *, flag="--out"
     if made_here(path) or fresh:
         return
     raise UsageError(
-        f"{path} exists, and nothing in it says that this command made it\n"
-        f"{advice}, or --fresh, which renames it to {backup_of(path).name}"
+        f"{path} exists, and nothing in it says that this command made it; "
+        f"--fresh renames it to {backup_of(path).name}\n"
+        f"{advice}\n"
+        "try: --fresh"
     )
 
 

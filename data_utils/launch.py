@@ -10,6 +10,7 @@ import signal
 import sys
 import time
 
+from data_utils.advice import pasteable
 from data_utils.errors import DataError, UsageError
 
 _endings = contextvars.ContextVar("endings", default=None)  # calls that the running main makes at its end
@@ -56,7 +57,7 @@ def check_torchrun(device):
     if world > 1 and missing:
         raise UsageError(
             f"WORLD_SIZE is {world}, but {', '.join(missing)} not set: left over from another job?\n"
-            "try: unset WORLD_SIZE, or start with torchrun"
+            "try: unset WORLD_SIZE"
         )
     if world > 1 and device.startswith("cuda:"):
         raise UsageError(f"--device {device} puts all {world} processes on one GPU\ntry: --device cuda")
@@ -104,7 +105,7 @@ def launch(main, cfg, leave=True):
 
     An error that the user can fix prints a short message instead of a traceback. leave=False: return the result of
     main, and exit only if it fails. Does nothing if cfg is None, which from_cli returns in a notebook: there call
-    main(Config(...)). cfg.remedy, if there is one, is the advice for too little memory.
+    main(Config(...)). cfg.remedy, if there is one, are flags that need less memory.
     """
     if cfg is None:
         return None
@@ -126,7 +127,7 @@ def launch(main, cfg, leave=True):
         status = 141  # as of any program that SIGPIPE ends
     except (UsageError, DataError) as e:
         status = 2 if isinstance(e, UsageError) else 1
-        print(f"error: {e}", file=sys.stderr)
+        print(pasteable(f"error: {e}"), file=sys.stderr)
     except KeyboardInterrupt:
         status = 130
     except (RuntimeError, MemoryError) as e:
@@ -134,11 +135,12 @@ def launch(main, cfg, leave=True):
         text = f"{type(e).__name__} {e}"
         if re.search("out of memory|OutOfMemory|MemoryError|can't allocate memory", text):
             reason = (str(e).splitlines() or ["no reason given"])[0][:300]
-            remedy = getattr(cfg, "remedy", "smaller sizes")
-            print(f"error: out of memory: {reason}\ntry: {remedy}", file=sys.stderr)
+            print(f"error: out of memory: {reason}", file=sys.stderr)
+            if getattr(cfg, "remedy", ""):
+                print(pasteable(f"try: {cfg.remedy}"), file=sys.stderr)
         elif re.search("InvalidCxxCompiler|No working C\\+\\+ compiler|Failed to find C compiler", text):
             print("error: --compile needs a C++ compiler, and there is none", file=sys.stderr)
-            print("try: the same command without --compile", file=sys.stderr)
+            print(pasteable("try: without --compile"), file=sys.stderr)
         else:
             raise
     if "TORCHELASTIC_RUN_ID" in os.environ and status > 128:

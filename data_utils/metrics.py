@@ -130,7 +130,7 @@ def to_wandb(mode, project, entity, name, config):
         warn(f"wandb_mode {mode}: not installed, training goes on without it; try: pip install wandb")
         return lambda row: None
     except Exception as e:  # wandb raises a dozen types of its own, and others
-        warn(f"wandb_mode {mode}: {_reason(e)}; training goes on without it; try: WANDB_MODE=offline")
+        warn(f"wandb_mode {mode}: {_reason(e)}; training goes on without it; try: export WANDB_MODE=offline")
         return lambda row: None
 
     def finish(failed):

@@ -6,11 +6,13 @@ import itertools
 import math
 import os
 import re
+import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from data_utils.config import Parser, as_flags, bare_value, default_of, flag_names, parse_layer, parser_of, read_flags
 from data_utils.files import root
+from data_utils.other_names import ELSEWHERE, nearest
 
 BOOLS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
 MOST_JOBS = 1000
@@ -199,7 +201,9 @@ def _unknown(key, table, fields):
     word = table.name(key)
     near = [*difflib.get_close_matches(word, fields, NEAREST), *(name for name in fields if word in name)]
     near = [*dict.fromkeys(near)][:NEAREST]
-    message = f"unknown key {key}{_near(key, keys)}"
+    meant = nearest(word, [*fields, *table.aliases])
+    hint = f" (did you mean {meant}?)" if meant and word.lower() in ELSEWHERE else _near(key, keys)
+    message = f"unknown key {key}{hint}"
     if len(near) > 1:
         message += f"\nkeys like it: {', '.join(near)}"
         if table.prefixes:
@@ -270,10 +274,10 @@ def _as_words(item, default, sweeps):
     if len(values(value)) > 1 and (sweeps or is_list):
         remedies = []
         if is_list:
-            remedies.append(f"{key}=[{value}] is one list")
+            remedies.append(f"try: {shlex.quote(f'{key}=[{value}]')}")
         if sweeps:
-            remedies.append("--multirun makes a run of each")
-        raise ValueError(f"{key}={value}: expected one value\ntry: {', '.join(remedies)}")
+            remedies.append("try: --multirun")
+        raise ValueError("\n".join([f"{key}={value}: expected one value; --multirun makes a run of each", *remedies]))
     if isinstance(default, bool):
         if value.lower() not in BOOLS:
             raise ValueError(f"{key}={value}: expected true or false")
@@ -317,9 +321,9 @@ def _jobs(items, layers, earlier, parse, error):
     if number >= 0:
         return parse([*words[number], "multirun=false", f"sweep_job={number}"])
     if (bundled | typed).get("out"):
-        raise ValueError("out: a sweep names the folders of its jobs\ntry: outputs=FOLDER, which is their root")
+        raise ValueError("out: a sweep names the folders of its jobs; outputs=FOLDER is their root\ntry: without --out")
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 or "TORCHELASTIC_RUN_ID" in os.environ:
-        raise ValueError("--multirun under torchrun: a sweep is one process\ntry: python in place of torchrun")
+        raise ValueError("--multirun under torchrun: a sweep is one process\nfix: python in place of torchrun")
     configs = [parse([*line, "multirun=false"]) for line in words]
     return Jobs(words, configs, str(earlier.parent) if rows else "", rows)
 

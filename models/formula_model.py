@@ -368,7 +368,7 @@ def _check(alphabet, args):
         if args[f"decoder_{name}"] == "rms_set":
             raise ValueError(
                 f"decoder_{name} rms_set: expected a norm per token, since one over all would reveal later tokens\n"
-                "try: rms"
+                "fix: rms"
             )
 
 

@@ -7,6 +7,7 @@ of id 0 are ignored. N events, T slots, F features.
 
 import hashlib
 import io
+import shlex
 import zipfile
 from pathlib import Path
 
@@ -53,7 +54,7 @@ def load_events(data, *, events, limit, labels, features, phi, energy_unit, seed
     chosen = [np.flatnonzero(split == i)[: limit or None] for i in range(len(SPLITS))]
     if not all(map(len, chosen)):
         counts = ", ".join(f"{name} {len(index)}" for name, index in zip(SPLITS, chosen, strict=True))
-        raise DataError(f"{data}: a split is empty: {counts}\ntry: more events, other --labels")
+        raise DataError(f"{data}: a split is empty: {counts}\nfix: more events, other --labels")
     check_unit(rows, data)
     parts = {name: (rows[index], y[index]) for name, index in zip(SPLITS, chosen, strict=True)}
     digest = hashlib.sha256()
@@ -232,7 +233,7 @@ def _read(path):
     """Return ({X_train ..: array}, all keys of the file); Y_ is read as y_."""
     h5py = h5py_for(path, "--data decay_chain")
     if not path.is_file():
-        raise DataError(f"{path}: no such file\ntry: python prepare_data.py events --out {path}")
+        raise DataError(f"{path}: no such file\ntry: python prepare_data.py events --out {shlex.quote(str(path))}")
     expected = {"X", "y"} | {f"{letter}_{split}" for letter in "Xy" for split in SPLITS}
     try:
         with h5py.File(path, "r") if h5py else np.load(path, allow_pickle=False) as file:
@@ -256,7 +257,7 @@ def h5py_for(path, remedy):
     try:
         import h5py
     except ImportError:
-        raise DataError(f"{path}: needs the package h5py\ntry: pip install h5py, or an .npz file") from None
+        raise DataError(f"{path}: needs the package h5py, an .npz file does not\ntry: pip install h5py") from None
     return h5py
 
 

@@ -6,6 +6,7 @@ N events, T slots, D latent width. Rows (N, 2 + 5 T) as in dataset.py.
 import csv
 import io
 import json
+import shlex
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -46,9 +47,10 @@ def generate_events(cfg):
     at_least(cfg, 1, "events")
     ending = ".csv" if cfg.mode == "score" else ".npz"
     if cfg.out and Path(cfg.out).suffix != ending:
-        raise UsageError(f"--out {cfg.out}: --mode {cfg.mode} writes {ending}\ntry: --out {Path(cfg.out).stem}{ending}")
+        advice = f"try: --out {shlex.quote(str(Path(cfg.out).with_suffix(ending)))}"
+        raise UsageError(f"--out {cfg.out}: --mode {cfg.mode} writes {ending}\n{advice}")
     if cfg.mode == "decode" and not cfg.data:
-        raise UsageError("--mode decode: no latents named\ntry: --data FILE.npz, which --mode encode writes")
+        raise UsageError("--mode decode: no latents named\nfix: --data FILE.npz, which --mode encode writes")
     device = open_device(cfg.device)
     run = load_run(cfg.model, device)
     out = cfg.out or str(run.path.parent / f"{cfg.mode}{ending}")
@@ -94,9 +96,10 @@ def load_run(run, device):
     """
     path = Path(run)
     if not run or not path.exists():
-        newest = max(Path("outputs/runs").glob("run_*"), default="outputs/runs/run_...")
+        newest = max(Path("outputs/runs").glob("run_*"), default=None)
         problem = f"{run}: no such run" if run else "no run named"
-        raise UsageError(f"{problem}\ntry: python generate.py events {newest} --mode sample")
+        command = f"generate.py events {shlex.quote(str(newest))} --mode sample" if newest else "train_ae.py"
+        raise UsageError(f"{problem}\ntry: python {command}")
     names = ("model.pt", "best_val.pt", "last.pt")
     files = [path / name for name in names] if path.is_dir() else [path]
     kinds = [f"ae:{loop}" for loop in (*LOOPS, "test_mlp")]
@@ -243,7 +246,7 @@ def sample(cfg, run):
     if not hasattr(run, "latents"):
         raise UsageError(
             f"{cfg.model}: no statistics of latents, which a run stores at its end in best_val.pt\n"
-            f"try: python train_ae.py resume={run.path.parent}"
+            f"try: python train_ae.py {shlex.quote(f'resume={run.path.parent}')}"
         )
     statistics, N = run.latents, cfg.events
     T = len(statistics["types"])
@@ -279,7 +282,7 @@ def read_latents(path, run):
             arrays = {key: file[key] for key in file}
     except Exception as e:  # truncation and flipped bits raise a dozen types
         reason = (str(e).splitlines() or [""])[0]
-        raise DataError(f"{path} can't be read: {reason}\ntry: a file of --mode encode") from e
+        raise DataError(f"{path} can't be read: {reason}\nfix: a file of --mode encode") from e
     name, token, T = _name(run), run.model.level == "token", run.meta["n_tokens"]
     if name not in arrays:
         raise DataError(
@@ -302,7 +305,7 @@ def read_latents(path, run):
         reason = "they say which slots are empty"
         if run.model.types is None:
             reason = "with side_info the decoder needs the types"
-        raise DataError(f"{path}: no ids (events, {T}): {reason}\ntry: a file of --mode encode")
+        raise DataError(f"{path}: no ids (events, {T}): {reason}\nfix: a file of --mode encode")
     ids = z >= 0 if guess else arrays["ids"]
     if ids.shape != (len(z), T) or not np.isin(ids, range(NUM_TYPES)).all() or not ids.any(1).all():
         raise DataError(

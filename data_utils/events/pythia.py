@@ -38,7 +38,7 @@ def pythia_events(n, seed):
     except ImportError as e:
         raise DataError(
             f"--generator pythia needs the package {e.name}\n"
-            "try: pip install pythia8mc==8.317.2 fastjet, or --generator decay_chain"
+            "try: pip install pythia8mc==8.317.2 fastjet\ntry: --generator decay_chain"
         ) from None
     anti_kt, generators = fastjet.JetDefinition(fastjet.antikt_algorithm, toy.JET_RADIUS), {}
     rng = np.random.default_rng((seed, 4))

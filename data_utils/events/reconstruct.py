@@ -20,7 +20,7 @@ def start_codebook(model, columns, cfg):
     first = take(columns, epoch_order(cfg.seed, cfg.epochs, len(columns["ids"]))[:START])
     latents = (columns["ids"] > 0).sum().item() if cfg.level == "token" else len(columns["ids"])
     if latents < cfg.codebook_size:
-        warn(f"{latents} training latents cannot use {cfg.codebook_size} codes; try: codebook_size={latents} at most")
+        warn(f"{latents} training latents cannot use {cfg.codebook_size} codes; try: codebook_size={latents}")
     model.start(first, cfg.vq_init, cfg.seed)
 
 

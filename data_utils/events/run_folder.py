@@ -2,6 +2,7 @@
 
 import json
 import platform
+import shlex
 import sys
 import time
 import traceback
@@ -27,11 +28,11 @@ def run_folder(cfg):
     """
     named = Path(cfg.resume) if cfg.resume not in ("auto", "none") else None
     if named and not (named.is_file() or Path(named, ".hydra").exists() or any(named.glob("*.pt"))):
-        raise UsageError(f"--resume {named}: no such run\ntry: auto, none, or a folder below {cfg.outputs}/runs")
+        raise UsageError(f"--resume {named}: no such run below {cfg.outputs}/runs\ntry: resume=auto")
     if cfg.out or named:
         folder = Path(cfg.out or (named if named.is_dir() else named.parent))
         if cfg.resume == "none" and cfg.save_artifacts and folder.is_dir() and any(folder.iterdir()):
-            raise UsageError(f"--resume none: {folder} is not empty\ntry: resume=auto, which goes on, or another out=")
+            raise UsageError(f"--resume none: {folder} is not empty; resume=auto goes on in it\ntry: resume=auto")
         return folder
     check_name(cfg, "name")
     first = Path(cfg.outputs, "runs", f"run_{time.strftime('%Y%m%d-%H%M%S')}_{cfg.name}")
@@ -155,11 +156,11 @@ class Recorder:
         if not self.run_dir:
             return line
         if state.tested < self.epochs:
-            command = f"train_ae.py resume={self.run_dir}"
+            command = f"train_ae.py {shlex.quote(f'resume={self.run_dir}')}"
         elif cfg.loop == "test_mlp":
-            command = f"plot.py {self.run_dir}"
+            command = f"plot.py {shlex.quote(str(self.run_dir))}"
         else:
-            command = f"generate.py events {self.run_dir} --mode sample"
+            command = f"generate.py events {shlex.quote(str(self.run_dir))} --mode sample"
         return f"{line}; next: python {command}"
 
 

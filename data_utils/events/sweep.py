@@ -6,6 +6,7 @@ Imports no torch: this process only waits. It survives a crash or an out-of-memo
 import itertools
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -35,8 +36,8 @@ def sweep(jobs):
     say(f"{folder}: {len(rows)} jobs")
     stopped = run_jobs(folder, rows, labels, jobs.configs[0].fail_fast)
     done = [row for row in rows if row["status"] == "done"]
-    resume = f"python {sys.argv[0]} resume={folder}"
-    command = resume if len(done) < len(rows) else f"python plot.py {folder}"
+    resume = shlex.join(["python", "train_ae.py", f"resume={folder}"])
+    command = resume if len(done) < len(rows) else f"python plot.py {shlex.quote(str(folder))}"
     losses = {i: row["best_val_loss"] for i, row in enumerate(rows) if row["status"] == "done"}
     losses = {i: loss for i, loss in losses.items() if loss is not None}
     best = ""
@@ -91,7 +92,7 @@ def _claim(path):
             except FileExistsError:
                 folder = path.with_name(f"{path.name}_{number}")
     except OSError as e:
-        raise DataError(f"{folder} can't be created: {e.strerror}\ntry: outputs=FOLDER") from e
+        raise DataError(f"{folder} can't be created: {e.strerror}\nfix: outputs=FOLDER") from e
 
 
 def _write(folder, rows):

@@ -83,7 +83,7 @@ def read_terms(texts, names, flag="--exclude_terms"):
         named = () if text in names else operators_named(text.strip())
         if set(named) & set(ALWAYS):
             raise UsageError(f"{flag} {text}: the search adds and multiplies parts, it can't do without\n"
-                             f"try: another term, such as {flag} sin")  # fmt: skip
+                             f"fix: another term, such as {flag} sin")  # fmt: skip
         if named:
             operators += named
             continue
@@ -168,15 +168,15 @@ def search_formulas(
     if model:
         alphabet = model.alphabet
         if D > len(alphabet.variables):
-            raise UsageError(f"{D} columns, but the network reads at most {len(alphabet.variables)}\n"
-                             "try: --method prior, or name fewer columns with --columns")  # fmt: skip
+            raise UsageError(f"{D} columns, but the network reads at most {len(alphabet.variables)}; "
+                             "--columns names fewer\ntry: --method prior")  # fmt: skip
         removed = {*removed, *(set(alphabet.operators) - set(allowed) if operators else ())}
         pool = PoolConfig(operators=tuple(name for name in alphabet.operators if name not in removed),
                           variables=tuple(alphabet.variables))  # fmt: skip
     else:
         if D > MOST_COLUMNS:
             raise UsageError(f"{D} columns, expected at most {MOST_COLUMNS}\n"
-                             "try: --columns with the names of those that may matter")  # fmt: skip
+                             "fix: --columns with the names of those that may matter")  # fmt: skip
         pool, alphabet = vocabulary(D, allowed, removed)
     if np.ptp(y) == 0:
         return alphabet, [Ranked(["<constant>"], [float(y[0])], 0.0, 0.0, 1, False, [True])], 0

@@ -57,8 +57,8 @@ class Column:
 
 
 def error(path, message, remedy, notes=()):
-    """Return a DataError about a file: what was found, notes, what to try."""
-    return DataError("\n".join([f"{path}: {message}", *(f"  {note}" for note in notes), f"try: {remedy}"]))
+    """Return a DataError about a file: what was found, notes, a remedy that begins with try: or fix:."""
+    return DataError("\n".join([f"{path}: {message}", *(f"  {note}" for note in notes), remedy]))
 
 
 def split_unit(name):
@@ -93,7 +93,7 @@ def read_new_rows(path, wanted):
         matches = [name] if name in columns else [o for o in columns if split_unit(o)[0] == split_unit(name)[0]]
         if len(matches) != 1 or columns[matches[0]].fault:
             message = f"no column {name} of numbers: the columns are {', '.join(columns)}"
-            raise error(path, message, f"a table with the columns {', '.join(wanted)}")
+            raise error(path, message, f"fix: a table with the columns {', '.join(wanted)}")
         values.append(columns[matches[0]].values)
     separator = separator if separator in (",", ";", "\t", "|") else ","
     return NewRows(np.stack(values, 1), names, rows, separator, mark if separator != "," else ".")
@@ -120,7 +120,7 @@ def _parsed(path, least=2):
             counts = np.isfinite(values).all() and (values >= 0).all() and (values == np.floor(values)).all()
             column.index = bool(counts) and len(set(values)) == len(values)
         if not name and values is not None and not column.index:
-            remedy = "write its name into the first line, and delete lines above the names"
+            remedy = "fix: write its name into the first line, and delete lines above the names"
             raise error(path, f"a column has no name: {', '.join(names)}", remedy)
         if not name:
             name = next(name for name in ("index", "index_2", "index_3") if name not in {*names, *columns})
@@ -145,7 +145,7 @@ def _read(path):
         raw = gzip.decompress(raw) if raw.startswith(b"\x1f\x8b") else raw
     except (OSError, EOFError, zlib.error) as e:
         near = [] if path.exists() else difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*")], 1)
-        remedy = f"--data {shlex.quote(str(path.with_name(near[0])))}" if near else "--data FILE"
+        remedy = f"try: --data {shlex.quote(str(path.with_name(near[0])))}" if near else "fix: --data FILE"
         raise error(path, getattr(e, "strerror", None) or e, remedy) from e
     if raw.startswith((b"PK\x03\x04", b"\xd0\xcf\x11\xe0", b"PAR1")):
         rows, notes = _binary_rows(path, raw)
@@ -165,7 +165,7 @@ def _read(path):
                 rows.append(row)
                 numbers.append(reader.line_num)
     except csv.Error as e:
-        raise error(path, f"line {reader.line_num}: {e}", "look for a quotation mark without its pair") from e
+        raise error(path, f"line {reader.line_num}: {e}", "fix: look for a quotation mark without its pair") from e
     above = [i for i in comments if rows and i < numbers[0]]
     if above and any(map(_is_number, rows[0])):  # numpy.savetxt writes the names as a comment
         names = next(_split([comments[above[-1]].strip('#%!/" ')], separator), [])
@@ -191,10 +191,10 @@ def _binary_rows(path, raw):
                 notes.append(f"sheet {name} is read, one of {', '.join(map(str, sheets))}")
     except ImportError as e:
         package = next((name for name in ("openpyxl", "xlrd", "odfpy", "pyarrow") if name in str(e)), "pandas")
-        remedy = f"pip install {package}, or save the table as csv"
-        raise error(path, f"{package} is missing, which reads this kind of file", remedy) from e
+        remedy = f"try: pip install {package}"
+        raise error(path, f"{package} is missing, which reads this kind of file; csv needs none", remedy) from e
     except Exception as e:  # pandas, openpyxl and pyarrow raise their own kinds for a damaged file
-        raise error(path, (str(e).splitlines() or [type(e).__name__])[0], "save the table as csv") from e
+        raise error(path, (str(e).splitlines() or [type(e).__name__])[0], "fix: save the table as csv") from e
     texts = [["" if _is_missing(str(cell)) else str(cell) for cell in column] for column in columns]
     return list(map(list, zip(*texts, strict=True))), notes
 
@@ -213,7 +213,7 @@ def _decode(path, raw):
             continue
         if "\0" not in text:
             return text, [f"read as {encoding}, because it is no UTF-8"] if encoding in encodings[1:] else []
-    raise error(path, "expected a table as text, Excel or parquet, found other bytes", "save the table as csv")
+    raise error(path, "expected a table as text, Excel or parquet, found other bytes", "fix: save the table as csv")
 
 
 def _split(lines, separator):
@@ -262,7 +262,7 @@ def _below_titles(path, rows, lines, notes, least):
     if len(full) < len(rows) - top - 1:
         notes.append(f"rows skipped, which are empty or repeat the header: {len(rows) - top - 1 - len(full)}")
     if len(full) < least:
-        raise error(path, f"rows below a header: {len(full)}; {EXPECTED}", "a table with more rows")
+        raise error(path, f"rows below a header: {len(full)}; {EXPECTED}", "fix: a table with more rows")
     return [rows[i] for i in (top, *full)], [lines[i] for i in (top, *full)]
 
 
@@ -284,21 +284,21 @@ def _header(path, rows, lines, separator):
         while len(row) > len(names) and _is_missing(row[-1]):  # a separator at the end
             row.pop()
         if len(row) != len(names):
-            remedy = "correct the line; a missing cell stays empty between its separators"
+            remedy = "fix: correct the line; a missing cell stays empty between its separators"
             if len(row) == 2 * len(names) and separator == ",":
-                remedy = "save the table with semicolons between its cells: the decimal mark seems to be a comma"
+                remedy = "fix: save the table with semicolons between its cells: the decimal mark seems to be a comma"
             raise error(path, f"line {line} has {len(row)} cells, the header {len(names)}: {', '.join(names)}", remedy)
     if any(map(_is_number, names)) and all(_is_value(name, [row[j] for row in rows]) for j, name in enumerate(names)):
-        remedy = "write their names above them"
+        remedy = "fix: write their names above them"
         if separator and path.suffix != ".gz":
             header = separator.join([*(f"x{j + 1}" for j in range(len(names) - 1)), "y"])
             named = path.with_name(f"{path.stem}_named{path.suffix}")
-            remedy = f"(echo {shlex.quote(header)}; cat {shlex.quote(str(path))}) > {shlex.quote(str(named))}"
+            remedy = f"try: (echo {shlex.quote(header)}; cat {shlex.quote(str(path))}) > {shlex.quote(str(named))}"
         raise error(path, f"the first line holds values: expected the names of the {len(names)} columns", remedy)
     twice = [name for name, count in Counter(filter(None, names)).items() if count > 1]
     if twice:
         message = f"several columns are named {', '.join(twice)}: {', '.join(names)}"
-        raise error(path, message, "give each column its own name in the first line")
+        raise error(path, message, "fix: give each column its own name in the first line")
     return names, rows, lines
 
 
@@ -340,7 +340,7 @@ def _decimal_mark(path, rows, separator, notes):
         examples = {{",": ".", ";": ","}[separator]: commas[0]}
     if len(examples) != 1:
         seen = " and ".join(examples.values()) or f"{commas[0]}, whose comma may mark decimals or thousands"
-        remedy = "write numbers with a decimal point and without separators of thousands"
+        remedy = "fix: write numbers with a decimal point and without separators of thousands"
         raise error(path, f"the decimal mark can't be told from {seen}", remedy)
     (mark,) = examples
     meaning = "decimal mark" if mark == "," else "mark of thousands"

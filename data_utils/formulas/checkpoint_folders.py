@@ -118,7 +118,7 @@ def step_of(path, state: dict, given: int) -> int:
     name = re.fullmatch(FOLDER, Path(path).name)
     step = state.get("step", int(name[1]) if name else -1)
     if step < 0:
-        raise UsageError(f"{path} does not say its step\ntry: --resume-step N")
+        raise UsageError(f"{path} does not say its step\nfix: --resume-step N")
     return step
 
 

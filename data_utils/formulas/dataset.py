@@ -131,7 +131,7 @@ class FlashANSRDataset:
             reasons = ", ".join(f"{n} {reason}" for reason, n in rejected.most_common())
             raise DataError(
                 f"of {draws or len(fits)} skeletons only {fits.sum()} can be used: {reasons}\n"
-                "try: fewer holdout_pools, a larger max_length, other operators"
+                "fix: fewer holdout_pools, a larger max_length, other operators"
             )
         return skeletons.Pool(pool.tokens[fits], pool.counts[fits])
 
@@ -189,7 +189,7 @@ class FlashANSRDataset:
             if tried > skeletons.PATIENCE * (B + 4) and len(sequences) < tried / 100:
                 raise DataError(
                     f"batch {index}: of {tried} skeletons only {len(sequences)} gave usable samples\n"
-                    f"skipped: {dict(self.skipped)}\ntry: a larger y_limit, other priors"
+                    f"skipped: {dict(self.skipped)}\nfix: a larger y_limit, other priors"
                 )
         batch = parts[0]
         if len(parts) > 1:
@@ -271,7 +271,7 @@ def _check(alphabet, pool, data):
     missing = [name for name in ("<float>", "<prompt>", "</prompt>", *tags) if name not in alphabet.ids]
     if data.prompt_probability and missing:
         raise UsageError(
-            f"the tokenizer lacks {' '.join(missing)}\ntry: add them to special_tokens, or --prompt_probability 0"
+            f"the tokenizer lacks {' '.join(missing)}: add them to special_tokens\ntry: --prompt_probability 0"
         )
     at_least(data, 1, "n_per_equation")
     for name in ("noise", "prompt", "complexity", "allowed", "include", "exclude"):
@@ -360,7 +360,7 @@ def _take(process, ready):
             process.join(LONGEST_WAIT)
         raise DataError(
             f"data worker {process.name} died with status {process.exitcode}, perhaps of too little memory\n"
-            "try: fewer --num_workers"
+            "try: --num_workers 0"
         ) from None
     if isinstance(arrays, Exception):
         raise arrays

@@ -15,6 +15,7 @@ import torch
 import yaml
 from tqdm import tqdm
 
+from data_utils.advice import pasteable
 from data_utils.config import at_least
 from data_utils.errors import DataError, UsageError
 from data_utils.files import begins, check_replaceable, is_marked, make_room, write_atomic
@@ -56,8 +57,7 @@ def find(cfg, begin=None):
     if bool(cfg.data) == bool(cfg.suite):
         raise UsageError("give --data FILE.csv, or --suite nguyen")
     if cfg.method in ("sampling", "beam") and not cfg.model:
-        raise UsageError(f"--method {cfg.method}: --model FOLDER is missing\n"
-                         "try: --model models/ansr-models/sr-cpu, or --method prior")  # fmt: skip
+        raise UsageError(f"--method {cfg.method}: --model FOLDER is missing\ntry: --method prior")
     inputs = [cfg.data, cfg.predict, *cfg.suite]
     check_replaceable(cfg.out, cfg.fresh, made_here, inputs=inputs)
     check_replaceable(cfg.plot, cfg.fresh, is_marked, flag="--plot", inputs=inputs)
@@ -75,8 +75,10 @@ def search(cfg, model, X, y, rng, names, **settings):
         network = network_settings(cfg, model, names)
     for name in PROMPTS:
         if network is None and getattr(cfg, name):
-            raise UsageError(f"--{name} needs a network that was trained with prompts\ntry: --model FOLDER, or "
-                             "--exclude_terms, --operators and --max_length, which every method obeys")  # fmt: skip
+            raise UsageError(
+                f"--{name} needs a network that was trained with prompts; every method obeys --exclude_terms, "
+                f"--operators and --max_length\ntry: without --{name}"
+            )
     return search_formulas(
         X, y, names, rng, model=model, network=network, operators=cfg.operators, exclude_terms=cfg.exclude_terms,
         longest=cfg.max_length, choices=cfg.choices, evolve=cfg.evolve, restarts=cfg.restarts, parsimony=cfg.parsimony,
@@ -107,7 +109,7 @@ def prompt_of(cfg, alphabet, names):
     prompts = knows_prompts(cfg.model, alphabet)
     if wanted and not prompts:
         raise UsageError(f"--{wanted[0]}: {cfg.model} was trained without prompts\n"
-                         f"try: the same command without --{wanted[0]}")  # fmt: skip
+                         f"try: without --{wanted[0]}")  # fmt: skip
     tagged = dict(allowed_term=cfg.allowed_terms, include_term=cfg.include_terms)
     tagged["exclude_term"] = cfg.exclude_terms if prompts else ()
     words = []
@@ -195,7 +197,7 @@ def solve(cfg, model, begin):
     """Print the best formula of a table to stdout, all that are worth a look and the time to stderr."""
     table = read_table(cfg.data, cfg.target, cfg.columns, cfg.ignore, cfg.sigma)
     for note in table.notes:
-        print(f"{cfg.data}: {note}", file=sys.stderr)
+        print(pasteable(f"{cfg.data}: {note}"), file=sys.stderr)
     X, y, names, target = table.X, table.y, list(table.names), table.target
     new = Predictions(cfg, names, target) if cfg.predict else None
     if np.ptp(y) == 0:
@@ -220,7 +222,8 @@ def solve(cfg, model, begin):
         mark = "*" if answer.front else " "
         print(f"{mark} {1 - answer.fvu:8.6f} {answer.bits:8.1f} {answer.length:6}  {text}", file=sys.stderr)
     if len(answers) == 1:
-        print("no other formula was ranked in time\ntry: more --max_seconds", file=sys.stderr)
+        more = f"\ntry: --max_seconds {3 * cfg.max_seconds:g}" if cfg.max_seconds else ""
+        print(pasteable(f"no other formula was ranked in time{more}"), file=sys.stderr)
     seconds = time.monotonic() - begin
     print(f"{len(y)} rows, {tried} candidates, {seconds:.1f} s", file=sys.stderr)
     rows = [

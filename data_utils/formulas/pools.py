@@ -19,7 +19,7 @@ Formula = namedtuple("Formula", "name prefix values variables row")
 ARRAYS = ("tokens", "lengths", "counts")
 COLUMNS = ("name", "formula", "variables", "ranges")
 LARGEST = 2**32  # bytes of the arrays of a pool: a small zip file can hold arrays that fill the memory
-REMEDY = "try: ./scripts/import_test_sets.sh, or the right path in holdout_pools"
+REMEDY = "try: bash scripts/import_test_sets.sh"
 
 
 def read_formulas(path, skip_bad_lines=False, warn=lambda message: None, columns=COLUMNS) -> list[Formula]:
@@ -133,7 +133,7 @@ def load_pool(folder) -> tuple[Pool, Alphabet]:
         structure(alphabet.arity[tokens])
     except damage as e:
         reason = e.strerror if isinstance(e, OSError) and e.strerror else f"{type(e).__name__}: {e}".splitlines()[0]
-        raise DataError(f"{path}: {reason}\n{REMEDY}, or python prepare_data.py generate-skeleton-pool") from e
+        raise DataError(f"{path}: {reason}\n{REMEDY}") from e
     return Pool(tokens, counts), alphabet
 
 

@@ -76,7 +76,7 @@ def _check_output(cfg):
     if missing:
         raise UsageError(f"{' '.join(missing)}: not given")
     if Path(cfg.output_dir, "skeletons.npz").exists() and not cfg.fresh:
-        raise UsageError(f"{cfg.output_dir} holds a skeleton pool\ntry: --fresh, which overwrites it")
+        raise UsageError(f"{cfg.output_dir} holds a skeleton pool; --fresh overwrites it\ntry: --fresh")
     other = unused(cfg.output_dir, "_new")
     inputs = [getattr(cfg, name, "") for name in ("config", "input", "base_skeleton_pool")]
     for name, made_here in MADE_HERE.items():

@@ -281,7 +281,7 @@ def draw_pool(size, alphabet, pool, held, *, seed, split, fits=None, report=lamb
             reasons = ", ".join(f"{n} {reason}" for reason, n in rejected.most_common() if n)
             raise DataError(
                 f"{size} skeletons asked for, only {len(counts)} exist (rejected draws: {reasons or 'none'})\n"
-                "try: a smaller --size, or more operators, variables or a larger max_length"
+                + (f"try: --size {len(counts)}" if counts else "fix: more operators, variables or a larger max_length")
             )
     return Pool(_rows(counts, pool.max_length), np.array(list(counts.values())))
 

@@ -65,14 +65,16 @@ def read_table(path, target="", columns=(), ignore=(), sigma=""):
     needed = [target, sigma] if sigma else [target]
     uses = Counter([*chosen, *ignored, *needed])
     if max(uses.values()) > 1:
-        remedy = "try: each column under one of --target, --columns, --ignore, --sigma"
+        remedy = "fix: each column under one of --target, --columns, --ignore, --sigma"
         raise UsageError(f"column {max(uses, key=uses.get)} is named twice (y is {target})\n{remedy}")
     used = chosen or _other_columns(table, target, uses, notes)
     for name in [*used, *needed]:
         if table[name].wrong:
             line, cell = table[name].wrong
-            remedy = f"correct it or empty the cell, or --ignore {shlex.quote(name)}"
-            raise error(path, f"line {line}, column {name}: {cell!r} is no number", remedy)
+            problem = f"line {line}, column {name}: {cell!r} is no number"
+            if name in needed or len(used) == 1:
+                raise error(path, problem, "fix: correct it or empty the cell")
+            raise error(path, f"{problem}: correct it or empty the cell", _without(name, chosen))
     used, rows = _complete_rows(table, used, needed, bool(chosen), notes)
     M = int(rows.sum())
     if M < len(rows):
@@ -80,12 +82,15 @@ def read_table(path, target="", columns=(), ignore=(), sigma=""):
         notes.append(f"left out: {len(rows) - M} of {len(rows)} rows, missing or infinite in {', '.join(gaps)}")
     if not used:
         message = f"no column of numbers varies beside {target}: expected one x or more"
-        raise error(path, message, "--target NAME", notes)
+        raise error(path, message, "fix: --target NAME", notes)
     if M < 2:
-        raise error(path, f"complete rows of numbers: {M}; expected 2 or more", "--ignore NAME", notes)
+        remedy = "fix: more complete rows"
+        if len(used) > 1:
+            remedy = _without(min(used, key=lambda name: np.isfinite(table[name].values).sum()), chosen)
+        raise error(path, f"complete rows of numbers: {M}; expected 2 or more", remedy, notes)
     if sigma and (table[sigma].values[rows] <= 0).any():
         line = lines[np.flatnonzero(rows & (table[sigma].values <= 0))[0]]
-        remedy = "empty the cell, and the row is left out"
+        remedy = "fix: empty the cell, and the row is left out"
         raise error(path, f"line {line}, column {sigma}: an uncertainty is above 0", remedy)
     return Table(
         X=np.stack([table[name].values[rows] for name in used], 1),
@@ -100,6 +105,14 @@ def read_table(path, target="", columns=(), ignore=(), sigma=""):
     )
 
 
+def _without(name, chosen):
+    """Return the advice to leave a column out; chosen: those under --columns."""
+    others = [other for other in chosen if other != name]
+    if chosen and not others:
+        return "fix: another column"
+    return f"try: {shlex.join(['--columns', *others] if chosen else ['--ignore', name])}"
+
+
 def _find(path, table, flag, name):
     """Return the column that a flag names, with its unit or without. All but --ignore need numbers."""
     matches = [name] if name in table else [other for other in table if split_unit(other)[0] == name]
@@ -110,9 +123,9 @@ def _find(path, table, flag, name):
         raise UsageError(f"{flag} {name}: the columns of {path} are {', '.join(table)}\n{remedy}")
     fault = table[matches[0]].fault
     if fault and flag != "--ignore":
-        usable = [other for other in table if not table[other].fault] or ["NAME"]
-        remedy = f"try: {flag} {shlex.quote(usable[-1])}"
-        raise UsageError(f"{flag} {name}: expected a column of numbers, found one {fault}\n{remedy}")
+        usable = [other for other in table if not table[other].fault]
+        remedy = f"\ntry: {flag} {shlex.quote(usable[-1])}" if usable else ""
+        raise UsageError(f"{flag} {name}: expected a column of numbers, found one {fault}{remedy}")
     return matches[0]
 
 
@@ -135,13 +148,15 @@ def _last_column(path, table, taken, notes):
     free = [name for name in table if not table[name].fault and name not in taken]
     if not free:
         faults = [f"{name}, {column.fault}" for name, column in table.items() if column.fault]
-        raise error(path, "no column of numbers for y", "a table with two columns of numbers or more", faults)
+        raise error(path, "no column of numbers for y", "fix: a table with two columns of numbers or more", faults)
     plain = [name for name in free if not table[name].index and not _uncertainty_of(name, table)]
     if len(free) == 2 and not taken and plain == free[:1] and _uncertainty_of(free[1], table) != free[0]:
         plain = free  # h, error: nothing else is left for x
     target = (plain or free)[-1]
     if target != list(table)[-1]:
-        notes.append(f"y is {target}, the last column of numbers; for another try: --target NAME")
+        others = [name for name in free if name != target]
+        another = f"; for another try: --target {shlex.quote(others[-1])}" if others else ""
+        notes.append(f"y is {target}, the last column of numbers{another}")
     return target
 
 
@@ -185,7 +200,9 @@ def _complete_rows(table, used, needed, explicit, notes):
         if not constant and not explicit and len(used) > 1 and rows.sum() < base.sum() / 2:
             name = max(used, key=lambda name: (~np.isfinite(table[name].values[base])).sum())
             gaps = int((~np.isfinite(table[name].values)).sum())
-            reason = f"missing in {gaps} of {len(rows)} rows; to use it try: {shlex.join(['--columns', *used])}"
+            reason = f"missing in {gaps} of {len(rows)} rows"
+            if rows.sum() > 1:
+                reason += f"; to use it try: {shlex.join(['--columns', *used])}"
         else:
             constant = constant or [name for name in used if not table[name].varies(rows)]
             if not constant:

@@ -97,7 +97,9 @@ class Arc:
         tested = {content(pair) for pair in self.tests}
         self.demonstrations = [pair for pair in demonstrations if content(pair) not in tested]
         if not self.demonstrations:
-            raise DataError(f"arc: none of {len(tasks)} tasks has all its grids within --arc_side {side}\ntry: 30")
+            raise DataError(
+                f"arc: none of {len(tasks)} tasks has all its grids within --arc_side {side}\ntry: --arc_side 30"
+            )
         digest = _digest(b"".join(_digest(content(pair)) for pair in (*self.demonstrations, *self.tests))).hex()
         self.spec = dict(name=name, version=1, side=side, tasks=len(fitting), tests=len(self.tests), hash=digest)
 

@@ -56,7 +56,7 @@ def answer_pages(cfg):
     if cfg.paths > len(model.starts) and not cfg.noise:
         raise UsageError(
             f"--paths {cfg.paths}: without noise, paths beyond the {len(model.starts)} trained ones repeat them\n"
-            "try: --noise 0.2 with it"
+            "try: --noise 0.2"
         )
     text = read_input(cfg.input)
     questions = to_questions(text, task, config, cfg.votes)
@@ -148,7 +148,7 @@ def load_model(checkpoint):
     path = Path(checkpoint)
     if not checkpoint or not path.exists():
         problem = f"{checkpoint}: no such checkpoint" if checkpoint else "no checkpoint named"
-        raise UsageError(f"{problem}\ntry: python generate.py multimodal checkpoints/multimodal-hesc --input FILE")
+        raise UsageError(f"{problem}: train_multimodal.py makes one\ntry: python generate.py multimodal --help")
     files = [path / f"{name}.pt" for name in ("best_model", "ema_model", "latest")] if path.is_dir() else [path]
     path, state = first_good(files, lambda file: load_checkpoint(file, "multimodal"))
     if not state:
@@ -171,18 +171,18 @@ def choose_task(name, tasks):
         close = difflib.get_close_matches(name, tasks, 1)
         nearest = f" (did you mean {close[0]}?)" if close else ""
         problem = f"--task {name}: this model has not learnt it{nearest}" if name else "--task is missing"
-        raise UsageError(f"{problem}\ntry: --task {' or '.join(tasks)}")
+        raise UsageError(f"{problem}; there are: {', '.join(tasks)}\ntry: --task {(close or [*tasks])[0]}")
     return Task(**tasks[name])
 
 
 def read_input(path):
     """Return the text of a file, or of standard input for "-", without its last newline."""
     if not path:
-        raise UsageError("no question\ntry: --input FILE, or --input - for standard input")
+        raise UsageError("no question: --input FILE, or - for standard input\ntry: --input -")
     try:
         return read_text(path).removesuffix("\n")
     except OSError as e:
-        raise UsageError(f"--input {path}: {e.strerror}\ntry: an existing file, or - for standard input") from e
+        raise UsageError(f"--input {path}: {e.strerror}\nfix: an existing file, or - for standard input") from e
 
 
 # --- pages ------------------------------------------------------------------------------------------------------------
@@ -212,7 +212,7 @@ def as_rows(lines, task):
         signs = "#, space, S and G" if task.name == "maze" else f"digits up to {task.cols}, and . for blanks"
         raise UsageError(
             f"{problem}: {task.name} is {task.rows} rows of {task.cols} signs\n"
-            f"try: one puzzle per file, {task.rows} lines of {task.cols} signs: {signs}"
+            f"fix: one puzzle per file, {task.rows} lines of {task.cols} signs: {signs}"
         )
     return rows
 
@@ -250,15 +250,15 @@ def text_page(text, task):
     """Return the page (R, C) of a text, for `fill` with its blank as a hole."""
     text, cells = text.replace("\t", TAB), task.rows * task.cols
     if not text:
-        raise UsageError("an empty page\ntry: some text")
+        raise UsageError("an empty page\nfix: some text")
     count = lost(text)
     if 2 * count > len(text):
         raise UsageError(
             f"{count} of {len(text)} characters have no sign on a page, which shows printable ASCII\n"
-            "try: the text in ASCII letters"
+            "fix: the text in ASCII letters"
         )
     if len(text) > cells:
-        raise UsageError(f"a page of {len(text)} characters: this model reads {cells}\ntry: the part that matters")
+        raise UsageError(f"a page of {len(text)} characters: this model reads {cells}\nfix: the part that matters")
     if count:
         warn(f"{count} of {len(text)} characters have no sign on a page and become ?")
     symbols = to_symbols(text)
@@ -266,7 +266,7 @@ def text_page(text, task):
         holes = list(BLANK.finditer(text))
         if len(holes) != 1:
             places = " and ".join(place(*divmod(hole.start(), task.cols)) for hole in holes) or "none"
-            raise UsageError(f"one name to fill in expected, found {places}\ntry: write it as ____, the rest as it is")
+            raise UsageError(f"one name to fill in expected, found {places}\nfix: write it as ____, the rest as it is")
         symbols[slice(*holes[0].span())] = HOLE
     return layout(symbols, task.rows, task.cols)
 

@@ -231,7 +231,7 @@ class Passages:
         texts, total = {name: text for name, text in texts.items() if len(text) >= self.size}, len(texts)
         self.label = f"{len(texts)} texts of {self.size} or more characters, of {total}"
         if not texts:
-            raise DataError(f"{task.name}: {self.label}\ntry: more or longer text, or smaller pages")
+            raise DataError(f"{task.name}: {self.label}\nfix: more or longer text, or smaller pages")
         self.texts, self.name_spans = list(texts.values()), {}
         self.hashes = [_hash(text.encode()) for text in self.texts]
         self.ends = list(itertools.accumulate(len(text) - self.size + 1 for text in self.texts))
@@ -313,7 +313,7 @@ def code_files(folder=""):
             else:
                 texts[name] = path.read_bytes().replace(b"\r\n", b"\n").decode("utf-8-sig", "replace")
     if not any(texts.values()):
-        raise DataError(f"--code_dir {root}: no .py file with text in it\ntry: another folder")
+        raise DataError(f"--code_dir {root}: no .py file with text in it\nfix: another folder")
     if folder:
         _check_characters(f"--code_dir {root}", texts.values())
     return {name: _plain(text) for name, text in texts.items()}
@@ -325,7 +325,7 @@ def _check_characters(source, texts):
     if 2 * count > total:
         raise DataError(
             f"{source}: {count} of {total} characters ({count / total:.0%}) have no sign on a page, which "
-            "shows printable ASCII\ntry: a text in ASCII letters"
+            "shows printable ASCII\nfix: a text in ASCII letters"
         )
     if count:
         warn(f"{source}: {count} of {total} characters ({count / total:.2%}) have no sign on a page and become ?")
@@ -351,13 +351,13 @@ def story_rows(path):
             texts = list(read_documents(path, problems, skip_bad_lines=True))
             for kind in problems:
                 if kind in MALFORMED:
-                    raise DataError(f"--stories {problems[kind][1][0]}\ntry: mend the line")
+                    raise DataError(f"--stories {problems[kind][1][0]}\nfix: mend the line")
         elif path.suffix.lower() == ".txt":
             texts = read_text(path).split("\n")
         else:
             raise DataError(f"--stories {path}: expected a .txt or .jsonl file")
     except OSError as e:
-        raise DataError(f"--stories {path}: {e.strerror}\ntry: an existing .txt or .jsonl file") from e
+        raise DataError(f"--stories {path}: {e.strerror}\nfix: an existing .txt or .jsonl file") from e
     stories = {number: text for number, row in enumerate(texts) if (text := row.strip())}
     if not stories:
         raise DataError(f"--stories {path}: no text in it")

@@ -147,7 +147,7 @@ class _Build:
         if foreign and not manifest and not anew:  # the builder writes the manifest before all other files
             raise UsageError(
                 f"{self.path} holds {', '.join(foreign[:4])}, not made here, so not replaced\n"
-                f"try: another folder, as {unused(self.path, '_pages')}"
+                f"fix: another folder, as {unused(self.path, '_pages')}"
             )
         listed = _listed(manifest)
         first = len(manifest["shards"]) * shard_files.SHARD if manifest else math.inf
@@ -327,7 +327,7 @@ def _swap(out):
             os.rename(out, old)
         os.rename(new, out)
     except OSError as e:
-        raise DataError(f"{new} can't take the place of {out}: {e.strerror}\ntry: move {old} away") from e
+        raise DataError(f"{new} can't take the place of {out}: {e.strerror}\nfix: move {old} away") from e
     _remove(old)
 
 

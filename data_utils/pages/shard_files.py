@@ -23,7 +23,7 @@ from data_utils.errors import DataError
 FORMAT = 1
 SHARD = 100  # batches
 FIELDS = ("page", "target", "key", "id")
-REBUILD = "--rebuild-dataset builds the data anew, or name another folder"
+REBUILD = "--rebuild-dataset"
 
 
 def describe(sources, *, train_samples, test_samples, build_batch, seed):

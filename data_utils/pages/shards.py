@@ -3,6 +3,7 @@
 import functools
 import itertools
 import os
+import shlex
 import subprocess
 import sys
 import time
@@ -64,7 +65,7 @@ class _Folder:
         problem = f"No consolidated files found in {self.path}"
         if self.manifest and self.manifest["shards"]:
             problem = f"{self.path} is unfinished"
-        return DataError(f"{problem}\ntry: python train_multimodal.py --dataset-only --data_paths {self.path}")
+        return DataError(f"{problem}\ntry: --dataset-only --data_paths {shlex.quote(str(self.path))}")
 
 
 class Shards:
@@ -201,7 +202,7 @@ class Shards:
             elif heartbeat and now - seen >= STALE:
                 problem = f"its builder, process {builder['pid']}, gave no sign in {STALE} s"
             if problem:
-                raise DataError(f"{folder.path}: {problem}\ntry: see {folder.path}/build.log; the same command goes on")
+                raise DataError(f"{folder.path}: {problem}; see {folder.path}/build.log\ntry: the same command")
             if now - line_time >= LINE_SECONDS:
                 line_time = now
                 self.tell(f"waiting for {folder.path}: {batches or 0} batches, {now - start:.0f} s")
@@ -244,8 +245,8 @@ class Builder:
             log = self.folder / "build.log"  # absent after its folder took the place of old data
             lines = log.read_text(encoding="utf-8", errors="replace").splitlines()[-3:] if log.exists() else []
             raise DataError(
-                f"{self.folder}: the builder ended with status {status}: {' | '.join(lines)}\n"
-                f"try: see {log}; the same command goes on"
+                f"{self.folder}: the builder ended with status {status}: {' | '.join(lines)}; see {log}\n"
+                "try: the same command"
             )
 
     def wait(self, stop=(), tell=say):
@@ -290,7 +291,9 @@ def start_builder(out, cfg, *, rebuild_dataset=False):
         try:
             return Builder(folder, subprocess.Popen(command, env=env, start_new_session=True, **pipes))
         except OSError as e:
-            advice = f"try: python prepare_data.py multimodal --out {out} --tasks {' '.join(cfg.tasks)}"
+            advice = (
+                f"try: python prepare_data.py multimodal --out {shlex.quote(str(out))} --tasks {' '.join(cfg.tasks)}"
+            )
             raise DataError(f"{folder}: its builder can't start: {e.strerror}\n{advice}") from e
 
 

@@ -41,6 +41,12 @@ class Task:
     cells: int  # per patch
     ids: int  # rows of the table of learned ids, 0 for none
 
+    def example(self):
+        """Return a short input of the command line: a text, or an empty Sudoku; "" for mazes and ARC."""
+        if self.kind == "text":
+            return "def ____(x):" if self.name == "fill" else "In the beginning"
+        return "." * self.length if self.name.startswith("sudoku") else ""
+
 
 @dataclass(frozen=True)
 class Sample:
@@ -98,7 +104,7 @@ class Source:
         raise DataError(
             f"{self.task.name}: no {split} sample {index} in {other_split + empty} draws, "
             f"{other_split} of them of the other split,\n"
-            f"from {maker.label}: that is too little: 1 in {TEST_SHARE} is held out\ntry: more or longer text"
+            f"from {maker.label}: that is too little: 1 in {TEST_SHARE} is held out\nfix: more or longer text"
         )
 
 
@@ -153,7 +159,11 @@ def open_tasks(names, *, page_rows, page_cols, text_source, stories, code_dir, a
         if name not in NAMES:
             close = difflib.get_close_matches(name, NAMES, 1)
             nearest = f" (did you mean {close[0]}?)" if close else ""
-            raise UsageError(f"--tasks {name}: no such task{nearest}\ntry: {' '.join(NAMES)}")
+            known = [close[0] if other == name and close else other for other in names]
+            known = [other for other in known if other in NAMES] or ["read"]
+            raise UsageError(
+                f"--tasks {name}: no such task{nearest}; there are: {' '.join(NAMES)}\ntry: --tasks {' '.join(known)}"
+            )
     texts = _Texts(page_rows, page_cols, text_source, stories, code_dir)
     sources = {}
     for name in names:

@@ -87,6 +87,11 @@ class Puzzles:
             puzzles, solutions = augment(puzzles, solutions, size=self.meta["size"], rng=rng, reveal=self.reveal)
         return dict(encoder_ids=torch.from_numpy(puzzles).long(), labels=torch.from_numpy(solutions).long())
 
+    def example(self):
+        """Return the first held-out puzzle as text."""
+        puzzles = self.grids["val" if self.rows("val") else "train"][0]
+        return "".join(map(str, puzzles[0])).replace("0", ".")
+
     def write_beside(self, path, config):
         """Write config.yaml and meta.json for the checkpoint `path`."""
         write_beside(path, config, self.meta)
@@ -280,6 +285,13 @@ class Pairs:
         if self.short:
             facts["short"] = batch["encoder_mask"].sum(1) < self.short
         return facts
+
+    def example(self):
+        """Return the first held-out prompt as text: one line of at most 80 characters that fits the model."""
+        ids, *_ = self._row("val" if self.rows("val") else "train", 0)
+        specials = [self.meta[name] for name in ("pad_id", "bos_id", "eos_id")]
+        ids = [i for i in ids.tolist() if i not in specials][: max(1, self.max_seq_len - 2) if self.max_seq_len else 80]
+        return " ".join(self.tokenizer.decode(ids).split())[:80]
 
     def write_beside(self, path, config):
         """Write config.yaml, meta.json and tokenizer.json for the checkpoint `path`."""

@@ -105,11 +105,12 @@ def _advice(folder):
     """Return the command that makes a prepared folder, from the rows in `folder` if there are any."""
     endings = (".jsonl", ".json", ".txt", ".parquet", ".arrow", ".gz")
     readable = folder.is_dir() and any(path.suffix in endings for path in folder.rglob("*"))
-    source = folder if readable and not (folder / "meta.json").exists() else "FILES"
+    if not readable or (folder / "meta.json").exists():
+        return "python prepare_data.py language --help"
     dest = folder
     if folder.exists() and any(folder.iterdir()):
         dest = unused(folder, "_prepared")  # never among the user's files
-    return f"python prepare_data.py language --source {shlex.quote(str(source))} --dest {shlex.quote(str(dest))}"
+    return f"python prepare_data.py language --source {shlex.quote(str(folder))} --dest {shlex.quote(str(dest))}"
 
 
 def read_index(folder, split, meta):
@@ -125,7 +126,7 @@ def read_index(folder, split, meta):
         raise DataError(f"{path}: {str(e).splitlines()[0]}") from e
     valid = index.dtype == np.int64 and index.ndim == 2 and index.shape[1] in (2, 3)
     if not valid or (index[-1, -1] if len(index) else 0) != len(ids):
-        raise DataError(f"{path} does not fit {split}.bin\ntry: prepare {folder} again with --fresh")
+        raise DataError(f"{path} does not fit {split}.bin\nfix: prepare {folder} again with --fresh")
     return ids, index
 
 
@@ -140,7 +141,7 @@ def refuse_complete(folder, fresh):
     if not fresh and Path(folder, "meta.json").exists():
         if "specification" in _read_json(Path(folder, "progress.json")):  # killed before it was removed
             Path(folder, "progress.json").unlink()
-        raise UsageError(f"{folder} is complete\ntry: --fresh to make it again")
+        raise UsageError(f"{folder} is complete; --fresh makes it again\ntry: --fresh")
 
 
 def check_apart(dest, flag, sources):
@@ -170,8 +171,8 @@ def clear(folder, fresh, flag):
         if len(foreign) > 4:
             shown += ", ..."
         raise UsageError(
-            f"{folder} holds {shown}: not written by prepare_data.py, so not replaced\n"
-            f"try: {flag} {shlex.quote(str(unused(folder, '_prepared')))}, or --fresh, which renames them to *.bak"
+            f"{folder} holds {shown}: not written by prepare_data.py, so not replaced; --fresh renames them to *.bak\n"
+            f"try: {flag} {shlex.quote(str(unused(folder, '_prepared')))}\ntry: --fresh"
         )
     set_aside(folder / name for name in foreign)
     for name in sorted(existing & proven, reverse=True):  # data before the meta.json that proves it
@@ -255,7 +256,7 @@ class Writer:
             specification = json.loads(json.dumps(specification))
             if begun and begun["specification"] != specification:
                 differs = changed(begun["specification"], specification) or "another command"
-                raise UsageError(f"{folder} was begun with other flags: {differs}\ntry: the same command, or --fresh")
+                raise UsageError(f"{folder} was begun with other flags: {differs}; --fresh starts over\ntry: --fresh")
             if not begun and self.folder.name == ".cache":  # a copy of rows in the folder above
                 for name in sorted(KNOWN - {".prepare.lock"}):
                     (self.folder / name).unlink(missing_ok=True)
@@ -348,7 +349,7 @@ class Writer:
             yield
         except OSError as e:
             advice = "free some space; the same command goes on from the last record"
-            raise DataError(f"{self.folder}: {e.strerror}\ntry: {advice}") from e
+            raise DataError(f"{self.folder}: {e.strerror}\nfix: {advice}") from e
 
     def finish(self, meta, columns=2):
         """Give the files their final names, then write meta.json: `meta`, the counts and the hash of the data."""

@@ -4,6 +4,7 @@ B batch, S prompt, T answer, V vocabulary.
 """
 
 import math
+import shlex
 import sys
 import time
 from functools import partial
@@ -33,7 +34,9 @@ def answer(cfg):
     prompts = [prompt.removeprefix("\ufeff") for prompt in cfg.prompt]  # a byte order mark is no character
     prompts += _read_lines(cfg.input) if cfg.input else []
     if not prompts:
-        raise UsageError('no question\ntry: --prompt "What is 12 + 7?" or --input FILE')
+        network = model.network
+        example = "." * network.max_seq_len if network.cells else "What is 12 + 7?"
+        raise UsageError(f"no question: --prompt or --input FILE\ntry: --prompt {shlex.quote(example)}")
     names = ("max_new_tokens", "temperature", "top_k", "top_p", "segments", "halting")
     options = {name: getattr(cfg, name) for name in names}
     generator = torch.Generator(model.network.head.weight.device).manual_seed(cfg.seed)

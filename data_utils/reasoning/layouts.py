@@ -7,6 +7,10 @@ from and value. `system`, `history` and `context` beside them come before the qu
 
 import json
 import math
+import shlex
+from pathlib import Path
+
+from data_utils.files import unused
 
 PAIRS = (
     ("prompt", "response"),
@@ -29,6 +33,20 @@ OTHERS += ("function", "function_call", "function_response", "observation")
 def is_missing(value):
     """Return whether a value is null or NaN."""
     return value is None or (isinstance(value, float) and math.isnan(value))
+
+
+def advice(source, row):
+    """Return the line of advice for a row (dict) of no known layout: the command that brings its fields into one."""
+    texts = {str(name): value for name, value in row.items() if isinstance(value, str) and value.strip()}
+    if not texts:
+        return "fix: rows with a field of text"
+    longest = sorted(texts, key=lambda name: len(texts[name]))[-2:]
+    if len(longest) == 1:
+        return f"try: --text-field {shlex.quote(longest[0])} --fresh"
+    question, answer = (shlex.quote(name) for name in texts if name in longest)
+    output = shlex.quote(str(unused(f"{Path(source).stem}_qa.jsonl", "")))
+    command = f"python prepare_data.py normalize-qa --input {shlex.quote(str(source))} --output {output}"
+    return f"try: {command} --question-field {question} --answer-field {answer} --skip-missing"
 
 
 def string_of(value, name):

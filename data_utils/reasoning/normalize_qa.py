@@ -102,11 +102,11 @@ def normalize_task(task, *, paths, templates, skip_missing):
     columns = {steps[0] for steps in paths.values()}
     for place, row in sources.rows(task, columns):
         if isinstance(row, ValueError):
-            raise DataError(f"{sources.where(task, place)}: {row}\ntry: mend it")
+            raise DataError(f"{sources.where(task, place)}: {row}\nfix: mend it")
         try:
             row_records = list(records(row, paths))
         except ValueError as e:
-            raise DataError(f"{sources.where(task, place)}: {e}\ntry: another field") from None
+            raise DataError(f"{sources.where(task, place)}: {e}\nfix: another field") from None
         for record in row_records:
             counts.update(name for name, text in record.items() if text)
             missing = [name for name in ("question", "answer") if not record[name]]
@@ -147,7 +147,7 @@ def normalize(cfg):
     templates = [parse_template(getattr(cfg, name), name) for name in ("prompt_template", "response_template")]
     uses_context = any(("context",) in template for template in templates)
     if uses_context and not cfg.context_field:
-        raise UsageError("a template holds {context}, and no field is named for it\ntry: --context-field NAME")
+        raise UsageError("a template holds {context}, and no field is named for it\nfix: --context-field NAME")
     if cfg.context_field and not uses_context:
         message = f"--context_field {cfg.context_field}: no template holds {{context}}"
         raise UsageError(f"{message}\ntry: --prompt-template '{{context}}\\n{{question}}'")
@@ -196,13 +196,13 @@ def normalize(cfg):
             flags = ", ".join(f"--{name}-field" for name in lacking or ("question", "answer"))
             raise DataError(
                 f"no {' and no '.join(lacking) or 'record'} in {cfg.input}: fields of the first row: {names}\n"
-                f"try: other {flags}"
+                f"fix: other {flags}"
             )
         make_room(output, _is_normalized)  # last, so that a failure changes nothing
 
     with lock_run(output.parent, output.name):
         if output.exists() and not cfg.fresh:
-            raise UsageError(f"{output} is complete\ntry: --fresh to make it again")
+            raise UsageError(f"{output} is complete; --fresh makes it again\ntry: --fresh")
         try:
             with stop:
                 write_atomic(output, write_checked)

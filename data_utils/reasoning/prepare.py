@@ -165,7 +165,8 @@ def _check_rows(counts, cfg, files):
     if not counts.get("train_samples") and not counts.get("val_samples"):
         first = _first_row(files)
         fields = ", ".join(first) if isinstance(first, dict) else first
-        raise DataError(f"no text in {cfg.source}: {dict(counts)}; the first row has {fields}\ntry: --text-field NAME")
+        advice = layouts.advice(cfg.source, first) if isinstance(first, dict) else "fix: rows with text"
+        raise DataError(f"no text in {cfg.source}: {dict(counts)}; the first row has {fields}\n{advice}")
     if cfg.val_ratio and not counts.get("val_samples"):
         warn(f"no document is held out: --val_ratio {counts['lowest'] * 1.01:.3g} holds one out")
     bytes_per_token = counts.get("text_bytes", 0) / max(1, counts.get("text_tokens", 0))
@@ -250,6 +251,9 @@ def _chunks(batches, output):
         raise DataError(f"no chunk in {batches}: no such folder")
     result = os.path.realpath(output)
     folders = sorted(path for path in root.iterdir() if path.is_dir() and os.path.realpath(path) != result)
+    folders = [path for path in folders if not path.name.startswith(".")]  # such as the .cache of a prepared folder
+    if not folders and (root / "meta.json").exists():
+        raise DataError(f"{batches} is itself a prepared folder, expected a folder of them\nfix: the folder around it")
     if not folders:
         raise DataError(f"no chunk in {batches}: expected one folder each, with meta.json")
     prepared.check_apart(output, "--output_dir", folders)
@@ -259,7 +263,10 @@ def _chunks(batches, output):
 
 
 def _chunk(folder):
-    """Return folder, meta and file sizes of one chunk. Raises DataError if it is unfinished or truncated."""
+    """Return folder, meta, file sizes and the names of our own files of one chunk.
+
+    Raises DataError if it is unfinished or truncated.
+    """
     meta = read_meta(folder)
     sizes = {}
     if meta["kind"] == "sudoku":
@@ -279,7 +286,7 @@ def _chunk(folder):
     if not any(sizes.values()):
         raise DataError(f"{folder} has no rows")
     meta["tokenizer_sha256"] = meta.get("tokenizer_sha256") or _hash_of(folder / meta["tokenizer_file"])
-    return dict(folder=str(folder), meta=meta, sizes=sizes)
+    return dict(folder=str(folder), meta=meta, sizes=sizes, written_here=sorted(prepared.written_here(folder)))
 
 
 def _hash_of(path):
@@ -315,9 +322,15 @@ def _copy(folder, name, start, meta):
 
 
 def _remove(chunk, tokenizer):
-    """Delete the merged files of a chunk, and its folder unless it holds other files."""
+    """Delete the merged files of a chunk, and its folder unless it holds other files.
+
+    A chunk stays if its meta.json does not prove that prepare_data.py wrote it.
+    """
     folder, meta = Path(chunk["folder"]), chunk["meta"]
     if not folder.is_dir():
+        return
+    if "meta.json" not in chunk.get("written_here", ["meta.json"]):  # absent in an older plan
+        warn(f"{folder} stays: it was not written by prepare_data.py")
         return
     names = [FINISHED[name] for name in FILES[meta["format"]]]
     names += ["meta.json", "progress.json", ".prepare.lock"]

@@ -101,12 +101,12 @@ def read_texts(task, counts, *, text_field, lang, collapse_whitespace, skip_bad_
             texts = texts_of(row, text_field, counts)
         except ValueError as e:
             if not skip_bad_lines:
-                fix = "mend it, or --skip-bad-lines"
+                advice = "try: --skip-bad-lines --fresh"
                 if "UTF-8" in str(e):
-                    fix += ", or iconv -f CP1252 -t UTF-8 if it is from Windows"
+                    e = f"{e}; iconv -f CP1252 -t UTF-8 converts a file from Windows"
                 if str(e).startswith("no text"):
-                    fix = "--text-field NAME, or python prepare_data.py normalize-qa --help for other fields"
-                raise DataError(f"{sources.where(task, place)}: {e}\ntry: {fix}") from None
+                    advice = layouts.advice(task[0], row)
+                raise DataError(f"{sources.where(task, place)}: {e}\n{advice}") from None
             counts["bad_rows"] += 1
             counts[f"bad_rows, {str(e).partition(';')[0].partition(', expected')[0][:60]}"] += 1
             continue
@@ -210,7 +210,7 @@ def read_ids(task, *, vocab_size, bos_id, skip_bad_lines):
             rows.append(line if isinstance(line, tuple) else _ids(line, vocab_size, bos_id))
         except ValueError as e:
             if not skip_bad_lines:
-                raise DataError(f"{sources.where(task, place)}: {e}\ntry: mend the line, or --skip_bad_lines") from None
+                raise DataError(f"{sources.where(task, place)}: {e}\ntry: --skip_bad_lines") from None
             counts["bad_rows"] += 1
     return pack({path.stem: rows}, id_type(vocab_size), "bin", bos_id, counts)
 

@@ -1,4 +1,4 @@
-"""Files of rows (.parquet .arrow .csv .jsonl .json .txt, the last four also .gz) as tasks for several processes.
+"""Files of rows (.parquet .arrow .csv .jsonl .txt .md .json, the last five also .gz) as tasks for several processes.
 
 A task is (path, kind, first, content):
 lines   the lines that begin between the bytes `first` and `content` of the file
@@ -6,12 +6,13 @@ block   `content` is the bytes of whole lines, `first` the number of the first l
 group   row group `first` of a parquet file
 values  `content` is a list of JSON values, `first` the number of the first one
 csv     `content` is a list of (line, row)
-A line of .txt is a row with the field "text" alone.
+A line of .txt is a row with the field "text" alone, and so is a whole file .md.
 """
 
 import io
 import json
 import re
+import shlex
 from itertools import islice
 from pathlib import Path
 
@@ -24,12 +25,14 @@ from data_utils.documents import (
     import_pyarrow,
     open_parquet,
     open_text,
+    read_text,
     suffix_of,
 )
 from data_utils.errors import DataError
 
 LINES = (".jsonl", ".txt")
-READ = (*TABLES, ".csv", *LINES, ".json")
+READ = (*TABLES, ".csv", *LINES, ".md", ".json")
+BESIDE = ("readme.md", "license.md", "sources.md", "changelog.md")  # describe the data in a folder
 SAVED_BESIDE = ("dataset_info.json", "state.json", "dataset_dict.json")  # by save_to_disk of Hugging Face, no rows
 BLOCK_BYTES = 8 * 2**20
 GROUP_ROWS = 512  # rows held as Python objects at a time
@@ -46,19 +49,20 @@ def find_files(source, most=0):
     visible = [p for p in paths if p == root or not any(part.startswith(".") for part in p.relative_to(root).parts)]
     zstandard = [path for path in visible if path.suffix == ".zst"]
     if zstandard:
-        raise DataError(f"{zstandard[0]}: zstandard is not read\ntry: zstd -d --rm {zstandard[0]}")
-    files = [path for path in visible if suffix_of(path) in READ and not _is_saved_beside(path, root)]
+        raise DataError(f"{zstandard[0]}: zstandard is not read\ntry: zstd -d --rm {shlex.quote(str(zstandard[0]))}")
+    files = [path for path in visible if suffix_of(path) in READ and not _is_beside(path, root)]
     if not files:
         names = " ".join(READ)
         raise DataError(
-            f"no source in {root}: searched for {names}, the last four also .gz; {len(visible)} other files"
+            f"no source in {root}: searched for {names}, the last five also .gz; {len(visible)} other files"
         )
     return files[:most] if most else files
 
 
-def _is_saved_beside(path, root):
-    """Return whether a file describes the .arrow files beside or below it and holds no rows."""
-    return path != root and path.name in SAVED_BESIDE and any(path.parent.rglob("*.arrow"))
+def _is_beside(path, root):
+    """Return whether a file in the folder `root` describes the others and holds no rows."""
+    saved = path.name in SAVED_BESIDE and any(path.parent.rglob("*.arrow"))
+    return path != root and (saved or path.name.lower() in BESIDE)
 
 
 def split_tasks(files, block=BLOCK_BYTES):
@@ -86,7 +90,10 @@ def split_tasks(files, block=BLOCK_BYTES):
                 yield path, "csv", 0, values
         else:
             number = 1
-            remaining = _arrow(path) if suffix == ".arrow" else _json(path)
+            if suffix == ".md":
+                remaining = iter([dict(text=read_text(path))])
+            else:
+                remaining = _arrow(path) if suffix == ".arrow" else _json(path)
             while values := list(islice(remaining, GROUP_ROWS)):
                 yield path, "values", number, values
                 number += len(values)
@@ -147,7 +154,13 @@ def where(task, place):
 
 
 def parse_line(line):
-    """Return the JSON object of a line of bytes, a list of them for an array, or a ValueError with the reason."""
+    """Return the JSON object of a line of bytes, a list of them for an array, or a ValueError with the reason.
+
+    A line of an old Mac, which ends at a carriage return, holds several: JSON has none inside a string.
+    """
+    parts = [part for part in line.split(b"\r") if part.strip()]
+    if len(parts) > 1:
+        return [row for part in parts for row in _each(parse_line(part))]
     try:
         text = decode(line)
     except ValueError as e:
@@ -171,9 +184,10 @@ def _each(parsed):
 
 def _text_row(line):
     try:
-        return {"text": decode(line).rstrip("\r\n")}
+        text = decode(line).rstrip("\r\n")
     except ValueError as e:
         return e
+    return [{"text": part} for part in text.split("\r")]  # several lines of an old Mac
 
 
 def _lines(path, start, end):

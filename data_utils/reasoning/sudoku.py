@@ -5,6 +5,7 @@ A grid is a row of size^2 uint8 digits, 0 = blank. B puzzles, N = size^2 cells. 
 
 import hashlib
 import random
+import shlex
 from functools import cache, partial
 
 import numpy as np
@@ -153,7 +154,9 @@ def make(*, size, givens, train, val, seed, processes=1):
         if all(len(pairs[split]) == n for split, n in needed.items()):
             cells = size * size
             return {s: tuple(np.array(x, np.uint8).reshape(-1, 2, cells).swapaxes(0, 1)) for s, x in pairs.items()}
-    raise UsageError(f"--size {size} --seed {seed}: too few different solutions for two splits\ntry: another --seed")
+    raise UsageError(
+        f"--size {size} --seed {seed}: too few different solutions \nfix: fewer of them, or another --seed"
+    )
 
 
 def _block(size, givens, seed, first):
@@ -242,7 +245,8 @@ def load_puzzles(folder):
         try:
             grids = np.load(path, mmap_mode="r", allow_pickle=False)
         except (OSError, ValueError, EOFError) as e:
-            raise DataError(f"{path}: {str(e).splitlines()[0]}\ntry: python prepare_data.py sudoku --out DIR") from e
+            advice = f"try: python prepare_data.py sudoku --out {shlex.quote(str(folder))} --fresh"
+            raise DataError(f"{path}: {str(e).splitlines()[0]}\n{advice}") from e
         cells = {n * n for n in BOXES}
         if grids.dtype != np.uint8 or grids.ndim != 3 or grids.shape[1] != 2 or grids.shape[2] not in cells:
             raise DataError(f"{path}: expected uint8 (n, 2, cells), found {grids.dtype} {grids.shape}")

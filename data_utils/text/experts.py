@@ -1,6 +1,7 @@
 """Trained language models, rebuilt from their checkpoints."""
 
 import hashlib
+import shlex
 from pathlib import Path
 
 import numpy as np
@@ -21,12 +22,15 @@ def load_expert(path, expert="", expected=None):
     Raises DataError, naming the command that makes it, if it is missing or damaged; UsageError if it is another one.
     """
     if not Path(path).exists():
-        command = "train_mla.py" if "mla" in Path(path).name else f"train_expert.py --expert {expert or 'transformer'}"
-        raise DataError(f"{path} is missing\ntry: python {command}")
+        named = Path(path).name.removesuffix("_expert.pt")
+        kind = expert or (named if named in FAMILIES else "transformer")
+        command = "train_mla.py" if "mla" in named else f"train_expert.py --expert {kind}"
+        folder = shlex.quote(str(Path(path).parent))
+        raise DataError(f"{path} is missing\ntry: python {command} --checkpoint_dir {folder}")
     state = load_checkpoint(path, f"expert:{expert}" if expert else [f"expert:{name}" for name in EXPERTS])
     differs = changed(state["model_args"] | dict(tokenizer_hash=state["tokenizer_hash"]), expected or {})
     if differs:
-        raise UsageError(f"{path} differs from this run: {differs}\ntry: the flags it was trained with")
+        raise UsageError(f"{path} differs from this run: {differs}\nfix: the flags it was trained with")
     model = EXPERTS[state["expert"]](**state["model_args"])
     try:
         model.load_state_dict(state.pop("model_state"))
@@ -47,7 +51,7 @@ def save_store(path, store):
 def load_store(path, digest):
     """Return the VectorStore in `path`. Raises DataError unless its hash is `digest`, which the checkpoint keeps."""
     if not Path(path).exists():
-        raise DataError(f"{path} is missing: the checkpoint was trained with it\ntry: copy it beside the checkpoint")
+        raise DataError(f"{path} is missing: the checkpoint was trained with it\nfix: copy it beside the checkpoint")
     if _digest(path) != digest:
         raise DataError(f"{path} is not the store that the checkpoint was trained with")
     with np.load(path) as arrays:

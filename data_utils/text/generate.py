@@ -91,6 +91,10 @@ class LanguageModel(nn.Module):
         P = ids.shape[1]
         if top_k < 0:
             top_k = 0 if self.diffuses else TOP_K
+        if self.diffuses and sampler == "ddim" and (top_k or top_p < 1):
+            raise UsageError(
+                "--top_k and --top_p choose among draws, but ddim takes the mean\ntry: --sampler ancestral"
+            )
         if max_new_tokens and length:
             raise UsageError("--length counts the prompt, --max_new_tokens does not: give one of them")
         if not self.diffuses:

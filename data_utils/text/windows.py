@@ -6,6 +6,7 @@ each domain.
 
 import hashlib
 import json
+import shlex
 import tempfile
 import time
 import zipfile
@@ -240,7 +241,8 @@ class DomainText:
         if problems:
             say(format_problems(problems))
         if not self.domains:
-            raise DataError(f"no document in any domain of {data_dir}\ntry: python prepare_data.py check")
+            command = f"python prepare_data.py check --data_dir {shlex.quote(str(data_dir))}"
+            raise DataError(f"no document in any domain of {data_dir}\ntry: {command}")
         self.hash = hashlib.sha256(json.dumps([val_split, contents]).encode("utf-8")).hexdigest()
         self.edges = {s: np.cumsum([0, *(stream.windows for stream in self.streams[s])]) for s in self.streams}
         if self.windows("train") > MAX_WINDOWS:
@@ -367,7 +369,7 @@ def _merge(problems, path, in_file, skip_bad_lines):
     """
     for kind, (count, examples) in in_file.items():
         if kind in MALFORMED and not skip_bad_lines:
-            raise DataError(f"{path}{examples[0]}\ntry: mend the line, or --skip_bad_lines")
+            raise DataError(f"{path}{examples[0]}\ntry: --skip_bad_lines")
         entry = problems.setdefault(kind, [0, []])
         entry[0] += count
         entry[1] += [f"{path}{example}" for example in examples][: 5 - len(entry[1])]

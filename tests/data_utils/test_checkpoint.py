@@ -338,7 +338,7 @@ def test_find(tmp_path):
 def test_find_where_there_is_nothing(tmp_path):
     files = [tmp_path / "run_interrupted.pt", tmp_path / "run.pt"]
     assert checkpoint.find_checkpoint("auto", False, files, "it") == (None, None)
-    with pytest.raises(DataError, match="run_interrupted.pt, run.pt\ntry: the command without --resume"):
+    with pytest.raises(DataError, match="run_interrupted.pt, run.pt\ntry: without --resume"):
         checkpoint.find_checkpoint("latest", False, files, "it")
     with pytest.raises(UsageError, match="checkpoints of this run: none"):
         checkpoint.find_checkpoint(str(files[0]), False, files, "it")
@@ -490,7 +490,7 @@ def test_other_model_arguments_are_refused_with_both_values():
     state = saved(trained(), model_args=dict(width=5))
     with pytest.raises(UsageError, match="width 5 -> 4(.|\n)*--allow_partial"):
         checkpoint.load_parts(make_parts(), state, "a.pt", make_header(), allow_partial=False)
-    with pytest.raises(UsageError, match="width 5 -> 4\ntry: the settings"):  # a script without that flag
+    with pytest.raises(UsageError, match="width 5 -> 4\nfix: the settings"):  # a script without that flag
         checkpoint.load_parts(make_parts(), state, "a.pt", make_header())
 
 

@@ -50,7 +50,7 @@ def test_processes_that_cannot_start_are_reported(monkeypatch):
         raise OSError(errno.EAGAIN, os.strerror(errno.EAGAIN))
 
     monkeypatch.setattr(multiprocessing.context.SpawnProcess, "start", start)
-    with pytest.raises(DataError, match="a worker process can't start: .*\ntry: "):
+    with pytest.raises(DataError, match="a worker process can't start: .*\nfix: "):
         list(in_order(abs, range(4), 2))
     with pytest.raises(DataError, match="data worker .* can't start: .*\ntry: --num_workers 0"):
         sr_data._begin(multiprocessing.get_context("spawn"), {}, 0, 1, 0, 1)

@@ -286,7 +286,7 @@ ROWS = [  # (command line, exit status, words that the message must contain, pre
     ("transformer --resume {run}/diffuser_expert.pt", 2, ["expert:diffuser", "expert:transformer"]),
     ("state_space --resume {run}/transformer_expert.pt", 2, ["expert:transformer", "expert:state_space"]),
     ("transformer --resume {tmp}/mla.pt", 2, ["kind mla", "expert:transformer"], other_kind),
-    ("transformer --resume --d_model 64", 2, ["d_model 32 -> 64", "--allow_partial"]),
+    ("transformer --resume --d_model 64", 2, ["d_model 32 -> 64", "0% of it would fit"]),
     ("transformer --resume --n_layers 2 --rope_base 99", 2, ["n_layers 1 -> 2", "rope_base 10000.0 -> 99.0"]),
     (
         "transformer --resume {tmp}/edited.pt",
@@ -299,7 +299,7 @@ ROWS = [  # (command line, exit status, words that the message must contain, pre
     ("transformer", 2, ["{run}", f"in use by process {os.getpid()}"], in_use),
     ("transformer --resume", 2, [f"in use by process {os.getpid()}"], in_use),
     ("transformer --resume --tokenizer bpe:{tmp}/bpe.json", 2, ["tokenizer bytes (", "bpe.json ("], train_bpe),
-    ("transformer --resume --checkpoint_dir {tmp}/new", 1, ["_interrupted.pt", "the command without --resume"]),
+    ("transformer --resume --checkpoint_dir {tmp}/new", 1, ["_interrupted.pt", "without --resume"]),
     ("transformer --resume", 1, ["none of 2 checkpoints", "--fresh"], cut_all),
     ("transformer --resume auto", 1, ["none of 2 checkpoints", "--fresh"], cut_all),
     (

@@ -32,8 +32,7 @@ def refused(call, *words):
         call()
     message = str(error.value)
     assert all(word in message for word in words), message
-    flag, value = re.search(r"try: (--\w+) (\S+?),?( or .*)?$", message).groups()[:2]
-    return flag, *shlex.split(value)
+    return tuple(shlex.split(re.search(r"(?m)^try: (--\w+ .+)$", message)[1]))
 
 
 def tree(folder):

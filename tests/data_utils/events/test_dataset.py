@@ -460,7 +460,7 @@ ERRORS = [  # file name, the function that writes it, more arguments, error, mes
      "{path}: y is float64 (300,): expected whole numbers (300,), as long as X"),
     ("a.npz", parts(X_val=np.ones((0, 92)), Y_val=np.ones(0)), {}, DataError, "{path}: X_val is empty: (0, 92)"),
     ("a.npz", save(X=simulated(2)[0], y=simulated(2)[1]), {}, DataError,
-     "{path}: a split is empty: train 1, val 0, test 1\ntry: more events, other --labels"),
+     "{path}: a split is empty: train 1, val 0, test 1\nfix: more events, other --labels"),
     ("a.npz", save(), dict(labels=(7, 8)), DataError,
      "{path}: no event of labels 7 8\nlabels there: 0 1 2 3 4 5"),
     ("a.npz", damaged, {}, DataError,
@@ -495,7 +495,7 @@ def test_h5_without_the_package(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "h5py", None)
     with pytest.raises(DataError) as caught:
         load(tmp_path / "a.h5")
-    assert str(caught.value) == f"{tmp_path}/a.h5: needs the package h5py\ntry: pip install h5py, or an .npz file"
+    assert str(caught.value) == f"{tmp_path}/a.h5: needs the package h5py, an .npz file does not\ntry: pip install h5py"
 
 
 # ---- prepare_data.py events ------------------------------------------------------------------------------------------
@@ -533,9 +533,9 @@ def test_prepared_events_are_the_generators(form, tmp_path, capsys):
         (["--out", "x/a.npz", "--format", "h5"], 2, "--out x/a.npz --format h5: name the file a.h5"),
         (["--events", "9"], 2, "--events 9: expected 10 or more"),
         (["--seed", "-1"], 2, "--seed -1: expected 0 or more"),
-        (["--out", "a.h5"], 1, "a.h5: needs the package h5py\ntry: pip install h5py, or an .npz file"),
+        (["--out", "a.h5"], 1, "a.h5: needs the package h5py, an .npz file does not\ntry: pip install h5py"),
         (["--generator", "pythia"], 1, "--generator pythia needs the package fastjet\n"
-         "try: pip install pythia8mc==8.317.2 fastjet, or --generator decay_chain"),
+         "try: pip install pythia8mc==8.317.2 fastjet\ntry: --generator decay_chain"),
     ],
 )  # fmt: skip
 def test_prepare_refuses(flags, status, message, monkeypatch, tmp_path, capsys):

@@ -346,8 +346,8 @@ ANSWERED = [  # (task, content of the file, note beside the answer)
     ("fill", "a = ____ # caf\u00e9", "warning: 1 of 15 characters have no sign"),
 ]
 NOT_ANSWERED = [
-    ("sudoku4", "1.3.\n..1.\n", "2 rows: sudoku4 is 4 rows of 4 signs\ntry: one puzzle per file, 4 lines of 4 signs"),
-    ("maze", "###\n#S#\n###", "3 rows: maze is 11 rows of 11 signs\ntry: one puzzle per file"),
+    ("sudoku4", "1.3.\n..1.\n", "2 rows: sudoku4 is 4 rows of 4 signs\nfix: one puzzle per file, 4 lines of 4 signs"),
+    ("maze", "###\n#S#\n###", "3 rows: maze is 11 rows of 11 signs\nfix: one puzzle per file"),
     ("continue", "\u65e5\u672c\u8a9e", "3 of 3 characters have no sign on a page"),
     ("fill", "\u0434\u0430\u0434\u0430 = ____, \u0434\u0430\u0434\u0430\u0434\u0430", "10 of 19 characters"),
 ]

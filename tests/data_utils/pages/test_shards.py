@@ -319,7 +319,7 @@ def test_several_folders(data, tmp_path):
     assert sorted(read.order("plain", 0)) == list(range(46))
     with pytest.raises(DataError, match="no task other in .*: there are few, plain"):
         reader(data, names=("other",))
-    with pytest.raises(DataError, match=r"No consolidated files found in \S+none\ntry: python train_multimodal.py"):
+    with pytest.raises(DataError, match=r"No consolidated files found in \S+none\ntry: --dataset-only"):
         reader(data, tmp_path / "none")
 
 
@@ -400,7 +400,7 @@ def test_waiting_ends(tmp_path, data, monkeypatch):
     read = reader(data, spec=spec, wait_timeout=9)
     first, last = read.order("plain", 0)[[0, -1]]
     assert read.ready("plain", [first]) and not read.ready("plain", [last])
-    with pytest.raises(DataError, match="data is unfinished\ntry: python train_multimodal.py --dataset-only"):
+    with pytest.raises(DataError, match="data is unfinished\ntry: --dataset-only"):
         reader(data, incremental=False)
     monkeypatch.setattr(shards, "STALE", 0.05)
     with pytest.raises(DataError, match=f"its builder, process {os.getpid()}, gave no sign in 0.05 s"):
@@ -410,7 +410,7 @@ def test_waiting_ends(tmp_path, data, monkeypatch):
     (data / "build.log").write_text("one\ntwo\nerror: no room\ntry: less\n")
     failed = shards.Builder(data, process)
     for call in (partial(reader, data, incremental=False, wait_timeout=9, alive=failed.check), failed.wait):
-        with pytest.raises(DataError, match=r"ended with status 3: two \| error: no room \| try: less\ntry: see"):
+        with pytest.raises(DataError, match=r"ended with status 3: two \| error: no room \| try: less; see"):
             call()
     with pytest.raises(DataError, match="ended with status 3"):
         reader(data, wait_timeout=9, alive=failed.check).ready("plain", [last])

@@ -7,6 +7,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
+from data_utils import documents
 from data_utils.errors import DataError, UsageError
 from data_utils.reasoning import generate as answers
 from data_utils.reasoning import layouts, sources
@@ -144,6 +145,24 @@ def test_arrays_per_file_and_per_line(tmp_path):
         (tmp_path / f"{name}.gz").write_bytes(gzip.compress(content.encode()))
         assert rows_in(tmp_path / f"{name}.gz")[0] == [[("q", "a")]] * 2, name
     assert len(sources.find_files(tmp_path)) == 2 * len(contents)
+
+
+def test_line_ends_of_an_old_mac(tmp_path):
+    rows = [json.dumps(dict(question=f"q{i}", answer="a\rb")) for i in range(3)]
+    (tmp_path / "a.jsonl").write_bytes("\r".join([*rows, ""]).encode())
+    assert rows_in(tmp_path / "a.jsonl")[0] == [[(f"q{i}", "a\rb")] for i in range(3)]
+    (tmp_path / "a.txt").write_bytes(b"one\rtwo\r")
+    assert rows_in(tmp_path / "a.txt")[0] == ["one", "two"]
+    (tmp_path / "b.jsonl").write_bytes(b'{"text": "one"}\r{"text": \r{"text": "three"}\r')
+    assert list(documents.read_documents(tmp_path / "b.jsonl", skip_bad_lines=True)) == ["one", "three"]
+
+
+def test_a_file_md_is_one_document_and_a_readme_beside_the_data_is_none(tmp_path):
+    (tmp_path / "a.md").write_text("# One\n\nand more\n")
+    (tmp_path / "README.md").write_text("what this is")
+    assert sources.find_files(tmp_path) == [tmp_path / "a.md"]
+    assert rows_in(tmp_path / "a.md")[0] == ["# One\n\nand more\n"]
+    assert sources.find_files(tmp_path / "README.md") == [tmp_path / "README.md"]
 
 
 def test_csv(tmp_path):

@@ -183,7 +183,7 @@ def test_every_format_gives_the_same_rows(prepared, tmp_path):
         language(tmp_path / "x.parquet", tmp_path / "broken")
 
 
-BAD = [(b'{"text": {"a": 3}}', "text is dict"), (b'{"title": "x"}', "fields title(?s:.*)--text-field NAME, or .*qa"),
+BAD = [(b'{"text": {"a": 3}}', "text is dict"), (b'{"title": "x"}', "fields title(?s:.*)--text-field title"),
        (b"{", "invalid JSON"), (b'{"text": "\xff"}', "invalid UTF-8"), (b"[]", "found list"),
        (b'{"prompt": "x", "response": {}}', "response is dict")]  # fmt: skip
 
@@ -294,6 +294,19 @@ def test_killed_merge_loses_nothing(prepared, chunks, tmp_path, monkeypatch, see
     kills = until_done(monkeypatch, seed, lambda: prepare.merge(config("merge", **options)))
     assert kills and content(tmp_path / "out") == content(prepared[1])
     assert (len(list((tmp_path / "chunks").iterdir())) == 3) == (seed > 2) or kills
+
+
+def test_merge_deletes_no_chunk_that_another_program_wrote(chunks, tmp_path, capsys):
+    shutil.copytree(chunks, tmp_path / "chunks")
+    meta = tmp_path / "chunks" / "1" / "meta.json"
+    meta.write_text(json.dumps({k: v for k, v in json.loads(meta.read_text()).items() if k != "data_sha256"}))
+    (tmp_path / "chunks" / ".cache").mkdir()
+    before = content(meta.parent)
+    prepare.merge(config("merge", batches=str(tmp_path / "chunks"), output_dir=str(tmp_path / "out")))
+    assert content(meta.parent) == before and "chunks/1 stays: it was not written" in capsys.readouterr().err
+    assert not (tmp_path / "chunks" / "0").exists()
+    with pytest.raises(DataError, match="out is itself a prepared folder"):
+        prepare.merge(config("merge", batches=str(tmp_path / "out"), output_dir=str(tmp_path / "other")))
 
 
 @pytest.fixture(scope="module")
