@@ -12,6 +12,7 @@ A room imports the flat files and models/, never another room; only pages/ impor
 room has them, prepare.py is run by prepare_data.py, dataset.py is read by the training script, and generate.py is run
 by generate.py.
 
+advice.py       advice in messages becomes a command that works when pasted
 errors.py       errors with a message for the user
 launch.py       start and end of a program: threads, exit status, released resources
 files.py        atomic writes, locks, backups; no file of the user's is replaced unasked

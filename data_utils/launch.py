@@ -10,6 +10,7 @@ import signal
 import sys
 import time
 
+from data_utils.advice import pasteable
 from data_utils.errors import DataError, UsageError
 
 _endings = contextvars.ContextVar("endings", default=None)  # calls that the running main makes at its end
@@ -126,7 +127,7 @@ def launch(main, cfg, leave=True):
         status = 141  # as of any program that SIGPIPE ends
     except (UsageError, DataError) as e:
         status = 2 if isinstance(e, UsageError) else 1
-        print(f"error: {e}", file=sys.stderr)
+        print(pasteable(f"error: {e}"), file=sys.stderr)
     except KeyboardInterrupt:
         status = 130
     except (RuntimeError, MemoryError) as e:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from tqdm.auto import tqdm
 
+from data_utils.advice import pasteable
 from data_utils.errors import UsageError
 from data_utils.files import warn
 
@@ -16,7 +17,7 @@ LINE_SECONDS = 10  # between two plain lines
 def say(*words):
     """Print at once. A closed pipe (`| head`) or a full disk must not end a training run."""
     try:
-        print(*words, flush=True)
+        print(*(pasteable(str(word)) for word in words), flush=True)
     except BrokenPipeError:
         sys.stdout = open(os.devnull, "w", encoding="utf-8")
     except OSError:  # a full disk may have room for the next line

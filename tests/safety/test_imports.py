@@ -13,11 +13,11 @@ import pytest
 from tests.helpers import ROOT
 
 # flat files of data_utils/, each one imports earlier ones alone
-ORDER = """errors launch files config overrides stop workers progress figures metrics checkpoint distributed hardware
-documents tokenizer""".split()
+ORDER = """advice errors launch files config overrides stop workers progress figures metrics checkpoint distributed
+hardware documents tokenizer""".split()
 ROOMS = {"text": set(), "reasoning": set(), "formulas": set(), "events": set(), "pages": {"reasoning"}}
 SCRIPTS = {path.stem for path in ROOT.glob("*.py")} | {"benchmarks", "faults", "scripts", "tests"}
-MOST_FLAT = 15
+MOST_FLAT = 16
 
 
 class Import(NamedTuple):
