@@ -449,9 +449,9 @@ def main(cfg):
     carry = None  # states of the batch at hand after its newest segment, (B, S, C) each
     if saved:
         # The name of a folder may be that of an earlier run. Data sets share no run by accident.
-        names = (saved["dataset"], cfg.dataset)
+        places = (saved["dataset"], cfg.dataset)
         remedy = f"--run_name {cfg.run_name or Path(cfg.dataset).name}2"
-        checkpoint.check_same_data(resumed_from, saved, header, cfg.resume, names, remedy)
+        checkpoint.check_same_data(resumed_from, saved, header, cfg.resume, places, remedy)
         checkpoint.load_parts(parts, saved, resumed_from, header)
         state = RunState(**{name: saved[name] for name in vars(state)})
         # The file has the states of all ranks of then. The ranks of now may share the rows anew.

@@ -464,10 +464,10 @@ def main(cfg, begun=None):
     )
     if saved:
         # A folder may hold the run of an earlier command. Data sets share no run by accident.
-        names = [", ".join(paths) for paths in (saved["config"]["data_paths"], cfg.data_paths)]
+        places = [", ".join(paths) for paths in (saved["config"]["data_paths"], cfg.data_paths)]
         remedy = f"--checkpoint_path {shlex.quote(f'{folder}2')}"
         resume = "" if cfg.eval_only else cfg.resume  # any data may be scored
-        checkpoint.check_same_data(resumed_from, saved, header, resume, names, remedy)
+        checkpoint.check_same_data(resumed_from, saved, header, resume, places, remedy)
         saved = checkpoint.canonical_keys(saved)
         # A memory of another size or fewer paths than before are no other model.
         fitting = adapt_checkpoint(saved["model_state"], saved["model_args"], model_args)

@@ -429,13 +429,13 @@ def schedule_steps(epochs, steps_per_epoch, saved):
     return saved["step"] + left + (epochs - saved["config"]["epochs"]) * steps_per_epoch
 
 
-def check_same_data(path, saved, header, resume, names, remedy):
+def check_same_data(path, saved, header, resume, places, remedy):
     """Raise UsageError if a run that nobody asked to resume has other data than this one, under another name.
 
     saved, header: of the checkpoint and of this run. resume: the flag; a script whose default is auto resumes unasked.
-    names: of the data of both, folders as a rule. remedy: the command that begins a run of its own.
+    places: of the data of both, folders as a rule. remedy: the command that begins a run of its own.
     """
-    theirs, ours = names
+    theirs, ours = places
     same_place = os.path.abspath(theirs) == os.path.abspath(ours)
     if resume == "auto" and saved["data_hash"] != header["data_hash"] and not same_place:
         raise UsageError(

@@ -108,9 +108,9 @@ def test_interrupted_fine_tuning_goes_on(name, run, trained, tmp_path):
     source = shutil.copytree if trained[name].is_dir() else shutil.copy
     source(trained[name], tmp_path / "source.pt")
     flags = [f"--init_from={tmp_path}/source.pt", "--resume=auto"]
-    whole = run(name, tmp_path / "one", *flags)
+    uninterrupted = run(name, tmp_path / "one", *flags)
     finish(run(name, tmp_path / "two", *flags, "--max_steps=3"))
-    finish(whole)
+    finish(uninterrupted)
     (tmp_path / "source.pt").rename(tmp_path / "gone")
     out, _ = finish(run(name, tmp_path / "two", *flags))
     assert "at step 3" in out and "--init_from is for a new run" in out and "exact resume is lost" not in out
