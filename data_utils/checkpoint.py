@@ -298,7 +298,8 @@ def start_from(cfg, parts, source, header):
     theirs = source["model_args"] | {name: ours[name] for name in TRAINING_ONLY if name in ours}
     partial = getattr(cfg, "allow_partial", None)
     if not partial and source.get("tokenizer_hash") == header.get("tokenizer_hash") and changed(theirs, ours):
-        flags = [_flag(name, theirs[name]) for name in _differing(theirs, ours) if hasattr(cfg, name)]
+        plain = [name for name in _differing(theirs, ours) if type(theirs[name]) in PLAIN and hasattr(cfg, name)]
+        flags = [_flag(name, theirs[name]) for name in plain]
         remedy = f"try: {' '.join(flags) or '--allow_partial'}"
         if not flags and partial is None:
             remedy = "fix: the settings it was trained with"

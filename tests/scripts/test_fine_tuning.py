@@ -287,26 +287,29 @@ def test_patience_and_epochs_are_named_too(toy, experts, tmp_path):
     assert "a larger --max_epochs goes on\nnext: python" in finish(start(*flags, "--patience=1", "--max_epochs=2"))[0]
 
 
-@pytest.mark.parametrize("name", ["expert", "hrm", "multimodal"])
+BATCHES = dict(  # name: (flag of the batch, a small one, a larger one, flag of the epochs)
+    expert=("--batch_size", 32, 96, "--max_epochs=4"),
+    hrm=("--batch_size", 1024, 4096, "--epochs=4"),
+    multimodal=("global_batch_size", 8, 32, "epochs=4"),
+)
+
+
+@pytest.mark.parametrize("name", BATCHES)
 def test_a_larger_batch_does_not_end_a_run(name, run, tmp_path):
-    sizes = dict(multimodal=[["global_batch_size=8"], ["global_batch_size=16"]])
-    small, large = sizes.get(name, [["--batch_size=16"], ["--batch_size=48"]])
-    epochs = dict(multimodal="epochs=4").get(name, "--epochs=4")
-    one = finish(run(name, tmp_path / "one", "--steps=0", epochs, *small, "--max_steps=1"))[0]
-    total = int(re.findall(r"1 of (\d+)", one)[0])
-    assert total == 1
-    state = last_state(name, tmp_path / "one")
-    steps = state["steps"]
-    per_epoch = steps // 4
-    finish(run(name, tmp_path / "one", "--steps=0", epochs, *small, f"--max_steps={2 * per_epoch}", "--resume=auto"))
-    flags = ["--steps=0", epochs, *large, "--resume=auto"]
-    out, _ = finish(run(name, tmp_path / "one", *flags, f"--max_steps={2 * per_epoch + 1}"))
-    assert f"step {2 * per_epoch + 1} of {2 * per_epoch + 1}" in out
-    state = last_state(name, tmp_path / "one")
-    longer = state["steps"]
-    assert 2 * per_epoch + 1 < longer < steps  # two epochs of fewer steps are left
-    finish(run(name, tmp_path / "one", *flags, f"--max_steps={2 * per_epoch + 2}"))
-    assert last_state(name, tmp_path / "one")["steps"] == longer  # and their number stays
+    flag, small, large, epochs = BATCHES[name]
+
+    def train(size, budget):
+        words = ["--steps=0", epochs, f"{flag}={size}", f"--max_steps={budget}", "--resume=auto"]
+        out, _ = finish(run(name, tmp_path, *words))
+        assert f"step {budget} of {budget}" in out
+        return last_state(name, tmp_path)["steps"]
+
+    steps = train(small, 1)
+    done = steps // 2  # two epochs
+    assert train(small, done) == steps
+    longer = train(large, done + 1)
+    assert done + 1 < longer < steps  # two epochs of fewer steps are left
+    assert train(large, done + 2) == longer  # and their number stays
 
 
 # ---- evaluations -----------------------------------------------------------------------------------------------------
