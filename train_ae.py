@@ -125,7 +125,11 @@ class AeConfig:
         return f"batch_size={max(1, self.batch_size // 2)} accumulate={2 * self.accumulate}"
 
     # Flags of other scripts, and why they are not here.
-    absent = dict(fsdp="its models are small\ntry: torchrun --standalone --nproc-per-node 2 train_ae.py")
+    absent = dict(
+        fsdp="its models are small\ntry: torchrun --standalone --nproc-per-node 2 train_ae.py",
+        init_from="latents of other events would mean something else\n"
+        "try: resume=FILE, which goes on with the same events",
+    )
 
 
 @dataclass
@@ -435,10 +439,19 @@ def main(cfg):
         return asdict(state) | dict(final_val_loss=final, run_dir=run_dir, stopped=int(stopped))
 
     # The same command, started again after its end, is no error.
-    if state.tested >= epochs and state.step >= steps:
-        after = f"after {state.epoch} epochs, test loss {state.test_loss:.4f}"
-        limit = "steps=" if cfg.steps else "epochs="
-        log(f"{folder}: finished {after}; a larger {limit} goes on")
+    validated = state.epoch >= state.step // steps_per_epoch
+    at_budget = last_step <= state.step < steps and validated
+    if at_budget or (state.tested >= epochs and state.step >= steps):
+        after = f"at step {state.step}"
+        if not at_budget:
+            after = f"after {state.epoch} epochs, test loss {state.test_loss:.4f}"
+        limit = "epochs="
+        larger = 2 * max(cfg.epochs, state.epoch)
+        if cfg.steps or at_budget:
+            limit = "max_steps=" if at_budget else "steps="
+            larger = 2 * state.step
+        further = f"a larger {limit} goes on\nnext: {limit}{larger}"
+        log(f"{folder}: finished {after}; {further}")
         distributed.close()
         return results()
 

@@ -90,6 +90,7 @@ class TrainExpertConfig(DataConfig):
     checkpoint_dir: str = cosmetic("checkpoints", also="out")  # folder of all files of a run
     resume: str = cosmetic("")  # alone: newest checkpoint; auto: if there is one; or a file
     fresh: bool = cosmetic(False)  # start over; old files are renamed to *.bak, *.bak2, ...
+    init_from: str = cosmetic("")  # fine-tune: checkpoint whose weights a new run begins with
     allow_partial: bool = cosmetic(False)  # load the weights that fit and list those that do not
     seed: int = 0  # of weights, data order and dropout
     transformer_ckpt: str = cosmetic("checkpoints/transformer_expert.pt")  # the diffuser's start
@@ -190,9 +191,9 @@ class RunState:
     epoch: int = 0  # epochs done
     step_in_epoch: int = 0  # steps done of the next epoch
     evaluated: int = 0  # step of the last whole evaluation
-    best_val_loss: float = math.inf  # lowest validation loss of an epoch
+    best_val_loss: float = math.inf  # lowest validation loss
     best_step: int = 0  # step that has it
-    patience_used: int = 0  # epochs since then
+    patience_used: int = 0  # whole epochs without a lower one
     skipped: int = 0  # steps without a finite loss and gradient
     skipped_in_row: int = 0  # those since the last good step
 
@@ -306,12 +307,6 @@ def main(cfg):
     # An epoch has as many micro-batches for each rank. Its last step may have fewer than others.
     batches = math.ceil(data.windows("train") / (cfg.batch_size * world)) * world
     steps_per_epoch = math.ceil(batches / (cfg.grad_accum_steps * world))
-    # The rate follows from `steps` alone. A run that stops early and goes on takes the same steps.
-    steps = cfg.steps or cfg.max_epochs * steps_per_epoch
-    last_step = min(steps, cfg.max_steps or steps)  # where this command ends
-    warmup = min(cfg.warmup_steps, max(1, steps // 10))
-    if warmup < cfg.warmup_steps:
-        log(f"warmup cut from {cfg.warmup_steps} to {warmup} steps, a tenth of the schedule")
 
     def batch(split, index):
         """Return inputs and targets of the windows `index`: (B, T), (B, T)."""
@@ -368,7 +363,25 @@ def main(cfg):
     snapshots = checkpoint.numbered_files(folder, snapshot_name)
     # The rolling file is the newest one as a rule: it goes when a snapshot is written.
     candidates = [rolling_file, *snapshots, best_file]
-    resumed_from, saved = checkpoint.find_checkpoint(cfg.resume, cfg.fresh, candidates, kind)
+    resumed_from, saved = checkpoint.find_checkpoint(
+        cfg.resume,
+        cfg.fresh,
+        candidates,
+        kind,
+        cfg.init_from,
+    )
+    if saved:
+        state = RunState(**{name: saved[name] for name in vars(state)})
+        # With a larger batch an epoch has fewer steps than this one has done.
+        state.step_in_epoch = min(state.step_in_epoch, steps_per_epoch)
+    # The rate follows from `steps` alone. A run that stops early and goes on takes the same steps.
+    # Another batch size changes the steps of the epochs that are left, not those that are done.
+    epochs_left = cfg.max_epochs - state.epoch
+    steps = cfg.steps or state.step - state.step_in_epoch + epochs_left * steps_per_epoch
+    last_step = min(steps, cfg.max_steps or steps)  # where this command ends
+    warmup = min(cfg.warmup_steps, max(1, steps // 10))
+    if warmup < cfg.warmup_steps:
+        log(f"warmup cut from {cfg.warmup_steps} to {warmup} steps, a tenth of the schedule")
     # A resume compares this with its own and names each difference that ends exactness.
     header = dict(
         kind=kind,
@@ -384,11 +397,9 @@ def main(cfg):
         config=asdict(cfg),
         model_args=model_args,
     )
+    other_data = bool(saved) and saved["data_hash"] != data.hash
     if saved:
         checkpoint.load_parts(parts, saved, resumed_from, header, cfg.allow_partial)
-        state = RunState(**{name: saved[name] for name in vars(state)})
-        # With a larger batch an epoch has fewer steps than this one has done.
-        state.step_in_epoch = min(state.step_in_epoch, steps_per_epoch)
         log(checkpoint.resume_notice(resumed_from, saved, header, cosmetic_names(cfg)))
         newer = [path for path in snapshots if int(path.stem.split("_epoch")[1]) > state.epoch]
         if newer and resumed_from == rolling_file:
@@ -396,17 +407,32 @@ def main(cfg):
         elif newer and rank == 0:
             # A rewind: a later --resume must not jump back to the branch that is left here.
             files.set_aside([rolling_file, *newer])
+        # Losses on other data can't be compared.
+        if other_data:
+            log("other data than before: best and patience begin anew")
+            state.best_val_loss = math.inf
+            state.best_step = 0
+            state.patience_used = 0
         del saved
+    # Fine-tuning: where nothing is to be resumed, the weights may be those of another run.
+    if cfg.init_from and not resumed_from:
+        source = checkpoint.load_source(cfg.init_from, kind)
+        log(checkpoint.start_from(cfg, parts, source, header))
+        del source
     # The same command, started again after its end, is no error.
     out_of_patience = 0 < cfg.patience <= state.patience_used
     if state.evaluated == state.step and (state.step >= last_step or out_of_patience):
-        limit = "--steps" if cfg.steps else "--max_epochs"
-        if last_step < steps:
-            limit = "--max_steps"
-        if out_of_patience:
+        limit = "--max_epochs"
+        larger = 2 * max(cfg.max_epochs, state.epoch)
+        if cfg.steps or last_step < steps:
+            limit = "--max_steps" if last_step < steps else "--steps"
+            larger = 2 * state.step
+        if out_of_patience and state.step < last_step:
             limit = "--patience"
+            larger = 2 * state.patience_used
+        further = f"a larger {limit} goes on\nnext: {limit} {larger}"
         best = f"best val_loss {state.best_val_loss:.4f}"
-        log(f"{run}: finished at step {state.step}, {best}; a larger {limit} goes on")
+        log(f"{run}: finished at step {state.step}, {best}; {further}")
         distributed.close()
         return dict(step=state.step, best_val_loss=state.best_val_loss, stopped=0)
 
@@ -428,6 +454,8 @@ def main(cfg):
     if rank == 0:
         if not resumed_from:
             files.set_aside([rolling_file, *snapshots, best_file, metrics_file])
+        elif other_data:  # the best model on the earlier data stays
+            files.set_aside([best_file])
         start_rows(metrics_file, state.step, state.evaluated, asdict(cfg), device)
         millions = sum(p.numel() for p in trained.values()) / 1e6
         where = f"checkpoints of {size / 1e6:.0f} MB in {folder}"
@@ -473,9 +501,11 @@ def main(cfg):
             return None
         sums = {name: sum(part[name] for _, part in shards if part) for name in shards[0][1]}
         row = averages({name: values.sum().item() for name, values in sums.items()})
+        # With few --eval_windows a domain may have none. It then has no loss.
         row["domains"] = {
             domain: averages({name: values[i].item() for name, values in sums.items()})
             for i, domain in enumerate(data.domains)
+            if sums["tokens"][i] > 0
         }
         return row
 
@@ -613,21 +643,21 @@ def main(cfg):
                 row = dict(step=state.step, epoch=state.epoch + 1, split="val") | val_row
                 append_row(metrics_file, row)
 
-            # 7. End of an epoch or of the run. Evaluations in between only show how it goes: the
-            # best file and the patience follow from epochs, whatever --eval_interval is.
-            epoch_ended = state.step_in_epoch == steps_per_epoch
-            if not (epoch_ended or state.step >= last_step or out_of_time):
-                continue
+            # 7. Best so far, end of an epoch, end of the run. Every evaluation counts for the best
+            # file. An epoch counts against the patience if none of its evaluations improved.
             improved = val_row["loss"] < state.best_val_loss
-            if epoch_ended:
-                state.epoch += 1
-                state.step_in_epoch = 0
-                state.patience_used = 0 if improved else state.patience_used + 1
-            out_of_patience = 0 < cfg.patience <= state.patience_used
-            finished = state.step >= last_step or out_of_time or out_of_patience
             if improved:
                 state.best_val_loss = val_row["loss"]
                 state.best_step = state.step
+            epoch_ended = state.step_in_epoch == steps_per_epoch
+            if epoch_ended:
+                improving = state.best_step > state.step - steps_per_epoch
+                state.epoch += 1
+                state.step_in_epoch = 0
+                state.patience_used = 0 if improving else state.patience_used + 1
+            out_of_patience = 0 < cfg.patience <= state.patience_used
+            finished = state.step >= last_step or out_of_time or out_of_patience
+            if improved:
                 save(best_file)  # it holds its own score, so the state changes first
             if epoch_ended and (finished or state.epoch % cfg.save_every == 0):
                 save(folder / f"{run}_epoch{state.epoch}.pt")

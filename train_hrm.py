@@ -81,6 +81,7 @@ class HrmConfig:
     save_dir: str = cosmetic("", also=("out",))  # folder of all files; a --run_name overrides it
     resume: str = cosmetic("auto")  # auto: go on if there is anything; or a file
     fresh: bool = cosmetic(False)  # start over; old files are renamed to *.bak, *.bak2, ...
+    init_from: str = cosmetic("")  # fine-tune: checkpoint whose weights a new run begins with
     seed: int = 0  # of weights and order
     save_best_model: bool = cosmetic(False)  # keep the best weights in runs/<run_name>/best-model
     checkpoint_limit: int = cosmetic(0, also=("keep",))  # newest step files kept; 0 = all
@@ -350,14 +351,9 @@ def main(cfg):
         rows_per_batch = cfg.batch_size * world
         batches = math.ceil(data.rows("train") / rows_per_batch)  # per epoch
         local_rows = slice(rank * cfg.batch_size, (rank + 1) * cfg.batch_size)  # of a batch
-        # The rate follows from `steps` alone. A run that stops early and goes on does the same.
-        steps = cfg.steps if cfg.steps > 0 else cfg.epochs * batches * cfg.segments
+        steps_per_epoch = batches * cfg.segments
         if cfg.steps > 0 and cfg.epochs > 0:  # as the guide has it
             log(f"--steps {cfg.steps} overrides --epochs {cfg.epochs}")
-        last_step = min(steps, cfg.max_steps or steps)  # where this command ends
-        warmup = min(cfg.warmup_steps, steps)
-        if warmup < cfg.warmup_steps:
-            log(f"warmup cut from {cfg.warmup_steps} to {warmup} steps, the whole schedule")
 
     def to_device(batch):
         """Return the tensors of a batch on the device."""
@@ -412,19 +408,34 @@ def main(cfg):
 
     # --- resume ---------------------------------------------------------------------------
     state = RunState()
+    kind = "hrm"
     best_file = home / "best-model" / "best.pt"
     final_file = folder / "final.pt"  # where a run ended or was stopped
     metrics_file = home / "metrics.jsonl"
     snapshot_name = r"step_(\d+)\.pt"
     # A second run in this folder would overwrite the files of the first.
     if rank == 0:
-        files.lock_run(folder, "hrm", folder, best_file.parent)
+        files.lock_run(folder, kind, folder, best_file.parent)
     snapshots = checkpoint.numbered_files(folder, snapshot_name)
-    candidates = checkpoint.by_step(snapshots, final_file, "hrm")
-    resumed_from, saved = checkpoint.find_checkpoint(cfg.resume, cfg.fresh, candidates, "hrm")
+    candidates = checkpoint.by_step(snapshots, final_file, kind)
+    resumed_from, saved = checkpoint.find_checkpoint(
+        cfg.resume,
+        cfg.fresh,
+        candidates,
+        kind,
+        cfg.init_from,
+    )
+    # The rate follows from `steps` alone. A run that stops early and goes on takes the same steps.
+    steps = cfg.steps
+    if steps <= 0:
+        steps = checkpoint.schedule_steps(cfg.epochs, steps_per_epoch, saved)
+    last_step = min(steps, cfg.max_steps or steps)  # where this command ends
+    warmup = min(cfg.warmup_steps, steps)
+    if warmup < cfg.warmup_steps:
+        log(f"warmup cut from {cfg.warmup_steps} to {warmup} steps, the whole schedule")
     # A resume compares this with its own and names each difference that ends exactness.
     header = dict(
-        kind="hrm",
+        kind=kind,
         format=1,
         dataset=cfg.dataset,
         tokenizer=data.tokenizer.name,
@@ -433,6 +444,7 @@ def main(cfg):
         data_hash=data.hash,
         world_size=world,
         steps=steps,
+        steps_per_epoch=steps_per_epoch,
         torch=str(torch.__version__),
         config=asdict(cfg),
         model_args=model_args,
@@ -440,6 +452,10 @@ def main(cfg):
     )
     carry = None  # states of the batch at hand after its newest segment, (B, S, C) each
     if saved:
+        # The name of a folder may be that of an earlier run. Data sets share no run by accident.
+        places = (saved["dataset"], cfg.dataset)
+        remedy = f"--run_name {cfg.run_name or Path(cfg.dataset).name}2"
+        checkpoint.check_same_data(resumed_from, saved, header, cfg.resume, places, remedy)
         checkpoint.load_parts(parts, saved, resumed_from, header)
         state = RunState(**{name: saved[name] for name in vars(state)})
         # The file has the states of all ranks of then. The ranks of now may share the rows anew.
@@ -451,14 +467,29 @@ def main(cfg):
         if rank == 0:
             checkpoint.set_aside_later(candidates, state.step)
         log(checkpoint.resume_notice(resumed_from, saved, header, cosmetic_names(cfg)))
+        # Losses on other data can't be compared. The best model on the earlier data stays as *.bak.
+        if saved["data_hash"] != data.hash:
+            log("other data than before: best begins anew")
+            state.best_val_loss = math.inf
+            state.best_step = 0
+            if rank == 0:
+                files.set_aside([best_file, best_file.with_suffix(".yaml")])
         del saved
+    # Fine-tuning: where nothing is to be resumed, the weights may be those of another run.
+    if cfg.init_from and not resumed_from:
+        source = checkpoint.load_source(cfg.init_from, kind)
+        log(checkpoint.start_from(cfg, parts, source, header))
+        del source
     # This comes before the first step, so that the same command again trains nothing.
     if state.step >= last_step and (state.evaluated == state.step or not n_val):
-        limit = "--steps" if cfg.steps > 0 else "--epochs"
-        if last_step < steps:
-            limit = "--max_steps"
+        limit = "--epochs"
+        larger = max(2 * cfg.epochs, math.ceil(2 * state.step / steps_per_epoch))
+        if cfg.steps > 0 or last_step < steps:
+            limit = "--max_steps" if last_step < steps else "--steps"
+            larger = 2 * state.step
+        further = f"a larger {limit} goes on\nnext: {limit} {larger}"
         best = f"best val_loss {state.best_val_loss:.4f}"
-        log(f"{home}: finished at step {state.step}, {best}; a larger {limit} goes on")
+        log(f"{home}: finished at step {state.step}, {best}; {further}")
         distributed.close()
         return dict(step=state.step, best_val_loss=state.best_val_loss, stopped=0)
 
@@ -483,7 +514,7 @@ def main(cfg):
             data.write_beside(path, asdict(cfg))
 
     # A full disk or a value that can't be saved is found here, not after an hour of training.
-    size = checkpoint.rehearse(folder, "hrm", payload([]))
+    size = checkpoint.rehearse(folder, kind, payload([]))
     if rank == 0:
         if not resumed_from:
             configs = [path.with_suffix(".yaml") for path in (*candidates, best_file)]

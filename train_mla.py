@@ -70,6 +70,7 @@ class TrainMLAConfig(MLAConfig, DataConfig):
     checkpoint_dir: str = cosmetic("checkpoints", also="out")  # folder of all files of a run
     resume: str = cosmetic("")  # alone: newest checkpoint; auto: if there is one; or a file
     fresh: bool = cosmetic(False)  # start over; old files are renamed to *.bak, *.bak2, ...
+    init_from: str = cosmetic("")  # fine-tune: checkpoint whose weights a new run begins with
     allow_partial: bool = cosmetic(False)  # load the weights that fit and list those that do not
     seed: int = 0  # of weights, data order and dropout
     transformer_ckpt: str = cosmetic("checkpoints/transformer_expert.pt")  # frozen expert
@@ -160,9 +161,9 @@ class RunState:
     epoch: int = 0  # epochs done
     step_in_epoch: int = 0  # steps done of the next epoch
     evaluated: int = 0  # step of the last whole evaluation
-    best_val_loss: float = math.inf  # lowest validation loss of an epoch
+    best_val_loss: float = math.inf  # lowest validation loss
     best_step: int = 0  # step that has it
-    patience_used: int = 0  # epochs since then
+    patience_used: int = 0  # whole epochs without a lower one
     skipped: int = 0  # steps without a finite loss and gradient
     skipped_in_row: int = 0  # those since the last good step
 
@@ -277,12 +278,6 @@ def main(cfg):
     # An epoch has as many micro-batches for each rank. Its last step may have fewer than others.
     batches = math.ceil(data.windows("train") / (cfg.batch_size * world)) * world
     steps_per_epoch = math.ceil(batches / (cfg.grad_accum_steps * world))
-    # The rate follows from `steps` alone. A run that stops early and goes on takes the same steps.
-    steps = cfg.steps or cfg.max_epochs * steps_per_epoch
-    last_step = min(steps, cfg.max_steps or steps)  # where this command ends
-    warmup = min(cfg.warmup_steps, max(1, steps // 10))
-    if warmup < cfg.warmup_steps:
-        log(f"warmup cut from {cfg.warmup_steps} to {warmup} steps, a tenth of the schedule")
 
     def batch(split, index):
         """Return inputs and targets of the windows `index`: (B, T), (B, T)."""
@@ -338,7 +333,25 @@ def main(cfg):
     snapshots = checkpoint.numbered_files(folder, snapshot_name)
     # The rolling file is the newest one as a rule: it goes when a snapshot is written.
     candidates = [rolling_file, *snapshots, best_file]
-    resumed_from, saved = checkpoint.find_checkpoint(cfg.resume, cfg.fresh, candidates, kind)
+    resumed_from, saved = checkpoint.find_checkpoint(
+        cfg.resume,
+        cfg.fresh,
+        candidates,
+        kind,
+        cfg.init_from,
+    )
+    if saved:
+        state = RunState(**{name: saved[name] for name in vars(state)})
+        # With a larger batch an epoch has fewer steps than this one has done.
+        state.step_in_epoch = min(state.step_in_epoch, steps_per_epoch)
+    # The rate follows from `steps` alone. A run that stops early and goes on takes the same steps.
+    # Another batch size changes the steps of the epochs that are left, not those that are done.
+    epochs_left = cfg.max_epochs - state.epoch
+    steps = cfg.steps or state.step - state.step_in_epoch + epochs_left * steps_per_epoch
+    last_step = min(steps, cfg.max_steps or steps)  # where this command ends
+    warmup = min(cfg.warmup_steps, max(1, steps // 10))
+    if warmup < cfg.warmup_steps:
+        log(f"warmup cut from {cfg.warmup_steps} to {warmup} steps, a tenth of the schedule")
     # A resume compares this with its own and names each difference that ends exactness.
     header = dict(
         kind=kind,
@@ -356,11 +369,9 @@ def main(cfg):
         store_hash="",  # Differs: the memory that the weights were trained with; "" = none
     )
     store_hash = saved["store_hash"] if saved else ""
+    other_data = bool(saved) and saved["data_hash"] != data.hash
     if saved:
         checkpoint.load_parts(parts, saved, resumed_from, header, cfg.allow_partial)
-        state = RunState(**{name: saved[name] for name in vars(state)})
-        # With a larger batch an epoch has fewer steps than this one has done.
-        state.step_in_epoch = min(state.step_in_epoch, steps_per_epoch)
         log(checkpoint.resume_notice(resumed_from, saved, header, cosmetic_names(cfg)))
         newer = [path for path in snapshots if int(path.stem.split("_epoch")[1]) > state.epoch]
         if newer and resumed_from == rolling_file:
@@ -368,17 +379,35 @@ def main(cfg):
         elif newer and rank == 0:
             # A rewind: a later --resume must not jump back to the branch that is left here.
             files.set_aside([rolling_file, *newer])
+        # Losses on other data can't be compared.
+        if other_data:
+            log("other data than before: best and patience begin anew")
+            state.best_val_loss = math.inf
+            state.best_step = 0
+            state.patience_used = 0
         del saved
+    # Fine-tuning: where nothing is to be resumed, the weights may be those of another run.
+    if cfg.init_from and not resumed_from:
+        source = checkpoint.load_source(cfg.init_from, kind)
+        # Differs: the frozen experts are those that the flags name.
+        frozen = {n: w for n, w in raw_model.state_dict().items() if n.startswith("experts.")}
+        source["model_state"] |= frozen
+        log(checkpoint.start_from(cfg, parts, source, header))
+        del source
     # The same command, started again after its end, is no error.
     out_of_patience = 0 < cfg.patience <= state.patience_used
     if state.evaluated == state.step and (state.step >= last_step or out_of_patience):
-        limit = "--steps" if cfg.steps else "--max_epochs"
-        if last_step < steps:
-            limit = "--max_steps"
-        if out_of_patience:
+        limit = "--max_epochs"
+        larger = 2 * max(cfg.max_epochs, state.epoch)
+        if cfg.steps or last_step < steps:
+            limit = "--max_steps" if last_step < steps else "--steps"
+            larger = 2 * state.step
+        if out_of_patience and state.step < last_step:
             limit = "--patience"
+            larger = 2 * state.patience_used
+        further = f"a larger {limit} goes on\nnext: {limit} {larger}"
         best = f"best val_loss {state.best_val_loss:.4f}"
-        log(f"{run}: finished at step {state.step}, {best}; a larger {limit} goes on")
+        log(f"{run}: finished at step {state.step}, {best}; {further}")
         distributed.close()
         return dict(step=state.step, best_val_loss=state.best_val_loss, stopped=0)
 
@@ -391,7 +420,7 @@ def main(cfg):
     raw_model.eval()
     with torch.no_grad(), autocast:
         # An untrained router would have to find the best fixed mixture first. EM finds it at once.
-        if not resumed_from:
+        if not resumed_from and not cfg.init_from:
             count = min(data.windows("train"), math.ceil(EM_TOKENS / cfg.max_seq_len))
             windows = data.order(42, 0, count)
             reports = [raw_model(x, y)[1] for _, x, y in training_batches(windows)]
@@ -419,7 +448,8 @@ def main(cfg):
                 store.add(raw_model.keys(x)[counted].cpu(), y[counted].cpu(), documents)
             store.build()
             raw_model.attach(store)
-            log(f"store of {len(store)} training contexts; lambda starts at 0.05")
+            share = raw_model.router_recall.bias.sigmoid().item()
+            log(f"store of {len(store)} training contexts; lambda starts at {share:.2f}")
     raw_model.train()
 
     # Checkpoints hold raw_model: both wrappers prefix the names of the weights.
@@ -440,6 +470,8 @@ def main(cfg):
     if rank == 0:
         if not resumed_from:
             files.set_aside([rolling_file, *snapshots, best_file, metrics_file])
+        elif other_data:  # the best model on the earlier data stays
+            files.set_aside([best_file])
         # Differs: checkpoints name the store by its hash.
         if not resumed_from:
             files.set_aside([store_file])
@@ -490,9 +522,11 @@ def main(cfg):
             return None
         sums = {name: sum(part[name] for _, part in shards if part) for name in shards[0][1]}
         row = averages({name: values.sum().item() for name, values in sums.items()})
+        # With few --eval_windows a domain may have none. It then has no loss.
         row["domains"] = {
             domain: averages({name: values[i].item() for name, values in sums.items()})
             for i, domain in enumerate(data.domains)
+            if sums["tokens"][i] > 0
         }
         return row
 
@@ -635,21 +669,21 @@ def main(cfg):
                 row = dict(step=state.step, epoch=state.epoch + 1, split="val") | val_row
                 append_row(metrics_file, row)
 
-            # 7. End of an epoch or of the run. Evaluations in between only show how it goes: the
-            # best file and the patience follow from epochs, whatever --eval_interval is.
-            epoch_ended = state.step_in_epoch == steps_per_epoch
-            if not (epoch_ended or state.step >= last_step or out_of_time):
-                continue
+            # 7. Best so far, end of an epoch, end of the run. Every evaluation counts for the best
+            # file. An epoch counts against the patience if none of its evaluations improved.
             improved = val_row["loss"] < state.best_val_loss
-            if epoch_ended:
-                state.epoch += 1
-                state.step_in_epoch = 0
-                state.patience_used = 0 if improved else state.patience_used + 1
-            out_of_patience = 0 < cfg.patience <= state.patience_used
-            finished = state.step >= last_step or out_of_time or out_of_patience
             if improved:
                 state.best_val_loss = val_row["loss"]
                 state.best_step = state.step
+            epoch_ended = state.step_in_epoch == steps_per_epoch
+            if epoch_ended:
+                improving = state.best_step > state.step - steps_per_epoch
+                state.epoch += 1
+                state.step_in_epoch = 0
+                state.patience_used = 0 if improving else state.patience_used + 1
+            out_of_patience = 0 < cfg.patience <= state.patience_used
+            finished = state.step >= last_step or out_of_time or out_of_patience
+            if improved:
                 save(best_file)  # it holds its own score, so the state changes first
             if epoch_ended and (finished or state.epoch % cfg.save_every == 0):
                 save(folder / f"{run}_epoch{state.epoch}.pt")

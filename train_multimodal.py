@@ -59,6 +59,7 @@ class MultimodalConfig:
     checkpoint_path: str = cosmetic("checkpoints/multimodal-hesc", also="out")  # folder of this run
     resume: str = cosmetic("auto")  # auto: go on if there is anything; or a file
     fresh: bool = cosmetic(False)  # start over; old files are renamed to *.bak, *.bak2, ...
+    init_from: str = cosmetic("")  # fine-tune: checkpoint whose weights a new run begins with
     allow_partial: bool = cosmetic(False)  # load the weights that fit
     seed: int = 0  # of weights, order, and data that are not there yet
     eval_only: bool = cosmetic(False)  # score the trained model, train nothing
@@ -377,8 +378,6 @@ def main(cfg, begun=None):
         return untrained | dict(stopped=int(stop.signal))
     names = list(sources)  # of the tasks
     steps_per_epoch = math.ceil(sum(data.rows(name) for name in names) / B)
-    # The rate follows from `steps` alone. A run that stops early and goes on takes the same steps.
-    steps = cfg.steps or cfg.epochs * steps_per_epoch
     # Tasks of few samples would be forgotten if each had steps in proportion to its samples.
     task_shares = np.array(cfg.task_weights or [1.0] * len(names))
     task_shares = task_shares / task_shares.sum()
@@ -440,7 +439,16 @@ def main(cfg, begun=None):
     for name, source in sources.items():
         slots[name] = RollingBatch(data, name, source.task, local_rows, cfg, raw_model.limit(name))
     candidates = [rolling_file, previous_file]
-    resumed_from, saved = checkpoint.find_checkpoint(cfg.resume, cfg.fresh, candidates, kind)
+    resumed_from, saved = checkpoint.find_checkpoint(
+        cfg.resume,
+        cfg.fresh,
+        candidates,
+        kind,
+        cfg.init_from,
+    )
+    # The rate follows from `steps` alone. A run that stops early and goes on takes the same steps.
+    steps = cfg.steps or checkpoint.schedule_steps(cfg.epochs, steps_per_epoch, saved)
+    last_step = min(steps, cfg.max_steps or steps)  # where this command ends
     # A resume compares this with its own and names each difference that ends exactness.
     header = dict(
         kind=kind,
@@ -448,11 +456,17 @@ def main(cfg, begun=None):
         data_hash=data.hash,
         world_size=world,
         steps=steps,
+        steps_per_epoch=steps_per_epoch,
         torch=str(torch.__version__),
         config=asdict(cfg),
         model_args=model_args,
     )
     if saved:
+        # A folder may hold the run of an earlier command. Data sets share no run by accident.
+        places = [", ".join(paths) for paths in (saved["config"]["data_paths"], cfg.data_paths)]
+        remedy = f"--checkpoint_path {shlex.quote(f'{folder}2')}"
+        resume = "" if cfg.eval_only else cfg.resume  # any data may be scored
+        checkpoint.check_same_data(resumed_from, saved, header, resume, places, remedy)
         saved = checkpoint.canonical_keys(saved)
         # A memory of another size or fewer paths than before are no other model.
         fitting = adapt_checkpoint(saved["model_state"], saved["model_args"], model_args)
@@ -466,12 +480,30 @@ def main(cfg, begun=None):
             if agent:
                 notice += f"; the newest {len(agent.ring)} transitions stay"
             log(notice)
+        # Scores on other data can't be compared. The best model on the earlier data stays as *.bak.
+        if not same_data and not cfg.eval_only:
+            log("other data than before: best begins anew")
+            state.best = -1.0
+            state.best_step = 0
+            if rank == 0:
+                files.set_aside([best_file])
         del saved
+    # Fine-tuning: where nothing is to be resumed, the weights may be those of another run.
+    if cfg.init_from and not resumed_from:
+        source = checkpoint.load_source(cfg.init_from, kind)
+        source |= adapt_checkpoint(source["model_state"], source["model_args"], model_args)
+        log(checkpoint.start_from(cfg, parts, source, header))
+        del source
     # The same command, started again after its end, is no error.
-    if state.step >= steps and state.evaluated == state.step and not cfg.eval_only:
-        limit = "--steps" if cfg.steps else "--epochs"
+    if state.step >= last_step and state.evaluated == state.step and not cfg.eval_only:
+        limit = "--epochs"
+        larger = max(2 * cfg.epochs, math.ceil(2 * state.step / steps_per_epoch))
+        if cfg.steps or last_step < steps:
+            limit = "--max_steps" if last_step < steps else "--steps"
+            larger = 2 * state.step
+        further = f"a larger {limit} goes on\nnext: {limit} {larger}"
         best = f"best {state.best:.4f}"
-        log(f"{folder}: finished at step {state.step}, {best}; a larger {limit} goes on")
+        log(f"{folder}: finished at step {state.step}, {best}; {further}")
         distributed.close()
         return dict(step=state.step, best_score=state.best, stopped=0)
 
@@ -523,7 +555,6 @@ def main(cfg, begun=None):
     if warmup < cfg.warmup_steps:
         log(f"warmup cut from {cfg.warmup_steps} to {warmup} steps, a tenth of the schedule")
     steps_per_evaluation = cfg.val_every or cfg.eval_interval * steps_per_epoch
-    last_step = max(state.step, min(steps, cfg.max_steps or steps))  # where this command ends
 
     def lr_at(step):
         """Return the rate, a pure function of the step: linear warmup, then a cosine to a floor."""
@@ -575,7 +606,7 @@ def main(cfg, begun=None):
 
     # A codebook begins with the capsules that the untrained encoder makes of the first pages.
     # Random codes would be far from all of them, and most would never be used.
-    if cfg.use_vq_codebook and not resumed_from:
+    if cfg.use_vq_codebook and not resumed_from and not cfg.init_from:
         try:
             start_codebook(raw_model, data, sources, cfg.seed, device, autocast)
         except Stopped:  # while it waited for enough pages

@@ -92,6 +92,7 @@ class SRConfig(ModelConfig, PoolConfig, DataConfig):
     )
     resume_step: int = cosmetic(-1)  # step of that checkpoint, if it does not say
     fresh: bool = cosmetic(False)  # start over; the old folder is renamed to *.bak, *.bak2, ...
+    init_from: str = cosmetic("")  # fine-tune: checkpoint whose weights a new run begins with
     seed: int = 0  # of weights, data and dropout
     # data
     skeleton_pool: str = ""  # saved pool to draw from; "" = drawn while training
@@ -170,7 +171,7 @@ from torch.nn.parallel import DistributedDataParallel
 from data_utils import checkpoint, distributed, files
 from data_utils.formulas.bundles import open_formulas
 from data_utils.formulas.checkpoint_folders import find_folder, prune, save_folder, step_of, sweep
-from data_utils.formulas.model_files import build_model, save_model
+from data_utils.formulas.model_files import build_model, load_source, save_model
 from data_utils.formulas.search import solve_problems
 from data_utils.metrics import append_row, draw_losses, start_rows, to_wandb
 from data_utils.progress import Progress, peak_mb, say
@@ -377,7 +378,7 @@ def main(cfg):
         format=1,
         tokenizer="formulas",
         tokenizer_hash=" ".join(alphabet.tokens),
-        data_hash="",
+        data_hash=data.hash,
         world_size=world,
         steps=cfg.steps,
         torch=str(torch.__version__),
@@ -396,6 +397,7 @@ def main(cfg):
             log(f"{resumed_from} has no {name}.pt: begun anew")
         # A folder that someone renamed or copied in part may lack all but the weights.
         saved = header | asdict(state) | saved | dict(step=step)
+        saved["data_hash"] = saved["data_hash"] or data.hash  # older files have none
         tensors = {name: saved_parts.get(file, {}) for name, file in PART_FILES.items()}
         checkpoint.load_parts(parts, saved | tensors, resumed_from, header)
         state = RunState(**{name: saved[name] for name in vars(state)})
@@ -403,13 +405,24 @@ def main(cfg):
         if rank == 0:
             # A rewind: a later --resume must not jump back to the branch that is left here.
             checkpoint.set_aside_later(snapshots, state.step)
+        # Losses on other data can't be compared.
+        if saved["data_hash"] != data.hash:
+            log("other data than before: best begins anew")
+            state.best_val_loss = math.inf
+            state.best_step = 0
         del saved, saved_parts, tensors
+    # Fine-tuning: where nothing is to be resumed, the weights may be those of another run.
+    if cfg.init_from and not resumed_from:
+        source = load_source(cfg.init_from)
+        log(checkpoint.start_from(cfg, parts, source, header))
+        del source
     # The same command, started again after its end, is no error.
-    if state.step >= cfg.steps and state.evaluated == state.step and model_file.exists():
-        log(
-            f"{folder}: finished at step {state.step}, best val_loss {state.best_val_loss:.4f}; "
-            "a larger --steps goes on"
-        )
+    complete_run = state.step < cfg.steps or model_file.exists()
+    if state.step >= last_step and state.evaluated == state.step and complete_run:
+        limit = "--max_steps" if last_step < cfg.steps else "--steps"
+        further = f"a larger {limit} goes on\nnext: {limit} {2 * state.step}"
+        best = f"best val_loss {state.best_val_loss:.4f}"
+        log(f"{folder}: finished at step {state.step}, {best}; {further}")
         distributed.close()
         return dict(step=state.step, best_val_loss=state.best_val_loss, stopped=0)
 
@@ -504,7 +517,7 @@ def main(cfg):
 
     # --- train ----------------------------------------------------------------------------
     shown = {}  # newest validation figures, for the progress bar
-    finished = state.step >= cfg.steps  # the last step is done; its evaluation may be missing
+    finished = state.step >= last_step  # the last step is done; its evaluation may be missing
     stop_signal = 0
     save_due = False
     # A run that was stopped while it evaluated begins with that evaluation.

@@ -12,6 +12,7 @@ A room imports the flat files and models/, never another room; only pages/ impor
 room has them, prepare.py is run by prepare_data.py, dataset.py is read by the training script, and generate.py is run
 by generate.py.
 
+advice.py       advice in messages becomes a command that works when pasted
 errors.py       errors with a message for the user
 advice.py       the advice in messages becomes a command that works when pasted
 other_names.py  the names that other projects give to flags

@@ -20,6 +20,18 @@ LEAST_SHARE = 0.5  # of the numbers of a model that must fit for --allow_partial
 FAILED_SAVES = 3  # rolling saves that may fail in a row before a run gives up
 # This bit of a zip entry is in no checksum. If it flips, torch fills the tensor with uninitialized memory.
 FOLDER = 0x10
+TRAINING_ONLY = (  # arguments of models that change what training does, not what the weights mean
+    *(
+        "dropout",
+        "encoder_dropout",
+        "decoder_dropout",
+        "pre_encoder_noise_scale",
+        "entropy_reg",
+        "balance_reg",
+        "z_reg",
+    ),
+    *("vq_beta", "use_checkpointing", "enable_gradient_checkpointing"),
+)
 OTHER_NAMES = {  # read, never written: old names, and those of train_multimodal.py's guide
     "model_state": ("model", "model_state_dict"),
     "optimizer_state": ("optimizer", "optimizer_state_dict"),
@@ -189,12 +201,12 @@ def first_good(paths, load):
     return None, None
 
 
-def find_checkpoint(resume, fresh, files, kind):
+def find_checkpoint(resume, fresh, files, kind, init_from=""):
     """Return the (path, state) that --resume and --fresh ask for; (None, None) to start from step 0.
 
     resume: "" and "none" start from step 0. "latest" takes the first readable one of `files` and fails if there is
-    none. "auto" takes it if there is one. Any other value is a path, without fallback.
-    Raises UsageError, DataError or CheckpointError.
+    none, unless init_from has weights for a new run. "auto" takes it if there is one. Any other value is a path,
+    without fallback. Raises UsageError, DataError or CheckpointError.
     """
     if fresh and resume not in ("", "none", "latest", "auto"):
         raise UsageError(f"--fresh starts over, --resume {resume} continues: give one of them")
@@ -202,7 +214,7 @@ def find_checkpoint(resume, fresh, files, kind):
         return None, None
     if resume in ("latest", "auto"):
         path, state = first_good(files, lambda path: load_checkpoint(path, kind))
-        if not state and resume == "latest":
+        if not state and resume == "latest" and not init_from:
             names = ", ".join(path.name for path in files)
             raise DataError(f"--resume: {files[0].parent} has no checkpoint named {names}\ntry: without --resume")
         return path, state
@@ -254,6 +266,58 @@ def load_parts(parts, state, path, header, allow_partial=None, same_data=""):
         else:
             current = part.state_dict()
             part.load_state_dict({key: shared_like(v, current.get(key)) for key, v in state[name].items()})
+
+
+def load_source(path, kind):
+    """Return the checkpoint that --init_from names, with averaged weights if it has them.
+
+    Raises UsageError for a file that is missing or of another kind, CheckpointError for a damaged one.
+    """
+    path = Path(path)
+    if not path.is_file():
+        folder = path if path.is_dir() else path.parent
+        names = ", ".join(str(file) for file in sorted([*folder.glob("*.pt"), *folder.glob("*/*.pt")])[:5]) or "none"
+        problem = "a folder, expected a file" if path.is_dir() else "no such file"
+        raise UsageError(f"--init_from {path}: {problem}\ncheckpoints there: {names}")
+    other = kind_of(path)
+    if other and other != kind:
+        family, _, member = other.replace("expert:mla", "mla").partition(":")
+        words = [f"train_{family}.py", *(["--expert", member] if family == "expert" else [])]
+        words += ["--resume" if family == "ae" else "--init_from", str(path)]  # train_ae.py has no --init_from
+        raise UsageError(f"--init_from {path} is of kind {other}, expected {kind}\ntry: python {shlex.join(words)}")
+    state = canonical_keys(load_checkpoint(path, kind))
+    averaged = state.get("ema_state") or state.get("ema") or {}
+    return state | dict(model_state=state["model_state"] | averaged)
+
+
+def start_from(cfg, parts, source, header):
+    """Begin a new run with the weights of another, as --init_from asks; return the line that says so.
+
+    source: of `load_source`. parts, header: of this run, as for `load_parts`. Averages restart at these weights; all
+    else, the optimizer too, is new. Raises UsageError, naming what differs and the flags that fit the weights.
+    """
+    ours = header["model_args"]
+    theirs = source["model_args"] | {name: ours[name] for name in TRAINING_ONLY if name in ours}
+    partial = getattr(cfg, "allow_partial", None)
+    if not partial and source.get("tokenizer_hash") == header.get("tokenizer_hash") and changed(theirs, ours):
+        plain = [name for name in _differing(theirs, ours) if type(theirs[name]) in PLAIN and hasattr(cfg, name)]
+        flags = [_flag(name, theirs[name]) for name in plain]
+        remedy = f"try: {' '.join(flags) or '--allow_partial'}"
+        if not flags and partial is None:
+            remedy = "fix: the settings it was trained with"
+        raise UsageError(f"--init_from {cfg.init_from} has another model: {changed(theirs, ours)}\n{remedy}")
+    restarting = {name: part for name, part in parts.items() if name == "model_state" or hasattr(part, "restart")}
+    weights = {name: value for name, value in source.items() if name not in parts} | dict(model_args=theirs)
+    weights["model_state"] = source["model_state"]
+    load_parts(restarting, weights, cfg.init_from, header, partial)
+    return f"weights of {cfg.init_from}, step {source['step']}: a new run begins with them"
+
+
+def _flag(name, value):
+    """Return the flag that gives a field its value."""
+    if isinstance(value, bool):
+        return f"--{name}" if value else f"--no-{name}"
+    return f"--{name} {shlex.quote(str(value))}"
 
 
 def _check_header(state, path, header, same_data):
@@ -331,8 +395,11 @@ def _fitting_slots(optimizer, saved, path):
 
 def changed(old, new, cosmetic=()):
     """Return "lr 0.0003 -> 0.001, ..." for the keys in both dicts whose values differ, without the `cosmetic` ones."""
-    keys = [k for k in new if k in old and k not in cosmetic and _as_list(old[k]) != _as_list(new[k])]
-    return ", ".join(f"{k} {old[k]} -> {new[k]}" for k in keys)
+    return ", ".join(f"{k} {old[k]} -> {new[k]}" for k in _differing(old, new) if k not in cosmetic)
+
+
+def _differing(old, new):
+    return [key for key in new if key in old and _as_list(old[key]) != _as_list(new[key])]
 
 
 def _as_list(x):
@@ -356,7 +423,37 @@ def resume_notice(path, state, header, cosmetic):
     differs = changed(old, new, cosmetic)
     if differs:
         notice += f", {differs}: exact resume is lost"
+    if header["config"].get("init_from"):
+        notice += "; --init_from is for a new run"
     return notice
+
+
+def schedule_steps(epochs, steps_per_epoch, saved):
+    """Return the steps of a schedule of `epochs`. A resumed run keeps the steps that it has taken.
+
+    saved: the checkpoint that is resumed, or None. Only the epochs that are left get another number of steps, as with
+    another batch size. Otherwise a larger batch would end the run early.
+    """
+    if not saved or saved["config"].get("steps", 0) > 0:
+        return epochs * steps_per_epoch
+    before = saved.get("steps_per_epoch") or saved["steps"] // saved["config"]["epochs"]  # older files have none
+    left = round((saved["steps"] - saved["step"]) * steps_per_epoch / before)
+    return saved["step"] + left + (epochs - saved["config"]["epochs"]) * steps_per_epoch
+
+
+def check_same_data(path, saved, header, resume, places, remedy):
+    """Raise UsageError if a run that nobody asked to resume has other data than this one, under another name.
+
+    saved, header: of the checkpoint and of this run. resume: the flag; a script whose default is auto resumes unasked.
+    places: of the data of both, folders as a rule. remedy: the command that begins a run of its own.
+    """
+    theirs, ours = places
+    same_place = os.path.abspath(theirs) == os.path.abspath(ours)
+    if resume == "auto" and saved["data_hash"] != header["data_hash"] and not same_place:
+        raise UsageError(
+            f"{path} is of a run on other data: {theirs}, here {ours}; "
+            f"--resume {shlex.quote(str(path))} goes on with the new data\ntry: {remedy}"
+        )
 
 
 class Saver:

@@ -6,7 +6,7 @@ top. A room takes pyplot from here, where the backend is chosen before pyplot st
 
 import io
 import sys
-from itertools import cycle
+from itertools import cycle, zip_longest
 from pathlib import Path
 
 import matplotlib
@@ -97,6 +97,20 @@ def _run_name(path):
     return path.resolve().parent.name if path.name == ROWS else path.name.removesuffix(f"_{ROWS}")
 
 
+def run_names(paths):
+    """Return a name per metrics file. Of runs with the same name, the folders that differ are part of it."""
+    names = [_run_name(path) for path in paths]
+    if len(set(names)) == len(names):
+        return names
+    words = []  # of each path: its name, then its folders, the innermost one first
+    for name, path in zip(names, map(Path, paths), strict=True):
+        folders = path.resolve().parents[1 if path.name == ROWS else 0]  # metrics.jsonl has the name of its folder
+        words.append([name, *reversed(folders.parts)])
+    columns = [column for column in zip_longest(*words, fillvalue="") if len(set(column)) > 1]
+    labels = ["/".join(filter(None, reversed(parts))) for parts in zip(*columns, strict=True)]
+    return labels or names
+
+
 def plot_losses(runs, out):
     """Write a figure to `out`: training and validation loss over steps, and validation bits per byte by domain.
 
@@ -109,8 +123,9 @@ def plot_losses(runs, out):
     columns, width = (3, 15.5) if weights else (2, 11)
     figure, panels = plt.subplots(1, columns, figsize=(width, 4.2), layout="constrained")
     left, right = panels[:2]
-    for colour, dashes, (path, rows) in zip(COLOURS, cycle(("-", "--", ":", "-.")), runs):
-        name, rows = _run_name(path), rows_with_steps(rows)
+    names = run_names([path for path, _ in runs])
+    for colour, dashes, name, (path, rows) in zip(cycle(COLOURS), cycle(("-", "--", ":", "-.")), names, runs):
+        rows = rows_with_steps(rows)
         train = [row for row in rows if row.get("split") == "train"]
         val = [row for row in rows if row.get("split") == "val"]
         if not train and not val:
@@ -127,9 +142,13 @@ def plot_losses(runs, out):
         if not single:
             _points(right, [(row["step"], row["bpb"]) for row in val], color=colour, label=name)
             continue
-        for shade, domain in zip(COLOURS[1:], val[-1]["domains"] if val else (), strict=False):
-            points = [(row["step"], row["domains"][domain]["bpb"]) for row in val]
-            _points(right, points, color=shade, label=f"{domain} {points[-1][1]:.2f}")
+        # Domains may come and go between two parts of a run: each has points where it has numbers.
+        domains = dict.fromkeys(domain for row in val for domain in row.get("domains", {}))
+        for shade, domain in zip(cycle(COLOURS[1:]), domains):
+            having = [(row["step"], row["domains"][domain]) for row in val if domain in row.get("domains", {})]
+            points = [(step, numbers["bpb"]) for step, numbers in having if numbers.get("tokens", 1)]
+            if points:  # older files have rows of domains without a window
+                _points(right, points, color=shade, label=f"{domain} {points[-1][1]:.2f}")
     left.set(xlabel="step", ylabel="loss (nats per token)", title="loss: training thin, validation thick")
     right.set(xlabel="step")
     if weights:

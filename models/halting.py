@@ -168,6 +168,10 @@ class HaltingAgent:
         """Move the target network by `tau` towards the network; call it after each optimizer step."""
         torch._foreach_lerp_(list(self.target.parameters()), list(self.net.parameters()), self.tau)
 
+    def restart(self):
+        """Restart the target network from the network, after weights of another run were loaded."""
+        self.target.load_state_dict(self.net.state_dict())
+
     def state_dict(self):
         return dict(target=self.target.state_dict(), ring=self.ring.state_dict())
 

@@ -4,6 +4,8 @@ train_sr.py reads its flags from a bundle, and writes one into its output folder
 """
 
 import difflib
+import hashlib
+import json
 import math
 import os
 import re
@@ -27,7 +29,7 @@ REFERENCES = {  # {file of a bundle: {key: the file that it names}}
     "dataset_val": dict(skeleton_pool="skeleton_pool_val", tokenizer="tokenizer"),
 }
 # Flags of one run, which are no part of a bundle.
-NOT_IN_BUNDLE = "config output_dir verbose resume_from resume_step fresh skeleton_pool".split()
+NOT_IN_BUNDLE = "config output_dir verbose resume_from resume_step fresh init_from skeleton_pool".split()
 
 
 def load_config(path, resolve_paths=True) -> dict:
@@ -161,8 +163,9 @@ def load_flags(path) -> dict:
 
 
 def open_formulas(cfg, rank, world):
-    """Return a namespace: alphabet, train (FlashANSRDataset), val (list of fixed batches), bundle (dict to save).
+    """Return a namespace: alphabet, train (FlashANSRDataset), val (list of fixed batches), bundle (dict to save), hash.
 
+    The hash identifies the settings of both data sets.
     Alphabet and validation data are those of the bundle cfg.config. Without a bundle they follow from the flags, and
     validation is without noise. The skeletons of the validation are drawn first and held out of the training.
     """
@@ -226,4 +229,6 @@ def open_formulas(cfg, rank, world):
     for split, (pool, data, path) in splits.items():
         source = str(Path(path).resolve()) if path else asdict(pool)
         bundle[f"{split}_dataset"] = asdict(data) | dict(skeleton_pool=source, tokenizer=tokenizer)
-    return SimpleNamespace(alphabet=alphabet, train=train, val=batches, bundle=bundle)
+    settings = [bundle["train_dataset"], bundle["val_dataset"], cfg.seed]
+    digest = hashlib.sha256(json.dumps(settings).encode("utf-8")).hexdigest()
+    return SimpleNamespace(alphabet=alphabet, train=train, val=batches, bundle=bundle, hash=digest)

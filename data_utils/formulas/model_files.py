@@ -57,6 +57,26 @@ def model_folder(path):
     return checkpoints[0] if checkpoints and not (folder / WEIGHTS).is_file() else folder
 
 
+def load_source(path):
+    """Return weights, arguments and alphabet of the model that --init_from names, as checkpoint.start_from takes them.
+
+    Raises UsageError, DataError.
+    """
+    folder = model_folder(path)
+    try:
+        model = load_model(folder)
+    except UsageError as e:
+        raise UsageError(f"--init_from {e}\nfix: name the output folder of a run, or a checkpoint_N in it") from e
+    step = re.search(r"checkpoint_(\d+)$", str(folder))
+    return dict(
+        tokenizer="formulas",
+        tokenizer_hash=" ".join(model.alphabet.tokens),
+        model_args=model.model_args,
+        model_state=model.state_dict(),
+        step=int(step[1]) if step else "last",
+    )
+
+
 def load_model(folder) -> FlashANSRModel:
     """Return the model that `save_model` wrote into `folder`, on the CPU, for inference.
 

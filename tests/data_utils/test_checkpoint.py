@@ -862,3 +862,41 @@ def test_a_second_signal_after_one_second_leaves_at_once():
     start = time.monotonic()
     process.send_signal(signal.SIGINT)
     assert process.wait() == 130 and time.monotonic() - start < 1
+
+
+# ---- a schedule in epochs, and the data of a run ---------------------------------------------------------------------
+
+
+def test_a_schedule_keeps_the_steps_taken_and_the_epochs_left():
+    def saved_at(step, steps, per_epoch, epochs=4):
+        return dict(step=step, steps=steps, steps_per_epoch=per_epoch, config=dict(epochs=epochs, steps=0))
+
+    assert checkpoint.schedule_steps(4, 10, None) == 40
+    for step in (0, 7, 20, 40):
+        assert checkpoint.schedule_steps(4, 10, saved_at(step, 40, 10)) == 40  # the same batch
+        assert checkpoint.schedule_steps(6, 10, saved_at(step, 40, 10)) == 60  # more epochs
+    assert checkpoint.schedule_steps(4, 5, saved_at(20, 40, 10)) == 30  # a batch of twice the size, two epochs left
+    assert checkpoint.schedule_steps(4, 5, saved_at(25, 30, 5)) == 30  # and again
+    assert checkpoint.schedule_steps(4, 20, saved_at(20, 40, 10)) == 60
+    older = saved_at(20, 40, 10)
+    del older["steps_per_epoch"]
+    assert checkpoint.schedule_steps(4, 5, older) == 30
+    in_steps = dict(step=20, steps=30, config=dict(epochs=0, steps=30))
+    assert checkpoint.schedule_steps(4, 10, in_steps) == 40
+
+
+@pytest.mark.parametrize("resume", ["auto", "latest", "a.pt"])
+def test_only_a_run_that_nobody_named_is_refused_for_its_data(resume, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+    def check(theirs, ours, data_hash="other"):
+        state = make_header(data_hash=data_hash)
+        checkpoint.check_same_data("a b.pt", state, make_header(), resume, (theirs, ours), "--out c")
+
+    check("A/qa", "B/qa", data_hash="d")  # the same data elsewhere
+    check("A/qa", f"{tmp_path}/A/qa")  # other data in the same place
+    if resume != "auto":
+        check("A/qa", "B/qa")
+        return
+    with pytest.raises(UsageError, match="other data: A/qa, here B/qa; --resume 'a b.pt' goes on.*\ntry: --out c"):
+        check("A/qa", "B/qa")

@@ -80,6 +80,37 @@ def test_what_all_scripts_say_of_a_bad_step_and_of_a_long_warmup_is_the_same():
         assert text.count("warmup cut from {cfg.warmup") == text.count(f" steps, {length}") == 1, name
 
 
+FINE_TUNING = """\
+    # Fine-tuning: where nothing is to be resumed, the weights may be those of another run.
+    if cfg.init_from and not resumed_from:
+        source =
+        log(checkpoint.start_from(cfg, parts, source, header))
+        del source
+"""
+
+
+def test_fine_tuning_has_the_same_words_and_the_same_place():
+    helps = set()
+    for name in sorted(TEXTS.keys() - {"train_ae"}):
+        text = TEXTS[name]
+        block = text[text.index("    # Fine-tuning:") :].partition("        del source\n")
+        block = re.sub(
+            r"(        source =).*\n(?:        (?:source|# Differs|frozen).*\n)*", r"\1\n", "".join(block[:2])
+        )
+        assert block == FINE_TUNING, name
+        # Before that a checkpoint is resumed, after that a finished run leaves.
+        place = text.index("    # Fine-tuning:")
+        assert text[:place].endswith(("        del saved\n", "        del saved, saved_parts, tensors\n")), name
+        assert text[place:].index("finished at step") < text[place:].index("saver = checkpoint.Saver("), name
+        helps.add(re.search(r"^    init_from: .*$", text, re.M)[0])
+    assert len(helps) == 1
+
+
+def test_what_is_said_of_other_data_is_the_same():
+    for name in sorted(TEXTS.keys() - {"train_ae"}):
+        assert TEXTS[name].count('log("other data than before: best') == 1, name
+
+
 def test_the_rate_of_a_step_follows_from_the_schedule_and_not_from_a_budget():
     for name, text in TEXTS.items():
         function = text[text.index("    def lr_at(") :].split("\n\n")[0]
@@ -146,6 +177,7 @@ VOCABULARY = {  # idea: (names of its flag that work wherever it is, {script: th
     ),
     "resume": ("resume", everywhere("resume") | dict(sr="resume_from")),
     "start over": ("fresh", everywhere("fresh")),
+    "fine-tuning": ("init_from", of("init_from", hrm="init_from", sr="init_from", multimodal="init_from")),
     "workers": ("num_workers workers", dict(hrm="dataset_workers", sr="num_workers", multimodal="workers")),
     "average of codes": ("codebook_decay ema_decay", dict(ae="codebook_decay")),
 }
@@ -153,7 +185,7 @@ ABSENT = dict(  # flags that a script does not have, and says why
     mla=["fsdp"],
     hrm=["grad_accum_steps"],
     sr=["epochs", "max_epochs"],
-    ae=["fsdp"],
+    ae=["fsdp", "init_from"],
     multimodal=["grad_accum_steps", "fsdp"],
 )
 FIRST = dict(expert=["--expert=transformer"], hrm=["--dataset=synthetic"])  # words that a command line begins with
@@ -256,8 +288,8 @@ EQUAL = [  # (first words, words before which it ends)
     ("    # --- train", "# 2. Forward and backward."),
     ("# 3. Step.", "# 4. Log."),
     ("# 5. Evaluate.", "# 6. Save."),
-    ("# 6. Save.", "# 7. End"),
-    ("# 7. End", "    # --- summary"),
+    ("# 6. Save.", "# 7. Best"),
+    ("# 7. Best", "    # --- summary"),
 ]
 
 

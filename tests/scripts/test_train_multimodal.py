@@ -638,7 +638,7 @@ def test_steps_and_time_left_are_those_of_max_steps(pages, monkeypatch, capfd):
     assert shown == [4] and [line.split(" | ")[0] for line in lines] == ["step 2/4", "step 3/4", "step 4/4"]
     assert "eta 0:00:00" in lines[-1]
     run(*TOY, f"data_paths={pages} checkpoint_path=a max_steps=2 epochs=1000")
-    assert "step 4 of 4" in capfd.readouterr().out
+    assert "finished at step 4" in capfd.readouterr().out
 
 
 WAITS = "item tolist cpu nonzero unique __bool__ __int__ __float__ __index__".split()  # methods of a tensor
