@@ -30,7 +30,7 @@ from data_utils.launch import check_torchrun, ends_cleanly, launch
 from data_utils.overrides import Overrides
 from models.parts import DECODERS, ENCODERS, LATENT_SPACES, named, part
 
-LOOPS = {}  # loop -> (its configuration, the figures that it can draw); filled below these classes
+LOOPS = {}  # loop -> (its configuration, the figures that it can draw); filled below, the default first
 MOMENTS = ("on_epoch_end", "on_train_end", "on_test_end")  # when figures can be drawn
 
 

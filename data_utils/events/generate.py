@@ -87,6 +87,7 @@ def generate_events(cfg):
     if cfg.mode == "encode":
         title = f"latents of {source}, the mean over the objects of an event"
         _draw("plot_latents", mean_latents(arrays, run), arrays["y"], title, *more)
+    return {}
 
 
 def default_name(cfg):
