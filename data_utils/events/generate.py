@@ -54,8 +54,6 @@ def generate_events(cfg):
         raise UsageError(f"--against {cfg.against}: of --mode score, not of {cfg.mode}\ntry: --mode score")
     device = open_device(cfg.device)
     run = load_run(cfg.model, device)
-    if cfg.against and cfg.against == (cfg.data or run.config["data"]):
-        raise UsageError(f"--against {cfg.against}: the same events as --data\ntry: --against OTHER.npz")
     out = cfg.out or str(run.path.parent / f"{default_name(cfg)}{ending}")
     inputs = [cfg.data, cfg.against, run.config.get("data", "")]
     check_replaceable(out, cfg.fresh, is_output, inputs=inputs)
@@ -85,7 +83,7 @@ def generate_events(cfg):
     if cfg.against:
         write_roc(arrays, source, cfg.against, *more)
     if cfg.mode == "encode":
-        title = f"latents of {source}, the mean over the objects of an event"
+        title = f"{'mean ' if run.model.level == 'token' else ''}latents of {Path(source).name}"
         _draw("plot_latents", mean_latents(arrays, run), arrays["y"], title, *more)
     return {}
 
@@ -264,7 +262,7 @@ def decode(cfg, run):
 def score(cfg, run):
     """Return a row of errors per event; print their mean and quantiles. With --against, rows say of which file."""
     columns = errors_of(cfg, run)
-    if not cfg.against:
+    if cfg.against in ("", cfg.data or run.config["data"]):
         return columns, {}
     other = errors_of(replace(cfg, data=cfg.against), run)
     counts = len(columns["event"]), len(other["event"])
@@ -294,10 +292,15 @@ def errors_of(cfg, run):
 def write_roc(columns, background, signal, table, picture):
     """Write and draw how well the errors of events tell the file `signal` and its labels from the file `background`.
 
-    columns: {name: (N,)} of the events of both, with `data`. A row of the table is a point of a curve.
+    columns: {name: (N,)} of the events of both, with `data`. Of one and the same file each label is told from the
+    others. A row of the table is a point of a curve. Raises DataError.
     """
-    parts = [{name: v[columns["data"] == source] for name, v in columns.items()} for source in (background, signal)]
+    parts = [columns, columns]
+    if signal != background:
+        parts = [{name: v[columns["data"] == source] for name, v in columns.items()} for source in (background, signal)]
     curves = compare(*parts, Path(signal).stem)
+    if not curves:
+        raise DataError(f"--against {signal}: the same file, with one label alone\ntry: --against OTHER.npz")
     points = {name: [] for name in ("score", "signal", "events", "background_events", "auc")}
     points |= dict(threshold=[], background_share=[], signal_share=[])
     for row in curves:

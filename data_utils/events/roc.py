@@ -29,17 +29,18 @@ def compare(background, signal, name):
     """Compare tables of scores: return a list of dicts, one for each score and each group of signal events.
 
     background, signal: {column: (N,)} with `label` and scores. The groups are all signal events, called `name`, and
-    those of each label if there are several. A dict: score, signal, events, background_events, auc, and the curve,
-    which `roc` returns.
+    those of each label if there are several. If both are the same table, the groups are its labels, and the background
+    of each is the rest. A dict: score, signal, events, background_events, auc, and the curve, which `roc` returns.
     """
     labels = signal["label"]
-    groups = {name: np.ones(len(labels), bool)}
+    same = signal is background
+    groups = {} if same else {name: np.ones(len(labels), bool)}
     if len(np.unique(labels)) > 1:
         groups |= {f"{name} label {label}": labels == label for label in np.unique(labels)}
     curves = []
     for score in [column for column in signal if column.startswith("rec_")]:
         for group, members in groups.items():
-            pair = signal[score][members], background[score]
+            pair = signal[score][members], signal[score][~members] if same else background[score]
             counts = dict(events=len(pair[0]), background_events=len(pair[1]))
             curves.append(dict(score=score, signal=group, **counts, auc=auc(*pair), curve=roc(*pair)))
     return curves

@@ -177,6 +177,10 @@ def test_scores_against_another_file(runs, file, tmp_path, capsys):
         assert (int(row["events"]), int(row["background_events"])) == (groups[group].sum(), 90)
     assert (tmp_path / "a_roc.png").stat().st_size > 1000
     assert float(points[0]["auc"]) > 0.9
+    within = use(runs["vq"], "score", tmp_path / "c.csv", data=str(file), against=str(file))
+    assert within == alone
+    with open(tmp_path / "c_roc.csv", newline="") as table:
+        assert {row["signal"] for row in csv.DictReader(table)} == {f"events label {i}" for i in range(6)}
 
 
 def test_names_of_outputs_carry_the_data_s(runs, file, tmp_path):
@@ -195,7 +199,9 @@ def test_names_of_outputs_carry_the_data_s(runs, file, tmp_path):
     (runs["vq"] / "encode_events_pca.png").write_bytes(b"mine")
     wrong(runs["vq"], ["encode_events_pca.png exists", "--fresh"], UsageError, mode="encode", data=str(file))
     wrong(runs["vq"], ["--against", "--mode score"], UsageError, mode="encode", against=str(file))
-    wrong(runs["vq"], ["the same events"], UsageError, mode="score", data=str(file), against=str(file))
+    np.savez(tmp_path / "one.npz", X=decay_chain(20, 3)[0], y=np.zeros(20, int))
+    one = str(tmp_path / "one.npz")
+    wrong(runs["vq"], ["one label alone", "OTHER.npz"], mode="score", data=one, against=one)
 
 
 @pytest.mark.parametrize("level", ["token", "event"])

@@ -43,3 +43,9 @@ def test_groups_are_the_file_and_its_labels():
     ]  # fmt: skip
     assert [row["auc"] for row in rows] == [pytest.approx(2 / 3), 1, 0.5, 0.5, 0.5, 0.5]
     assert len(compare(background, signal | dict(label=np.zeros(3)), "b")) == 2
+    rows = compare(signal, signal, "b")  # each label against the rest
+    assert [(row["signal"], row["events"], row["background_events"]) for row in rows[:2]] == [
+        ("b label 0", 1, 2),
+        ("b label 5", 2, 1),
+    ]
+    assert [row["auc"] for row in rows[:2]] == [1, 0] and compare(background, background, "b") == []
