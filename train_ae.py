@@ -30,7 +30,7 @@ from data_utils.launch import check_torchrun, ends_cleanly, launch
 from data_utils.overrides import Overrides
 from models.parts import DECODERS, ENCODERS, LATENT_SPACES, named, part
 
-LOOPS = {}  # loop -> (its configuration, the figures that it can draw); filled below, the default first
+LOOPS = {}  # loop -> (its configuration, the figures that it can draw); filled below
 MOMENTS = ("on_epoch_end", "on_train_end", "on_test_end")  # when figures can be drawn
 
 
@@ -157,7 +157,7 @@ class TestMlpConfig(AeConfig):
 
 
 FIGURES = ("losses", "metrics", "codebook", "latency", "recon", "adversarial", "diffusion")
-LOOPS |= dict(
+LOOPS |= dict(  # the first is the default
     ae=(AeConfig, {*FIGURES} - {"diffusion"}),
     gan_ae=(GanAeConfig, {*FIGURES} - {"diffusion"}),
     diffusion_ae=(DiffusionAeConfig, {*FIGURES}),
@@ -358,7 +358,8 @@ def main(cfg):
         try:
             return network(**arguments).to(device), arguments
         except ValueError as e:
-            raise UsageError(f"{e}\ntry: a field in {type(cfg).__name__}, which is a flag too") from e
+            remedy = f"try: a field in {type(cfg).__name__}, which is a flag too"
+            raise UsageError(f"{e}\n{remedy}") from e
 
     # The order of these modules decides which random numbers each of them starts from.
     if cfg.loop == "test_mlp":
@@ -513,7 +514,8 @@ def main(cfg):
             output = network(*inputs)
             losses = regression_sums(output, batch["y"], cfg.task)
         elif noises:
-            velocity, noisy = noises.corrupt(batch["x"])  # the target, and what the decoder also reads
+            # The target, and what the decoder also reads.
+            velocity, noisy = noises.corrupt(batch["x"])
             output = network(*inputs, **noisy)
             losses = loss_sums(output, velocity, batch["ids"], batch["globals"], cfg.level)
             metrics = noises.by_quarter(output["x_hat"], velocity, batch["ids"] > 0, noisy["t"])

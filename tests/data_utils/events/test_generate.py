@@ -193,7 +193,8 @@ def test_names_of_outputs_carry_the_data_s(runs, file, tmp_path):
     names = {path.name for path in runs["vq"].iterdir()}
     assert names >= set(
         """score_events_against_other.csv score_events_against_other_roc.csv score_events_against_other_roc.png
-        score_events.csv encode_events.npz encode_events_pca.png reconstruct_events.npz encode.npz encode_pca.png""".split()
+        score_events.csv encode_events.npz encode_events_pca.png reconstruct_events.npz encode.npz
+        encode_pca.png""".split()
     )
     generate_events(EventsConfig(**common, mode="encode", data=str(file)))  # its own outputs may be replaced
     (runs["vq"] / "encode_events_pca.png").write_bytes(b"mine")

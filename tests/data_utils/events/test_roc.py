@@ -35,12 +35,13 @@ def test_areas_by_counting():
 
 
 def test_groups_are_the_file_and_its_labels():
-    background = dict(label=np.zeros(4, int), objects=np.ones(4), rec_tokens=np.arange(4.0), rec_types=np.ones(4))
-    signal = dict(label=np.array([0, 5, 5]), objects=np.ones(3), rec_tokens=np.array([9.0, 8, -1]), rec_types=np.ones(3))
+    background = dict(label=np.zeros(4, int), rec_tokens=np.arange(4.0), rec_types=np.ones(4))
+    signal = dict(label=np.array([0, 5, 5]), rec_tokens=np.array([9.0, 8, -1]), rec_types=np.ones(3))
+    groups = ("b", 3), ("b label 0", 1), ("b label 5", 2)
     rows = compare(background, signal, "b")
     assert [(row["score"], row["signal"], row["events"]) for row in rows] == [
-        (score, *group) for score in ("rec_tokens", "rec_types") for group in (("b", 3), ("b label 0", 1), ("b label 5", 2))
-    ]  # fmt: skip
+        (score, *group) for score in ("rec_tokens", "rec_types") for group in groups
+    ]
     assert [row["auc"] for row in rows] == [pytest.approx(2 / 3), 1, 0.5, 0.5, 0.5, 0.5]
     assert len(compare(background, signal | dict(label=np.zeros(3)), "b")) == 2
     rows = compare(signal, signal, "b")  # each label against the rest
