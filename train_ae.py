@@ -118,12 +118,12 @@ class AeConfig:
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # auto: bfloat16 on a GPU
     compile: bool = cosmetic(False)  # torch.compile: slow to start, then faster on a GPU
 
-    denoise = False  # whether the decoder removes noise
-    discriminator = False  # whether a discriminator judges reconstructions
     # launch advises this when the memory is too small.
     remedy = "a smaller batch_size=, accumulate=2, or a smaller hidden="
     # Flags of other scripts, and why they are not here.
     absent = dict(fsdp="its models are small\ntry: torchrun --standalone --nproc-per-node 2 train_ae.py")
+    denoise = False  # whether the decoder removes noise
+    discriminator = False  # whether a discriminator judges reconstructions
 
 
 @dataclass
@@ -358,7 +358,7 @@ def main(cfg):
         try:
             return network(**arguments).to(device), arguments
         except ValueError as e:
-            remedy = f"try: a field in {type(cfg).__name__}, which is a flag too"
+            remedy = f"fix: a field in {type(cfg).__name__}, which is a flag too"
             raise UsageError(f"{e}\n{remedy}") from e
 
     # The order of these modules decides which random numbers each of them starts from.
@@ -527,7 +527,7 @@ def main(cfg):
         for name in losses:
             weight = loss_weights.setdefault(name, getattr(cfg, f"{name}_weight", None))
             if weight is None:
-                remedy = f"try: a field {name}_weight: float = 1.0 in {type(cfg).__name__}"
+                remedy = f"fix: a field {name}_weight: float = 1.0 in {type(cfg).__name__}"
                 raise UsageError(f"the loss {name} has no weight\n{remedy}")
         return output, losses, metrics
 

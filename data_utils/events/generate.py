@@ -45,13 +45,13 @@ def generate_events(cfg):
     """Run the command once: cfg has the fields of generate.EventsConfig."""
     at_least(cfg, 0, "limit", "ddim_steps", "seed")
     at_least(cfg, 1, "events")
+    if cfg.against and cfg.mode != "score":
+        raise UsageError(f"--against {cfg.against}: of --mode score, not of {cfg.mode}\nfix: --mode score")
     ending = ".csv" if cfg.mode == "score" else ".npz"
     if cfg.out and Path(cfg.out).suffix != ending:
         raise UsageError(f"--out {cfg.out}: --mode {cfg.mode} writes {ending}\ntry: --out {Path(cfg.out).stem}{ending}")
     if cfg.mode == "decode" and not cfg.data:
         raise UsageError("--mode decode: no latents named\ntry: --data FILE.npz, which --mode encode writes")
-    if cfg.against and cfg.mode != "score":
-        raise UsageError(f"--against {cfg.against}: of --mode score, not of {cfg.mode}\ntry: --mode score")
     device = open_device(cfg.device)
     run = load_run(cfg.model, device)
     out = cfg.out or str(run.path.parent / f"{default_name(cfg)}{ending}")
@@ -300,7 +300,7 @@ def write_roc(columns, background, signal, table, picture):
         parts = [{name: v[columns["data"] == source] for name, v in columns.items()} for source in (background, signal)]
     curves = compare(*parts, Path(signal).stem)
     if not curves:
-        raise DataError(f"--against {signal}: the same file, with one label alone\ntry: --against OTHER.npz")
+        raise DataError(f"--against {signal}: the same file, with one label alone\nfix: --against OTHER.npz")
     points = {name: [] for name in ("score", "signal", "events", "background_events", "auc")}
     points |= dict(threshold=[], background_share=[], signal_share=[])
     for row in curves:
