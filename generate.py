@@ -119,7 +119,8 @@ class EventsConfig:
     model: str = ""  # run folder or checkpoint of train_ae.py; the flag's name may be left out
     mode: Literal["reconstruct", "encode", "decode", "score", "sample"] = "reconstruct"  # what to do
     data: str = ""  # .npz or .h5 of events, or decay_chain; decode: output of encode; "" = the data of the run
-    out: str = ""  # .npz file to write, .csv for score; "" = named by the mode, beside the model
+    against: str = ""  # score: .npz or .h5 of other events; how well errors tell them from --data (ROC curves)
+    out: str = ""  # .npz file to write, .csv for score; "" = named by mode and data, beside the model
     fresh: bool = False  # rename a file of other origin with that name to *.bak
     events: int = 1000  # new events of sample or of --data decay_chain
     limit: int = 0  # events to read; 0 = all

@@ -15,7 +15,6 @@ file into a cell, then call main(AeConfig(epochs=2)).
 An event is a set of particles. Its features, types and globals (the missing energy) are encoded.
 """
 
-import inspect
 import math
 import os
 import sys
@@ -29,9 +28,9 @@ from data_utils.config import at_least, complete, cosmetic, cosmetic_names, flag
 from data_utils.errors import DataError, UsageError
 from data_utils.launch import check_torchrun, ends_cleanly, launch
 from data_utils.overrides import Overrides
+from models.parts import DECODERS, ENCODERS, LATENT_SPACES, named, part
 
-Loop = Literal["ae", "gan_ae", "diffusion_ae", "test_mlp"]
-Part = Literal["mlp", "gnn", "gan", "diffusion"]
+LOOPS = {}  # loop -> (its configuration, the figures that it can draw); filled below
 MOMENTS = ("on_epoch_end", "on_train_end", "on_test_end")  # when figures can be drawn
 
 
@@ -41,7 +40,7 @@ MOMENTS = ("on_epoch_end", "on_train_end", "on_test_end")  # when figures can be
 @dataclass
 class AeConfig:
     # run
-    loop: Loop = "ae"  # how it is trained
+    loop: str = flag("ae", choices=LOOPS)  # how it is trained
     name: str = cosmetic("experiment")  # end of the run folder's name
     out: str = cosmetic("")  # folder of this run; none named = {outputs}/runs/run_<time>_<name>
     outputs: str = cosmetic("outputs")  # root of runs/ and multiruns/
@@ -60,9 +59,9 @@ class AeConfig:
     energy_unit: Literal["GeV", "MeV"] = "GeV"  # of the file
     symmetries: bool = False  # turn events about the beam and mirror them, anew in each epoch
     # model
-    encoder: Part = "mlp"  # reads an event
-    decoder: Part = "mlp"  # writes it
-    latent_space: Literal["none", "linear", "vq"] = "vq"  # between them
+    encoder: str = flag("mlp", choices=ENCODERS)  # reads an event
+    decoder: str = flag("mlp", choices=DECODERS)  # writes it
+    latent_space: str = flag("vq", choices=LATENT_SPACES)  # between them
     level: Literal["token", "event"] = "token"  # one latent per particle, or one per event
     latent_dim: int = 32  # width D of a latent
     hidden: tuple[int, ...] = (128, 128)  # widths of MLPs
@@ -130,21 +129,24 @@ class AeConfig:
         init_from="latents of other events would mean something else\n"
         "try: resume=FILE, which goes on with the same events",
     )
+    denoise = False  # whether the decoder removes noise
+    discriminator = False  # whether a discriminator judges reconstructions
 
 
 @dataclass
 class GanAeConfig(AeConfig):
-    loop: Loop = "gan_ae"  # how it is trained
+    loop: str = flag("gan_ae", choices=LOOPS)  # how it is trained
     gnn_dim: int = 32  # width of message layers
     d_lr: float = 3e-4  # peak learning rate of the critic and of a discriminator
     adv_weight: float = 0.8  # pull of the discriminator, as a share of the reconstruction's
     adv_start: float = 0.2  # share of the steps after which it pulls
+    discriminator = True
 
 
 @dataclass
 class DiffusionAeConfig(AeConfig):
-    loop: Loop = "diffusion_ae"  # how it is trained
-    latent_space: Literal["none", "linear", "vq"] = "none"  # between them
+    loop: str = flag("diffusion_ae", choices=LOOPS)  # how it is trained
+    latent_space: str = flag("none", choices=LATENT_SPACES)  # between them
     level: Literal["token", "event"] = "event"  # one latent per particle, or one per event
     hidden: tuple[int, ...] = (256, 256)  # widths of MLPs
     epochs: int = flag(20, also="max_epochs", instead="steps")  # passes over the events
@@ -152,16 +154,17 @@ class DiffusionAeConfig(AeConfig):
     diffusion_steps: int = 1000  # noise levels
     noise_schedule: Literal["cosine", "linear"] = "cosine"  # linear: beta rises from 1e-4 to 0.02
     ddim_steps: int = 20  # denoising steps when sampling
+    denoise = True
 
 
 @dataclass
 class TestMlpConfig(AeConfig):
-    loop: Loop = "test_mlp"  # how it is trained
+    loop: str = flag("test_mlp", choices=LOOPS)  # how it is trained
     task: Literal["regression", "binary"] = "regression"  # what the table asks for
 
 
 FIGURES = ("losses", "metrics", "codebook", "latency", "recon", "adversarial", "diffusion")
-LOOPS = dict(  # loop -> (its configuration, the figures that it can draw)
+LOOPS |= dict(  # the first is the default
     ae=(AeConfig, {*FIGURES} - {"diffusion"}),
     gan_ae=(GanAeConfig, {*FIGURES} - {"diffusion"}),
     diffusion_ae=(DiffusionAeConfig, {*FIGURES}),
@@ -182,6 +185,7 @@ GUIDE = Overrides(  # the keys of the training guide
     ignored=("hydra=experiment",),
     folder="configs/ae",
     bundles=dict(env="env", logging=""),
+    optional=("loop", "encoder", "decoder", "latent_space"),
     snapshot=".hydra/config.yaml",
 )
 
@@ -209,7 +213,14 @@ from data_utils.events.run_folder import Recorder, rename_old_flags, run_folder
 from data_utils.metrics import add, means
 from data_utils.progress import Progress, say
 from data_utils.stop import Stop
-from models.autoencoder import AutoEncoder, Regressor, denominators, loss_sums, regression_sums
+from models.autoencoder import (
+    REPORTED,
+    AutoEncoder,
+    Regressor,
+    denominators,
+    loss_sums,
+    regression_sums,
+)
 from models.codebook import decay_for, revive_for, usage_and_perplexity
 from models.diffusion import NoiseSchedule, ddim_errors
 from models.gan import Judges
@@ -339,23 +350,36 @@ def main(cfg):
 
     # --- model and optimizer --------------------------------------------------------------
     settings = dict(adv_weight=0.0, adv_start=0.0) | asdict(cfg) | meta
-    settings["denoise"] = cfg.loop == "diffusion_ae"
-    settings["discriminator"] = cfg.loop == "gan_ae"
+    for name in cosmetic_names(cfg):  # no model depends on these
+        del settings[name]
+    settings["denoise"] = cfg.denoise
+    settings["discriminator"] = cfg.discriminator
     settings["ema_decay"] = cfg.codebook_decay or decay_for(steps)
     settings["revive"] = max(0, cfg.revive or revive_for(steps))
 
-    def build(network):
-        """Return a module of the class `network`, and its arguments by name."""
-        arguments = {name: settings[name] for name in inspect.signature(network).parameters}
-        return network(**arguments).to(device), arguments
+    def build(network, *components):
+        """Return a module of the class `network`, and its arguments and those of its components."""
+        arguments = {}
+        for needs in (network, *components):
+            arguments |= named(needs, settings)
+        try:
+            return network(**arguments).to(device), arguments
+        except ValueError as e:
+            remedy = f"fix: a field in {type(cfg).__name__}, which is a flag too"
+            raise UsageError(f"{e}\n{remedy}") from e
 
     # The order of these modules decides which random numbers each of them starts from.
-    raw_model, model_args = build(Regressor if cfg.loop == "test_mlp" else AutoEncoder)
+    if cfg.loop == "test_mlp":
+        raw_model, model_args = build(Regressor)
+    else:
+        components = [part(ENCODERS, cfg.encoder), part(DECODERS, cfg.decoder)]
+        components.append(part(LATENT_SPACES, cfg.latent_space))
+        raw_model, model_args = build(AutoEncoder, *components)
     noises = None  # adds noise to features, which the decoder removes
-    if cfg.loop == "diffusion_ae":
+    if cfg.denoise:
         noises, _ = build(NoiseSchedule)
     judges = None  # a discriminator of events, a critic of the latents of encoder gan, or both
-    if cfg.loop == "gan_ae" or (cfg.loop != "test_mlp" and cfg.encoder == "gan"):
+    if cfg.discriminator or (cfg.loop != "test_mlp" and cfg.encoder == "gan"):
         judges, _ = build(Judges)
     groups = [dict(peak=cfg.lr, weight_decay=cfg.weight_decay, params=list(raw_model.parameters()))]
     if judges:
@@ -373,7 +397,8 @@ def main(cfg):
     parts = dict(model_state=raw_model, optimizer_state=optimizer, amp_scaler=scaler)
     if judges:
         parts["judges"] = judges
-    # The loss is the sum of these means, as far as a loop has them.
+    # The loss is the sum of these means, as far as a loop has them. A loss NAME that is not among
+    # them has the weight cfg.NAME_weight.
     loss_weights = dict(rec_tokens=1, eps_loss=1, miss=1, commit=1)
     loss_weights |= dict(rec_types=cfg.type_weight, rec_globals=cfg.globals_beta)
 
@@ -493,20 +518,34 @@ def main(cfg):
         return peak * (middle + swing * math.cos(math.pi * share))
 
     def compute_loss(network, batch):
-        """Run a batch: return the output and {metric: (sum, count)}."""
+        """Run a batch: return the output, its losses and other metrics, both {name: (sum, count)}.
+
+        Losses are trained with their weights. Metrics are only reported.
+        """
+        metrics = {}
+        inputs = [batch["x"]]
+        if cfg.loop != "test_mlp":
+            inputs += [batch["ids"], batch["ids"] > 0, batch["globals"]]
         if cfg.loop == "test_mlp":
-            output = network(batch["x"])
-            return output, regression_sums(output, batch["y"], cfg.task)
-        inputs = (batch["x"], batch["ids"], batch["ids"] > 0, batch["globals"])
-        if not noises:
             output = network(*inputs)
-            return output, loss_sums(output, batch["x"], batch["ids"], batch["globals"], cfg.level)
-        velocity, noisy = noises.corrupt(batch["x"])  # the target, and what the decoder also reads
-        output = network(*inputs, **noisy)
-        sums = loss_sums(output, velocity, batch["ids"], batch["globals"], cfg.level)
-        sums |= noises.by_quarter(output["x_hat"], velocity, batch["ids"] > 0, noisy["t"])
-        sums["eps_loss"] = sums.pop("rec_tokens")
-        return output, sums
+            losses = regression_sums(output, batch["y"], cfg.task)
+        elif noises:
+            # The target, and what the decoder also reads.
+            velocity, noisy = noises.corrupt(batch["x"])
+            output = network(*inputs, **noisy)
+            losses = loss_sums(output, velocity, batch["ids"], batch["globals"], cfg.level)
+            metrics = noises.by_quarter(output["x_hat"], velocity, batch["ids"] > 0, noisy["t"])
+            losses["eps_loss"] = losses.pop("rec_tokens")
+        else:
+            output = network(*inputs)
+            losses = loss_sums(output, batch["x"], batch["ids"], batch["globals"], cfg.level)
+        metrics |= {name: losses.pop(name) for name in REPORTED if name in losses}
+        for name in losses:
+            weight = loss_weights.setdefault(name, getattr(cfg, f"{name}_weight", None))
+            if weight is None:
+                remedy = f"fix: a field {name}_weight: float = 1.0 in {type(cfg).__name__}"
+                raise UsageError(f"the loss {name} has no weight\n{remedy}")
+        return output, losses, metrics
 
     def total(metrics):
         """Return the loss: the weighted sum of those metrics that are part of it."""
@@ -529,8 +568,8 @@ def main(cfg):
             torch.manual_seed(hash((cfg.seed, start)))
             with autocast:
                 batch = take(columns, slice(start, start + EVAL_BATCH))
-                output, batch_sums = compute_loss(raw_model, batch)
-            add(sums, batch_sums)
+                output, losses, metrics = compute_loss(raw_model, batch)
+            add(sums, losses | metrics)
             if raw_model.latent_space == "vq":
                 used = output["indices"][output["indices"] >= 0]  # -1 in empty slots
                 code_counts += torch.bincount(used, minlength=len(code_counts)).cpu()
@@ -592,9 +631,13 @@ def main(cfg):
                         model.require_backward_grad_sync = m == cfg.accumulate - 1
                     batch = take(train, order[number, m, rank])
                     with autocast:
-                        output, batch_sums = compute_loss(model, batch)
-                        names = counts.keys() & batch_sums.keys()
-                        loss = total({name: batch_sums[name][0] / counts[name] for name in names})
+                        output, losses, metrics = compute_loss(model, batch)
+                        # A loss of your own has no such count: the mean of its means is taken.
+                        shares = {
+                            name: value / counts.get(name, count * cfg.accumulate * world)
+                            for name, (value, count) in losses.items()
+                        }
+                        loss = total(shares)
                         if judges:
                             # They return their own loss and what they add to the model's. Neither
                             # has a gradient in the weights of the other side.
@@ -602,10 +645,10 @@ def main(cfg):
                             verdict = judges(batch, output, loss, raw_model.last_weight(), share)
                             judges_loss, penalty, judges_sums = verdict
                             loss = loss + (judges_loss + penalty) / (cfg.accumulate * world)
-                            batch_sums |= judges_sums
+                            metrics |= judges_sums
                     # The mean over ranks is taken, so the sum needs the factor `world`.
                     scaler.scale(loss * world).backward()
-                    add(sums, batch_sums)
+                    add(sums, losses | metrics)
                 if judges:  # before unscale_: all ranks must see an overflow of one of them
                     distributed.average_gradients(judges.parameters())
 

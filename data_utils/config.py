@@ -30,6 +30,7 @@ def flag(default, **metadata):
 
     also: a second name of the flag, or a tuple of names. short: a name like -o. bare: the value of the flag where it
     stands alone. instead: another field that sets the same thing, so that giving one of the two resets the other to 0.
+    choices: the values that it may have, such as the keys of a dictionary; a Literal as its type does the same.
     """
     return dataclasses.field(default=default, metadata=metadata)
 
@@ -53,6 +54,13 @@ def flag_names(field):
 def bare_value(field):
     """Return the value of a field's flag where it stands alone; None if it needs a value."""
     return field.metadata.get("bare", BARE.get(field.name))
+
+
+def choices_of(field):
+    """Return the values that a field may have, of a Literal or of its `choices`; () for any."""
+    if type_of(field)[1]:
+        return ()
+    return tuple(field.metadata.get("choices", ())) or typing.get_args(field.type)
 
 
 class Parser(argparse.ArgumentParser):
@@ -149,7 +157,7 @@ def complete(cfg, cls, by="", **settings):
     values = {name: _value(cfg, f) for name, f in fields.items()}
     changes = {name: value for name, value in values.items() if value != default_of(fields[name])}
     table = settings.get("overrides")
-    naming = ("config", "resume", *table.bundles) if table else ("config",)
+    naming = ("config", "resume", *table.bundles, *table.optional) if table else ("config",)
     words = [f"--{name}={changes[name]}" for name in naming if name in changes]
     if changes.get("multirun"):
         words.append("--multirun")
@@ -243,7 +251,7 @@ def coerced(field, value):
     kind, several = type_of(field)
     value = value.tolist() if hasattr(value, "tolist") else value
     values = value if several and isinstance(value, (list, tuple)) else [value]
-    choices = () if several else typing.get_args(field.type)
+    choices = choices_of(field)
     expected = f"a tuple of {kind.__name__}" if several else kind.__name__
     if choices:
         expected = " or ".join(map(repr, choices))
@@ -334,7 +342,7 @@ def parser_of(cls, doc, prog):
         elif several:
             options |= dict(type=value_type, nargs="*", action=_Several)
         else:
-            options |= dict(type=value_type, choices=typing.get_args(f.type) or None)
+            options |= dict(type=value_type, choices=choices_of(f) or None)
         if bare_value(f):
             options |= dict(nargs="?", const=bare_value(f))
         flags = [f.metadata["short"]] if "short" in f.metadata else []

@@ -14,7 +14,8 @@ import matplotlib
 if "ipykernel" not in sys.modules:  # a notebook keeps the backend that shows its figures
     matplotlib.use("Agg")  # draws files only and needs no screen
 import matplotlib.pyplot as plt
-from matplotlib.ticker import LogLocator, NullFormatter
+from matplotlib.text import Text
+from matplotlib.ticker import LogFormatter, LogLocator, NullFormatter
 
 from data_utils.errors import DataError
 from data_utils.files import MARK, is_marked, make_room, write_atomic
@@ -38,6 +39,7 @@ def write_figure(figure, out):
     key = MARKED.get(out.suffix.lower())
     content = io.BytesIO()
     try:
+        show_dollars(figure)
         make_room(out, is_marked)
         metadata = {key: MARK.decode()} if key else None
         figure.savefig(content, dpi=130, format=out.suffix[1:], metadata=metadata)
@@ -46,6 +48,20 @@ def write_figure(figure, out):
         raise DataError(f"{out} was not written: {(str(e).splitlines() or [type(e).__name__])[0]}") from e
     finally:
         plt.close(figure)
+
+
+def show_dollars(figure):
+    """Show texts of a figure as they are: matplotlib would read what stands between two `$` as a formula.
+
+    Names of columns and runs may have such signs. Only the ticks of logarithmic axes are matplotlib's own formulas.
+    """
+    for text in figure.findobj(Text):
+        text.set_parse_math(False)
+    for ax in figure.axes:
+        for axis in (ax.xaxis, ax.yaxis):
+            if isinstance(axis.get_major_formatter(), LogFormatter):
+                for tick in (*axis.get_major_ticks(), *axis.get_minor_ticks()):
+                    tick.label1.set_parse_math(True)
 
 
 def open_frame(ax, grid=True):

@@ -10,7 +10,17 @@ import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from data_utils.config import Parser, as_flags, bare_value, default_of, flag_names, parse_layer, parser_of, read_flags
+from data_utils.config import (
+    Parser,
+    as_flags,
+    bare_value,
+    choices_of,
+    default_of,
+    flag_names,
+    parse_layer,
+    parser_of,
+    read_flags,
+)
 from data_utils.files import root
 from data_utils.other_names import ELSEWHERE, nearest
 
@@ -31,8 +41,9 @@ class Overrides:
 
     prefixes may precede any field's name. aliases: {key: field}. ignored: words without effect. absent: {key: why there
     is none}. folder: of bundles, below that of the scripts; without one there are neither named bundles nor sweeps.
-    bundles: {field: its folder in there}, the first below a --config and the others above it. snapshot: the bundle in a
-    run's folder that `resume=FOLDER` starts from.
+    bundles: {field: its folder in there}, the first below a --config and the others above it. optional: fields whose
+    values may have a bundle, FIELD/VALUE.yaml, which lies just below a --config. snapshot: the bundle in a run's folder
+    that `resume=FOLDER` starts from.
     """
 
     prefixes: tuple[str, ...] = ()
@@ -41,6 +52,7 @@ class Overrides:
     absent: dict[str, str] = field(default_factory=dict)
     folder: str = ""
     bundles: dict[str, str] = field(default_factory=dict)
+    optional: tuple[str, ...] = ()
     snapshot: str = ""
 
     def name(self, key):
@@ -106,8 +118,9 @@ class Jobs:
 def read(variants, doc, argv, prog, by, table):
     """Return variants[choice]() changed by bundles, flags and overrides; or the Jobs of a sweep.
 
-    Later ones win: the dataclass, the run that `resume` names, the first bundle of the table, --config, the other
-    bundles, the command line from left to right. Exits with status 2, naming the slip and the nearest key to it.
+    Later ones win: the dataclass, the run that `resume` names, the first bundle of the table, those of its `optional`
+    fields, --config, the other bundles, the command line from left to right. Exits with status 2, naming the slip and
+    the nearest key to it.
     """
     error = Parser(prog=prog).error
     table, fields = table.of(variants.values())
@@ -222,6 +235,10 @@ def _layers(items, table, fields, error):
     below = bundle(snapshot) if "resume" in named and snapshot.is_file() else {}
     above = bundle(named["config"]) if named.get("config") else {}
     named = {item.name: item.text() for layer in above.values() for item in layer} | named
+    for key in table.optional:
+        path = root() / table.folder / key / f"{named.get(key)}.yaml"
+        if named.get(key) in choices_of(fields[key]) and path.is_file():
+            above = bundle(path) | above
     for i, (key, inner) in enumerate(table.bundles.items()):
         name = named.get(key, "" if below else default_of(fields[key]))
         layer = bundle(_named(key, name, root() / table.folder / inner)) if name else {}

@@ -18,6 +18,7 @@ codebook.py         vector quantization that keeps all codes in use
 diffusion.py        noise on particles, its prediction, DDIM
 gan.py              discriminator of events, critic of latents, adaptive weight
 autoencoder.py      encoders, latent spaces and decoders of events
+parts.py            these by the words of flags; a new one is a line there
 glyphs.py           pages of symbols, drawn as pixels and patches
 decoder.py          causal decoder of symbols that can predict one symbol further
 planning.py         several reasoning paths for one sample

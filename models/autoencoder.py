@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from models.codebook import Codebook
 from models.diffusion import DenoisingNetwork, sinusoid
 from models.messages import MessageNetwork, message_weights
+from models.parts import DECODERS, ENCODERS, LATENT_SPACES, build_part, part
 
 EMBEDDED = 8  # width of the embeddings of type and slot
 READOUT = 128  # hidden width of the MLP after message layers
@@ -22,6 +23,7 @@ NOISED = 32  # width of the embeddings of x_t and of t, which decoders other tha
 LAST_STEP = 1000  # t of a diffusion decoder that runs once, from x_T = 0
 POOLED = 4.0  # divisor of sums over particles
 ACTIVATIONS = dict(relu=nn.ReLU, gelu=nn.GELU, silu=nn.SiLU)
+REPORTED = "type_accuracy", "revived", "accuracy"  # sums of loss_sums and regression_sums that are no losses
 
 
 def mlp(widths, activation, dropout):
@@ -50,7 +52,8 @@ def loss_sums(output, target, ids, globals, level):
     Add sums and counts over batches and ranks before dividing them. target (B, T, F): x, or v for a denoiser.
     rec_tokens: squared error per feature of a particle. rec_globals: squared error per global. commit: per latent.
     rec_types: cross-entropy, and type_accuracy: of particles at level token, of all slots at level event; both are
-    missing without a type head. revived: codes that were restarted in this batch.
+    missing without a type head. revived: codes that were restarted in this batch. Other losses of the latent space have
+    count 1.
     """
     mask = ids > 0
     counts = denominators(dict(x=target, ids=ids, globals=globals), level)
@@ -64,7 +67,7 @@ def loss_sums(output, target, ids, globals, level):
         sums["rec_types"] = (nats * scored).sum()
         sums["type_accuracy"] = ((logits.argmax(-1) == ids) & scored).sum().float()
     pairs = {name: (number, counts[name]) for name, number in sums.items()}
-    return pairs | {name: (value, 1) for name, value in output["aux"].items() if name == "revived"}
+    return pairs | {name: (value, 1) for name, value in output["aux"].items() if name != "commit"}
 
 
 def denominators(batch, level):
@@ -104,16 +107,18 @@ class Slots(nn.Module):
 
 # --- encoders: x, ids, mask, globals -> z -----------------------------------------------------
 class MlpEncoder(nn.Module):
-    """`mlp` and `gan`: an MLP of each particle; at level event of all particles and globals. gan adds noise inputs."""
+    """`mlp`: an MLP of each particle; at level event of all particles and globals."""
+
+    noisy = False  # whether it has noise inputs
 
     def __init__(self, *, level, cont_dim, n_tokens, num_types, n_globals, latent_dim, hidden, activation, dropout,
                  noise_dim):  # fmt: skip
         super().__init__()
-        self.level, self.noise_dim = level, noise_dim
+        self.level, self.noise_dim = level, noise_dim if self.noisy else 0
         self.slots = Slots(num_types=num_types, n_tokens=0)
         slot = cont_dim + self.slots.width
         inputs = slot if level == "token" else n_tokens * slot + n_globals
-        self.net = mlp([inputs + noise_dim, *hidden, latent_dim], activation, dropout)
+        self.net = mlp([inputs + self.noise_dim, *hidden, latent_dim], activation, dropout)
 
     def forward(self, x, ids, mask, globals):
         h = torch.cat([x, self.slots(ids)], -1)
@@ -121,16 +126,27 @@ class MlpEncoder(nn.Module):
         return self.net(append_noise(h, self.noise_dim, self.training))
 
 
-class SetEncoder(nn.Module):
-    """`gnn`: message layers; `diffusion`: the denoising network at t = 0. Then an MLP per particle or of their pool."""
+class GanEncoder(MlpEncoder):
+    """`gan`: the same with noise inputs; train_ae.py adds a critic of its latents."""
 
-    def __init__(self, *, level, denoising, cont_dim, n_tokens, num_types, n_globals, latent_dim, gnn_dim, gnn_layers,
-                 activation, dropout):  # fmt: skip
+    noisy = True
+
+
+class SetEncoder(nn.Module):
+    """`gnn`: message layers, then an MLP per particle or of their pool."""
+
+    denoising = False  # whether the denoising network replaces the message layers
+
+    def __init__(self, *, level, cont_dim, n_tokens, num_types, n_globals, latent_dim, gnn_dim, gnn_layers, activation,
+                 dropout):  # fmt: skip
         super().__init__()
-        self.level, self.denoising = level, denoising
+        self.level = level
         self.slots = Slots(num_types=num_types, n_tokens=n_tokens)
         sizes = dict(inputs=cont_dim + self.slots.width, width=gnn_dim, layers=gnn_layers)
-        self.network = DenoisingNetwork(condition=0, outputs=gnn_dim, **sizes) if denoising else MessageNetwork(**sizes)
+        if self.denoising:
+            self.network = DenoisingNetwork(condition=0, outputs=gnn_dim, **sizes)
+        else:
+            self.network = MessageNetwork(**sizes)
         inputs = gnn_dim if level == "token" else 2 * gnn_dim + n_globals
         self.readout = mlp([inputs, READOUT, latent_dim], activation, dropout)
 
@@ -146,25 +162,63 @@ class SetEncoder(nn.Module):
         return self.readout(h)
 
 
-def build_encoder(kind, *, hidden, gnn_dim, gnn_layers, noise_dim, **sizes):
+class DiffusionEncoder(SetEncoder):
+    """`diffusion`: the denoising network at t = 0, then an MLP per particle or of their pool."""
+
+    denoising = True
+
+
+def build_encoder(kind, **settings):
     """Build the encoder `kind`, a module (x, ids, mask, globals) -> z; x must be 0 in empty slots."""
-    if kind in ("mlp", "gan"):
-        return MlpEncoder(hidden=hidden, noise_dim=noise_dim if kind == "gan" else 0, **sizes)
-    return SetEncoder(denoising=kind == "diffusion", gnn_dim=gnn_dim, gnn_layers=gnn_layers, **sizes)
+    return build_part(ENCODERS, kind, **settings)
+
+
+# --- latent spaces: z, mask (None at level event) -> z_q, indices of codes or None, losses ------------
+class Identity(nn.Module):
+    """`none`: latents as they are."""
+
+    def forward(self, z, mask):
+        return z, None, {}
+
+
+class LinearMap(nn.Linear):
+    """`linear`: a learned linear map."""
+
+    def __init__(self, *, latent_dim):
+        super().__init__(latent_dim, latent_dim)
+
+    def forward(self, z, mask):
+        return super().forward(z), None, {}
+
+
+def codebook(*, latent_dim, codebook_size, beta, ema_decay, revive):
+    """Build `vq`, whose loss is the commitment."""
+    return Codebook(size=codebook_size, dim=latent_dim, beta=beta, decay=ema_decay, revive=revive, eps=1e-5)
 
 
 # --- decoders: h, mask, x_t, t -> features; h is the latent with other inputs of the decoder ------
+# `flat`: at level event one row holds all slots, h (B, inputs), and no slot is told its place.
+# `denoises`: it reads x_t and t by itself. AutoEncoder puts both into the h of other decoders.
 class MlpDecoder(nn.Module):
-    """`mlp` and `gan`: an MLP of each row, h (..., inputs) -> (..., outputs). gan adds noise inputs."""
+    """`mlp`: an MLP of each row, h (..., inputs) -> (..., outputs)."""
+
+    flat = True
+    noisy = False  # whether it has noise inputs
 
     def __init__(self, *, inputs, outputs, hidden, activation, dropout, noise_dim):
         super().__init__()
-        self.noise_dim = noise_dim
-        self.net = mlp([inputs + noise_dim, *hidden, outputs], activation, dropout)
-        self.last = self.net[-1]
+        self.noise_dim = noise_dim if self.noisy else 0
+        self.net = mlp([inputs + self.noise_dim, *hidden, outputs], activation, dropout)
+        self.last = self.net[-1]  # also under this name in checkpoints
 
     def forward(self, h, mask, x_t, t):
         return self.net(append_noise(h, self.noise_dim, self.training))
+
+
+class GanDecoder(MlpDecoder):
+    """`gan`: the same with noise inputs."""
+
+    noisy = True
 
 
 class GraphDecoder(nn.Module):
@@ -174,7 +228,7 @@ class GraphDecoder(nn.Module):
         super().__init__()
         self.network = MessageNetwork(inputs=inputs, width=gnn_dim, layers=gnn_layers)
         self.readout = mlp([gnn_dim, READOUT, outputs], activation, dropout)
-        self.last = self.readout[-1]
+        self.last = self.readout[-1]  # also under this name in checkpoints
 
     def forward(self, h, mask, x_t, t):
         return self.readout(self.network(h, message_weights(mask)))
@@ -185,6 +239,8 @@ class DiffusionDecoder(nn.Module):
 
     With x_t None it runs once, from x_T = 0 at the last step.
     """
+
+    denoises = True
 
     def __init__(self, *, inputs, outputs, gnn_dim, gnn_layers):
         super().__init__()
@@ -201,14 +257,15 @@ class DiffusionDecoder(nn.Module):
         return self.network(x_t, t, h, mask)
 
 
-def build_decoder(kind, *, hidden, gnn_dim, gnn_layers, activation, dropout, noise_dim, **sizes):
-    """Build the decoder `kind`, a module (h, mask, x_t, t) -> features, with its last Linear as attribute `last`."""
-    if kind in ("mlp", "gan"):
-        noise_dim = noise_dim if kind == "gan" else 0
-        return MlpDecoder(hidden=hidden, activation=activation, dropout=dropout, noise_dim=noise_dim, **sizes)
-    if kind == "diffusion":
-        return DiffusionDecoder(gnn_dim=gnn_dim, gnn_layers=gnn_layers, **sizes)
-    return GraphDecoder(gnn_dim=gnn_dim, gnn_layers=gnn_layers, activation=activation, dropout=dropout, **sizes)
+def build_decoder(kind, **settings):
+    """Build the decoder `kind`, a module (h, mask, x_t, t) -> features."""
+    return build_part(DECODERS, kind, **settings)
+
+
+def check_shape(module, tensor, *shape):
+    """Raise ValueError unless the output of a part has this shape: another one might broadcast."""
+    if tensor.shape != shape:
+        raise ValueError(f"{type(module).__name__} returned {tuple(tensor.shape)}: expected {shape}")
 
 
 class AutoEncoder(nn.Module):
@@ -216,43 +273,44 @@ class AutoEncoder(nn.Module):
 
     def __init__(self, *, encoder, decoder, latent_space, level, cont_dim, n_tokens, num_types, n_globals, latent_dim,
                  hidden, gnn_dim, gnn_layers, activation, dropout, side_info, noise_dim, codebook_size, beta, ema_decay,
-                 revive, denoise):  # fmt: skip
+                 revive, denoise, **others):  # fmt: skip
         """Arguments as in train_ae.AeConfig.
 
-        encoder, decoder: mlp, gnn, gan or diffusion. latent_space: none, linear or vq. side_info: the decoder reads
-        types and slots, and type_logits is None. denoise: the decoder also reads x_t and t, and x_hat is its v (see
-        diffusion.py). At level event a decoder predicts all slots, and type_logits tell the empty ones; with denoise
-        empty slots are left out.
+        encoder, decoder, latent_space: words of models/parts.py. side_info: the decoder reads types and slots, and
+        type_logits is None. denoise: the decoder also reads x_t and t, and x_hat is its v (see diffusion.py). At level
+        event a decoder predicts all slots, and type_logits tell the empty ones; with denoise empty slots are left out.
+        others: settings of parts that are not in this file.
         """
         super().__init__()
-        self.level, self.latent_space, self.cont_dim = level, latent_space, cont_dim
-        widths = dict(hidden=hidden, gnn_dim=gnn_dim, gnn_layers=gnn_layers, noise_dim=noise_dim,
-                      activation=activation, dropout=dropout)  # fmt: skip
-        sizes = dict(level=level, cont_dim=cont_dim, n_tokens=n_tokens, num_types=num_types, n_globals=n_globals)
-        self.encoder = build_encoder(encoder, latent_dim=latent_dim, **sizes, **widths)
-        if latent_space == "linear":
-            self.latent = nn.Linear(latent_dim, latent_dim)
-        if latent_space == "vq":
-            vectors = dict(size=codebook_size, dim=latent_dim)
-            self.latent = Codebook(**vectors, beta=beta, decay=ema_decay, revive=revive, eps=1e-5)
+        self.level, self.latent_space, self.cont_dim, self.latent_dim = level, latent_space, cont_dim, latent_dim
+        settings = dict(
+            level=level, cont_dim=cont_dim, n_tokens=n_tokens, num_types=num_types, n_globals=n_globals,
+            latent_dim=latent_dim, hidden=hidden, gnn_dim=gnn_dim, gnn_layers=gnn_layers, noise_dim=noise_dim,
+            activation=activation, dropout=dropout, codebook_size=codebook_size, beta=beta, ema_decay=ema_decay,
+            revive=revive, side_info=side_info, denoise=denoise, **others,
+        )  # fmt: skip
+        self.encoder = build_encoder(encoder, **settings)
+        self.latent = build_part(LATENT_SPACES, latent_space, **settings)
         self.slots = Slots(num_types=num_types if side_info else 0, n_tokens=n_tokens)
-        self.flat_slots = level == "event" and decoder in ("mlp", "gan")  # one row holds all slots
-        self.sees_slots = side_info or decoder in ("gnn", "diffusion")
+        decoder_class = part(DECODERS, decoder)
+        flat = getattr(decoder_class, "flat", False)
+        self.flat_slots = level == "event" and flat  # one row holds all slots
+        self.sees_slots = side_info or not flat
         rows = n_tokens if self.flat_slots else 1
-        reads_noised = denoise and decoder != "diffusion"
+        reads_noised = denoise and not getattr(decoder_class, "denoises", False)
         self.noised = nn.Linear(rows * cont_dim, NOISED) if reads_noised else None
         inputs = latent_dim
         if reads_noised:
             inputs += 2 * NOISED  # x_t and t
         if self.sees_slots:
             inputs += rows * self.slots.width
-        self.decoder = build_decoder(decoder, inputs=inputs, outputs=rows * cont_dim, **widths)
+        self.decoder = build_decoder(decoder, inputs=inputs, outputs=rows * cont_dim, **settings)
         self.types = None if side_info else mlp([latent_dim + EMBEDDED, HEADS[0], num_types], activation, dropout)
         self.globals = mlp([latent_dim, HEADS[1], n_globals], activation, dropout)
 
     def last_weight(self):
-        """Return the weight of the last Linear before x_hat, where gan.adaptive_weight compares gradients."""
-        return self.decoder.last.weight
+        """Return the last matrix of weights before x_hat, where gan.adaptive_weight compares gradients."""
+        return [weight for weight in self.decoder.parameters() if weight.ndim > 1][-1]
 
     @torch.no_grad()
     def start(self, batch, vq_init, seed):
@@ -267,22 +325,25 @@ class AutoEncoder(nn.Module):
     def encode(self, x, ids, mask, globals):
         """Encode x, ids, mask, globals -> z_e (B, T, D), 0 in empty slots, or (B, D). x of empty slots is ignored."""
         z = self.encoder(x.masked_fill(~mask[..., None], 0), ids, mask, globals)
+        check_shape(self.encoder, z, *(ids.shape if self.level == "token" else ids.shape[:1]), self.latent_dim)
         return z.masked_fill(~mask[..., None], 0) if self.level == "token" else z
 
     def quantize(self, z_e, mask):
-        """Pass z_e through the latent space -> (z_q of the same shape, indices, {"commit": loss}).
+        """Pass z_e through the latent space -> (z_q of the same shape, indices, losses with their means).
 
-        indices: codes (B, T), -1 in empty slots, or (B); None unless vq. In training vq also returns `revived`.
+        indices: codes (B, T), -1 in empty slots, or (B); None unless vq. losses: {"commit": ...} and those of a latent
+        space of your own. In training vq also returns `revived`.
         """
-        if self.latent_space == "vq":
-            z_q, indices, commit = self.latent(z_e, mask if self.level == "token" else None)
-            aux = dict(commit=commit)
-            if self.training:
-                aux["revived"] = self.latent.revived
-            return z_q, indices, aux
-        z_q = self.latent(z_e) if self.latent_space == "linear" else z_e
-        z_q = z_q.masked_fill(~mask[..., None], 0) if self.level == "token" else z_q
-        return z_q, None, dict(commit=z_q.new_zeros(()))
+        token = self.level == "token"
+        z_q, indices, losses = self.latent(z_e, mask if token else None)
+        check_shape(self.latent, z_q, *z_e.shape)
+        if indices is None:
+            aux = dict(commit=z_q.new_zeros(())) | losses
+            return z_q.masked_fill(~mask[..., None], 0) if token else z_q, None, aux
+        aux = dict(commit=losses)
+        if self.training:
+            aux["revived"] = self.latent.revived
+        return z_q, indices, aux
 
     def decode(self, z, ids, mask, x_t=None, t=None):
         """Decode latents z (B, T, D) or (B, D) -> dict(x_hat (B, T, F), type_logits (B, T, types), rec_globals (B, G)).
@@ -310,6 +371,7 @@ class AutoEncoder(nn.Module):
         x_hat = self.decoder(h, real, x_t, t)
         if self.flat_slots:
             x_hat = x_hat.unflatten(-1, (ids.shape[1], -1))
+        check_shape(self.decoder, x_hat, *ids.shape, self.cont_dim)
         return dict(x_hat=x_hat, type_logits=type_logits, rec_globals=rec_globals)
 
     def forward(self, x, ids, mask, globals, x_t=None, t=None):

@@ -9,7 +9,8 @@ run_folder.py   the folder of a run, written while it trains
 facts.py        events.jsonl and scalars.csv in that folder
 sweep.py        the jobs of --multirun, one process each
 generate.py     reconstruct, encode, decode, score and sample events
-figures.py      figures of runs, of several runs, and of sweeps
+roc.py          ROC curves of scores
+figures.py      figures of runs, of sweeps, of scores and latents
 
 `from data_utils.events import load` works in a notebook.
 """

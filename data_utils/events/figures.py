@@ -23,19 +23,24 @@ from data_utils.overrides import SWEEP
 def handle_event(cfg, families, moment, payload):
     """Draw the figures that the flags of train_ae.py ask for: {run_dir}/figures/<family>-<moment>-e<epoch>.png.
 
-    families: those that the loop has. payload: run_dir, epoch, last (whether it is the last epoch), histories
-    {name: list of one value per epoch}, codes (K,) counts in validation, rows (before, after) of test events. A figure
-    that fails is a warning, and training goes on.
+    families: those that the loop has. payload: of facts.build_event_payload, with run_dir, epoch and histories {name:
+    list of one value per epoch}; also last (whether it is the last epoch), codes (K,) counts in validation, rows
+    (before, after) of test events. A figure that fails is a warning, and training goes on.
     """
-    due = moment != "on_epoch_end" or payload["last"] or (payload["epoch"] + 1) % cfg.plot_every == 0
-    if moment not in cfg.plot_moments or not due:
+    histories = payload["histories"] or {}
+    if moment not in cfg.plot_moments or not any(histories.values()):
+        return
+    epoch = payload["epoch"]
+    if epoch is None:  # the newest
+        epoch = max(map(len, histories.values())) - 1
+    if moment == "on_epoch_end" and not payload.get("last") and (epoch + 1) % cfg.plot_every:
         return
     for family, draw in FIGURES.items():
         if family not in families or not getattr(cfg, f"plot_{family}"):
             continue
         try:
             if figure := draw(payload, cfg.plot_detail == "full"):
-                name = f"{family}-{moment}-e{payload['epoch']:03d}.png"
+                name = f"{family}-{moment}-e{epoch:03d}.png"
                 write_figure(figure, Path(payload["run_dir"], "figures", name))
         except Exception as e:  # a figure is never worth a run
             warn(f"no figure of {family}: {type(e).__name__}: {e}")
@@ -322,6 +327,47 @@ def _bars(rows, names, title, out):
     write_figure(figure, out)
 
 
+# ---- scores and latents of a trained model ---------------------------------------------------------------------------
+
+
+def plot_roc(curves, title, out):
+    """Write a figure to `out` with a panel of ROC curves for each score; curves: of roc.compare."""
+    names = list(dict.fromkeys(row["score"] for row in curves))
+    figure, axes = _panels(len(names), 4.2)
+    for ax, name in zip(axes, names, strict=False):
+        rows = [row for row in curves if row["score"] == name]
+        for colour, row in zip(_colours(len(rows)), rows, strict=True):
+            _, background, signal = row["curve"]
+            label = f"{shorten(row['signal'], 30)}: {row['auc']:.3f}"
+            ax.plot([0, *background], [0, *signal], color=colour, lw=1.4, label=label)
+        ax.plot([0, 1], [0, 1], color="grey", lw=1, ls="--")
+        ax.set(xlabel="share of background that passes", ylabel="share of signal that passes", title=_label(name))
+        small_legend(ax, title="area under the curve", title_fontsize=8, loc="lower right")
+    figure.suptitle(title, fontsize=10)
+    write_figure(figure, out)
+
+
+def plot_latents(z, labels, title, out):
+    """Write a figure to `out`: the first two principal components of latents z (N, D), coloured by label (N,)."""
+    centred = z.astype(np.float64) - z.mean(0, dtype=np.float64)
+    variances, vectors = np.linalg.eigh(centred.T @ centred / len(z))
+    shares = variances[::-1][:2] / max(variances.sum(), 1e-300)
+    components = np.zeros((len(z), 2))  # the second stays 0 for latents of one number
+    components[:, : len(shares)] = centred @ vectors[:, ::-1][:, :2]
+    drawn = np.linspace(0, len(z) - 1, min(len(z), MOST_POINTS)).astype(int)
+    figure, (ax,) = _panels(1, 4.2)
+    present = np.unique(labels)
+    for colour, label in zip(_colours(len(present)), present, strict=True):
+        x, y = components[drawn[labels[drawn] == label]].T
+        ax.scatter(x, y, s=4, alpha=0.5, color=colour, lw=0, label=f"label {label}")
+    for axis, name, share in zip("xy", ("first", "second"), [*shares, 0], strict=False):
+        ax.set(**{f"{axis}label": f"{name} component, {share:.0%} of the variance"})
+    small_legend(ax, markerscale=3, ncols=1 + len(present) // 12)
+    ax.set_title(title, fontsize=10)
+    write_figure(figure, out)
+
+
+MOST_POINTS = 5000  # events in a figure of latents, evenly chosen
 MOST_DRAWN = 40  # jobs of a sweep in a figure, the best ones
 NUMBERS = dict(
     best_val_loss="best validation loss",

@@ -8,6 +8,7 @@ import io
 import json
 import shlex
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,7 +17,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from data_utils.checkpoint import first_good, load_checkpoint
+from data_utils.checkpoint import first_good, kind_of, load_checkpoint
 from data_utils.config import at_least
 from data_utils.errors import DataError, UsageError
 from data_utils.events.dataset import (
@@ -31,12 +32,12 @@ from data_utils.events.dataset import (
 )
 from data_utils.events.kinematics import kinematics
 from data_utils.events.reconstruct import AT_ONCE, decode_rows, draw_latents, event_errors, from_latents
-from data_utils.files import begins, check_replaceable, make_room, write_atomic
+from data_utils.events.roc import compare
+from data_utils.files import begins, check_replaceable, is_marked, make_room, unused, warn, write_atomic
 from data_utils.hardware import open_device
-from models.autoencoder import AutoEncoder
+from models.autoencoder import AutoEncoder, mean_over
 from models.diffusion import NoiseSchedule
 
-LOOPS = "ae", "gan_ae", "diffusion_ae"  # the loops of train_ae.py that train on events
 QUANTILES = 0.05, 0.25, 0.5, 0.75, 0.95
 
 
@@ -45,6 +46,8 @@ def generate_events(cfg):
     """Run the command once: cfg has the fields of generate.EventsConfig."""
     at_least(cfg, 0, "limit", "ddim_steps", "seed")
     at_least(cfg, 1, "events")
+    if cfg.against and cfg.mode != "score":
+        raise UsageError(f"--against {cfg.against}: of --mode score, not of {cfg.mode}\nfix: --mode score")
     ending = ".csv" if cfg.mode == "score" else ".npz"
     if cfg.out and Path(cfg.out).suffix != ending:
         advice = f"try: --out {shlex.quote(str(Path(cfg.out).with_suffix(ending)))}"
@@ -53,8 +56,12 @@ def generate_events(cfg):
         raise UsageError("--mode decode: no latents named\nfix: --data FILE.npz, which --mode encode writes")
     device = open_device(cfg.device)
     run = load_run(cfg.model, device)
-    out = cfg.out or str(run.path.parent / f"{cfg.mode}{ending}")
-    check_replaceable(out, cfg.fresh, is_output, inputs=[cfg.data, run.config.get("data", "")])
+    out = cfg.out or str(run.path.parent / f"{default_name(cfg)}{ending}")
+    inputs = [cfg.data, cfg.against, run.config.get("data", "")]
+    check_replaceable(out, cfg.fresh, is_output, inputs=inputs)
+    more = beside(cfg, out)
+    for path in more:
+        check_replaceable(path, cfg.fresh, is_output, inputs=inputs, other=unused(out, "_new"))
     run.steps = cfg.ddim_steps or run.config.get("ddim_steps", 0)
     arrays, notes = MODES[cfg.mode](cfg, run)
     if cfg.mode == "score":
@@ -74,12 +81,35 @@ def generate_events(cfg):
         means = f"HT {values['HT'].mean():.1f}, MET {values['MET'].mean():.1f} GeV"
         print(f"{len(rows)} events; means: {count:.2f} objects, {means}")
     print(out)
+    source = cfg.data or run.config["data"]
+    if cfg.against:
+        write_roc(arrays, source, cfg.against, *more)
+    if cfg.mode == "encode":
+        title = f"{'mean ' if run.model.level == 'token' else ''}latents of {Path(source).name}"
+        _draw("plot_latents", mean_latents(arrays, run), arrays["y"], title, *more)
     return {}
+
+
+def default_name(cfg):
+    """Return the name of the output without its ending: the mode, and the data where they are named."""
+    words = [cfg.mode]
+    if cfg.mode != "sample":
+        words += [Path(cfg.data).stem] if cfg.data else []
+        words += ["against", Path(cfg.against).stem] if cfg.against else []
+    return "_".join(words)
+
+
+def beside(cfg, out):
+    """Return the paths of the table and the figure that are written beside `out`."""
+    stem = Path(out).with_suffix("")
+    if cfg.against:
+        return [Path(f"{stem}_roc.csv"), Path(f"{stem}_roc.png")]
+    return [Path(f"{stem}_pca.png")] if cfg.mode == "encode" else []
 
 
 def is_output(path):
     """Say whether a file is an output of this command: a table by its first line, events by their meta."""
-    if begins(path, b"event,label,objects,"):
+    if begins(path, b"event,label,objects,", b"score,signal,events,") or is_marked(path):
         return True
     try:
         with np.load(path, allow_pickle=False) as file:
@@ -102,17 +132,25 @@ def load_run(run, device):
         raise UsageError(f"{problem}\ntry: python {command}")
     names = ("model.pt", "best_val.pt", "last.pt")
     files = [path / name for name in names] if path.is_dir() else [path]
-    kinds = [f"ae:{loop}" for loop in (*LOOPS, "test_mlp")]
-    path, state = first_good(files, lambda file: load_checkpoint(file, kinds))
+    path, state = first_good(files, _load)
     if not state:
         raise UsageError(f"{run}: no model.pt there: expected the folder of a run of train_ae.py after an epoch")
     if state["kind"] == "ae:test_mlp":
-        raise UsageError(f"{run}: a run of test_mlp, which has no events\nexpected one of loop {', '.join(LOOPS)}")
-    model = AutoEncoder(**state["model_args"])
+        raise UsageError(f"{run}: a run of test_mlp, which has no events\nexpected one of ae, gan_ae, diffusion_ae")
+    try:
+        model = AutoEncoder(**state["model_args"])
+    except ValueError as e:  # a part that is not in models/parts.py
+        raise UsageError(f"{path}: {e}") from e
     model.load_state_dict(state["model_state"])
     schedule = {name: state["config"].get(name) for name in ("diffusion_steps", "noise_schedule")}
     noises = NoiseSchedule(**schedule).to(device) if state["model_args"]["denoise"] else None
     return SimpleNamespace(**state | dict(path=path, model=model.to(device).eval(), noises=noises, device=device))
+
+
+def _load(file):
+    """Load a checkpoint of any loop of train_ae.py."""
+    kind = kind_of(file)
+    return load_checkpoint(file, kind if kind.startswith("ae:") else "ae:ae")
 
 
 def load(path, device="cpu"):
@@ -225,8 +263,21 @@ def decode(cfg, run):
 
 
 def score(cfg, run):
-    """Return a row of errors per event; print their mean and quantiles."""
-    rows, labels, index, _ = select_events(cfg, run)
+    """Return a row of errors per event; print their mean and quantiles. With --against, rows say of which file."""
+    columns = errors_of(cfg, run)
+    if cfg.against in ("", cfg.data or run.config["data"]):
+        return columns, {}
+    other = errors_of(replace(cfg, data=cfg.against), run)
+    counts = len(columns["event"]), len(other["event"])
+    columns = {name: np.concatenate([columns[name], other[name]]) for name in columns}
+    return columns | dict(data=np.repeat([cfg.data or run.config["data"], cfg.against], counts)), {}
+
+
+def errors_of(cfg, run):
+    """Return {column: (N,)} of the events of cfg: their numbers, labels, objects and errors; print a summary."""
+    rows, labels, index, source = select_events(cfg, run)
+    if cfg.against:
+        print(f"{source['data']}:")
     parts = []
     for i, batch, z, _ in encode_rows(rows, run):
         outputs = from_latents(run.model, run.noises, z, batch["ids"], run.steps, cfg.seed + i)
@@ -238,7 +289,53 @@ def score(cfg, run):
         print(f"{name:12}" + "".join(f"{v:10.4g}" for v in (values.mean(), *np.quantile(values, QUANTILES))))
     mean = (errors["rec_tokens"] * n).sum() / n.sum()
     print(f"{len(n)} events; rec_tokens over their {n.sum()} objects, as training counts it: {mean:.4g}")
-    return dict(event=index, label=labels, objects=n) | errors, {}
+    return dict(event=index, label=labels, objects=n) | errors
+
+
+def write_roc(columns, background, signal, table, picture):
+    """Write and draw how well the errors of events tell the file `signal` and its labels from the file `background`.
+
+    columns: {name: (N,)} of the events of both, with `data`. Of one and the same file each label is told from the
+    others. A row of the table is a point of a curve. Raises DataError.
+    """
+    parts = [columns, columns]
+    if signal != background:
+        parts = [{name: v[columns["data"] == source] for name, v in columns.items()} for source in (background, signal)]
+    curves = compare(*parts, Path(signal).stem)
+    if not curves:
+        raise DataError(f"--against {signal}: the same file, with one label alone\nfix: --against OTHER.npz")
+    points = {name: [] for name in ("score", "signal", "events", "background_events", "auc")}
+    points |= dict(threshold=[], background_share=[], signal_share=[])
+    for row in curves:
+        print(f"{row['score']:12}{row['signal']:24} area under the ROC curve {row['auc']:.4f}")
+        curve = np.transpose(row["curve"])
+        for values in curve:
+            for name, value in zip(points, [*(row[n] for n in list(points)[:5]), *values], strict=True):
+                points[name].append(value)
+    _write_table(table, {name: np.array(values) for name, values in points.items()})
+    print(table)
+    _draw("plot_roc", curves, f"{signal} against {background}", picture)
+
+
+def mean_latents(arrays, run):
+    """Return latents (N, D) of the arrays of `encode`: of each event, or the mean over its objects."""
+    z = torch.from_numpy(arrays[_name(run)])
+    if _name(run) == "indices":
+        z = F.embedding(z.clamp_min(0), run.model.latent.codes.cpu())
+    if run.model.level == "event":
+        return z.numpy()
+    return mean_over(z, torch.from_numpy(arrays["ids"] > 0)).numpy()
+
+
+def _draw(name, *arguments):
+    """Draw a figure by the function `name` of figures.py; its path is the last argument. Warn without matplotlib."""
+    try:
+        from data_utils.events import figures
+    except ImportError:
+        warn("no figure: pip install matplotlib")
+        return
+    getattr(figures, name)(*arguments)
+    print(arguments[-1])
 
 
 def sample(cfg, run):

@@ -1,6 +1,6 @@
 """The figure of a formula: the points that it was fitted to, what is left of them, and the formulas beside it."""
 
-from data_utils.figures import COLOURS, RED, open_frame, plt, write_figure
+from data_utils.figures import COLOURS, RED, open_frame, plt, show_dollars, write_figure
 
 LEAST = 1e-16  # 1 - R2 that is drawn for an exact fit
 TITLE = 90  # characters
@@ -39,10 +39,10 @@ def draw_fit(X, y, predicted, names, title, answers=(), sigma=None):
         panels[2].set(xlabel="length", ylabel="1 - R2", yscale="log", title="error and length")
         panels[2].xaxis.get_major_locator().set_params(integer=True)
         panels[2].legend(frameon=False)
-    title = title.replace("$", r"\$")  # which would begin a formula of matplotlib's
     figure.suptitle(title if len(title) < TITLE else title[: TITLE - 3] + "...", fontsize=10)
     for axes in panels:
         open_frame(axes)
+    show_dollars(figure)
     return figure
 
 

@@ -78,6 +78,24 @@ def test_flags(flags, field, value):
     assert parsed == value and type(parsed) is type(value)
 
 
+def test_the_keys_of_a_dictionary_are_choices(capsys):
+    parts = {}
+
+    @dataclass
+    class Parts:
+        kind: str = flag("one", choices=parts)  # which
+
+    parts |= dict(one=1, other=2)
+    assert from_cli(Parts, argv=["--kind=other"]).kind == "other"
+    message = refused(capsys, "--kind=otter", cls=Parts)
+    assert "otter" in message and "one" in message and "other" in message
+    with pytest.raises(UsageError, match="kind='otter': expected 'one' or 'other'"):
+        complete(Parts("otter"), Parts)
+    with pytest.raises(SystemExit):
+        from_cli(Parts, argv=["--help"])
+    assert "{one,other}" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     "flags, words",
     [

@@ -3,13 +3,12 @@
 import importlib
 import shlex
 from dataclasses import asdict, fields, replace
-from typing import get_args
 
 import pytest
 import yaml
 
 import train_ae
-from data_utils.config import flag_names, from_cli, type_of
+from data_utils.config import choices_of, complete, flag_names, from_cli, type_of
 from data_utils.overrides import Jobs, values
 from tests.helpers import ROOT
 from train_ae import AeConfig, DiffusionAeConfig, GanAeConfig
@@ -117,7 +116,7 @@ def example(field):
     text = {int: "3", float: "0.5", str: "x"}[kind]
     if several:
         return ["--{}", text, text], f"[{text},{text}]"
-    choices = get_args(field.type)
+    choices = choices_of(field)
     text = str(choices[-1]) if choices else text
     return ["--{}", text], text
 
@@ -200,6 +199,24 @@ def test_precedence(table, tmp_path):
     assert cfg.make_plots and cfg.loop == "gan_ae" and cfg.env == "far" and cfg.logging == "figures"
     cfg = read(f"config={tmp_path}/some.yaml env=local loop=ae hidden=[3]", table)
     assert (cfg.epochs, cfg.seed, cfg.hidden, cfg.env, type(cfg)) == (10, 2, (3,), "local", AeConfig)
+
+
+def test_a_part_may_have_a_bundle_of_its_name(table, tmp_path, capsys):
+    for folder in ("encoder", "loop"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "encoder" / "gnn.yaml").write_text("gnn_dim: 5\nlr: 5\nclip: 5\nseed: 5")
+    (tmp_path / "loop" / "gan_ae.yaml").write_text("adv_start: 0.5")
+    (tmp_path / "env" / "local.yaml").write_text("seed: 1\ngnn_dim: 1")
+    (tmp_path / "some.yaml").write_text("encoder: gnn\nclip: 2")
+    cfg = read("--config-name some lr=3 loop=gan_ae", table)
+    assert (cfg.gnn_dim, cfg.seed, cfg.clip, cfg.lr, cfg.adv_start) == (5, 5, 2.0, 3.0, 0.5)
+    assert read("encoder=mlp", table).gnn_dim == 1 and read("phase1/encoder=gnn", table).gnn_dim == 5
+    assert [cfg.gnn_dim for cfg in read("-m encoder=mlp,gnn", table).configs] == [1, 5]
+    cfg = complete(AeConfig(encoder="gnn", lr=7.0), VARIANTS, by="loop", overrides=table)
+    assert (cfg.gnn_dim, cfg.lr) == (5, 7.0)
+    assert "gnn_dims" in refused("encoder=gnn gnn_dims=3", capsys, table)
+    (tmp_path / "encoder" / "gnn.yaml").write_text("nothing: 3")
+    assert "encoder/gnn.yaml" in refused("encoder=gnn", capsys, table)
 
 
 def test_a_mistake_in_a_bundle_names_the_file(table, tmp_path, capsys):

@@ -1,6 +1,8 @@
 """Encoders, decoders and latent spaces in all combinations, messages, judges."""
 
 import itertools
+import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,9 +21,9 @@ from models.gan import (
     hinge_generator,
 )
 from models.messages import MessageLayer, message_weights
+from models.parts import DECODERS, ENCODERS, LATENT_SPACES
 
-KINDS = ["mlp", "gnn", "gan", "diffusion"]
-LATENTS = ["none", "linear", "vq"]
+KINDS = list(DECODERS)
 B, T, FEATURES, TYPES, D = 4, 6, 5, 8, 4
 SIZES = dict(encoder="mlp", decoder="mlp", latent_space="none", level="token", cont_dim=FEATURES, n_tokens=T,
              num_types=TYPES, n_globals=3, latent_dim=D, hidden=(12,), gnn_dim=16, gnn_layers=2, activation="gelu",
@@ -64,10 +66,10 @@ def loss_of(model, data, denoise):
 
 @pytest.mark.parametrize("level", ["token", "event"])
 @pytest.mark.parametrize("denoise", [False, True], ids=["ae", "denoise"])
-@pytest.mark.parametrize("latent_space", LATENTS)
+@pytest.mark.parametrize("latent_space", LATENT_SPACES)
 def test_every_parameter_gets_a_finite_gradient(latent_space, denoise, level):
     data = events()
-    for encoder, decoder, side_info in itertools.product(KINDS, KINDS, [False, True]):
+    for encoder, decoder, side_info in itertools.product(ENCODERS, DECODERS, [False, True]):
         name = f"{encoder} {decoder} side_info {side_info}"
         model = fill_zeros(build(encoder=encoder, decoder=decoder, latent_space=latent_space, denoise=denoise,
                                  level=level, side_info=side_info))  # fmt: skip
@@ -151,6 +153,32 @@ def test_under_autocast():
         loss.backward()
         assert all(p.grad.isfinite().all() for p in model.parameters())
         assert model.latent.codes.dtype == torch.float32
+
+
+# --- parts of one's own -----------------------------------------------------------------------
+class Cut(torch.nn.Module):
+    """The first numbers of each row, as an encoder or a decoder."""
+
+    def __init__(self, *, custom_param):
+        super().__init__()
+        self.width = custom_param
+
+    def forward(self, h, *rest):
+        return h[..., : self.width]
+
+
+def test_a_part_of_another_name_or_shape_is_an_error(monkeypatch):
+    monkeypatch.setitem(sys.modules, "my_parts", SimpleNamespace(Cut=Cut))
+    for name, table in dict(encoder=ENCODERS, decoder=DECODERS, latent_space=LATENT_SPACES).items():
+        with pytest.raises(ValueError, match=f"no part 'my': expected one of {', '.join(table)}"):
+            build(**{name: "my"})
+        monkeypatch.setitem(table, "my", "my_parts.Cut")
+        with pytest.raises(ValueError, match="my needs custom_param"):
+            build(**{name: "my"})
+    for name in ("encoder", "decoder"):
+        with pytest.raises(ValueError, match=r"Cut returned \(4, 6, 2\): expected \(4, 6, [45]\)"):
+            build(**{name: "my"}, custom_param=2)(*events())
+    assert build(decoder="my", custom_param=FEATURES)(*events())["x_hat"].shape == (B, T, FEATURES)
 
 
 # --- messages ---------------------------------------------------------------------------------

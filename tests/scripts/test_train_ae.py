@@ -8,10 +8,9 @@ import random
 import shlex
 import signal
 import time
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
-from typing import get_args
 
 import pytest
 import torch
@@ -24,12 +23,14 @@ from data_utils.events.dataset import write_events
 from data_utils.events.decay_chain import decay_chain
 from data_utils.launch import launch
 from data_utils.overrides import Jobs
+from models.parts import DECODERS, ENCODERS, LATENT_SPACES
 from tests.helpers import ROOT, THREADS, finish, start, start_cold, start_two
 from tests.scripts.test_resume import assert_same
 from train_ae import AeConfig, DiffusionAeConfig, TestMlpConfig, main
 
 TOY = """hidden=[8,8] latent_dim=4 codebook_size=8 gnn_dim=8 gnn_layers=1 limit=64 batch_size=16 device=cpu epochs=2
 make_plots=false outputs=outputs""".split()
+WEIGHTS = dict(rec_tokens=1, commit=1, rec_types=0.1, rec_globals=0.1)  # of the losses of loop ae
 TIMES = "epoch_time_s total_time_s throughput max_memory_mib meta".split()  # of an event; what a clock measures
 TestMlpConfig.__test__ = False  # not a test in spite of its name
 
@@ -184,22 +185,44 @@ def test_a_whole_run_as_a_process(tmp_path):
 
 
 def test_smoke_of_every_combination(events):
-    parts, spaces = get_args(train_ae.Part), get_args(AeConfig.__dataclass_fields__["latent_space"].type)
     loops = [cls for name, (cls, _) in train_ae.LOOPS.items() if name != "test_mlp"]
     few = dict(data=str(events), hidden=(8, 8), latent_dim=4, codebook_size=8, gnn_dim=8, limit=32, batch_size=16,
                epochs=1, device="cpu", save_artifacts=False, make_plots=False)  # fmt: skip
     configs = [
         replace(cls(encoder=encoder, decoder=decoder, latent_space=space, **few),
                 **dict(diffusion_steps=10, ddim_steps=2) if cls is DiffusionAeConfig else {})
-        for cls, encoder, decoder, space in product(loops, parts, parts, spaces)
+        for cls, encoder, decoder, space in product(loops, ENCODERS, DECODERS, LATENT_SPACES)
     ]  # fmt: skip
-    assert len(configs) == 144
     mlp = few | dict(batch_size=2000)
     for cfg in [*configs, TestMlpConfig(**mlp), TestMlpConfig(task="binary", **mlp)]:
         result = main(cfg)
         assert result["step"] == 2 and result["skipped"] == 0, cfg
         assert all(math.isfinite(result[name]) for name in ("final_val_loss", "test_loss")), cfg
     assert not list(Path().iterdir())  # nothing is written
+
+
+def test_a_loss_is_trained_with_its_weight_or_an_error(events, monkeypatch):
+    @dataclass
+    class Weighted(AeConfig):
+        size_weight: float = 100.0  # weight of the loss size
+
+    def with_size(output, *rest):
+        return loss_sums(output, *rest) | dict(size=((output["x_hat"] - 1).square().sum(), output["x_hat"].numel()))
+
+    loss_sums = train_ae.loss_sums
+    toy = dict(hidden=(8, 8), latent_dim=4, latent_space="none", limit=64, batch_size=16, accumulate=2, epochs=8,
+               make_plots=False, device="cpu", data=str(events), lr=0.05)  # fmt: skip
+    plain = main(AeConfig(**toy, save_artifacts=False))
+    monkeypatch.setattr(train_ae, "loss_sums", with_size)
+    with pytest.raises(UsageError, match="the loss size has no weight(.|\n)*size_weight: float"):
+        main(AeConfig(**toy, save_artifacts=False))
+    heavy = main(Weighted(**toy, out="heavy"))["histories"]
+    light = main(Weighted(**toy, save_artifacts=False, size_weight=0.0))
+    assert heavy["size"][-1] < 0.5 * light["histories"]["size"][-1]
+    last = lines("heavy")[8]["metrics"]
+    parts = [last[name] * weight for name, weight in WEIGHTS.items()]
+    assert last["size"] > 0 and heavy["val_loss"][-1] == pytest.approx(sum(parts) + 100 * last["size"])
+    assert light["histories"]["val_loss"] == plain["histories"]["val_loss"]  # weight 0 changes no bit
 
 
 def test_the_test_of_the_guide(tmp_path):

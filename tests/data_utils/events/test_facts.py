@@ -11,6 +11,7 @@ import torch
 
 from data_utils.errors import DataError
 from data_utils.events import facts
+from train_ae import AeConfig
 
 CFG = SimpleNamespace(seed=42, loop="ae", sweep_job=3)
 KEYS = """schema_version moment run_dir epoch step split train_loss val_loss metrics epoch_time_s total_time_s
@@ -103,6 +104,37 @@ def test_histories_have_none_where_nothing_is_known(tmp_path):
     assert histories["train_loss"] == [3.0, None, 1.0] and histories["val_loss"] == [None, None, 1.25]
     assert histories["usage"] == [None, None, 0.75] and histories["epoch_time_s"] == [None, None, 4.0]
     assert facts.best_val_loss(tmp_path) == 1.25
+
+
+def test_the_loop_of_the_guide_writes_and_draws_as_it_stands(tmp_path, monkeypatch):
+    figures = pytest.importorskip("data_utils.events.figures")
+    drawn = []
+    monkeypatch.setattr(figures, "write_figure", lambda figure, out: drawn.append(out.name))
+    cfg, families, outdir = AeConfig(plot_every=2), {"losses", "metrics"}, str(tmp_path)
+    payload = facts.build_event_payload(moment="on_start", run_dir=outdir, cfg=cfg)
+    facts.append_jsonl_event(outdir, payload)
+    figures.handle_event(cfg, families, "on_start", payload)
+    histories = dict(train_loss=[], val_loss=[], my_metric=[])
+    for epoch in range(3):
+        for values in histories.values():
+            values.append(torch.tensor(1 / (epoch + 1)).item())
+        payload = facts.build_event_payload(moment="on_epoch_end", run_dir=outdir, epoch=epoch, train_loss=0.5,
+                                            val_loss=0.25, histories=histories, cfg=cfg)  # fmt: skip
+        facts.append_jsonl_event(outdir, payload)
+        facts.append_scalars_csv(outdir, epoch=epoch, split="val", train_loss=0.5, val_loss=0.25, metrics={},
+                                 epoch_time_s=None, throughput=None, max_memory_mib=None)  # fmt: skip
+        figures.handle_event(cfg, families, "on_epoch_end", payload)
+    payload = facts.build_event_payload(moment="on_train_end", run_dir=outdir, histories=histories, cfg=cfg)
+    facts.append_jsonl_event(outdir, payload)
+    figures.handle_event(cfg, families, "on_train_end", payload)
+    facts.append_jsonl_event(
+        outdir, facts.build_event_payload(moment="on_exception", run_dir=outdir, error="x", cfg=cfg)
+    )
+    assert [line["moment"] for line in lines(tmp_path)] == ["on_start", *["on_epoch_end"] * 3, "on_train_end",
+                                                            "on_exception"]  # fmt: skip
+    assert drawn == [f"{name}-{moment}-e00{epoch}.png" for moment, epoch in (("on_epoch_end", 1), ("on_train_end", 2))
+                     for name in ("losses", "metrics")]  # fmt: skip
+    assert len(table(tmp_path)) == 3 and lines(tmp_path)[4]["histories"]["my_metric"][0] == 1
 
 
 def test_an_exception_is_an_event(tmp_path):

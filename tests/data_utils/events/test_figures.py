@@ -13,6 +13,8 @@ import train_ae
 from data_utils.errors import DataError, UsageError
 from data_utils.events import facts, figures
 from data_utils.events.decay_chain import decay_chain
+from data_utils.events.roc import compare
+from data_utils.figures import show_dollars
 
 pytestmark = pytest.mark.filterwarnings("error")  # a limit below 0 on a logarithmic axis, a layout that collapses
 
@@ -184,6 +186,48 @@ def test_runs_that_can_not_be_overlaid(tmp_path):
         plot.main(plot.Config(runs=(good, young)))
     with pytest.raises(UsageError, match="runs and files in one figure"):
         plot.main(plot.Config(runs=(good, str(tmp_path / "a_metrics.jsonl"))))
+
+
+def test_names_with_dollars_are_drawn_as_they_are(tmp_path):
+    runs = [run(tmp_path / f"run_{i}", name=f"cost_${i} of $x^{{") for i in range(2)]
+    plot.main(plot.Config(runs=tuple(runs), out=str(tmp_path / "a.png")))
+    assert (tmp_path / "a.png").stat().st_size > 1000
+    figure, ax = figures.plt.subplots()
+    ax.bar(["a_$", "$b{", "c"], [1, 100, 10000])
+    ax.set(yscale="log", ylabel="cost_$ or $", title="$\\alpha$")
+    show_dollars(figure)
+    figure.canvas.draw()
+    assert not any(text.get_parse_math() for text in (ax.title, ax.yaxis.label, *ax.get_xticklabels()))
+    powers = [tick.label1 for tick in ax.yaxis.get_major_ticks()]
+    assert all(text.get_parse_math() for text in powers) and "10^{4}" in "".join(text.get_text() for text in powers)
+
+
+# ---- scores and latents ----------------------------------------------------------------------------------------------
+
+
+def test_curves_and_latents_are_drawn(tmp_path, monkeypatch):
+    drawings = {}
+    monkeypatch.setattr(figures, "write_figure", lambda figure, out: drawings.setdefault(out, figure))
+    rng = np.random.default_rng(0)
+    signal = dict(label=np.repeat([2, 5], 30), rec_tokens=rng.normal(1, 1, 60), rec_globals=rng.normal(0, 1, 60))
+    background = dict(label=np.zeros(50), rec_tokens=rng.normal(0, 1, 50), rec_globals=rng.normal(0, 1, 50))
+    curves = compare(background, signal, "b")
+    figures.plot_roc(curves, "title", "roc")
+    left, right = panels(drawings["roc"])
+    labels = [line.get_label() for line in left.lines[:3]]
+    assert labels == [f"{row['signal']}: {row['auc']:.3f}" for row in curves[:3]] and len(right.lines) == 4
+    assert left.lines[0].get_xdata()[0] == 0 and left.lines[0].get_ydata()[-1] == 1
+    z = rng.normal(0, [3, 1, 0.1], (60, 3)) @ np.linalg.qr(rng.normal(size=(3, 3)))[0]
+    figures.plot_latents(z, signal["label"], "title", "pca")
+    (ax,) = panels(drawings["pca"])
+    points = np.concatenate([part.get_offsets() for part in ax.collections])
+    theirs = np.linalg.svd(z - z.mean(0), full_matrices=False)
+    assert np.allclose(abs(points), abs(theirs[0][:, :2] * theirs[1][:2]))
+    share = theirs[1][0] ** 2 / (theirs[1] ** 2).sum()
+    assert ax.get_xlabel() == f"first component, {share:.0%} of the variance"
+    assert [text.get_text() for text in ax.get_legend().get_texts()] == ["label 2", "label 5"]
+    for other in (z[:, :1], np.zeros((60, 2)), z[:1]):
+        figures.plot_latents(other, signal["label"][: len(other)], "title", "odd")
 
 
 # ---- sweeps ----------------------------------------------------------------------------------------------------------

@@ -151,6 +151,60 @@ def test_scores_of_diffusion_are_its_ddim_mse(runs, tmp_path):
     assert abs((errors * objects).sum() / objects.sum() / tested["ddim_mse"] - 1) < 1e-4
 
 
+def test_scores_against_another_file(runs, file, tmp_path, capsys):
+    metrics = pytest.importorskip("sklearn.metrics")
+    rows, labels = decay_chain(60, 9)
+    objects(rows)[..., 2] *= 1.5  # odd events
+    objects(rows)[..., 0] *= 3
+    np.savez(tmp_path / "odd.npz", X=rows, y=labels % 2)
+    both = use(runs["vq"], "score", tmp_path / "a.csv", data=str(file), against=str(tmp_path / "odd.npz"))
+    alone = use(runs["vq"], "score", tmp_path / "b.csv", data=str(file))
+    assert [{k: v for k, v in row.items() if k != "data"} for row in both[:90]] == alone
+    odd = np.array([row["data"] == str(tmp_path / "odd.npz") for row in both])
+    assert odd.sum() == 60 and not odd[:90].any()
+    with open(tmp_path / "a_roc.csv", newline="") as table:
+        points = list(csv.DictReader(table))
+    groups = {"odd": odd} | {f"odd label {i}": odd & [row["label"] == str(i) for row in both] for i in (0, 1)}
+    assert {(row["score"], row["signal"]) for row in points} == {
+        (score, group) for score in ("rec_tokens", "rec_globals", "rec_types") for group in groups
+    }
+    printed = capsys.readouterr().out
+    for (score, group), row in {(row["score"], row["signal"]): row for row in points}.items():
+        chosen = groups[group] | ~odd
+        values = np.array([float(row[score]) for row in both])[chosen]
+        area = metrics.roc_auc_score(groups[group][chosen], values)
+        assert float(row["auc"]) == pytest.approx(area, abs=1e-6) and f"{float(row['auc']):.4f}" in printed
+        assert (int(row["events"]), int(row["background_events"])) == (groups[group].sum(), 90)
+    assert (tmp_path / "a_roc.png").stat().st_size > 1000
+    assert float(points[0]["auc"]) > 0.9
+    within = use(runs["vq"], "score", tmp_path / "c.csv", data=str(file), against=str(file))
+    assert within == alone
+    with open(tmp_path / "c_roc.csv", newline="") as table:
+        assert {row["signal"] for row in csv.DictReader(table)} == {f"events label {i}" for i in range(6)}
+
+
+def test_names_of_outputs_carry_the_data_s(runs, file, tmp_path):
+    np.savez(tmp_path / "other.npz", **dict(zip("Xy", decay_chain(20, 3), strict=True)))
+    common = dict(model=str(runs["vq"]), device="cpu", limit=20)
+    generate_events(EventsConfig(**common, mode="score", data=str(file), against=str(tmp_path / "other.npz")))
+    for mode in ("score", "encode", "reconstruct"):
+        generate_events(EventsConfig(**common, mode=mode, data=str(file)))
+    generate_events(EventsConfig(**common, mode="encode"))
+    names = {path.name for path in runs["vq"].iterdir()}
+    assert names >= set(
+        """score_events_against_other.csv score_events_against_other_roc.csv score_events_against_other_roc.png
+        score_events.csv encode_events.npz encode_events_pca.png reconstruct_events.npz encode.npz
+        encode_pca.png""".split()
+    )
+    generate_events(EventsConfig(**common, mode="encode", data=str(file)))  # its own outputs may be replaced
+    (runs["vq"] / "encode_events_pca.png").write_bytes(b"mine")
+    wrong(runs["vq"], ["encode_events_pca.png exists", "--fresh"], UsageError, mode="encode", data=str(file))
+    wrong(runs["vq"], ["--against", "--mode score"], UsageError, mode="encode", against=str(file))
+    np.savez(tmp_path / "one.npz", X=decay_chain(20, 3)[0], y=np.zeros(20, int))
+    one = str(tmp_path / "one.npz")
+    wrong(runs["vq"], ["one label alone", "OTHER.npz"], mode="score", data=one, against=one)
+
+
 @pytest.mark.parametrize("level", ["token", "event"])
 def test_errors_of_events_are_those_of_events_alone(level):
     torch.manual_seed(0)
