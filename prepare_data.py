@@ -156,6 +156,16 @@ class EventsConfig:
     format: Literal["auto", "npz", "h5"] = "auto"  # auto: by the ending of --out; h5 needs h5py
     seed: int = 0  # of the events and the split
     fresh: bool = False  # rename a file of this name that is not from here to *.bak
+    source: tuple[str, ...] = ()  # files to convert, in place of simulating: .npz .npy .h5 .parquet .root .csv
+    layout: Literal["auto", "petri", "jetnet", "lhco", "toptagging", "jetclass"] = "auto"  # of --source, by its content
+    columns: str = ""  # YAML file that names the columns of --source, see docs/data.md
+    order: tuple[str, ...] = ("E", "pT", "eta", "phi")  # columns of a particle in layout petri
+    features: tuple[str, ...] = ("E", "pT", "eta", "phi")  # columns to write, such as px py pz E
+    max_particles: int = 100  # most particles of an event; the hardest are kept
+    limit: int = 0  # events to read of each file; 0 = all
+    energy_unit: Literal["GeV", "MeV"] = "GeV"  # of --source
+    phi: Literal["radians", "degrees"] = "radians"  # of --source
+    ids: Literal["petri", "pdg"] = "petri"  # types of particles: 0 to 7, or numbers of the Particle Data Group
 
 
 @dataclass
@@ -367,7 +377,11 @@ def multimodal(cfg):
 
 
 def events(cfg):
-    """Write particle events of six processes in three splits, for train_ae.py."""
+    """Write particle events in three splits for train_ae.py: simulated ones, or those of --source."""
+    if cfg.source:
+        from data_utils.events import prepare
+
+        return prepare.convert(cfg)
     from pathlib import Path
 
     from data_utils.config import at_least
