@@ -27,6 +27,7 @@ SPLITS = ("train", "val", "test")
 NO_LABEL = -1  # of an event in a file without labels
 MOST_DROPPED = 0.01  # share of the rows that may be damaged
 HIGHEST_ETA = 10
+LOWEST_SPREAD = 0.3  # deviation of sine and cosine of an angle, 0.7 if all angles are as likely
 LOWEST_ENERGY = 0.98  # of E / pT, which is at least 1; float16 rounds by 0.001
 # Reasons to leave an event out.
 FAR, SWAPPED, WRONG_ID, NO_OBJECT = "phi beyond 2 pi", "E below pT", "id not one of 0 to 7", "no object"
@@ -477,12 +478,14 @@ def rotate_and_mirror(columns, meta, seed, epoch):
 
     The mirror acts on eta and on phi independently. Collisions prefer no side, so ids, energies, pT, the length of MET,
     masses and angles between objects stay. The result follows from seed, epoch and an event's place in the split. A
-    split without ids comes back unchanged. Raises UsageError for px without py, which can't be rotated.
+    split without ids comes back unchanged. Raises UsageError for px without py, and for events that all point one way.
     """
     import torch
 
     if "ids" not in columns:
         return columns
+    if min(meta["stats"]["globals_std"][1:]) < LOWEST_SPREAD:  # rotated events would be far from standardised
+        raise UsageError("--symmetries: MET of all events points one way, as of single jets\ntry: --no-symmetries")
     x = columns["x"]
     stats = {name: x.new_tensor(values) for name, values in meta["stats"].items()}
     draws = x.new_tensor(np.random.default_rng((seed, 4, epoch)).random((3, len(x), 1)))

@@ -274,9 +274,15 @@ def relative_to_absolute(values, event):
 
 
 def missing_momentum(values, event):
-    """Return the missing transverse momentum and its phi (n,): of the file, else minus the sum of the particles."""
+    """Return the missing transverse momentum and its phi (n,): of the file, else minus the sum of the particles.
+
+    Both are 0 where the columns of the particles don't give it.
+    """
     if "MET" in event:
         return event["MET"], event.get("MET_phi", np.zeros(len(event["MET"])))
+    if not {"px", "py"} <= values.keys():
+        nothing = np.zeros(len(next(iter(values.values()))))
+        return nothing, nothing
     px, py = -values["px"].sum(1), -values["py"].sum(1)
     return np.hypot(px, py), np.arctan2(py, px)
 
@@ -291,9 +297,10 @@ def relative(values, event):
 
 
 def hardest(values, present, most):
-    """Return (n, T) the slots of the hardest particles, at most `most`, by falling pT."""
+    """Return (n, T) the slots of the hardest particles, at most `most`, by falling pT; without one as they stand."""
     T = min(most, max(1, present.sum(1).max(initial=0)))
-    pt = np.where(present, np.nan_to_num(values["pT"], nan=np.inf), -np.inf)  # NaN stays, so that its event is left out
+    pt = np.nan_to_num(values.get("pT", np.zeros(present.shape)), nan=np.inf)  # NaN stays: its event is left out
+    pt = np.where(present, pt, -np.inf)
     return np.argsort(-pt, 1, kind="stable")[:, :T]
 
 

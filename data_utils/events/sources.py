@@ -100,8 +100,9 @@ class Source:
             return np.stack([_floats(self.columns[n][events], n, self.path) for n in self.numbered(text)], 1)
         name, *index = re.fullmatch(r"(.*?)(?:\[(-?\d*)(:-?\d*)?(:-?\d*)?\])?", text, re.S).groups()
         if name not in self.columns or index[0] is None:
-            near = difflib.get_close_matches(name, self.columns, 1)
-            hint = f" (did you mean {near[0]}?)" if near else ""
+            lower = {column.lower(): column for column in self.columns}
+            near = difflib.get_close_matches(name.lower(), lower, 1)
+            hint = f" (did you mean {lower[near[0]]}?)" if near else ""
             raise DataError(f"{self.path}: no column {name}{hint}\ncolumns there: {self.describe()}")
         values = self.columns[name][events]
         parts = [int(part.lstrip(":")) if part and part != ":" else None for part in index]
