@@ -659,7 +659,8 @@ def main(cfg):
                 epoch_ended = False
                 # diffusion_ae is judged by the features that it makes from noise, not by its loss.
                 criterion = val_row.get("ddim_mse", val_row["loss"])
-                if not val_row["loss"] < DIVERGED:  # NaN is not
+                counting = state.skipped_in_row and not finished  # towards BAD_STEPS, or a recovery
+                if not val_row["loss"] < DIVERGED and not counting:  # NaN is not below it
                     kept = f"epoch {state.best_epoch + 1} is in {best_file}"
                     kept = kept if state.best_epoch >= 0 else "no epoch was better"
                     raise DataError(

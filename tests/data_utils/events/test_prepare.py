@@ -1,6 +1,7 @@
 """prepare_data.py events --source: files in the layouts of other programs against particles converted one by one."""
 
 import math
+import re
 
 import numpy as np
 import pytest
@@ -10,13 +11,14 @@ from data_utils.errors import DataError, UsageError
 from data_utils.events import dataset as events
 from data_utils.events.layouts import NAMED, read_columns
 from data_utils.events.sources import Ragged, open_source
+from tests.helpers import ROOT
 
 N, T = 40, 12
 
 
 def particles(seed=0, slots=T):
     """A list of events, each a list of dicts of a particle's quantities, the hardest first."""
-    rng, made = np.random.default_rng(seed), []
+    rng, drawn = np.random.default_rng(seed), []
     for _ in range(N):
         event = []
         for _ in range(rng.integers(1, slots + 1)):
@@ -28,8 +30,8 @@ def particles(seed=0, slots=T):
             one["y"] = math.atanh(one["pz"] / one["E"])
             one["charge"] = float(rng.integers(-1, 2))
             event.append(one)
-        made.append(sorted(event, key=lambda one: -one["pT"]))
-    return made
+        drawn.append(sorted(event, key=lambda one: -one["pT"]))
+    return drawn
 
 
 EVENTS = particles()
@@ -139,13 +141,13 @@ def test_toptagging_as_pandas_writes_it(tmp_path):
     """The layout of pandas' to_hdf(format="table"), whose names of columns stand in a pickle of protocol 0."""
     h5py = pytest.importorskip("h5py")
     frame = top_frame()
-    floats, whole = frame.columns[:-2], frame.columns[-2:]
+    floats, integers = frame.columns[:-2], frame.columns[-2:]
     kinds = [("index", "<i8"), ("values_block_0", "<f4", (len(floats),)), ("values_block_1", "<i8", (2,))]
     records = np.zeros(N, kinds)
-    records["values_block_0"], records["values_block_1"] = frame[floats], frame[whole]
+    records["values_block_0"], records["values_block_1"] = frame[floats], frame[integers]
     with h5py.File(tmp_path / "a.h5", "w") as file:
         data = file.create_group("table").create_dataset("table", data=records)
-        for i, names in enumerate((floats, whole)):
+        for i, names in enumerate((floats, integers)):
             text = "(lp0\n" + "".join(f"V{name}\np{k}\na" for k, name in enumerate(names, 1)) + "."
             data.attrs[f"values_block_{i}_kind"] = np.bytes_(text)
     check(convert(tmp_path / "a.npz", tmp_path / "a.h5"), expected())
@@ -313,6 +315,14 @@ def test_a_yaml_that_says_nothing(text, problem, tmp_path):
     with pytest.raises(UsageError) as caught:
         read_columns(tmp_path / "a.yaml")
     assert str(caught.value).startswith(f"--columns {tmp_path}/a.yaml: {problem}")
+
+
+def test_the_example_of_the_docs_is_read(tmp_path):
+    page = (ROOT / "docs" / "data.md").read_text(encoding="utf-8")
+    (tmp_path / "a.yaml").write_text(re.search(r"```yaml\n(.*?)```", page, re.S)[1])
+    layout = read_columns(tmp_path / "a.yaml")
+    assert layout.particles["pT"] == "Particles[0]" and layout.ids == {1: 0, 2: 4, 3: 5, 4: 1}
+    assert (layout.padding, layout.tree, layout.event_id, layout.label) == (-999, "events", "event", ("truth",))
 
 
 # ---- petri's own, splits, cuts, units --------------------------------------------------------------------------------
