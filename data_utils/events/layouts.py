@@ -20,9 +20,7 @@ JETCLASS_LABELS = tuple(f"label_{name}" for name in "QCD Hbb Hcc Hgg H4q Hqql Zq
 LHCO_WIDTHS = (2100, 2101)
 PDG = {5: 2, -5: 2, -11: 3, 11: 4, 13: 5, -13: 6, 22: 7, 0: 0}  # all others are jets: 1
 SPELLINGS = {
-    "e": "E",
     "energy": "E",
-    "pt": "pT",
     "rapidity": "y",
     "m": "mass",
     "ptrel": "pT_rel",
@@ -131,19 +129,21 @@ NAMED = dict(petri=petri, jetnet=jetnet, toptagging=toptagging, jetclass=jetclas
 def by_name(source):
     """Return a Layout of columns with the usual names of quantities, such as pt, eta and phi; None without them."""
     layout = Layout("names of columns", {})
+    jets = {}  # the particles of a file that has no others
     for name, column in source.columns.items():
         group, _, last = name.lower().rpartition("/")
-        jet = group.startswith("jet") or last.startswith("jet_")
+        jet = group.startswith("jet") or last.startswith("jet")
         word = re.sub(r"^(jet|part|particle|constituent|track)s?_", "", last)
-        quantity = SPELLINGS.get(word, word)
+        quantity = {name.lower(): name for name in PARTICLE}.get(word, SPELLINGS.get(word, ""))
         if last in METS:
             layout.event.setdefault(METS[last], name)
         elif last in LABELS and (len(column.shape) == 1 or last != "y"):
             layout.label = layout.label or (name,)
-        elif len(column.shape) == 2 and not last.startswith("jet_") and quantity in PARTICLE:
-            layout.particles.setdefault(quantity, name)
-        elif jet and len(column.shape) == 1 and f"jet_{quantity}" in EVENT:
+        elif len(column.shape) == 2 and quantity:
+            (jets if jet else layout.particles).setdefault(quantity, name)
+        elif jet and f"jet_{quantity}" in EVENT:
             layout.event.setdefault(f"jet_{quantity}", name)
+    layout.particles = layout.particles if is_enough(layout.particles) else jets
     return layout if is_enough(layout.particles) else None
 
 

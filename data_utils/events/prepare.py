@@ -6,7 +6,7 @@ n events of a slice, T slots, C columns of a particle.
 import contextlib
 import re
 from collections import Counter
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +27,6 @@ from data_utils.events.dataset import (
     columns_in,
     count_damaged,
     damage,
-    h5py_for,
     name_of,
     objects,
     slots,
@@ -38,9 +37,8 @@ from data_utils.events.dataset import (
     write_events,
 )
 from data_utils.events.kinematics import complete
-from data_utils.events.layouts import PDG, read_columns, recognize
+from data_utils.events.layouts import PDG, Layout, read_columns, recognize
 from data_utils.events.sources import Source, open_source, unreadable
-from data_utils.files import check_replaceable, is_marked
 
 AT_ONCE = 2_000_000  # numbers of a column that are converted together
 KINEMATIC = "E px py pz pT eta phi y mass pT_rel eta_rel phi_rel".split()
@@ -54,57 +52,21 @@ REMEDIES = {
 }
 
 
+@dataclass
+class Part:
+    """Events to read: all of a file, or one of its splits."""
+
+    source: Source
+    layout: Layout
+    file: int  # number of the file
+    split: int  # 0 train, 1 val, 2 test; -1 for a random split
+    events: int
+
+
 def convert(cfg):
     """Run the command: cfg has the fields of prepare_data.EventsConfig."""
-    check(cfg)
-    described = read_columns(cfg.columns) if cfg.columns else None
-    splits_by_name = [split_in_name(path) for path in cfg.source]
-    if set(splits_by_name) != set(range(len(SPLITS))):
-        splits_by_name = [-1] * len(cfg.source)
-    counts = Counter()
-    chunks = []
-    lines = []
-    with contextlib.ExitStack() as stack:
-        parts = []
-        for number, path in enumerate(cfg.source):
-            options = dict(tree=described.tree, event_id=described.event_id) if described else {}
-            source = stack.enter_context(open_source(path, **options))
-            for split, part in parts_of(source):
-                split = splits_by_name[number] if split < 0 else split
-                order = columns_of_petri(path, cfg.order)
-                layout = described or recognize(part, cfg.layout, order)
-                layout = with_flags(layout, cfg)
-                parts.append((number, split, part, layout))
-                lines += describe(part, layout)
-        print("\n".join(dict.fromkeys(lines)))
-        total = sum(min(part.events, cfg.limit or part.events) for _, _, part, _ in parts)
-        with tqdm(total=total, unit="event", disable=None) as progress:
-            for number, split, part, layout in parts:
-                events = min(part.events, cfg.limit or part.events)
-                step = max(1, AT_ONCE // part.width())
-                for start in range(0, events, step):
-                    stop = min(events, start + step)
-                    try:
-                        chunk = read_chunk(part, layout, start, stop, cfg)
-                    except OSError as e:
-                        raise unreadable(part.path, e) from e
-                    chunk |= dict(split=np.full(stop - start, split, np.int8), file=np.full(stop - start, number))
-                    counts.update(chunk.pop("counts"))
-                    chunks.append(chunk)
-                    progress.update(stop - start)
-    T = max(slots(chunk["rows"], cfg.features) for chunk in chunks)
-    for chunk in chunks:
-        chunk["rows"] = add_slots(chunk["rows"], T, cfg.features)
-    columns = {name: np.concatenate([chunk[name] for chunk in chunks]) for name in ("rows", "split", "file", "label")}
-    write(cfg, columns, counts, total)
-    return {}
-
-
-def check(cfg):
-    """Raise UsageError for flags that fit no file, before any is read."""
     at_least(cfg, 1, "max_particles")
-    at_least(cfg, 0, "limit", "seed")
-    h5py_for(cfg.out, "--out data/events.npz")
+    at_least(cfg, 0, "limit")
     if cfg.columns and cfg.layout != "auto":
         raise UsageError(f"--columns {cfg.columns} --layout {cfg.layout}: give one of them")
     for flag, names in (("features", cfg.features), ("order", cfg.order)):
@@ -113,8 +75,53 @@ def check(cfg):
             raise UsageError(f"--{flag} {typed}: expected names of columns, each once\ntry: --{flag} E pT eta phi")
     if reserved := {"mask", "id"} & set(cfg.features):
         raise UsageError(f"--features {' '.join(reserved)}: mask and id are in each file\ntry: --features E pT eta phi")
-    inputs = [*cfg.source, cfg.columns]
-    check_replaceable(cfg.out, cfg.fresh, is_marked, inputs=inputs)
+    with contextlib.ExitStack() as stack:
+        parts = open_parts(cfg, stack)
+        print("\n".join(dict.fromkeys(line for part in parts for line in describe(part.source, part.layout))))
+        chunks = list(read_parts(parts, cfg))
+    T = max(slots(chunk["rows"], cfg.features) for chunk in chunks)
+    for chunk in chunks:
+        chunk["rows"] = add_slots(chunk["rows"], T, cfg.features)
+    columns = {name: np.concatenate([chunk[name] for chunk in chunks]) for name in ("rows", "split", "file", "label")}
+    counts = sum((Counter(chunk["counts"]) for chunk in chunks), Counter())
+    del chunks
+    write(cfg, columns, counts)
+    return {}
+
+
+def open_parts(cfg, stack):
+    """Return the Parts of all files; `stack` closes them."""
+    described = read_columns(cfg.columns) if cfg.columns else None
+    options = dict(tree=described.tree, event_id=described.event_id) if described else {}
+    splits_by_name = [split_in_name(path) for path in cfg.source]
+    if set(splits_by_name) != set(range(len(SPLITS))):
+        splits_by_name = [-1] * len(cfg.source)
+    parts = []
+    for number, path in enumerate(cfg.source):
+        file = stack.enter_context(open_source(path, **options))
+        for split, source in parts_of(file):
+            layout = described or recognize(source, cfg.layout, columns_of_petri(path, cfg.order))
+            split = splits_by_name[number] if split < 0 else split
+            events = min(source.events, cfg.limit or source.events)
+            parts.append(Part(source, with_flags(layout, cfg), number, split, events))
+    if not any(part.events for part in parts):
+        raise DataError(f"{cfg.source[0]}: no events in it")
+    return parts
+
+
+def read_parts(parts, cfg):
+    """Yield what read_chunk returns of each slice of events, with `split` and `file` (n,)."""
+    with tqdm(total=sum(part.events for part in parts), unit="event", disable=None) as progress:
+        for part in parts:
+            step = max(1, AT_ONCE // part.source.width())
+            for start in range(0, part.events, step):
+                n = min(part.events, start + step) - start
+                try:
+                    chunk = read_chunk(part.source, part.layout, start, start + n, cfg)
+                except OSError as e:
+                    raise unreadable(part.source.path, e) from e
+                yield chunk | dict(split=np.full(n, part.split, np.int8), file=np.full(n, part.file))
+                progress.update(n)
 
 
 def columns_of_petri(path, order):
@@ -191,12 +198,12 @@ def read_chunk(source, layout, start, stop, cfg):
     relative_to_absolute(values, event)
     values = {name: np.where(present, value, 0) for name, value in complete(values).items()}
     met, direction = missing_momentum(values, event)
-    if {"pT_rel", "eta_rel", "phi_rel"} & set(cfg.features) - values.keys():
+    if {"pT_rel", "eta_rel", "phi_rel"} & set(cfg.features) - values.keys() and {*COLUMNS, "px"} <= values.keys():
         more = {name: np.where(present, value, 0) for name, value in relative(values, event).items()}
         values = more | values
     if unknown := [name for name in cfg.features if name not in values]:
-        there = " ".join(name for name in values if name != "charge" or "charge" in layout.particles)
-        raise UsageError(f"--features {' '.join(unknown)}: not in {source.path}\ncolumns of its particles: {there}")
+        names = " ".join(unknown), " ".join(values)
+        raise UsageError(f"--features {names[0]}: not in {source.path}\ncolumns of its particles: {names[1]}")
     keep = hardest(values, present, cfg.max_particles)
     present_kept = np.take_along_axis(present, keep, 1)
     particles = np.stack([np.take_along_axis(values[name], keep, 1) for name in cfg.features], 2)
@@ -217,7 +224,7 @@ def first(values):
 
 
 def read_ids(source, layout, start, stop, values):
-    """Return the ids (n, T) of petri; 1 where a file has none, and what does not translate as it stands."""
+    """Return the ids (n, T) of petri: those of the file, translated as the layout says; 1 where it has none."""
     column = layout.particles.get("id")
     shape = next(iter(values.values())).shape
     if column is None:
@@ -234,12 +241,9 @@ def read_ids(source, layout, start, stop, values):
         for number, petri in table.items():
             translated[ids == number] = petri
         ids = translated
-    if "charge" in values and isinstance(column, dict):
+    if "charge" in values and isinstance(column, dict):  # flags that don't tell e+ from e-
         wrong = values["charge"] * np.where(np.isin(ids, POSITIVE_LEPTONS), 1, -1) < 0
-        for number, other in LEPTONS.items():
-            wrong_ones = wrong & (ids == number)
-            ids[wrong_ones] = other
-            wrong &= ~wrong_ones
+        ids = np.select([wrong & (ids == number) for number in LEPTONS], list(LEPTONS.values()), ids)
     return ids
 
 
@@ -318,7 +322,7 @@ def read_labels(source, layout, start, stop):
 # ---- the table and the file ------------------------------------------------------------------------------------------
 
 
-def write(cfg, columns, counts, total):
+def write(cfg, columns, counts):
     """Leave damaged events out, write the rest, and print the table."""
     rows = columns["rows"]
     good, dropped = count_damaged(damage(rows, cfg.features))
@@ -351,16 +355,16 @@ def write(cfg, columns, counts, total):
         splits = "80, 10 and 10 % at random"
         split = split_rows(len(rows), cfg.seed)
     write_events(cfg.out, rows, labels, seed=cfg.seed, split=split, features=cfg.features)
-    print_table(cfg, rows, labels, names, dropped, total, counts)
+    print_table(cfg, rows, labels, names, dropped, counts)
     sizes = ", ".join(f"{(split == i).sum()} {name}" for i, name in enumerate(SPLITS))
     print(f"{cfg.out}: {sizes} ({splits}); next: python train_ae.py --data {cfg.out}")
 
 
-def print_table(cfg, rows, labels, names, dropped, total, counts):
+def print_table(cfg, rows, labels, names, dropped, counts):
     """Print how many events were read, kept and left out, the ranges of all columns, and what was cut or filled in."""
     T, features = slots(rows, cfg.features), cfg.features
     present = rows[:, :T] > 0
-    print(f"{'events read':24}{total:>10}\n{'kept':24}{len(rows):>10}")
+    print(f"{'events read':24}{len(rows) + sum(dropped.values()):>10}\n{'kept':24}{len(rows):>10}")
     for reason, count in dropped.items():
         print(f"{f'left out: {reason}':24}{count:>10}")
     print(f"{'column':12}{'lowest':>12}{'median':>12}{'highest':>12}")

@@ -42,7 +42,8 @@ def clone(tmp_path, monkeypatch):
         (tmp_path / "bin" / name).write_text(f"#!/bin/sh\n{text}\n")
         (tmp_path / "bin" / name).chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
-    for name in [n for n in os.environ if n.startswith(("SLURM_", "_CONDOR")) or n in ("JOB_ID", "NPROC", "PETRI_OUTPUTS")]:
+    prefixes = ("SLURM_", "_CONDOR", "PETRI_")
+    for name in [n for n in os.environ if n.startswith(prefixes) or n in ("JOB_ID", "NPROC")]:
         monkeypatch.delenv(name)
     return tmp_path
 
@@ -73,7 +74,8 @@ def job(clone, words, script="scripts/job.sh"):
          "train_ae.py -m epochs=1,2,3 sweep_job=2 out=outputs/runs/run_job7_2"),
         ("SLURM_JOB_ID=9 SLURM_ARRAY_JOB_ID=7 SLURM_ARRAY_TASK_ID=2", "train_ae.py seed=3",
          "train_ae.py seed=3 out=outputs/runs/run_job7_2"),
-        ("JOB_ID=5_0 PETRI_OUTPUTS=/data/out", "env=stoomboot", "train_ae.py env=stoomboot out=/data/out/runs/run_job5_0"),
+        ("JOB_ID=5_0 PETRI_OUTPUTS=/data/out", "env=stoomboot",
+         "train_ae.py env=stoomboot out=/data/out/runs/run_job5_0"),
         ("SLURM_JOB_ID=7", "train_ae.py --multirun epochs=1,2", "train_ae.py --multirun epochs=1,2 name=job7"),
         ("SLURM_JOB_ID=7", "train_ae.py --config-name=phase1/experiment/compare_vq_vs_none",
          "train_ae.py --config-name=phase1/experiment/compare_vq_vs_none name=job7"),

@@ -230,6 +230,12 @@ def test_columns_with_the_usual_names(form, tmp_path, capsys):
     assert "layout names of columns" in capsys.readouterr().out
 
 
+def test_jets_are_particles_where_there_are_no_others(tmp_path):
+    jets = {f"jet_{name}": table(name) for name in ("pT", "eta", "phi", "mass")}
+    np.savez(tmp_path / "a.npz", **jets, weight=np.ones(N))
+    check(convert(tmp_path / "b.npz", tmp_path / "a.npz"), expected(), None)
+
+
 def test_structured_arrays(tmp_path):
     h5py = pytest.importorskip("h5py")
     jets = np.zeros(N, [("pt", "f4"), ("eta", "f4"), ("phi", "f4"), ("truth", "i4")])
@@ -463,7 +469,9 @@ def test_what_is_refused_and_the_remedy(name, message, flags, tmp_path):
 
 
 def write(path):
-    if path.suffix == ".npz":
+    if path.name == "empty.npz":
+        np.savez(path, X=np.zeros((0, 92)))
+    elif path.suffix == ".npz":
         np.savez(path, a=np.zeros((N, 3)), b=np.zeros(N))
     else:
         path.write_bytes(b"junk")
@@ -475,6 +483,7 @@ def write(path):
     [
         ("a.txt", {}, UsageError, "expected a file .npz .npy .h5 .hdf5 .parquet .root .csv"),
         ("a.npz", {}, DataError, "no known layout\ncolumns there: a (40, 3), b (40)\ntry: --columns FILE.yaml"),
+        ("empty.npz", {}, DataError, "empty.npz: no events in it"),
         ("a.npz", dict(layout="jetnet"), DataError, "a.npz is not of layout jetnet\ncolumns there: a (40, 3), b (40)"),
         (
             "a.npz",
@@ -484,6 +493,8 @@ def write(path):
         ),
         ("a.npz", dict(features=("E", "E")), UsageError, "--features E E: expected names of columns, each once"),
         ("a.npz", dict(features=("id",)), UsageError, "--features id: mask and id are in each file"),
+        ("a.npz", dict(events=9), UsageError, "--events 9: expected 10 or more"),
+        ("a.npz", dict(format="h5"), UsageError, "--format h5: name the file b.h5"),
         ("a.npz", dict(max_particles=0), UsageError, "--max_particles 0: expected 1 or more"),
         ("a.h5", {}, DataError, "a.h5 can't be read: OSError"),
         ("a.parquet", {}, DataError, "a.parquet can't be read: Arrow"),
@@ -533,6 +544,12 @@ def test_a_missing_package_is_named(tmp_path, monkeypatch):
         with pytest.raises(DataError) as caught:
             open_source(tmp_path / f"a.{ending}")
         assert str(caught.value) == f"{tmp_path}/a.{ending}: needs the package {package}\ntry: pip install {package}"
+
+
+def test_flags_without_a_source(tmp_path):
+    with pytest.raises(UsageError) as caught:
+        prepare_data.main(prepare_data.EventsConfig(out=str(tmp_path / "a.npz"), phi="degrees"))
+    assert str(caught.value) == "--phi: for files to convert, and none is named\ntry: --source FILE"
 
 
 def test_ragged_columns_are_padded():
