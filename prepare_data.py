@@ -402,7 +402,7 @@ def events(cfg):
         return prepare.convert(cfg)
     for f in fields(SourceConfig):
         if getattr(cfg, f.name) != f.default:
-            raise UsageError(f"--{f.name}: for files to convert, and none is named\ntry: --source FILE")
+            raise UsageError(f"--{f.name}: for files to convert, and none is named\nfix: name them with --source")
     if cfg.generator == "pythia":
         import numpy as np
         from tqdm import tqdm

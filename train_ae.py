@@ -665,7 +665,7 @@ def main(cfg):
                     kept = kept if state.best_epoch >= 0 else "no epoch was better"
                     raise DataError(
                         f"diverged: val_loss {val_row['loss']:.3g} in epoch {state.epoch + 1}; {kept}\n"
-                        f"try: a smaller lr=, such as lr={cfg.lr / 10:g}"
+                        f"try: lr={cfg.lr / 10:g}"
                     )
                 train_row = means(state.sums)
                 train_row["lr"] = optimizer.param_groups[0]["lr"]

@@ -477,7 +477,7 @@ def with_variables(text, error):
     def value(match):
         name, default = match.groups()
         if default is None and name not in os.environ:
-            error(f"the environment has no {name}\ntry: export {name}=VALUE")
+            error(f"the environment has no {name}\nfix: export {name}=VALUE")
         return os.environ.get(name) or default or ""
 
     return re.sub(r"\$\{(\w+)(?::-([^{}]*))?\}", value, text)

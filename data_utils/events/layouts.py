@@ -70,7 +70,7 @@ def petri(source, order):
         if x.shape[2] != len(order):
             raise UsageError(
                 f"{source.path}: X is {tuple(x.shape)}: expected {len(order)} columns per particle: {' '.join(order)}\n"
-                f"try: --order with {x.shape[2]} names, some of {' '.join(PARTICLE)}"
+                f"fix: --order with {x.shape[2]} names, some of {' '.join(PARTICLE)}"
             )
         return Layout("petri", {name: f"X[{i}]" for i, name in enumerate(order)}, label=label)
     C = len(order)
@@ -163,8 +163,7 @@ def recognize(source, name, order):
         layout = NAMED[name](source, order)
         if not layout:
             raise DataError(
-                f"{source.path} is not of layout {name}\ncolumns there: {source.describe()}\n"
-                "try: --layout auto, or --columns FILE.yaml, whose form is in docs/data.md"
+                f"{source.path} is not of layout {name}\ncolumns there: {source.describe()}\ntry: --layout auto"
             )
         return layout
     for function in NAMED.values():
@@ -174,7 +173,7 @@ def recognize(source, name, order):
         return layout
     raise DataError(
         f"{source.path}: no known layout\ncolumns there: {source.describe()}\n"
-        "try: --columns FILE.yaml, whose form is in docs/data.md"
+        "fix: a file for --columns, which says what each column is, see docs/data.md"
     )
 
 
@@ -192,7 +191,7 @@ def read_columns(path):
         raise UsageError(f"--columns {path}: {' '.join(str(e).split())}") from e
 
     def refuse(problem):
-        raise UsageError(f"--columns {path}: {problem}\ntry: the example in docs/data.md")
+        raise UsageError(f"--columns {path}: {problem}\nfix: as in the example in docs/data.md")
 
     if not isinstance(content, dict) or not isinstance(content.get("particles"), dict):
         refuse("expected `particles:` with lines of QUANTITY: COLUMN")

@@ -5,6 +5,7 @@ n events of a slice, T slots, C columns of a particle.
 
 import contextlib
 import re
+import shlex
 from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -47,8 +48,8 @@ LEPTONS = {3: 4, 4: 3, 5: 6, 6: 5}  # id -> id of the other charge
 POSITIVE_LEPTONS = (3, 6)
 REMEDIES = {
     FAR: "phi in degrees?\ntry: --phi degrees",
-    SWAPPED: "pT before E?\ntry: --order pT E eta phi, or the right columns in a file for --columns",
-    WRONG_ID: "ids of the Particle Data Group?\ntry: --ids pdg, or `ids:` in a file for --columns",
+    SWAPPED: "pT before E?\ntry: --order pT E eta phi",
+    WRONG_ID: "ids of the Particle Data Group?\ntry: --ids pdg",
 }
 
 
@@ -330,13 +331,13 @@ def write(cfg, columns, counts):
         if dropped.get(reason, 0) > MOST_DROPPED * len(rows):
             ids = rows[:, : slots(rows, cfg.features)]
             if reason == WRONG_ID and (ids % 1 != 0).any():
-                remedy = "no whole numbers: are these ids?\ntry: an array (events, particles, columns) with --order"
+                remedy = "no whole numbers: are these ids?\nfix: an array (events, particles, columns) with --order"
             raise DataError(f"{cfg.source[0]}: {dropped[reason]} of {len(rows)} events: {reason}\n{remedy}")
     if not good.any():
         reasons = ", ".join(f"{count} {reason}" for reason, count in dropped.items())
         raise DataError(
             f"{cfg.source[0]}: no event is left of {len(rows)}: {reasons}\n"
-            "try: --columns FILE.yaml, which says what each column is, see docs/data.md"
+            "fix: a file for --columns, which says what each column is, see docs/data.md"
         )
     rows, labels, split = rows[good], columns["label"][good], columns["split"][good]
     files = columns["file"][good]
@@ -347,7 +348,7 @@ def write(cfg, columns, counts):
         labels = files if len(cfg.source) > 1 and (split < 0).all() else None
         names = [Path(path).name for path in cfg.source] if labels is not None else []
     elif np.isnan(labels).any():
-        raise DataError("some of the files have labels, others not\ntry: files of one kind")
+        raise DataError("some of the files have labels, others not\nfix: files of one kind")
     else:
         labels, names = labels.astype(np.int64), []
     splits = "as the file has them"
@@ -357,7 +358,7 @@ def write(cfg, columns, counts):
     write_events(cfg.out, rows, labels, seed=cfg.seed, split=split, features=cfg.features)
     print_table(cfg, rows, labels, names, dropped, counts)
     sizes = ", ".join(f"{(split == i).sum()} {name}" for i, name in enumerate(SPLITS))
-    print(f"{cfg.out}: {sizes} ({splits}); next: python train_ae.py --data {cfg.out}")
+    print(f"{cfg.out}: {sizes} ({splits}); next: python train_ae.py --data {shlex.quote(cfg.out)}")
 
 
 def print_table(cfg, rows, labels, names, dropped, counts):

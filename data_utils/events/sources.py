@@ -180,7 +180,7 @@ def _npz(path):
                 array = file[name]
             except ValueError as e:  # Python objects
                 if name.lower()[:1] in "xy":
-                    raise DataError(f"{path}: {name}: {e}\ntry: lists of another length per event as .parquet") from e
+                    raise DataError(f"{path}: {name}: {e}\nfix: lists of different lengths as .parquet") from e
                 continue
             if array.dtype.names:
                 columns |= {f"{name}/{field}": array[field] for field in array.dtype.names}
@@ -322,7 +322,7 @@ def _root(path, tree):
     trees = [name for name, kind in file.classnames(cycle=False).items() if kind in ("TTree", "ROOT::RNTuple")]
     if tree and tree not in trees or len(trees) != 1 and not tree:
         listing = ", ".join(trees) or "none"
-        raise DataError(f"{path}: trees there: {listing}\ntry: tree: {(trees or ['NAME'])[0]} in a file for --columns")
+        raise DataError(f"{path}: trees there: {listing}\nfix: the line `tree: NAME` in a file for --columns")
     tree = file[tree or trees[0]]
 
     def read(name, start, stop):

@@ -445,13 +445,13 @@ def spoiled(tmp_path, name, **flags):
     "name, message, flags",
     [
         ("degrees", "40 of 40 events: phi beyond 2 pi\nphi in degrees?\ntry: --phi degrees", dict(phi="degrees")),
-        ("swapped", "40 of 40 events: E below pT\npT before E?\ntry: --order pT E eta phi, or the right columns in a "
-         "file for --columns", dict(order=("pT", "E", "eta", "phi"))),
-        ("pdg", "40 of 40 events: id not one of 0 to 7\nids of the Particle Data Group?\ntry: --ids pdg, or `ids:` in "
-         "a file for --columns", dict(ids="pdg")),
+        ("swapped", "40 of 40 events: E below pT\npT before E?\ntry: --order pT E eta phi",
+         dict(order=("pT", "E", "eta", "phi"))),
+        ("pdg", "40 of 40 events: id not one of 0 to 7\nids of the Particle Data Group?\ntry: --ids pdg",
+         dict(ids="pdg")),
         ("MeV", "looks like MeV\ntry: --energy_unit MeV", dict(energy_unit="MeV")),
-        ("no ids", "no whole numbers: are these ids?\ntry: an array (events, particles, columns) with --order", {}),
-        ("all bad", "no event is left of 40: 40 E or pT not above 0\ntry: --columns FILE.yaml", {}),
+        ("no ids", "no whole numbers: are these ids?\nfix: an array (events, particles, columns) with --order", {}),
+        ("all bad", "no event is left of 40: 40 E or pT not above 0\nfix: a file for --columns", {}),
     ],
 )  # fmt: skip
 def test_what_is_refused_and_the_remedy(name, message, flags, tmp_path):
@@ -482,7 +482,7 @@ def write(path):
     "name, flags, error, message",
     [
         ("a.txt", {}, UsageError, "expected a file .npz .npy .h5 .hdf5 .parquet .root .csv"),
-        ("a.npz", {}, DataError, "no known layout\ncolumns there: a (40, 3), b (40)\ntry: --columns FILE.yaml"),
+        ("a.npz", {}, DataError, "no known layout\ncolumns there: a (40, 3), b (40)\nfix: a file for --columns"),
         ("empty.npz", {}, DataError, "empty.npz: no events in it"),
         ("a.npz", dict(layout="jetnet"), DataError, "a.npz is not of layout jetnet\ncolumns there: a (40, 3), b (40)"),
         (
@@ -549,7 +549,7 @@ def test_a_missing_package_is_named(tmp_path, monkeypatch):
 def test_flags_without_a_source(tmp_path):
     with pytest.raises(UsageError) as caught:
         prepare_data.main(prepare_data.EventsConfig(out=str(tmp_path / "a.npz"), phi="degrees"))
-    assert str(caught.value) == "--phi: for files to convert, and none is named\ntry: --source FILE"
+    assert str(caught.value) == "--phi: for files to convert, and none is named\nfix: name them with --source"
 
 
 def test_ragged_columns_are_padded():
