@@ -40,6 +40,7 @@ from data_utils.events.dataset import (
 from data_utils.events.kinematics import complete
 from data_utils.events.layouts import PDG, Layout, read_columns, recognize
 from data_utils.events.sources import Source, open_source, unreadable
+from data_utils.progress import say
 
 AT_ONCE = 2_000_000  # numbers of a column that are converted together
 KINEMATIC = "E px py pz pT eta phi y mass pT_rel eta_rel phi_rel".split()
@@ -358,7 +359,7 @@ def write(cfg, columns, counts):
     write_events(cfg.out, rows, labels, seed=cfg.seed, split=split, features=cfg.features)
     print_table(cfg, rows, labels, names, dropped, counts)
     sizes = ", ".join(f"{(split == i).sum()} {name}" for i, name in enumerate(SPLITS))
-    print(f"{cfg.out}: {sizes} ({splits}); next: python train_ae.py --data {shlex.quote(cfg.out)}")
+    say(f"{cfg.out}: {sizes} ({splits}); next: python train_ae.py --data {shlex.quote(cfg.out)}")
 
 
 def print_table(cfg, rows, labels, names, dropped, counts):
