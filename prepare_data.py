@@ -153,9 +153,23 @@ class MultimodalConfig:
 
 
 @dataclass
-class EventsConfig:
+class SourceConfig:
+    source: tuple[str, ...] = ()  # files to convert, in place of simulating: .npz .npy .h5 .parquet .root .csv
+    layout: Literal["auto", "petri", "jetnet", "lhco", "toptagging", "jetclass"] = "auto"  # auto: by the content
+    columns: str = ""  # YAML file that names the columns of other layouts, see docs/data.md
+    order: tuple[str, ...] = ("E", "pT", "eta", "phi")  # columns of a particle in layout petri
+    energy_unit: Literal["GeV", "MeV"] = "GeV"  # of the files
+    phi: Literal["radians", "degrees"] = "radians"  # of the files
+    ids: Literal["petri", "pdg"] = "petri"  # types of particles: 0 to 7, or numbers of the Particle Data Group
+    limit: int = 0  # events to read of each file; 0 = all
+    max_particles: int = 100  # most particles of an event; the hardest are kept
+    features: tuple[str, ...] = ("E", "pT", "eta", "phi")  # columns to write, such as px py pz E
+
+
+@dataclass
+class EventsConfig(SourceConfig):
     generator: Literal["decay_chain", "pythia"] = "decay_chain"  # pythia: 80 events per second, needs packages
-    events: int = 20_000  # events of the three splits together
+    events: int = 20_000  # events to simulate, of the three splits together
     out: str = "data/events.npz"  # file to write
     format: Literal["auto", "npz", "h5"] = "auto"  # auto: by the ending of --out; h5 needs h5py
     seed: int = 0  # of the events and the split
@@ -376,7 +390,7 @@ def multimodal(cfg):
 
 
 def events(cfg):
-    """Write particle events of six processes in three splits, for train_ae.py."""
+    """Write particle events in three splits for train_ae.py: simulated ones, or those of --source."""
     from pathlib import Path
 
     from data_utils.config import at_least
@@ -390,7 +404,14 @@ def events(cfg):
     form = "h5" if h5py_for(cfg.out, "--out data/events.npz") else "npz"
     if cfg.format not in ("auto", form):
         raise UsageError(f"--out {cfg.out} --format {cfg.format}: name the file {Path(cfg.out).stem}.{cfg.format}")
-    check_replaceable(cfg.out, cfg.fresh, is_marked)
+    check_replaceable(cfg.out, cfg.fresh, is_marked, inputs=[*cfg.source, cfg.columns])
+    if cfg.source:
+        from data_utils.events import prepare
+
+        return prepare.convert(cfg)
+    for f in fields(SourceConfig):
+        if getattr(cfg, f.name) != f.default:
+            raise UsageError(f"--{f.name}: for files to convert, and none is named\nfix: name them with --source")
     if cfg.generator == "pythia":
         import numpy as np
         from tqdm import tqdm

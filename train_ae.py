@@ -53,8 +53,8 @@ class AeConfig:
     data: str = cosmetic("decay_chain")  # decay_chain: made in memory; or a .h5, .hdf5, .npz file
     events: int = 20000  # events to make
     limit: int = 0  # events of a split that are kept; 0 = all
-    labels: tuple[int, ...] = (0, 1, 2, 3, 4, 5)  # processes: tt, tttt, ttH, ttW, ttWW, ttZ
-    features: tuple[str, ...] = ("E", "pT", "eta", "phi")  # columns to model, in this order
+    labels: tuple[int, ...] = cosmetic(())  # processes that are kept, such as 0 2; none named = all
+    features: tuple[str, ...] = ()  # columns to model, such as pT eta phi; none named = all
     phi: Literal["sincos", "raw"] = "sincos"  # raw jumps at pi: only to repeat old comparisons
     energy_unit: Literal["GeV", "MeV"] = "GeV"  # of the file
     symmetries: bool = False  # turn events about the beam and mirror them, anew in each epoch
@@ -226,6 +226,7 @@ from models.diffusion import NoiseSchedule, ddim_errors
 from models.gan import Judges
 
 BAD_STEPS = 10  # steps in a row without a finite loss and gradient that end a run
+DIVERGED = 1e3  # validation loss that ends a run; features have variance 1
 EVAL_BATCH = 1024  # events in a batch of an evaluation
 DENOISED = 1024  # events that an evaluation of diffusion_ae makes from noise
 
@@ -337,7 +338,15 @@ def main(cfg):
     sizes = ", ".join(f"{len(columns['x'])} {split}" for split, columns in data.items())
     dropped = f", dropped: {meta['dropped']}" if meta["dropped"] else ""
     log(f"{meta['source']}: {sizes} events{dropped}")
+    for note in meta.pop("notes"):
+        log(note)
+    if cfg.loop != "test_mlp":
+        cfg = replace(cfg, labels=tuple(meta["labels"]), features=tuple(meta["features"]))
     events = len(data["train"]["x"])
+    batch_size = min(cfg.batch_size, math.ceil(events / (cfg.accumulate * world)))
+    if batch_size < cfg.batch_size:
+        log(f"batch_size cut from {cfg.batch_size} to {batch_size}: {events} train events")
+        cfg = replace(cfg, batch_size=batch_size)
     # The last step of an epoch is filled up with events of its start.
     steps_per_epoch = math.ceil(events / (cfg.batch_size * cfg.accumulate * world))
     # The rate follows from `steps` alone. A run that stops early and goes on takes the same steps.
@@ -710,6 +719,14 @@ def main(cfg):
                 epoch_ended = False
                 # diffusion_ae is judged by the features that it makes from noise, not by its loss.
                 criterion = val_row.get("ddim_mse", val_row["loss"])
+                counting = state.skipped_in_row and not finished  # towards BAD_STEPS, or a recovery
+                if not val_row["loss"] < DIVERGED and not counting:  # NaN is not below it
+                    kept = f"epoch {state.best_epoch + 1} is in {best_file}"
+                    kept = kept if state.best_epoch >= 0 else "no epoch was better"
+                    raise DataError(
+                        f"diverged: val_loss {val_row['loss']:.3g} in epoch {state.epoch + 1}; {kept}\n"
+                        f"try: lr={cfg.lr / 10:g}"
+                    )
                 train_row = means(state.sums)
                 train_row["lr"] = optimizer.param_groups[0]["lr"]
                 train_row["skipped_steps"] = state.skipped

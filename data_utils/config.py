@@ -465,6 +465,8 @@ def as_flags(path, error, flatten=None, load=None):
     words = []
     for key, value in bundle.items() if isinstance(bundle, dict) else [("", bundle)]:
         name = "--" + str(key)
+        if isinstance(value, str):
+            value = with_variables(value, lambda message, key=key: error(f"--config {path}: {key}: {message}"))
         nested = any(isinstance(v, (dict, list)) for v in (value if isinstance(value, list) else [value]))
         if value is None or nested or not key or keys.count(str(key).replace("-", "_")) > 1:
             error(f"--config {path}: {key or 'content'}: expected flat 'flag: value' lines, each flag once")
@@ -475,3 +477,15 @@ def as_flags(path, error, flatten=None, load=None):
         else:
             words += [f"{name}={value}"]
     return words
+
+
+def with_variables(text, error):
+    """Return a text with ${NAME:-default} replaced by the environment; `error` is called where it has no NAME."""
+
+    def value(match):
+        name, default = match.groups()
+        if default is None and name not in os.environ:
+            error(f"the environment has no {name}\nfix: export {name}=VALUE")
+        return os.environ.get(name) or default or ""
+
+    return re.sub(r"\$\{(\w+)(?::-([^{}]*))?\}", value, text)

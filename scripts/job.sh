@@ -38,14 +38,14 @@ case ${script##*/} in  # ./train_X.py and a path are the same script
   train_ae.py)
     [ -n "$SLURM_ARRAY_TASK_ID" ] && sweeps && ! given sweep_job && arguments+=("sweep_job=$SLURM_ARRAY_TASK_ID")
     if [ -n "$id" ] && sweeps && ! given sweep_job; then  # all jobs of the sweep run in this one; the name says which job it is
-      before=$(ls -d outputs/multiruns/exp_*"job$id" 2>/dev/null | tail -n 1)
+      before=$(ls -d "${PETRI_OUTPUTS:-outputs}"/multiruns/exp_*"job$id" 2>/dev/null | tail -n 1)
       for i in "${!arguments[@]}"; do
         case ${arguments[i]} in name=* | --name=* | *.name=*) arguments[i]+=_job$id ;; esac
       done
       given name || arguments+=("name=job$id")
       [ -n "$before" ] && arguments=("resume=$before")
     elif [ -n "$id" ] && ! given out; then
-      arguments+=("out=outputs/runs/run_job$id")
+      arguments+=("out=${PETRI_OUTPUTS:-outputs}/runs/run_job$id")
     fi ;;
 esac
 

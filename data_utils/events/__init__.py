@@ -3,6 +3,9 @@
 decay_chain.py  simulate events of heavy particles that decay
 pythia.py       simulate events with the package pythia8mc
 dataset.py      events in files and as normalised tensors
+prepare.py      convert events of other programs
+layouts.py      which column of their files is what
+sources.py      open their files
 kinematics.py   momenta, sums and masses
 reconstruct.py  reconstruct events with a trained autoencoder, and draw new latents
 run_folder.py   the folder of a run, written while it trains

@@ -21,16 +21,21 @@ from data_utils.checkpoint import first_good, kind_of, load_checkpoint
 from data_utils.config import at_least
 from data_utils.errors import DataError, UsageError
 from data_utils.events.dataset import (
+    COLUMNS,
     NUM_TYPES,
     SPLITS,
+    add_slots,
     check_unit,
+    columns_in,
+    columns_of,
     drop_damaged,
     from_rows,
     open_rows,
+    reader_for,
     slots,
     to_rows,
 )
-from data_utils.events.kinematics import kinematics
+from data_utils.events.kinematics import kinematics, standard_rows
 from data_utils.events.reconstruct import AT_ONCE, decode_rows, draw_latents, event_errors, from_latents
 from data_utils.events.roc import compare
 from data_utils.files import begins, check_replaceable, is_marked, make_room, unused, warn, write_atomic
@@ -70,15 +75,19 @@ def generate_events(cfg):
         meta = dict(mode=cfg.mode, model=str(run.path), run_id=run.run_id, epochs=run.epoch, seed=cfg.seed)
         meta |= {name: run.config[name] for name in ("loop", "level", "latent_space")}
         meta |= dict(features=run.meta["features"], units="GeV, radians") | notes
+        if "X" in arrays and columns_of(run.meta) != COLUMNS:
+            arrays["features"] = np.array(columns_of(run.meta))
         content = io.BytesIO()
         np.savez_compressed(content, meta=json.dumps(meta), **arrays)
         make_room(out, is_output)
         write_atomic(out, lambda file: file.write(content.getvalue()))
     if "X" in arrays:
-        rows = arrays["X"]
-        count = (rows[:, : slots(rows)] > 0).sum() / len(rows)
-        values = kinematics(rows)
-        means = f"HT {values['HT'].mean():.1f}, MET {values['MET'].mean():.1f} GeV"
+        rows, columns = arrays["X"], columns_of(run.meta)
+        count = (rows[:, : slots(rows, columns)] > 0).sum() / len(rows)
+        means = f"MET {rows[:, slots(rows, columns)].mean():.1f} GeV"
+        standard = standard_rows(rows, columns)
+        if standard is not None:
+            means = f"HT {kinematics(standard)['HT'].mean():.1f}, {means}"
         print(f"{len(rows)} events; means: {count:.2f} objects, {means}")
     print(out)
     source = cfg.data or run.config["data"]
@@ -179,7 +188,7 @@ class EventModel(nn.Module):
     def encode(self, rows):
         """Return {`indices` of codes or `latents`, `ids` of the types (N, T)}, which `decode` reads."""
         parts = [z if indices is None else indices for _, _, z, indices in encode_rows(rows, self.run)]
-        ids = rows[:, : slots(rows)].astype(np.int64)
+        ids = rows[:, : slots(rows, columns_of(self.run.meta))].astype(np.int64)
         return {_name(self.run): torch.cat(parts).cpu().numpy(), "ids": ids}
 
     @torch.no_grad()
@@ -203,18 +212,27 @@ def select_events(cfg, run):
     data = source.data
     seed = source.seed if data == "decay_chain" else run.config["seed"]
     rows, labels, split = open_rows(data, events=source.events, energy_unit=source.energy_unit, seed=seed)
-    if slots(rows) != T:
-        raise DataError(f"{data}: {rows.shape[1]} columns: expected {2 + 5 * T}, the {T} slots of {run.path}")
+    columns = columns_of(run.meta)
+    if columns_in(data) != columns:
+        names = " ".join(columns_in(data)), " ".join(columns)
+        raise DataError(f"{data}: particles of {names[0]}: expected {names[1]}, as {run.path} reads them")
+    if slots(rows, columns) > T:
+        expected = 2 + (1 + len(columns)) * T
+        remedy = reader_for(data, "--max_particles", str(T))
+        raise DataError(
+            f"{data}: {rows.shape[1]} columns: expected {expected}, the {T} slots of {run.path}\ntry: {remedy}"
+        )
+    rows = add_slots(rows, T, columns)
     wanted = np.ones(len(rows), bool) if cfg.split == "all" else split == SPLITS.index(cfg.split)
     if not cfg.data:
         wanted &= np.isin(labels, run.config["labels"])
     if not wanted.any():
         raise DataError(f"{data}: no event in --split {cfg.split}")
     numbered = np.stack([labels, np.arange(len(rows))], 1)[wanted]
-    rows, numbered, _, dropped = drop_damaged(rows[wanted], numbered, split[wanted], data)
+    rows, numbered, _, dropped = drop_damaged(rows[wanted], numbered, split[wanted], data, columns)
     if dropped:
         print(f"{data}: dropped {', '.join(f'{n} {reason}' for reason, n in dropped.items())}", file=sys.stderr)
-    check_unit(rows, data)
+    check_unit(rows, data, columns)
     rows, numbered = rows[: cfg.limit or None], numbered[: cfg.limit or None]
     return rows, *numbered.T, dict(data=str(data), split=cfg.split)
 
@@ -245,7 +263,7 @@ def reconstruct(cfg, run):
 def encode(cfg, run):
     """Return `indices` of codes (N, T) with -1 in empty slots or (N), or `latents` (N, T, D) or (N, D), and types."""
     rows, labels, index, source = select_events(cfg, run)
-    T = slots(rows)
+    T = run.meta["n_tokens"]
     parts = [z if indices is None else indices for _, _, z, indices in encode_rows(rows, run)]
     arrays = {_name(run): torch.cat(parts).cpu().numpy(), "ids": rows[:, :T].astype(np.int8)}
     notes = source | dict(globals="MET and its phi", index="number of each event in data")
@@ -283,7 +301,7 @@ def errors_of(cfg, run):
         outputs = from_latents(run.model, run.noises, z, batch["ids"], run.steps, cfg.seed + i)
         parts.append(event_errors(*outputs, batch, run.model.level))
     errors = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-    n = (rows[:, : slots(rows)] > 0).sum(1)
+    n = (rows[:, : run.meta["n_tokens"]] > 0).sum(1)
     print(f"{'':12}{'mean':>10}" + "".join(f"{f'{q:.0%}':>10}" for q in QUANTILES))
     for name, values in errors.items():
         print(f"{name:12}" + "".join(f"{v:10.4g}" for v in (values.mean(), *np.quantile(values, QUANTILES))))

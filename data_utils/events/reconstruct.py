@@ -7,7 +7,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from data_utils.events.dataset import NUM_TYPES, epoch_order, objects, slots, take, to_rows
+from data_utils.events.dataset import COLUMNS, NUM_TYPES, columns_of, epoch_order, objects, slots, take, to_rows
+from data_utils.events.kinematics import complete, standard_rows
 from data_utils.files import warn
 from models.autoencoder import AutoEncoder
 
@@ -35,7 +36,7 @@ def keep_rates(model, model_args, saved, cfg):
 
 
 def reconstruct_rows(model, noises, columns, meta, cfg):
-    """Return rows (N, 2 + 5 T) in GeV of events and of their reconstruction; None if no figure draws them.
+    """Return rows (N, 2 + 5 T) in GeV of events and of their reconstruction; None if no figure can draw them.
 
     Types are those of the events. With `noises`, a NoiseSchedule, features come from noise by cfg.ddim_steps of DDIM.
     """
@@ -47,7 +48,9 @@ def reconstruct_rows(model, noises, columns, meta, cfg):
         parts.append(reconstruct_batch(model, noises, batch, steps, cfg.seed + i))
     x, globals = (torch.cat(part).cpu() for part in zip(*parts, strict=True))
     ids = columns["ids"].cpu()
-    return to_rows(columns["x"].cpu(), ids, columns["globals"].cpu(), meta), to_rows(x, ids, globals, meta)
+    pairs = (columns["x"].cpu(), columns["globals"].cpu()), (x, globals)
+    rows = [standard_rows(to_rows(x, ids, globals, meta), columns_of(meta)) for x, globals in pairs]
+    return None if rows[0] is None else tuple(rows)
 
 
 @torch.no_grad()
@@ -181,14 +184,16 @@ def decode_rows(model, noises, z, ids, guess, steps, seed, statistics, meta):
         x = x.clamp(statistics["low"], statistics["high"]) if statistics else x
         parts.append(to_rows(x, types, globals, meta))
     rows = np.concatenate(parts)
-    return sort_by_pt(rows) if statistics else rows
+    return sort_by_pt(rows, columns_of(meta)) if statistics else rows
 
 
-def sort_by_pt(rows):
-    """Sort the objects of each row by falling pT, with empty slots behind."""
-    T, rows = slots(rows), rows.copy()
-    pt = np.where(rows[:, :T] > 0, objects(rows)[..., 1], -1)
-    order = np.argsort(-pt, 1, kind="stable")
+def sort_by_pt(rows, columns=COLUMNS):
+    """Sort the objects of each row by falling pT, with empty slots behind; without a pT those alone move."""
+    T, rows = slots(rows, columns), rows.copy()
+    particles = objects(rows, columns)
+    values = complete(zip(columns, np.moveaxis(particles, 2, 0), strict=True))
+    pt = values.get("pT", values.get("pT_rel", np.zeros(particles.shape[:2])))
+    order = np.argsort(-np.where(rows[:, :T] > 0, pt, -1), 1, kind="stable")
     rows[:, :T] = np.take_along_axis(rows[:, :T], order, 1)
-    objects(rows)[:] = np.take_along_axis(objects(rows), order[..., None], 1)
+    particles[:] = np.take_along_axis(particles, order[..., None], 1)
     return rows

@@ -246,7 +246,9 @@ def test_what_a_run_keeps_of_its_flags_is_a_bundle(table, tmp_path):
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs" / "ae").glob("**/*.yaml")), ids=lambda p: p.stem)
-def test_the_bundles_that_come_along_repeat_no_default(path):
+def test_the_bundles_that_come_along_repeat_no_default(path, monkeypatch):
+    monkeypatch.setenv("PETRI_DATA", "events.npz")
+    monkeypatch.setenv("PETRI_OUTPUTS", "there")
     parsed = read(["--config", str(path)])
     cfg = parsed.configs[0] if isinstance(parsed, Jobs) else parsed
     text = [line.partition(":")[0] for line in path.read_text().splitlines() if line and line[0] != "#"]
@@ -315,3 +317,15 @@ def test_what_a_sweep_can_not_have(line, words, capsys):
 def test_no_sweep_under_torchrun(capsys, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert "torchrun" in refused("--multirun epochs=1,2", capsys)
+
+
+def test_a_bundle_takes_variables_of_the_environment(tmp_path, monkeypatch, capsys):
+    path = tmp_path / "a.yaml"
+    path.write_text("data: ${PLACE:-decay_chain}\noutputs: /x/${PLACE}/y\n")
+    monkeypatch.setenv("PLACE", "here")
+    cfg = read(["--config", str(path)])
+    assert (cfg.data, cfg.outputs) == ("here", "/x/here/y")
+    monkeypatch.delenv("PLACE")
+    with pytest.raises(SystemExit):
+        read(["--config", str(path)])
+    assert f"--config {path}: outputs: the environment has no PLACE\nfix: export PLACE=VALUE" in capsys.readouterr().err

@@ -8,6 +8,7 @@ import time
 
 import pytest
 
+import train_ae
 from tests.helpers import ROOT, finish, launch
 
 # says with what it was called; with `wait` waits for SIGTERM and leaves with 143
@@ -41,7 +42,8 @@ def clone(tmp_path, monkeypatch):
         (tmp_path / "bin" / name).write_text(f"#!/bin/sh\n{text}\n")
         (tmp_path / "bin" / name).chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
-    for name in [n for n in os.environ if n.startswith(("SLURM_", "_CONDOR")) or n in ("JOB_ID", "NPROC")]:
+    prefixes = ("SLURM_", "_CONDOR", "PETRI_")
+    for name in [n for n in os.environ if n.startswith(prefixes) or n in ("JOB_ID", "NPROC")]:
         monkeypatch.delenv(name)
     return tmp_path
 
@@ -72,6 +74,8 @@ def job(clone, words, script="scripts/job.sh"):
          "train_ae.py -m epochs=1,2,3 sweep_job=2 out=outputs/runs/run_job7_2"),
         ("SLURM_JOB_ID=9 SLURM_ARRAY_JOB_ID=7 SLURM_ARRAY_TASK_ID=2", "train_ae.py seed=3",
          "train_ae.py seed=3 out=outputs/runs/run_job7_2"),
+        ("JOB_ID=5_0 PETRI_OUTPUTS=/data/out", "env=stoomboot",
+         "train_ae.py env=stoomboot out=/data/out/runs/run_job5_0"),
         ("SLURM_JOB_ID=7", "train_ae.py --multirun epochs=1,2", "train_ae.py --multirun epochs=1,2 name=job7"),
         ("SLURM_JOB_ID=7", "train_ae.py --config-name=phase1/experiment/compare_vq_vs_none",
          "train_ae.py --config-name=phase1/experiment/compare_vq_vs_none name=job7"),
@@ -134,6 +138,15 @@ def test_a_late_htcondor_job_leaves_with_85(clone, monkeypatch):
     monkeypatch.setenv("MAX_SECONDS", "1")
     finish(job(clone, "wait out=a"), 85)
     assert finish(job(clone, "out=a"))[0] == "train_ae.py out=a\n"  # nothing is late
+
+
+@pytest.mark.parametrize("file", ["scripts/htcondor.sub", "hpc/stoomboot/train.sub"])
+def test_the_submit_files_start_a_command_of_the_guide(file):
+    lines = [line.partition(" = ") for line in (ROOT / file).read_text().splitlines() if line[:1] not in ("#", "")]
+    settings = {name: value for name, _, value in lines}
+    cfg = train_ae.parse(settings["arguments"].split())
+    assert (ROOT / settings["executable"]).is_file() and cfg.latent_space == "vq" and cfg.epochs == 50
+    assert all("stdout/train_$(Cluster)" in settings[name] for name in ("output", "error", "log"))
 
 
 def test_slurm_sh_is_for_sbatch(clone):

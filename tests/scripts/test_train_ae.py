@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -587,6 +588,47 @@ def test_steps_that_are_not_finite_end_a_run_but_not_what_it_had(events, capfd):
         run(events, "save_artifacts=false epochs=20 lr=1e38 clip=0")
     run(events, "out=a epochs=3")
     assert [line["epoch"] for line in lines("a") if line["moment"] == "on_epoch_end"] == [0, 1, 2]
+
+
+def test_a_run_that_diverges_ends_and_keeps_its_last_good_epoch(events, monkeypatch, capfd):
+    launched(events, "out=b lr=10 epochs=30", status=1)
+    err = capfd.readouterr().err
+    assert "error: diverged: val_loss " in err and "in epoch 1; no epoch was better\ntry: lr=1\n" in err
+    assert not list(Path("b").glob("*.pt"))
+    run(events, "out=a")
+    before = [Path("a", name).read_bytes() for name in ("best_val.pt", "last.pt")]
+    monkeypatch.setattr(train_ae, "DIVERGED", 0.0)
+    with pytest.raises(DataError, match="diverged: val_loss .* in epoch 3; epoch 2 is in a/best_val.pt\ntry: lr="):
+        run(events, "out=a epochs=3")
+    assert [Path("a", name).read_bytes() for name in ("best_val.pt", "last.pt")] == before
+
+
+def test_a_batch_is_at_most_all_events(events, capfd):
+    state = run(events, "save_artifacts=false batch_size=100000 epochs=1")
+    assert "batch_size cut from 100000 to 64: 64 train events" in capfd.readouterr().out and state["step"] == 1
+    run(events, "save_artifacts=false batch_size=100000 accumulate=3 epochs=1")
+    assert "batch_size cut from 100000 to 22: 64 train events" in capfd.readouterr().out
+
+
+def test_labels_and_features_are_those_of_the_file(events, capfd):
+    run(events, "out=a labels=[0,1]")
+    assert "left out: labels 2 3 4 5" in capfd.readouterr().out
+    config = saved("a")[0]["last.pt"]["config"]
+    assert tuple(config["labels"]) == (0, 1) and tuple(config["features"]) == ("E", "pT", "eta", "phi")
+    with np.load(events) as arrays:
+        unlabelled = {name: array for name, array in arrays.items() if name[0] == "X"}
+    np.savez("none.npz", **unlabelled)
+    run(Path("none.npz").absolute(), "out=b")
+    assert "left out" not in capfd.readouterr().out and tuple(saved("b")[0]["last.pt"]["config"]["labels"]) == (-1,)
+
+
+def test_stoomboot_takes_its_paths_from_variables(monkeypatch):
+    plain = read("env=stoomboot phase1.trainer.epochs=20")
+    assert (plain.data, plain.outputs, plain.epochs) == ("decay_chain", "outputs", 20)
+    monkeypatch.setenv("PETRI_DATA", "/data/atlas/a.npz")
+    monkeypatch.setenv("PETRI_OUTPUTS", "/data/atlas/out")
+    named = read("env=stoomboot")
+    assert (named.data, named.outputs) == ("/data/atlas/a.npz", "/data/atlas/out")
 
 
 # ---- figures ---------------------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ import prepare_data
 from data_utils.errors import DataError, UsageError
 from data_utils.events import dataset as events
 from data_utils.events import decay_chain as toy
+from data_utils.events.kinematics import standard_rows
 from tests.helpers import SHARED
 
 SAMPLE = SHARED / "data/events/pythia_events.npz"
@@ -182,8 +183,9 @@ def test_shapes_types_and_meta():
         assert set(part["y"].tolist()) == {1, 3}
     assert list(splits) == ["train", "val", "test"]
     stats, digest = meta.pop("stats"), meta.pop("data_hash")
-    assert meta == dict(features=["E", "pT", "eta", "phi"], phi="sincos", n_tokens=18, cont_dim=5, n_globals=3,
-                        num_types=8, dropped={}, source="decay_chain")  # fmt: skip
+    assert meta == dict(features=["E", "pT", "eta", "phi"], columns=["E", "pT", "eta", "phi"], labels=[1, 3],
+                        notes=["400 of 600 left out: labels 0 2 4 5"], phi="sincos", n_tokens=18, cont_dim=5,
+                        n_globals=3, num_types=8, dropped={}, source="decay_chain")  # fmt: skip
     assert {k: len(v) for k, v in stats.items()} == dict(mean=5, std=5, globals_mean=3, globals_std=3)
     assert all(type(v) is float for values in stats.values() for v in values)
     assert len(digest) == 64 and digest != load(limit=20, labels=(1, 2))[1]["data_hash"]
@@ -366,6 +368,10 @@ def spoil(row, reason):
         row[18] = -1
     elif reason == "eta beyond 10":
         first[2] = -11
+    elif reason == "phi beyond 2 pi":
+        first[3] = 6.3
+    elif reason == "E below pT":
+        first[0] = 0.9 * first[1]
     elif reason == "no object":
         row[:18] = 0
 
@@ -376,6 +382,8 @@ REASONS = [
     "E or pT not above 0",
     "MET below 0",
     "eta beyond 10",
+    "phi beyond 2 pi",
+    "E below pT",
     "no object",
 ]
 
@@ -384,23 +392,105 @@ def test_damaged_rows_are_counted_by_reason_and_dropped(tmp_path):
     rows, labels = simulated(1200)
     for i, reason in enumerate(REASONS):
         spoil(rows[i], reason)
-    rows[6, 0], rows[7, 0], rows[8, 19], rows[9, 20] = 8, np.nan, np.inf, -np.inf
+    rows[8, 0], rows[9, 0], rows[10, 19], rows[11, 20] = 8, np.nan, np.inf, -np.inf
     np.savez(tmp_path / "a.npz", X=rows, y=labels)
     splits, meta = load(tmp_path / "a.npz")
     expected = dict.fromkeys(REASONS, 1) | {"NaN or infinite": 4, "id not one of 0 to 7": 2}
-    assert meta["dropped"] == expected and sum(len(part["y"]) for part in splits.values()) == 1190
+    assert meta["dropped"] == expected and sum(len(part["y"]) for part in splits.values()) == 1188
     assert all(t.isfinite().all() for part in splits.values() for t in part.values())
 
 
 def test_phi_is_wrapped_and_all_else_left_alone(tmp_path):
     rows, labels = simulated()
     shifted = rows.copy()
-    events.objects(shifted)[..., 3] += 2 * np.pi * (shifted[:, :18] > 0)
-    shifted[:, 19] -= 4 * np.pi
+    for phi in (events.objects(shifted)[..., 3], shifted[:, 19]):
+        phi -= 2 * np.pi * (phi > 0)
+    filled = shifted[:, :18] > 0
+    events.objects(shifted)[..., 3][filled] %= 2 * np.pi
     split = np.zeros(300)
     wrapped, *_ = events.drop_damaged(shifted, labels, split, "rows")
     assert np.allclose(wrapped, rows, atol=1e-5) and abs(wrapped[:, 19]).max() <= np.float32(np.pi)
     assert (events.drop_damaged(rows.copy(), labels, split, "rows")[0] == rows).all()
+
+
+def test_labels_of_all_kinds(tmp_path):
+    rows, labels = simulated()
+    kinds = {
+        "whole": (labels, labels),
+        "floats": (labels.astype(np.float32)[:, None], labels),
+        "bools": (labels > 2, labels > 2),
+        "one-hot": (np.eye(6)[labels], labels),
+        "one-hot bools": (np.eye(6, dtype=bool)[labels], labels),
+        "signs": (np.where(labels > 2, -1, 1), np.where(labels > 2, -1, 1)),
+        "none": (None, np.full(300, -1)),
+    }
+    for name, (y, expected) in kinds.items():
+        np.savez(tmp_path / "a.npz", **{"X": rows} | ({} if y is None else {"y": y}))
+        assert (events.read_events(tmp_path / "a.npz", seed=0)[1] == expected).all(), name
+        splits, meta = load(tmp_path / "a.npz", labels=())
+        assert sum(len(part["y"]) for part in splits.values()) == 300 and meta["notes"] == [], name
+        assert meta["labels"] == sorted(set(expected.astype(int).tolist())), name
+
+
+def test_labels_that_are_left_out_are_counted(tmp_path):
+    rows, _ = simulated(600)
+    np.savez(tmp_path / "a.npz", X=rows, y=np.arange(600) % 10)
+    assert load(tmp_path / "a.npz")[1]["notes"] == ["240 of 600 left out: labels 6 7 8 9"]
+    assert load(tmp_path / "a.npz", labels=())[1]["labels"] == list(range(10))
+
+
+def test_other_spellings_of_the_keys(tmp_path):
+    rows, labels = simulated()
+    arrays = {k.replace("val", "valid").replace("X", "x"): v for k, v in six(rows, labels).items()}
+    np.savez(tmp_path / "a.npz", **arrays)
+    content = events.read_events(tmp_path / "a.npz", seed=0)
+    assert (content[0] == rows).all() and np.bincount(content[2]).tolist() == [240, 30, 30]
+
+
+def other_columns(rows, names):
+    """Rows of other columns of a particle, made one by one."""
+    new = np.zeros((len(rows), 20 + 18 * len(names)), np.float32)
+    new[:, :20] = rows[:, :20]
+    for row, other in zip(rows.astype(float), new, strict=True):
+        for slot in range(18):
+            energy, pt, eta, phi = row[20 + 4 * slot : 24 + 4 * slot]
+            values = dict(E=energy, pT=pt, eta=eta, phi=phi, px=pt * np.cos(phi), py=pt * np.sin(phi))
+            values |= dict(pz=pt * np.sinh(eta), charge=1.0 if row[slot] else 0)
+            other[20 + len(names) * slot :][: len(names)] = [values[name] for name in names]
+    return new
+
+
+@pytest.mark.parametrize("features", [(), ("pz", "E"), ("px", "py")])
+def test_a_file_that_names_its_columns(features, tmp_path):
+    rows, labels = simulated()
+    names = ("px", "py", "pz", "E", "charge")
+    wide = other_columns(rows, names)
+    events.write_events(tmp_path / "a.npz", wide, labels, seed=1, features=names)
+    splits, meta = load(tmp_path / "a.npz", features=features, seed=1)
+    assert meta["columns"] == list(names) and meta["features"] == list(features or names) and meta["n_tokens"] == 18
+    part = splits["test"]
+    back = events.to_rows(part["x"], part["ids"], part["globals"], meta)
+    chosen = [names.index(name) for name in meta["features"]]
+    before, after = (events.objects(some, names)[..., chosen] for some in (wide[events.split_rows(300, 1) == 2], back))
+    assert part["x"].shape == (30, 18, len(chosen)) and np.allclose(after, before, rtol=1e-3, atol=1e-2)
+    with pytest.raises(UsageError, match="--features eta: expected some of px py pz E charge, each once"):
+        load(tmp_path / "a.npz", features=("eta",))
+    standard = standard_rows(wide, names)
+    assert np.allclose(standard, rows, rtol=1e-3, atol=1e-3)
+    if features != ("pz", "E"):
+        turned = events.rotate_and_mirror(splits["train"], meta, 1, 0)
+        one, two = (events.to_rows(p["x"], p["ids"], p["globals"], meta) for p in (splits["train"], turned))
+        lengths = [np.hypot(*np.moveaxis(events.objects(some, names)[..., :2], 2, 0)) for some in (one, two)]
+        assert np.allclose(*lengths, rtol=1e-3, atol=1e-2) and not np.allclose(one, two, atol=1)
+
+
+def test_slots_are_added(tmp_path):
+    rows, _ = simulated()
+    wide = events.add_slots(rows, 21)
+    assert wide.shape == (300, 107) and events.add_slots(rows, 18) is rows
+    assert (wide[:, :18] == rows[:, :18]).all() and (wide[:, 21:23] == rows[:, 18:20]).all()
+    assert (events.objects(wide.copy())[:, :18] == events.objects(rows)).all()
+    assert (wide[:, 18:21] == 0).all() and (wide[:, 95:] == 0).all()
 
 
 def save(rows=None, **changes):
@@ -430,41 +520,61 @@ def damaged(path):
 
 def large(path):
     rows, labels = simulated()
-    events.objects(rows)[..., 1] = 60000
+    events.objects(rows)[..., :2] = 90000, 60000
     np.savez(path, X=rows, y=labels)
 
 
+def degrees(path):
+    rows, labels = simulated()
+    events.objects(rows)[..., 3] = np.degrees(events.objects(rows)[..., 3])
+    np.savez(path, X=rows, y=labels)
+
+
+def swapped(path):
+    rows, labels = simulated()
+    events.objects(rows)[..., :2] = events.objects(rows)[..., [1, 0]]
+    np.savez(path, X=rows, y=labels)
+
+
+def pdg(path):
+    rows, labels = simulated()
+    rows[:, :18] = np.array([0, 21, 5, -11, 11, 13, -13, 22])[rows[:, :18].astype(int)]
+    np.savez(path, X=rows, y=labels)
+
+
+READER = "\ntry: python prepare_data.py events --source {path} --out {stem}_events.npz"
 SIX = "expected X and y, or X_train, Y_train and so for val and test"
 ERRORS = [  # file name, the function that writes it, more arguments, error, message
     ("a.npz", None, {}, DataError, "{path}: no such file\ntry: python prepare_data.py events --out {path}"),
     ("a.csv", None, {}, UsageError,
      "{path}: expected a file .npz, .h5 or .hdf5\ntry: --data decay_chain"),
-    ("a.npz", save(X=None), {}, DataError, f"{{path}}: no X: {SIX}\nkeys there: y"),
+    ("a.npz", save(X=None), {}, DataError, f"{{path}}: no X: {SIX}\nkeys there: y{READER}"),
     ("a.npz", save(X=None, y=None), {}, DataError,
-     f"{{path}}: no X_train, y_train, X_val, y_val, X_test, y_test: {SIX}\nkeys there: none"),
+     f"{{path}}: no X_train, X_val, X_test: {SIX}\nkeys there: none{READER}"),
     ("a.npz", parts(X_val=None, Y_test=None), {}, DataError,
-     f"{{path}}: no X_val, y_test: {SIX}\nkeys there: X_test, X_train, Y_train, Y_val"),
+     f"{{path}}: no X_val, y_test: {SIX}\nkeys there: X_test, X_train, y_train, y_val{READER}"),
     ("a.npz", save(X=np.ones((300, 93))), {}, DataError,
-     "{path}: X is float64 (300, 93): expected numbers (events, 2 + 5 T), all of one T"),
+     "{path}: X is float64 (300, 93): expected numbers (events, 2 + 5 T), all of one T" + READER),
     ("a.npz", save(X=np.ones((300, 18, 5))), {}, DataError,
-     "{path}: X is float64 (300, 18, 5): expected numbers (events, 2 + 5 T), all of one T"),
+     "{path}: X is float64 (300, 18, 5): expected numbers (events, 2 + 5 T), all of one T" + READER),
     ("a.npz", save(X=np.full((300, 92), "1")), {}, DataError,
-     "{path}: X is <U1 (300, 92): expected numbers (events, 2 + 5 T), all of one T"),
+     "{path}: X is <U1 (300, 92): expected numbers (events, 2 + 5 T), all of one T" + READER),
     ("a.npz", parts(X_val=np.ones((30, 87), np.float32)), {}, DataError,
-     "{path}: X_val is float32 (30, 87): expected numbers (events, 2 + 5 T), all of one T"),
+     "{path}: X_val is float32 (30, 87): expected numbers (events, 2 + 5 T), all of one T" + READER),
     ("a.npz", save(y=np.zeros(299, int)), {}, DataError,
-     "{path}: y is int64 (299,): expected whole numbers (300,), as long as X"),
+     "{path}: y is int64 (299,): expected whole numbers (300,), as long as X, or one-hot rows"),
     ("a.npz", save(y=np.full(300, 0.5)), {}, DataError,
-     "{path}: y is float64 (300,): expected whole numbers (300,), as long as X"),
+     "{path}: y is float64 (300,): expected whole numbers (300,), as long as X, or one-hot rows"),
     ("a.npz", save(y=np.full(300, np.nan)), {}, DataError,
-     "{path}: y is float64 (300,): expected whole numbers (300,), as long as X"),
+     "{path}: y is float64 (300,): expected whole numbers (300,), as long as X, or one-hot rows"),
     ("a.npz", parts(X_val=np.ones((0, 92)), Y_val=np.ones(0)), {}, DataError, "{path}: X_val is empty: (0, 92)"),
     ("a.npz", save(X=simulated(2)[0], y=simulated(2)[1]), {}, DataError,
      "{path}: a split is empty: train 1, val 0, test 1\nfix: more events, other --labels"),
     ("a.npz", save(), dict(labels=(7, 8)), DataError,
      "{path}: no event of labels 7 8\nlabels there: 0 1 2 3 4 5"),
     ("a.npz", damaged, {}, DataError,
-     "{path}: 4 of 300 rows are damaged: 2 NaN or infinite, 2 id not one of 0 to 7\nonly 1% would be dropped"),
+     "{path}: 4 of 300 rows are damaged: 2 NaN or infinite, 2 id not one of 0 to 7\n"
+     "only 1% would be dropped; leave them out?" + READER),
     ("a.npz", large, {}, DataError,
      "{path}: half of the pT are above 60000: looks like MeV\ntry: --energy_unit MeV"),
     ("a.npz", lambda path: path.write_bytes(b"junk"), {}, DataError, "{path} can't be read: ValueError: "),
@@ -475,7 +585,16 @@ ERRORS = [  # file name, the function that writes it, more arguments, error, mes
      "--features E mass: expected some of E pT eta phi, each once"),
     ("decay_chain", None, dict(features=("E", "E")), UsageError,
      "--features E E: expected some of E pT eta phi, each once"),
-    ("decay_chain", None, dict(features=()), UsageError, "--features : expected some of E pT eta phi, each once"),
+    ("a.npz", degrees, {}, DataError,
+     "{path}: 300 of 300 rows are damaged: 300 phi beyond 2 pi\nphi in degrees?"
+     + READER.replace(" --out", " --phi degrees --out")),
+    ("a.npz", swapped, {}, DataError,
+     "{path}: 300 of 300 rows are damaged: 300 E below pT\npT before E?"
+     + READER.replace(" --out", " --order pT E eta phi --out")),
+    ("a.npz", pdg, {}, DataError, "{path}: 300 of 300 rows are damaged: 300 id not one of 0 to 7\n"
+     "ids of the Particle Data Group?" + READER.replace(" --out", " --ids pdg --out")),
+    ("a.npz", save(features=np.array(["E", "pT", "E"])), {}, DataError,
+     "{path}: features E pT E: expected the columns of a particle, each once"),
 ]  # fmt: skip
 
 
@@ -486,7 +605,7 @@ def test_errors_name_the_file_and_the_problem(name, write, more, error, message,
         write(path)
     with pytest.raises((DataError, UsageError)) as caught:
         load(path, **more)
-    text, expected = str(caught.value), message.format(path=path)
+    text, expected = str(caught.value), message.format(path=path, stem=tmp_path / "a")
     assert type(caught.value) is error and len(text.splitlines()) <= 3
     assert text.startswith(expected) if expected.endswith(": ") else text == expected
 

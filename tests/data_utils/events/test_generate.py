@@ -11,7 +11,7 @@ import torch
 import train_ae
 from data_utils.checkpoint import load_checkpoint, save_checkpoint
 from data_utils.errors import DataError, UsageError
-from data_utils.events.dataset import drop_damaged, load_events, objects, read_events
+from data_utils.events.dataset import add_slots, drop_damaged, load_events, objects, read_events
 from data_utils.events.decay_chain import decay_chain
 from data_utils.events.facts import read_events as facts
 from data_utils.events.generate import generate_events
@@ -359,8 +359,15 @@ def test_errors(runs, file, tmp_path, monkeypatch):
     wrong(vq, ["--events 0"], UsageError, mode="sample", events=0)
     wrong(vq, ["none.npz: no such file"], data="none.npz")
     rows, labels = decay_chain(20, 1)
-    np.savez("narrow.npz", X=np.concatenate([rows[:, :10], rows[:, 18:60]], 1), y=labels)
-    wrong(vq, ["narrow.npz: 52 columns: expected 92"], data="narrow.npz")
+    np.savez("wide.npz", X=add_slots(rows, 20), y=labels)
+    wrong(vq, ["wide.npz: 102 columns: expected 92", "--source wide.npz --max_particles 18"], data="wide.npz")
+    np.savez("named.npz", X=rows, features=np.array(["pT", "E", "eta", "phi"]))
+    wrong(vq, ["named.npz: particles of pT E eta phi: expected E pT eta phi"], data="named.npz")
+    narrow = rows[(rows[:, 10:18] == 0).all(1)]
+    np.savez("narrow.npz", X=np.concatenate([narrow[:, :10], narrow[:, 18:60]], 1))
+    np.savez("same.npz", X=narrow)
+    one, two = (use(vq, "score", tmp_path / f"{name}.csv", data=f"{name}.npz") for name in ("narrow", "same"))
+    assert one == two and len(narrow) > 3  # slots that a file lacks are empty
     rows[:, 18], objects(rows)[..., :2] = rows[:, 18] * 1000, objects(rows)[..., :2] * 1000
     np.savez("mev.npz", X=rows, y=labels)
     wrong(vq, ["looks like MeV", "--energy_unit MeV"], data="mev.npz")
