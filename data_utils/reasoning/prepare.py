@@ -262,8 +262,8 @@ def _chunk(folder):
     """Return folder, meta and file sizes of one chunk. Raises DataError if it is unfinished or truncated."""
     meta = read_meta(folder)
     sizes = {}
-    if meta["kind"] == "sudoku":
-        raise DataError(f"{folder} holds Sudokus: make more of them instead")
+    if meta["kind"] in (*prepared.PUZZLES, "trm"):
+        raise DataError(f"{folder} holds puzzles: make more of them instead")
     for name in FILES[meta["format"]]:
         path = folder / FINISHED[name]
         if not path.is_file():
