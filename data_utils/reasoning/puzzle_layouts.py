@@ -94,8 +94,8 @@ def read_table(path, columns, separator, problems):
     import pandas
 
     surplus = [f"surplus {i}" for i in range(SURPLUS)]  # a row with too many values is named, and stops nothing
-    options = dict(sep=separator, names=[*columns, *surplus], header=0, index_col=False, chunksize=CHUNK)
-    options |= dict(dtype=str, keep_default_na=False, skip_blank_lines=False, encoding="utf-8-sig")
+    options = dict(sep=separator, names=[*columns, *surplus], header=None, skiprows=1, index_col=False)
+    options |= dict(chunksize=CHUNK, dtype=str, keep_default_na=False, skip_blank_lines=False, encoding="utf-8-sig")
     question, answer, rating = (
         next((name for name in names if name in columns), "") for names in (QUESTIONS, ANSWERS, RATINGS)
     )
@@ -196,10 +196,12 @@ def _sudokus(path, lines, problems):
         if re.fullmatch(r"[-+=|\s]*", line) and not (dashes and len(compact) in BOXES and "+" not in line):
             continue  # a border between boxes
         row = _row(line, compact, width if spaced else 0)
+        signs = len(re.findall(rf"[\d{re.escape(blanks)}]", compact)) if not spaced else len(row)
+        is_title = not rows and 2 * signs <= len(compact)
+        if is_title:
+            continue
         if len(row) not in BOXES or (rows and len(row) != len(rows[0])):
-            signs = len(re.findall(rf"[\d{re.escape(blanks)}]", compact))
-            if rows or 2 * signs > len(compact):  # other lines are titles
-                problems.add(place, "that are no puzzle", f"{len(compact)} signs")
+            problems.add(place, "that are no puzzle", f"{len(compact)} signs")
             rows = []
             continue
         first = first if rows else number

@@ -88,7 +88,7 @@ def test_wrong_grids_are_named_and_cost_no_other(tmp_path):
     assert len(tasks["a"].train) == 2 and len(tasks["a"].test) == 1
     text = "\n".join(problems)
     assert f"{len(bad)} pairs with a grid that is none" in text and "2 pairs without input and output" in text
-    assert "a.json: a, train 4: row 1, column 1: 10 is not a colour" in text and "a, train 3: expected rows" in text
+    assert "a.json: a, train 4: row 1, column 1: '10' is not a colour" in text and "a, train 3: expected rows" in text
     assert "entries that are no task: " in text
     with pytest.raises(DataError, match="no JSON"):
         read(put(tmp_path / "b.json", "["))
