@@ -30,7 +30,7 @@ from data_utils.pages.tasks import DIGIT, Task
 from data_utils.reasoning import sudoku as puzzles
 from data_utils.reasoning.arc_tasks import read_tasks
 from data_utils.reasoning.puzzle_layouts import Problems
-from data_utils.reasoning.puzzle_rows import Form, is_answers, read_questions, report_wrong, write_answers
+from data_utils.reasoning.puzzle_rows import Form, is_answers, read_questions, result_of, write_answers
 from models.glyphs import END, HOLE, NEWLINE, PADDING
 from models.multimodal import Multimodal
 from models.planning import pick, select
@@ -110,8 +110,7 @@ def answer_pages(cfg):
         write_submission(cfg.out, attempts)
     elif cfg.out:
         write_answers(cfg.out, rows)
-    report_wrong(wrong, len(rows), problems, cfg.input)
-    return {}
+    return result_of(wrong, len(asked), problems, cfg.input)
 
 
 def load(path, device="cpu"):

@@ -22,7 +22,7 @@ from data_utils.hardware import open_device
 from data_utils.reasoning.dataset import open_tokenizer
 from data_utils.reasoning.folder import PUZZLES
 from data_utils.reasoning.puzzle_layouts import Problems
-from data_utils.reasoning.puzzle_rows import form_of, is_answers, read_questions, report_wrong, write_answers
+from data_utils.reasoning.puzzle_rows import form_of, is_answers, read_questions, result_of, write_answers
 from data_utils.tokenizer import SimpleTokenizer, restore_tokenizer
 from models.hrm import HRM
 from models.sampling import choose
@@ -60,7 +60,7 @@ def answer(cfg):
 def answer_puzzles(cfg, model):
     """Answer puzzles: answers go to stdout, verdicts to stderr, both to --out. cfg: AnswerConfig of generate.py.
 
-    Raises DataError, after the last answer, if one breaks the rules or a row of --input is no puzzle.
+    The status is 1 if an answer breaks the rules or a row of --input is no puzzle.
     """
     form = model.form
     problems = Problems()
@@ -85,8 +85,7 @@ def answer_puzzles(cfg, model):
                 wrong.append(place)
     if cfg.out:
         write_answers(cfg.out, rows)
-    report_wrong(wrong, len(rows), problems, cfg.input)
-    return {}
+    return result_of(wrong, len(rows), problems, cfg.input)
 
 
 class Reasoner(nn.Module):

@@ -15,7 +15,7 @@ import numpy as np
 
 from data_utils.documents import suffix_of
 from data_utils.errors import DataError, UsageError
-from data_utils.files import begins, make_room, write_atomic
+from data_utils.files import begins, make_room, warn, write_atomic
 from data_utils.reasoning import arc_tasks, maze, sudoku, trm_layout
 from data_utils.reasoning import folder as prepared
 from data_utils.reasoning.puzzle_layouts import BLANKS, Problems, read_lines, read_puzzles
@@ -435,11 +435,16 @@ def write_answers(path, rows):
     print(f"{path}: {len(rows)} answers", file=sys.stderr)
 
 
-def report_wrong(wrong, count, problems, source):
-    """Raise DataError if answers break the rules, or if rows of the source were no puzzles."""
-    reasons = [f"{source}: not answered: {line}" for line in problems.lines()]
-    if wrong:
+def result_of(wrong, count, problems, source):
+    """Return the result of generate.py: status 1 if answers break the rules or rows had none; warn of both.
+
+    wrong: places of the puzzles whose answers break the rules, of `count`. Raises DataError if none was answered.
+    """
+    if problems.count and not count:
+        raise DataError(f"{source}: no puzzle that this model reads: {'; '.join(problems.lines())}")
+    for line in problems.lines():
+        warn(f"{source}: not answered: {line}")
+    if wrong and count > 1:
         places = ", ".join(wrong[:SHOWN]) + (", ..." if len(wrong) > SHOWN else "")
-        reasons.append(f"{len(wrong)} of {count} answers break the rules of their puzzles: {places}")
-    if reasons:
-        raise DataError("\n".join(reasons))
+        warn(f"{len(wrong)} of {count} answers break the rules of their puzzles: {places}")
+    return dict(status=1) if wrong or problems.count else {}

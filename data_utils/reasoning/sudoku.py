@@ -212,12 +212,17 @@ def disguises(grids, size):
 
 def _in_order_of_appearance(grids, size):
     """Return the grids (n, N) as bytes (n,), with digits renamed in order of appearance and blanks as they are."""
-    cells = grids.shape[1]
-    first = np.stack([np.where((hit := grids == d).any(1), hit.argmax(1), cells) for d in range(1, size + 1)], 1)
-    names = np.zeros((len(grids), size + 1), np.uint8)
-    names[:, 1:] = first.argsort(1, kind="stable").argsort(1) + 1
-    labels = np.take_along_axis(names, grids.astype(np.int64), 1) + np.uint8(1)  # bytes of numpy must not end with 0
-    return np.ascontiguousarray(labels).view(f"S{cells}")[:, 0]
+    n, cells = grids.shape
+    if grids.all():  # the first row has every digit
+        order = grids[:, :size].argsort(1)
+    else:
+        first = [np.where((hit := grids == d).any(1), hit.argmax(1), cells) for d in range(1, size + 1)]
+        order = np.stack(first, 1).argsort(1, kind="stable").argsort(1)
+    names = np.zeros((n, size + 1), np.uint8)
+    names[:, 1:] = order + 1
+    places = grids + np.arange(0, n * (size + 1), size + 1, dtype=np.int32)[:, None]
+    labels = names.reshape(-1).take(places) + np.uint8(1)  # bytes of numpy must not end with 0
+    return labels.view(f"S{cells}")[:, 0]
 
 
 def repeats(grids, size):

@@ -224,24 +224,25 @@ def test_an_answer_of_another_maze_is_left_out(tmp_path, capsys):
 
 
 def test_our_own_folders_are_read_and_files_of_others_stay(tmp_path):
-    made = tmp_path / "made"
-    prepare_data.main(prepare_data.SudokuConfig(out=str(made), size=4, givens=6, train=12, val=6, num_threads=1))
-    splits = prepare(made, tmp_path / "copy")
-    assert all((splits[split] == np.load(made / f"{split}.npy")).all() for split in splits)
+    folder = tmp_path / "made"
+    prepare_data.main(prepare_data.SudokuConfig(out=str(folder), size=4, givens=6, train=12, val=6, num_threads=1))
+    splits = prepare(folder, tmp_path / "copy")
+    assert all((splits[split] == np.load(folder / f"{split}.npy")).all() for split in splits)
     with pytest.raises(UsageError, match="is complete"):
-        prepare(made, tmp_path / "copy")
-    prepare(made, tmp_path / "copy", fresh=True)
+        prepare(folder, tmp_path / "copy")
+    prepare(folder, tmp_path / "copy", fresh=True)
     assert not list((tmp_path / "copy").glob("*.bak"))
-    prepare_data.main(prepare_data.PuzzlesConfig(source=str(made), out=str(tmp_path / "trm"), format="trm", fresh=True))
-    prepare_data.main(prepare_data.PuzzlesConfig(source=str(made), out=str(tmp_path / "trm"), format="trm", fresh=True))
+    options = dict(source=str(folder), out=str(tmp_path / "trm"), format="trm", fresh=True)
+    for _ in range(2):
+        prepare_data.main(prepare_data.PuzzlesConfig(**options))
     assert not list((tmp_path / "trm").rglob("*.bak"))
     mine = tmp_path / "mine"
     (mine / "train").mkdir(parents=True)
     (mine / "train" / "dataset.json").write_text("{}")
     with pytest.raises(UsageError, match="not written by prepare_data.py"):
-        prepare(made, mine, format="trm")
+        prepare(folder, mine, format="trm")
     with pytest.raises(UsageError, match="overlap"):
-        prepare(made, made / "inside")
+        prepare(folder, folder / "inside")
 
 
 @pytest.mark.parametrize(
