@@ -77,6 +77,9 @@ def answer_pages(cfg):
     options = dict(paths=cfg.paths, noise=cfg.noise, seed=cfg.seed)
     rows, attempts, wrong = [], {}, []
     for number, (name, question) in enumerate(asked):
+        if question is None:
+            attempts.setdefault(name, []).append(dict(attempt_1=[[0]], attempt_2=[[0]]))  # Kaggle wants all tests
+            continue
         batch = to_batch(question, task, model.augment, cfg.seed, device)
         answers, q = think(model, batch, steps, lambda x: choose(x, cfg.temperature, 0, 1.0, draws)[:, 0], **options)
         text, note = describe_answer(question, task, answers[-1], q[-1])
@@ -110,7 +113,8 @@ def answer_pages(cfg):
         write_submission(cfg.out, attempts)
     elif cfg.out:
         write_answers(cfg.out, rows)
-    return result_of(wrong, len(asked), problems, cfg.input)
+    answered = sum(question is not None for _, question in asked)
+    return result_of(wrong, answered, problems, cfg.input)
 
 
 def load(path, device="cpu"):
@@ -202,7 +206,7 @@ def has_several(text):
 
 
 def published_questions(path, task, config, votes, problems):
-    """Return [(name, Question)] of every test of the ARC tasks in a file or folder."""
+    """Return [(name, Question)] of every test of the ARC tasks in a file or folder; None for one that is too large."""
     _, tasks = read_tasks(path, problems)
     numbers = known_numbers(task, config)
     questions = []
@@ -213,6 +217,7 @@ def published_questions(path, task, config, votes, problems):
         for i, (grid, _) in enumerate(arc_task.test, 1):
             if max(grid.shape) > task.rows:
                 problems.add(f"{arc_task.name}, test {i}", f"larger than the model's {task.rows} x {task.rows}")
+                questions.append((arc_task.name, None))
             else:
                 questions.append((arc_task.name, arc_question(grid, number, task, votes)))
     if unknown:

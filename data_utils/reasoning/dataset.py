@@ -165,7 +165,7 @@ def open_splits(folder, *, workers=0, skip_bad_lines=False, cache_dir="", rank=0
     """
     folder, meta = Path(folder), read_meta(folder)
     if meta["kind"] in (*PUZZLES, "trm"):
-        raise UsageError(f"{folder} holds puzzles, not pairs")
+        raise UsageError(f"{folder} holds {'Sudokus' if meta['kind'] == 'sudoku' else 'puzzles'}, not pairs")
     if not (folder / "train.bin").is_file():
         files = [path for split in SPLITS if (path := folder / f"{split}.jsonl").is_file()]
         stamps = {path.name: [path.stat().st_size, path.stat().st_mtime_ns] for path in files}
