@@ -87,9 +87,13 @@ class Form:
 
 
 def form_of(meta):
-    """Return the Form of the meta.json of a prepared folder."""
+    """Return the Form of the meta.json of a prepared folder. Raises DataError for sizes that none has."""
     size = meta.get("size", 0)
-    return Form(meta["kind"], meta.get("rows", size), meta.get("cols", size))
+    rows, cols = meta.get("rows", size), meta.get("cols", size)
+    sizes = range(1, LARGEST_MAZE + 1) if meta["kind"] == "maze" else sudoku.BOXES
+    if not all(type(side) is int and side in sizes for side in (rows, cols)):
+        raise DataError(f"meta.json: a {meta['kind']} of {rows} x {cols} cells")
+    return Form(meta["kind"], rows, cols)
 
 
 @dataclass
