@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 
 import prepare_data
-from data_utils.errors import DataError
+from data_utils.errors import DataError, UsageError
 from data_utils.reasoning import maze, trm_layout
 from data_utils.reasoning.arc_tasks import ArcTask
+from data_utils.reasoning.dataset import open_dataset
 from data_utils.reasoning.puzzle_layouts import Problems
 from data_utils.reasoning.puzzle_rows import read_source
 from data_utils.reasoning.sudoku import sudoku
@@ -252,3 +253,17 @@ def test_a_pickle_is_never_loaded(tmp_path):
         np.save(tmp_path / "train" / f"all__{name}.npy", np.array([{}], object), allow_pickle=True)
     with pytest.raises(DataError, match="pickle"):
         read_source(str(tmp_path), Problems())
+
+
+def test_the_trainer_names_the_command_that_reads_the_layout(tmp_path):
+    questions, answers = sudoku(size=4, givens=8, n=6, seed=0)
+    for split, part in (("train", slice(4)), ("test", slice(4, 6))):
+        put_table(tmp_path / "csv" / f"{split}.csv", questions[part], answers[part], ".1234")
+    out = prepare(tmp_path / "csv", tmp_path / "trm", format="trm")
+    options = dict(max_seq_len=16, data_seed=0, reveal=0.0, say=print)
+    for _ in range(2):  # with our meta.json, then without one, as published
+        with pytest.raises((UsageError, DataError), match="try: python prepare_data.py puzzles --source .*trm --out"):
+            open_dataset(str(out), **options)
+        (out / "meta.json").unlink(missing_ok=True)
+    prepare(out, tmp_path / "back")
+    assert open_dataset(str(tmp_path / "back"), **options).rows("train") == 4
