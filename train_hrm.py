@@ -7,7 +7,7 @@
     torchrun --nproc-per-node 2 train_hrm.py --dataset sudoku --run_name sudoku9   # several GPUs
 
 KEY=VALUE is --key value. --fsdp lets the processes share the weights. prepare_data.py language
-makes the prepared rows.
+makes the prepared rows, and prepare_data.py puzzles reads published Sudokus and mazes.
 
 Writes runs/<run_name>/checkpoints/{step_N,final}.pt with a .yaml each, best-model/, metrics.jsonl
 and loss.png. The same command goes on from the newest checkpoint there. In a notebook, paste this
@@ -162,6 +162,13 @@ class SudokuConfig(HrmConfig):
     mixed_precision: Literal["none", "bf16", "fp16", "auto"] = "auto"  # auto: bf16 where it is fast
 
 
+@dataclass
+class MazeConfig(SudokuConfig):
+    max_seq_len: int = 900  # cells
+    positions: Literal["rope", "ends", "grid"] = "rope"  # rotary, counted from both ends, or a grid
+    relation_bias: bool = False  # cells of a grid know who shares their row, column or box
+
+
 def variant(dataset):
     """Return the class of a data set; meta.json of a prepared folder tells puzzles from rows."""
     classes = {"synthetic": SyntheticConfig, "sudoku": SudokuConfig, "": HrmConfig}
@@ -169,7 +176,7 @@ def variant(dataset):
         return classes[dataset]
     try:
         meta = json.loads(Path(dataset, "meta.json").read_text(encoding="utf-8"))
-        return SudokuConfig if meta["kind"] == "sudoku" else HrmConfig
+        return dict(sudoku=SudokuConfig, maze=MazeConfig).get(meta["kind"], HrmConfig)
     except (OSError, ValueError, KeyError, TypeError):
         return HrmConfig
 

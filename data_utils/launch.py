@@ -103,6 +103,8 @@ def reader_left():
 def launch(main, cfg, leave=True):
     """Run main(cfg) as a program and exit: 0 done, 1 bad data or failed run, 2 usage, 128 + signal when stopped.
 
+    main returns a dict: `stopped` is the number of that signal, `status` the exit status of a main that did not fail.
+
     An error that the user can fix prints a short message instead of a traceback. leave=False: return the result of
     main, and exit only if it fails. Does nothing if cfg is None, which from_cli returns in a notebook: there call
     main(Config(...)). cfg.remedy, if there is one, are flags that need less memory.
@@ -117,6 +119,7 @@ def launch(main, cfg, leave=True):
         result = main(cfg)
         if not leave:
             return result
+        status = result.get("status", 0)
         stopped = result.get("stopped", 0)
         if stopped:
             status = 130 if stopped == signal.SIGINT else 143

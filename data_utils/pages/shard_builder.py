@@ -25,7 +25,7 @@ from data_utils.progress import LINE_SECONDS, say
 from data_utils.stop import Stop
 from data_utils.workers import in_order
 
-SOURCE_FLAGS = ("page_rows", "page_cols", "text_source", "stories", "code_dir", "arc_set", "arc_side")
+SOURCE_FLAGS = ("page_rows", "page_cols", "text_source", "stories", "code_dir", "arc_set", "arc_side", "puzzles")
 SIZE_FLAGS = ("train_samples", "test_samples", "build_batch", "seed")
 BATCH = r"batch_(\d{5,})\.pt"
 DATA = rf"(manifest\.json|test\.pt|{BATCH}|consolidated_\d{{3,}}\.pt)(\.tmp-\d+)?"  # names of files built here

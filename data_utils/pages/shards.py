@@ -16,6 +16,7 @@ import numpy as np
 from data_utils.errors import DataError
 from data_utils.files import lock_run, root
 from data_utils.pages import shard_builder, shard_files
+from data_utils.pages.published import adopt
 from data_utils.progress import LINE_SECONDS, say
 
 STALE = 60  # seconds without a sign of the builder before the reader gives up
@@ -318,6 +319,7 @@ def begin_pages(cfg):
     Rank 0 locks cfg.checkpoint_path and starts a builder if data are missing, unless dataset_only. Raises UsageError
     and DataError for unusable flags and files before it writes anything.
     """
+    adopt(cfg)
     folder = cfg.data_paths[0]
     begun = Begun({}, {}, Builder(folder, None), None)
     if cfg.dataset_only:

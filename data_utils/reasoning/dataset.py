@@ -1,4 +1,4 @@
-"""The data sets of train_hrm.py behind one interface: sums, Sudokus, prepared folders, or one random batch.
+"""The data sets of train_hrm.py behind one interface: sums, Sudokus, mazes, prepared folders, or one random batch.
 
 Each has meta (vocab_size, ...), hash, tokenizer, rows(split), order(seed, epoch), batch(split, index, number) -> dict
 of (B, ...) tensors, and row_facts(split, index) -> the numbers per row that `halting.summarize` needs.
@@ -7,6 +7,7 @@ B rows, S ids of the encoder, T labels, N cells. A batch follows from its number
 
 import hashlib
 import json
+import shlex
 import time
 from functools import partial
 from itertools import islice
@@ -17,9 +18,12 @@ import numpy as np
 import torch
 
 from data_utils.errors import DataError, UsageError
+from data_utils.files import unused
 from data_utils.reasoning import sources
 from data_utils.reasoning.arithmetic import build_synthetic_dataset
-from data_utils.reasoning.folder import Writer, read_index, read_meta, read_row, write_beside
+from data_utils.reasoning.folder import PUZZLES, Writer, read_index, read_meta, read_row, write_beside
+from data_utils.reasoning.maze import turn_each
+from data_utils.reasoning.puzzle_rows import form_of
 from data_utils.reasoning.rows import SPLITS, id_type, pack, read_ids
 from data_utils.reasoning.sudoku import augment, load_puzzles, make
 from data_utils.tokenizer import SimpleTokenizer, load_tokenizer
@@ -37,15 +41,29 @@ def open_dataset(dataset, *, max_seq_len, data_seed, reveal, say, **reading):
         pairs.short = len("What is 12 + 34?") + 2  # ids of a prompt with two operands of two digits
         return pairs
     meta = dict(kind="sudoku", vocab_size=10, size=9) if dataset == "sudoku" else read_meta(dataset)
-    if meta["kind"] != "sudoku":
+    if meta["kind"] == "arc":
+        raise UsageError(
+            f"--dataset {dataset}: ARC tasks need the ids of their rules, which only pictures have\n"
+            f"try: python train_multimodal.py --arch arc --puzzles {shlex.quote(str(dataset))}"
+        )
+    if meta["kind"] == "trm":
+        dest = unused(dataset, "_prepared")
+        raise UsageError(
+            f"--dataset {dataset}: the layout of HRM and TRM\n"
+            f"try: python prepare_data.py puzzles --source {shlex.quote(str(dataset))} --out {shlex.quote(str(dest))}"
+        )
+    if meta["kind"] not in PUZZLES:
         return open_pairs(dataset, max_seq_len=max_seq_len, say=say, **reading)
-    if max_seq_len != meta["size"] ** 2:
-        raise UsageError(f"--max_seq_len {max_seq_len}: the puzzles have {meta['size'] ** 2} cells")
+    form = form_of(meta)
+    if max_seq_len != form.cells:
+        raise UsageError(
+            f"--max_seq_len {max_seq_len}: the puzzles have {form.cells} cells\ntry: --max_seq_len {form.cells}"
+        )
     if dataset == "sudoku":
         say(f"making {BUILT_IN['train']} + {BUILT_IN['val']} puzzles")
         grids = make(**BUILT_IN, seed=data_seed, processes=cores())
     else:
-        grids = load_puzzles(dataset)
+        grids = load_puzzles(dataset, form.cells)
     return Puzzles(grids, meta, seed=data_seed, reveal=reveal)
 
 
@@ -59,7 +77,7 @@ def random_batch(n, length, vocab_size):
 
 
 class Puzzles:
-    """Sudokus {split: (puzzles, solutions)}, uint8 (n, N) each; training rows are augmented anew in each batch."""
+    """Sudokus or mazes {split: (puzzles, solutions)}, uint8 (n, N) each; each training batch is augmented anew."""
 
     tokenizer = SimpleNamespace(name="digits", hash="", json_text="")
 
@@ -84,7 +102,10 @@ class Puzzles:
         puzzles, solutions = (grid[index] for grid in self.grids[split])
         if number is not None:
             rng = np.random.default_rng((self.seed, number))
-            puzzles, solutions = augment(puzzles, solutions, size=self.meta["size"], rng=rng, reveal=self.reveal)
+            if self.meta["kind"] == "maze":
+                puzzles, solutions = turn_each(puzzles, solutions, self.meta["rows"], self.meta["cols"], rng)
+            else:
+                puzzles, solutions = augment(puzzles, solutions, size=self.meta["size"], rng=rng, reveal=self.reveal)
         return dict(encoder_ids=torch.from_numpy(puzzles).long(), labels=torch.from_numpy(solutions).long())
 
     def example(self):
@@ -98,8 +119,9 @@ class Puzzles:
 
     def row_facts(self, split, index):
         """Return {labels, blanks}, (B,) each: the number of cells, and of blank ones."""
-        blanks = torch.from_numpy(self.grids[split][0][index] == 0).sum(1)
-        return dict(labels=torch.full_like(blanks, self.meta["size"] ** 2), blanks=blanks)
+        puzzles = self.grids[split][0][index]
+        blanks = torch.from_numpy(puzzles == 0).sum(1)  # of a maze: open cells, some of which the path takes
+        return dict(labels=torch.full_like(blanks, puzzles.shape[1]), blanks=blanks)
 
 
 # ---- prompts and answers ---------------------------------------------------------------------------------------------
@@ -147,8 +169,8 @@ def open_splits(folder, *, workers=0, skip_bad_lines=False, cache_dir="", rank=0
     other ranks wait. Raises DataError, with file:line for a bad line.
     """
     folder, meta = Path(folder), read_meta(folder)
-    if meta["kind"] == "sudoku":
-        raise UsageError(f"{folder} holds Sudokus, not pairs")
+    if meta["kind"] in (*PUZZLES, "trm"):
+        raise UsageError(f"{folder} holds {'Sudokus' if meta['kind'] == 'sudoku' else 'puzzles'}, not pairs")
     if not (folder / "train.bin").is_file():
         files = [path for split in SPLITS if (path := folder / f"{split}.jsonl").is_file()]
         stamps = {path.name: [path.stat().st_size, path.stat().st_mtime_ns] for path in files}

@@ -34,6 +34,19 @@ FINISHED = {name: f"{name}.npy" if name.endswith("idx") else name for name in FI
 KNOWN = {*FINISHED.values(), "train.npy", "val.npy", "meta.json", "tokenizer.json", "progress.json", ".prepare.lock"}
 KNOWN |= {f"{name}.partial" for name in FILES["both"]}
 SUDOKU = ("train.npy", "val.npy")  # data files of the command sudoku
+PUZZLES = ("sudoku", "maze", "arc")  # kinds of meta.json whose rows are puzzles
+TRM = [f"all__{name}.npy" for name in ("inputs", "labels", "puzzle_identifiers", "puzzle_indices", "group_indices")]
+TRM = [f"{split}/{name}" for split in ("train", "test") for name in ("dataset.json", *TRM)]
+PUZZLE_FILES = {
+    *SUDOKU,
+    "train_ratings.npy",
+    "val_ratings.npy",
+    "arc.json",
+    "identifiers.json",
+    "test_puzzles.json",
+    *TRM,
+}
+KNOWN |= PUZZLE_FILES  # of the command puzzles
 FLAGS = dict(language="--dest", merge="--output_dir", mix="--output_dir", convert="--output_dir")  # others have --out
 
 
@@ -82,7 +95,7 @@ def read_meta(folder):
     try:
         meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
         meta = dict(kind="pairs", max_seq_len=0, tokenizer_file="tokenizer.json", counts={}, source_files=[]) | meta
-        if meta["kind"] == "sudoku":
+        if meta["kind"] in (*PUZZLES, "trm"):
             return meta
         present = [form for form in ("bin", "jsonl") if (folder / f"train.{form}").is_file()]
         meta.setdefault("format", (present or [""])[0])
@@ -101,9 +114,18 @@ def read_meta(folder):
     raise DataError(f"{reason}\ntry: {_advice(folder)}")
 
 
+def puzzle_kind(folder):
+    """Return which of PUZZLES a prepared folder holds; "" for any other folder."""
+    kind = _read_json(Path(folder, "meta.json")).get("kind")
+    return kind if kind in PUZZLES else ""
+
+
 def _advice(folder):
     """Return the command that makes a prepared folder, from the rows in `folder` if there are any."""
     endings = (".jsonl", ".json", ".txt", ".parquet", ".arrow", ".gz")
+    if (folder / "train" / "dataset.json").is_file():
+        dest = unused(folder, "_prepared")
+        return f"python prepare_data.py puzzles --source {shlex.quote(str(folder))} --out {shlex.quote(str(dest))}"
     readable = folder.is_dir() and any(path.suffix in endings for path in folder.rglob("*"))
     if not readable or (folder / "meta.json").exists():
         return "python prepare_data.py language --help"
@@ -194,10 +216,14 @@ def written_here(folder):
         if sizes:  # a killed finish may have renamed some files
             renamed = [name for name in sizes if not (folder / f"{name}.partial").exists()]
             names |= {"tokenizer.json", *(FINISHED[name] for name in renamed)}
+        elif isinstance(progress["specification"], dict) and progress["specification"].get("command") == "puzzles":
+            names |= PUZZLE_FILES
         else:
             names |= set(SUDOKU)
     data = SUDOKU if meta.get("kind") == "sudoku" else FILES.get(meta.get("format"), ())
     data = [FINISHED.get(name, name) for name in data]
+    if isinstance(meta.get("files"), list) and PUZZLE_FILES.issuperset(map(str, meta["files"])):
+        data = [str(name) for name in meta["files"]]
     if data and all((folder / name).is_file() for name in data):
         if hash_of(folder / name for name in sorted(data)) == meta.get("data_sha256"):
             names |= {"meta.json", *data}

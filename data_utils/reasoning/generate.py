@@ -10,6 +10,7 @@ import time
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn as nn
 
@@ -17,12 +18,17 @@ from data_utils.checkpoint import load_checkpoint, numbered_files
 from data_utils.config import at_least, check_unicode
 from data_utils.documents import read_text
 from data_utils.errors import CheckpointError, UsageError
+from data_utils.files import check_replaceable
 from data_utils.hardware import open_device
 from data_utils.reasoning.dataset import open_tokenizer
-from data_utils.reasoning.sudoku import parse_puzzle
+from data_utils.reasoning.folder import PUZZLES
+from data_utils.reasoning.puzzle_layouts import Problems
+from data_utils.reasoning.puzzle_rows import form_of, is_answers, read_questions, result_of, write_answers
 from data_utils.tokenizer import SimpleTokenizer, restore_tokenizer
 from models.hrm import HRM
 from models.sampling import choose
+
+PUZZLES_AT_ONCE = 32
 
 
 def answer(cfg):
@@ -30,7 +36,12 @@ def answer(cfg):
     at_least(cfg, 0, "temperature", "top_k", "top_p", "seed", "segments")
     check_unicode(cfg, "prompt")
     path = best_of_run(Path("runs", cfg.run_name)) if cfg.run_name else cfg.checkpoint
+    check_replaceable(cfg.out, cfg.fresh, is_answers, inputs=[cfg.input])
     model, _ = load(path, cfg.device, cfg.dataset)
+    if model.form:
+        return answer_puzzles(cfg, model)
+    if cfg.out:
+        raise UsageError(f"--out {cfg.out}: only answers to puzzles become a table\ntry: the command with > FILE")
     prompts = [prompt.removeprefix("\ufeff") for prompt in cfg.prompt]  # a byte order mark is no character
     prompts += _read_lines(cfg.input) if cfg.input else []
     if not prompts:
@@ -49,12 +60,44 @@ def answer(cfg):
     return {}
 
 
+def answer_puzzles(cfg, model):
+    """Answer puzzles: answers go to stdout, verdicts to stderr, both to --out. cfg: AnswerConfig of generate.py.
+
+    The status is 1 if an answer breaks the rules or a row of --input is no puzzle.
+    """
+    form = model.form
+    problems = Problems()
+    questions = [("--prompt", form.parse(prompt.removeprefix("\ufeff"))) for prompt in cfg.prompt]
+    if cfg.input:
+        questions += [(place, cells) for place, _, cells in read_questions(cfg.input, form, problems)[1]]
+    if not questions and not problems.count:
+        raise UsageError("no puzzle\ntry: --input FILE, or --prompt with its signs")
+    rows = []
+    wrong = []
+    for start in range(0, len(questions), PUZZLES_AT_ONCE):
+        batch = questions[start : start + PUZZLES_AT_ONCE]
+        began = time.monotonic()
+        answers, segments = model.fill(np.stack([cells for _, cells in batch]), cfg.segments, cfg.halting)
+        rate = answers.size / (time.monotonic() - began)
+        for (place, cells), filled, used in zip(batch, answers, segments, strict=True):
+            right, words = form.verdict(cells, filled)
+            print(form.show(filled), flush=True)
+            print(f"{words}; {used} segments, {form.cells} tokens, {rate:.0f} tokens/s", file=sys.stderr)
+            rows.append((form.line(cells), form.line(filled), words))
+            if not right:
+                wrong.append(place)
+    if cfg.out:
+        write_answers(cfg.out, rows)
+    return result_of(wrong, len(rows), problems, cfg.input)
+
+
 class Reasoner(nn.Module):
     """A trained reasoner with its tokenizer, which is None for puzzles: model.answer(prompt) -> text."""
 
     def __init__(self, network, tokenizer, encode, state):
         """encode: prompt -> ids. state: the checkpoint."""
         super().__init__()
+        self.form = form_of_model(network, state)  # of its puzzles; None for text
         self.network = network
         self.tokenizer = tokenizer
         self.encode = encode
@@ -102,9 +145,8 @@ class Reasoner(nn.Module):
             raise UsageError(f"a prompt of {S} tokens, the model was built for {network.max_seq_len}")
         thinking = dict(segments=segments or self.segments, threshold=self.threshold if halting else math.inf)
         if network.cells:
-            digits, used = network.solve(ids, **thinking)
-            rows = digits.view(math.isqrt(S), -1).tolist()
-            return "\n".join("".join(map(str, row)) for row in rows), S, used.item()
+            (filled,), (used,) = self.fill(ids.numpy(force=True), segments, halting)
+            return self.form.show(filled), S, used
 
         def choose_token(logits):
             return choose(logits, temperature, top_k, top_p, generator)
@@ -112,6 +154,22 @@ class Reasoner(nn.Module):
         limits = dict(bos_id=self.tokenizer.bos_id, eos_id=self.tokenizer.eos_id, max_new_tokens=max_new_tokens)
         (tokens,), used = network.generate(ids, None, **limits, **thinking, choose=choose_token)
         return self.tokenizer.decode(tokens), len(tokens) + 1, used.item()
+
+    def fill(self, puzzles, segments=0, halting=True):
+        """Return (answers (n, N) uint8, segments used [n]) of puzzles (n, N). Arguments as in generate.AnswerConfig."""
+        ids = torch.from_numpy(puzzles).long().to(self.network.head.weight.device)
+        threshold = self.threshold if halting else math.inf
+        cells, used = self.network.solve(ids, segments or self.segments, threshold)
+        return cells.numpy(force=True).astype(np.uint8), used.tolist()
+
+
+def form_of_model(network, state):
+    """Return the Form of the puzzles that a model fills in, None for a model of text."""
+    if not network.cells:
+        return None
+    side = math.isqrt(network.max_seq_len)
+    meta = state.get("meta", {})
+    return form_of(meta if meta.get("kind") in PUZZLES else dict(kind="sudoku", size=side))
 
 
 def _read_lines(path):
@@ -152,7 +210,8 @@ def load_reasoner(path, dataset="auto"):
     except RuntimeError as e:
         raise CheckpointError(f"{path} does not fit its own model_args: {str(e).splitlines()[0]}") from e
     if model.cells:
-        return model.frozen(), state, lambda prompt: parse_puzzle(prompt).tolist(), None
+        form = form_of_model(model, state)
+        return model.frozen(), state, lambda prompt: form.parse(prompt).tolist(), None
     if state.get("tokenizer_json"):
         tokenizer = restore_tokenizer(state, path)
     else:  # a checkpoint of before

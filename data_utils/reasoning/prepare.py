@@ -269,8 +269,8 @@ def _chunk(folder):
     """
     meta = read_meta(folder)
     sizes = {}
-    if meta["kind"] == "sudoku":
-        raise DataError(f"{folder} holds Sudokus: make more of them instead")
+    if meta["kind"] in (*prepared.PUZZLES, "trm"):
+        raise DataError(f"{folder} holds puzzles: make more of them instead")
     for name in FILES[meta["format"]]:
         path = folder / FINISHED[name]
         if not path.is_file():

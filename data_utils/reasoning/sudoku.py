@@ -15,6 +15,11 @@ from data_utils.workers import in_order
 
 BOXES = {4: (2, 2), 6: (2, 3), 9: (3, 3)}  # rows and columns of a box
 NODES = 400  # visited by a random fill before it restarts: the rare long searches cost more than all the short ones
+MOST_NODES = 100_000  # visited by `solve` before it gives up: some seconds
+
+
+class _TooLongError(Exception):
+    """A search visited more nodes than it may."""
 
 
 @cache
@@ -34,16 +39,17 @@ def peers(size):
     ]
 
 
-def _search(grid, size, limit, draw=None):
+def _search(grid, size, limit, draw=None, solutions=None, most=0):
     """Fill the blanks of the list `grid`, fewest candidates first; return the number of solutions, at most `limit`.
 
     With `draw` cell and digits are random, and the grid stays filled at the first solution; then 0 may also mean that
-    NODES were not enough. The free digits of rows, columns and boxes are bit masks.
+    NODES were not enough. solutions: a list that gets each solution. most: nodes after which _TooLongError is raised.
+    The free digits of rows, columns and boxes are bit masks.
     """
     places = units(size)
     all_free = (1 << size) - 1
     rows, columns, boxes = [all_free] * size, [all_free] * size, [all_free] * size
-    nodes = NODES
+    nodes = most or NODES
 
     def flip(cell, bit):
         row, column, box = places[cell]
@@ -54,42 +60,59 @@ def _search(grid, size, limit, draw=None):
     def fill(blanks, wanted):
         nonlocal nodes
         if not blanks:
+            if solutions is not None:
+                solutions.append(list(grid))
             return 1
         nodes -= 1
         if draw and nodes < 0:
             return 0
+        if most and nodes < 0:
+            raise _TooLongError
         fewest, tied = size + 1, []
         for cell in blanks:
             row, column, box = places[cell]
             free = rows[row] & columns[column] & boxes[box]
-            count = free.bit_count()
-            if count < fewest:
-                fewest, tied = count, [(cell, free)]
-                if count < 2 and not draw:
+            candidates = free.bit_count()
+            if candidates < fewest:
+                fewest, tied = candidates, [(cell, free)]
+                if candidates < 2 and not draw:
                     break
-            elif draw and count == fewest:
+            elif draw and candidates == fewest:
                 tied.append((cell, free))
         cell, free = draw.choice(tied) if draw else tied[0]
         others = [blank for blank in blanks if blank != cell]
-        solutions = 0
+        count = 0
         digits = [d for d in range(size) if free >> d & 1]
         if draw:
             draw.shuffle(digits)
         for digit in digits:
             flip(cell, 1 << digit)
             grid[cell] = digit + 1
-            solutions += fill(others, wanted - solutions)
+            count += fill(others, wanted - count)
             flip(cell, 1 << digit)
-            if solutions >= wanted:
+            if count >= wanted:
                 break
-        if not solutions or not draw:
+        if not count or not draw:
             grid[cell] = 0
-        return solutions
+        return count
 
     for cell, digit in enumerate(grid):
         if digit:
             flip(cell, 1 << digit - 1)
     return fill([cell for cell, digit in enumerate(grid) if not digit], limit)
+
+
+def solve(puzzle, size, most=MOST_NODES):
+    """Return (number of solutions, a solution (N,) uint8 or None) of a puzzle (N,) without contradictions.
+
+    The number is 0, 1, or 2 for several; None if `most` nodes of the search were not enough.
+    """
+    solutions = []
+    try:
+        count = _search(puzzle.tolist(), size, 2, solutions=solutions, most=most)
+    except _TooLongError:
+        count = None
+    return count, np.array(solutions[0], np.uint8) if solutions else None
 
 
 def sudoku(*, size, givens, n, seed, first=0):
@@ -177,6 +200,67 @@ def _relabelled(cells):
     return bytes(names.setdefault(digit, len(names)) for digit in cells.tolist())
 
 
+def disguises(grids, size):
+    """Return bytes (n,) that are the same for a grid (n, N), its relabellings, its turned and mirrored versions."""
+    cells = np.arange(size * size).reshape(size, size)
+    high, wide = BOXES[size]
+    turns = range(4) if high == wide else (0, 2)  # a quarter turn would give boxes of 3 rows and 2 columns
+    least = None
+    for turn in turns:
+        for order in (np.rot90(cells, turn), np.fliplr(np.rot90(cells, turn))):
+            labels = _in_order_of_appearance(grids[:, order.reshape(-1)], size)
+            least = labels if least is None else np.where(labels < least, labels, least)
+    return least
+
+
+def _in_order_of_appearance(grids, size):
+    """Return the grids (n, N) as bytes (n,), with digits renamed in order of appearance and blanks as they are."""
+    n, cells = grids.shape
+    if grids.all():  # the first row has every digit
+        order = grids[:, :size].argsort(1)
+    else:
+        first = [np.where((hit := grids == d).any(1), hit.argmax(1), cells) for d in range(1, size + 1)]
+        order = np.stack(first, 1).argsort(1, kind="stable").argsort(1)
+    names = np.zeros((n, size + 1), np.uint8)
+    names[:, 1:] = order + 1
+    places = grids + np.arange(0, n * (size + 1), size + 1, dtype=np.int32)[:, None]
+    labels = names.reshape(-1).take(places) + np.uint8(1)  # bytes of numpy must not end with 0
+    return labels.view(f"S{cells}")[:, 0]
+
+
+def repeats(grids, size):
+    """Return (n,) bool: whether a digit stands twice in a row, column or box of the (n, N) grids; 0 is a blank."""
+    twice = np.zeros(len(grids), bool)
+    for place in np.array(units(size)).T:
+        groups = np.sort(grids[:, place.argsort(kind="stable")].reshape(len(grids), size, size), 2)
+        twice |= ((groups[:, :, 1:] == groups[:, :, :-1]) & (groups[:, :, 1:] > 0)).any((1, 2))
+    return twice
+
+
+def fault(puzzle, answer, size):
+    """Return how an answer (N,) breaks the rules of a puzzle (N,), in words; "" if it solves it."""
+    changed = np.flatnonzero((puzzle > 0) & (puzzle != answer))
+    if len(changed):
+        i = int(changed[0])
+        return f"the given {puzzle[i]} in row {i // size + 1}, column {i % size + 1} became {answer[i]}"
+    for name, places in zip(("row", "column", "box"), np.array(units(size)).T, strict=True):
+        for number in range(size):
+            digits = answer[places == number].tolist()
+            missing = sorted(set(range(1, size + 1)) - set(digits))
+            if missing:
+                return f"{name} {number + 1} has no {missing[0]}"
+    return ""
+
+
+def verdict(puzzle, answer, size):
+    """Return (whether an answer (N,) solves a puzzle (N,), words on that and on the puzzle itself)."""
+    problem = fault(puzzle, answer, size)
+    count, _ = solve(puzzle, size)
+    state = {0: "the puzzle has no solution", 2: "the puzzle has several solutions"}.get(count, "")
+    words = f"not solved: {problem}" if problem else "solved"
+    return not problem, f"{words}; {state}" if state else words
+
+
 def augment(puzzles, solutions, *, size, rng, reveal=0.0):
     """Return (B, N) puzzles and solutions under random symmetries: digits, bands, stacks, their lines, transposition.
 
@@ -237,8 +321,11 @@ def parse_puzzle(text):
     return grid
 
 
-def load_puzzles(folder):
-    """Return {split: (puzzles, solutions)} of a prepared Sudoku folder, (n, N) uint8 memory maps each."""
+def load_puzzles(folder, cells=0):
+    """Return {split: (puzzles, solutions)} of a prepared Sudoku folder, (n, N) uint8 memory maps each.
+
+    cells: N of another kind of puzzle.
+    """
     splits = {}
     for split in ("train", "val"):
         path = f"{folder}/{split}.npy"
@@ -247,8 +334,8 @@ def load_puzzles(folder):
         except (OSError, ValueError, EOFError) as e:
             advice = f"try: python prepare_data.py sudoku --out {shlex.quote(str(folder))} --fresh"
             raise DataError(f"{path}: {str(e).splitlines()[0]}\n{advice}") from e
-        cells = {n * n for n in BOXES}
-        if grids.dtype != np.uint8 or grids.ndim != 3 or grids.shape[1] != 2 or grids.shape[2] not in cells:
+        sizes = {cells} if cells else {n * n for n in BOXES}
+        if grids.dtype != np.uint8 or grids.ndim != 3 or grids.shape[1] != 2 or grids.shape[2] not in sizes:
             raise DataError(f"{path}: expected uint8 (n, 2, cells), found {grids.dtype} {grids.shape}")
         splits[split] = grids[:, 0], grids[:, 1]
     return splits

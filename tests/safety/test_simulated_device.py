@@ -150,7 +150,9 @@ def test_six_scripts_run_on_a_gpu_that_refuses_what_gpus_refuse(
     commands = [str(tmp_path / "refused.py"), *(command.format(data=data) for command in commands())]
     results = simulate(library, kind, capability, [command.split() for command in commands], tmp_path)
     failed = [
-        f"{command}\nstatus {status}\n{out}" for command, (status, out) in zip(commands, results, strict=True) if status
+        f"{command}\nstatus {status}\n{out}"
+        for command, (status, out) in zip(commands, results, strict=True)
+        if status and not (status == 1 and "not solved: " in out)  # a model of three steps solves no Sudoku
     ]
     assert not failed, "\n\n".join(failed)
     first = {}

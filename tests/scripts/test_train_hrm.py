@@ -163,12 +163,33 @@ def test_puzzles_are_answered(puzzles, tmp_path):
     row = results(tmp_path / "runs" / "four")[1][-1]
     assert {"loss", "exact", "cells", "exact_halting", "segments"} <= row.keys()
     ask = ["--run_name=four", "--prompt", "1...3......4..2."]
-    out, err = finish(start("generate.py", *ask, cwd=tmp_path))
+    out, err = finish(start("generate.py", *ask, cwd=tmp_path), 1)
     assert len(out.split()) == 4 and all(len(line) == 4 for line in out.split()) and "segments" in err
-    again, _ = finish(start("generate.py", *ask, cwd=tmp_path))
+    assert err.startswith("not solved: ")  # after so few steps
+    again, _ = finish(start("generate.py", *ask, cwd=tmp_path), 1)
     assert again == out
+    (tmp_path / "q.csv").write_text("quizzes,solutions\n1...3......4..2.,\n1100000000000000,\n")
+    out, err = finish(start("generate.py", "--run_name=four", "--input=q.csv", "--out=a.csv", cwd=tmp_path), 1)
+    assert out == again and "q.csv:3: row 1 has 1 twice" in err
+    header, line = (tmp_path / "a.csv").read_text().splitlines()
+    assert header == "question,answer,verdict"
+    assert line.strip('"').startswith(f"1000300000040020,{''.join(out.split())},")
     _, err = finish(start("generate.py", "--run_name=four", "--prompt", "11.." * 4, cwd=tmp_path), 2)
     assert "contradictory" in err
+
+
+def test_published_mazes_are_trained_on_and_answered(tmp_path):
+    mazes = [f"S{'#' * i}{' ' * (4 - i)}\n     \n    G" for i in range(4)]
+    (tmp_path / "mazes.txt").write_text("\n\n".join(mazes))
+    finish(start("prepare_data.py", "puzzles", "--source=mazes.txt", "--out=ready", "--val_ratio=0.4", cwd=tmp_path))
+    flags = ["--dataset=ready", "--core_layers=1", "--steps=4", "--segments=2", "--run_name=maze"]
+    _, err = finish(train(tmp_path, *flags), 2)
+    assert "try: --max_seq_len 15" in err
+    finish(train(tmp_path, *flags, "--max_seq_len=15"))
+    out, err = finish(start("generate.py", "--run_name=maze", "--input=mazes.txt", cwd=tmp_path), 1)
+    assert len(out.removesuffix("\n").split("\n")) == 12 and err.count("segments") == 4
+    _, err = finish(start("generate.py", "--run_name=maze", "--prompt=S G", cwd=tmp_path), 2)
+    assert "expected one maze of 3 x 5 cells" in err
 
 
 def test_prepared_text(text, tmp_path):
