@@ -19,9 +19,13 @@ from data_utils.errors import CheckpointError, UsageError
 from data_utils.hardware import open_device
 from data_utils.reasoning.dataset import open_tokenizer
 from data_utils.reasoning.sudoku import parse_puzzle
+from data_utils.reasoning.weights import parse_cells
 from data_utils.tokenizer import SimpleTokenizer, restore_tokenizer
 from models.hrm import HRM
 from models.sampling import choose
+from models.token_grid import TokenGrid
+
+NETWORKS = dict(hrm=HRM, token_grid=TokenGrid)  # by the kind of a checkpoint: trained here, or published
 
 
 def answer(cfg):
@@ -58,6 +62,7 @@ class Reasoner(nn.Module):
         config = state["config"]
         self.segments = config["eval_segments"] or config["segments"] * (4 if network.halting else 1)
         self.threshold = state["halt_threshold"]  # halting logit that ends the reasoning earlier
+        self.signs = state.get("signs", "0123456789")  # of the tokens of a puzzle
         self.header = {name: state[name] for name in ("kind", "model_args", "tokenizer", "tokenizer_hash")}
         self.header["tokenizer_json"] = tokenizer.json_text if tokenizer else ""
         self.fixed_length = network.cells
@@ -99,9 +104,9 @@ class Reasoner(nn.Module):
             raise UsageError(f"a prompt of {S} tokens, the model was built for {network.max_seq_len}")
         thinking = dict(segments=segments or self.segments, threshold=self.threshold if halting else math.inf)
         if network.cells:
-            digits, used = network.solve(ids, **thinking)
-            rows = digits.view(math.isqrt(S), -1).tolist()
-            return "\n".join("".join(map(str, row)) for row in rows), S, used.item()
+            tokens, used = network.solve(ids, **thinking)
+            rows = tokens.view(math.isqrt(S), -1).tolist()
+            return "\n".join("".join(self.signs[token] for token in row) for row in rows), S, used.item()
 
         def choose_token(logits):
             return choose(logits, temperature, top_k, top_p, generator)
@@ -121,6 +126,7 @@ def _read_lines(path):
 def load(path, device="cpu", dataset="auto"):
     """Load a checkpoint or a run folder of train_hrm.py -> (Reasoner with averaged weights, its tokenizer or None).
 
+    A checkpoint of `prepare_data.py weights` is as good.
     dataset: that of the training, or "auto". Raises UsageError, listing the checkpoints, or CheckpointError.
     """
     path = Path(path)
@@ -139,15 +145,18 @@ def load_reasoner(path, dataset="auto"):
     if not Path(path).exists():
         existing = ", ".join(str(file) for file in sorted(Path(path).parent.glob("*.pt"))) or "none"
         raise UsageError(f"--checkpoint {path}: no such file; checkpoints there: {existing}")
-    state = load_checkpoint(path, "hrm")
+    state = load_checkpoint(path, [*NETWORKS])
     if dataset not in ("auto", state["dataset"]):
         raise UsageError(f"--dataset {dataset}: {path} was trained on {state['dataset']}")
-    model = HRM(**state["model_args"])
+    model = NETWORKS[state["kind"]](**state["model_args"])
     try:
         model.load_state_dict(state["model_state"])
         model.load_state_dict(state["ema"], strict=False)
     except RuntimeError as e:
         raise CheckpointError(f"{path} does not fit its own model_args: {str(e).splitlines()[0]}") from e
+    if state["kind"] == "token_grid":
+        encode = partial(parse_cells, signs=state["signs"], cells=model.max_seq_len)
+        return model.frozen(), state, lambda prompt: encode(prompt).tolist(), None
     if model.cells:
         return model.frozen(), state, lambda prompt: parse_puzzle(prompt).tolist(), None
     if state.get("tokenizer_json"):
