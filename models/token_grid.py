@@ -11,12 +11,29 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from models.transformer import Rotary, SwiGLU
+from models.transformer import SwiGLU
 
 
 def scaled(h, eps):
     """Divide h by its root mean square over the last dimension: (..., C) -> (..., C)."""
     return h * torch.rsqrt(h.square().mean(-1, keepdim=True) + eps)
+
+
+class Rotary(nn.Module):
+    """Rotate pairs of coordinates by an angle that grows with the position: (B, S, heads, D) -> the same.
+
+    transformer.Rotary is faster. This one rounds as the official code does: the recursion amplifies a last bit up to
+    a thousand times.
+    """
+
+    def __init__(self, dim, length, base):
+        super().__init__()
+        angle = torch.outer(torch.arange(length).float(), 1.0 / base ** (torch.arange(0, dim, 2) / dim))  # (S, D / 2)
+        self.register_buffer("cos", torch.cat([angle.cos()] * 2, -1)[:, None], persistent=False)
+        self.register_buffer("sin", torch.cat([-angle.sin(), angle.sin()], -1)[:, None], persistent=False)
+
+    def forward(self, x):
+        return x * self.cos + x.roll(x.shape[-1] // 2, -1) * self.sin
 
 
 class SelfAttention(nn.Module):
@@ -68,9 +85,11 @@ class TokenGrid(nn.Module):
         puzzle_places: P. slow_layers: blocks of f_H, 0 = f_H is f_L (TRM). inner: inner width of SwiGLU, across: as in
         Block. positions: `rope`, `learned` or `none`. halting: `stop` reads the logit of stopping, `compare` its
         difference from the logit of going on.
-        Raises ValueError if the vector of a puzzle does not fit its places.
+        Raises ValueError for sizes that do not go together.
         """
         super().__init__()
+        if d_model % (2 * n_heads):
+            raise ValueError(f"d_model {d_model} over n_heads {n_heads}: the head dim must be whole and even")
         if puzzle_dim > puzzle_places * d_model or bool(puzzle_dim) != bool(puzzle_places):
             raise ValueError(f"puzzle_dim {puzzle_dim} in puzzle_places {puzzle_places} of d_model {d_model}")
         length = puzzle_places + cells

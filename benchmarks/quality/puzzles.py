@@ -428,7 +428,7 @@ def recipe(args):
     noisy = percent(solved(surest(arm, rest[0], LONGER[0], chosen), rest[1]))
     views = percent(solved(voted(arm, rest[0], LONGER[0]), rest[1]))
     _, texts = scores(arm, rest)
-    yield figure("best", f"{title}, recursion, surest of {PATHS} noisy paths", noisy, ">= 30", unit="%",
+    yield figure("surest", f"{title}, recursion, surest of {PATHS} noisy paths", noisy, ">= 30", unit="%",
                  baseline=percent(singles_of(rest[0])),
                  spread=[f"noise {chosen:g}, chosen on the other half", f"{statistics.mean(rest[2]):.0f} guesses",
                          f"{(rest[0] > 0).sum(1).mean():.1f} givens", steps,

@@ -144,16 +144,24 @@ def test_generate_fills_in_puzzles(tmp_path, capsys):
     checkpoint = convert(path)
     capsys.readouterr()
     (tmp_path / "puzzles.txt").write_text(f"{PUZZLE}\n{PUZZLE.replace('.', '0')}\n")
-    assert generate.main(generate.parse([checkpoint, f"--input={tmp_path}/puzzles.txt", "--segments=2"])) is not None
+    generate.main(generate.parse([checkpoint, f"--input={tmp_path}/puzzles.txt", "--segments=2", "--no-halting"]))
     shown = capsys.readouterr()
-    tokens = network.solve(torch.tensor([[0 if s == "." else int(s) for s in PUZZLE]]) + 1, 2, 0.0)[0]
+    tokens = network.solve(torch.tensor([[0 if s == "." else int(s) for s in PUZZLE]]) + 1, 2)[0]
     rows = ["".join("?.123456789"[token] for token in row) for row in tokens.view(9, 9).tolist()]
     assert shown.out.splitlines() == rows * 2 and "2 segments, 81 tokens" in shown.err
     with pytest.raises(UsageError, match="contradictory puzzle"):
         generate.main(generate.parse([checkpoint, f"--prompt=55{PUZZLE[2:]}"]))
     model, tokenizer = load(checkpoint)
-    assert tokenizer is None and model.answer(PUZZLE, segments=2) == "\n".join(rows)
-    generate.main(generate.parse([checkpoint, f"--export={tmp_path}/model.safetensors"]))
+    assert tokenizer is None and model.answer(PUZZLE, segments=2, halting=False) == "\n".join(rows)
+
+
+@torch.no_grad()
+def test_the_forward_pass_that_is_exported(tmp_path):
+    path, network = published(tmp_path, fast_layers=1)
+    (tmp_path / "all_config.yaml").write_text("arch: {H_cycles: 3, L_cycles: 6, halt_max_steps: 2}")
+    model, _ = load(convert(path))
+    (ids,) = model.example(2, 81)
+    assert torch.equal(model(ids), network(ids, segments=2)[0]) and list(model.axes) == ["ids"]
 
 
 def test_mazes_and_models_without_signs():
@@ -189,7 +197,7 @@ def test_other_files_are_refused(tmp_path):
     torch.save(state, bad)
     with pytest.raises(DataError, match="does not fit its settings"):
         convert(bad)
-    with pytest.raises(DataError, match="does not fit its settings"):
+    with pytest.raises(DataError, match="the head dim must be whole and even"):
         convert(path, num_heads=3)
     for text in ("arch: 7", "lr: 1", "[", "arch: {H_cycles: many}", "arch: {num_heads: -1}"):
         (tmp_path / "all_config.yaml").write_text(text)
