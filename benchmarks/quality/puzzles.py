@@ -52,8 +52,7 @@ LONGER = 16, 32, 64  # of the recipe
 MOST_GIVENS, FEWEST = 26, 17  # of hard puzzles
 EASY, DOWN_AT = 40, 0.5  # givens at the start of the training, share of it after which all givens are hard ones
 BANDS = (0, 0), (1, 9), (10, 49), (50, 10**9)  # ratings
-VIEWS = 8  # symmetric versions of a puzzle that vote
-NOISE, PATHS = (0.1, 0.3, 1.0), 8  # standard deviations that are tried, noisy paths of which the surest answers
+NOISE = 0.1, 0.3, 1.0  # standard deviations that are tried
 DECAY = 0.995  # of averaged weights
 WARMUP = 0.02  # share of the training
 CHUNK = 100  # puzzles at a time in a test
@@ -308,11 +307,11 @@ def think(arm, puzzles, segments, noise=0.0, seed=0):
     return answers, halt.float()
 
 
-def voted(arm, puzzles, segments):
-    """Return the answers (n, 81) that most of VIEWS symmetric versions of each puzzle agree on."""
+def voted(arm, puzzles, segments, views):
+    """Return the answers (n, 81) that most of so many symmetric versions of each puzzle agree on."""
     n, answers, halts = len(puzzles), [], []
     each = np.arange(n)[:, None]
-    for view in range(VIEWS):
+    for view in range(views):
         cells, digits = puzzles_of.symmetries(n, 9, np.random.default_rng((3, view)))
         if not view:  # the puzzle itself
             cells[:], digits[:] = np.arange(81), np.arange(10)
@@ -323,10 +322,10 @@ def voted(arm, puzzles, segments):
     return pick(answers, select(answers[None], halts[None], "vote")[0])
 
 
-def surest(arm, puzzles, segments, noise):
-    """Return the answers (n, 81) of the surest of PATHS paths, noise on their states."""
-    paths = [think(arm, puzzles, segments, noise, seed) for seed in range(PATHS)]
-    answers, halts = (torch.stack([part[:, -1] for part in side], 1) for side in zip(*paths, strict=True))
+def surest(arm, puzzles, segments, noise, paths):
+    """Return the answers (n, 81) of the surest of so many paths, noise on their states."""
+    results = [think(arm, puzzles, segments, noise, seed) for seed in range(paths)]
+    answers, halts = (torch.stack([part[:, -1] for part in side], 1) for side in zip(*results, strict=True))
     return pick(answers, halts.argmax(1))
 
 
@@ -339,7 +338,7 @@ def percent(values):
     return round(100 * float(values.mean()), 1) if len(values) else 0.0
 
 
-def scores(arm, rows):
+def scores(arm, rows, views):
     """Return (percent solved after the last segment, texts on everything else) of test rows."""
     puzzles, solutions, ratings = rows
     answers, halt = think(arm, puzzles, max(COUNTS))
@@ -353,7 +352,7 @@ def scores(arm, rows):
         texts.append(f"after {', '.join(map(str, COUNTS))} segments "
                      f"{', '.join(str(percent(right[:, k - 1])) for k in COUNTS)}")  # fmt: skip
         texts.append(f"halting {percent(halted)} after {last.double().mean() + 1:.1f} segments")
-    texts.append(f"{VIEWS} views vote {percent(solved(voted(arm, puzzles, max(COUNTS)), solutions))}")
+    texts.append(f"{views} views vote {percent(solved(voted(arm, puzzles, max(COUNTS), views), solutions))}")
     bands = []
     for low, high in BANDS:
         inside = torch.from_numpy((ratings >= low) & (ratings <= high))
@@ -376,7 +375,7 @@ def models(args):
             yield figure(id_of(name), f"9 x 9 Sudoku, held out, solved, {name}", None, baseline=peers.GET[code])
             continue
         for test, held in tests.items():
-            value, texts = scores(arm, held)
+            value, texts = scores(arm, held, args.views)
             yield figure(f"{id_of(name)}.{id_of(test)}", f"9 x 9 Sudoku, {test}, held out, solved, {name}", value,
                          unit="%", baseline=percent(singles_of(held[0])),
                          spread=[*texts, steps, "baseline: single candidates, repeated"])  # fmt: skip
@@ -424,41 +423,40 @@ def recipe(args):
     right = solved(think(arm, rest[0], segments)[0], rest[1])
     counts = [k for k in LONGER if k <= segments]
     after = [percent(right[:, k - 1]) for k in counts]
-    chosen = max(NOISE, key=lambda noise: percent(solved(surest(arm, few[0], LONGER[0], noise), few[1])))
-    noisy = percent(solved(surest(arm, rest[0], LONGER[0], chosen), rest[1]))
-    views = percent(solved(voted(arm, rest[0], LONGER[0]), rest[1]))
-    _, texts = scores(arm, rest)
-    yield figure("surest", f"{title}, recursion, surest of {PATHS} noisy paths", noisy, ">= 30", unit="%",
+    chosen = max(NOISE, key=lambda noise: solved(surest(arm, few[0], LONGER[0], noise, args.paths), few[1]).mean())
+    noisy = percent(solved(surest(arm, rest[0], LONGER[0], chosen, args.paths), rest[1]))
+    _, texts = scores(arm, rest, args.views)
+    yield figure("surest", f"{title}, recursion, surest of {args.paths} noisy paths", noisy, ">= 30", unit="%",
                  baseline=percent(singles_of(rest[0])),
                  spread=[f"noise {chosen:g}, chosen on the other half", f"{statistics.mean(rest[2]):.0f} guesses",
                          f"{(rest[0] > 0).sum(1).mean():.1f} givens", steps,
                          "baseline: single candidates, repeated"])  # fmt: skip
     yield figure("segments", f"{title}, recursion, after {', '.join(map(str, counts))} segments",
                  ", ".join(map(str, after)), unit="%", spread=texts)  # fmt: skip
-    yield figure("votes", f"{title}, recursion, {VIEWS} views vote", views, unit="%")
     controls = (
         ("once", "the same parameters once", ONCE, True),
         ("no_curriculum", "recursion without the curriculum", ours, False),
     )
     for id, words, build, curriculum in controls:
         arm, steps = trained(args, words, build, rows, curriculum)
-        value, texts = scores(arm, rest)
+        value, texts = scores(arm, rest, args.views)
         yield figure(id, f"{title}, {words}", value, unit="%", spread=[*texts, steps])
 
 
 ROWS = dict(models=models, recipe=recipe)
-QUICK = dict(train=8, test=4, minutes=0.05, batch=4, width=32)
+QUICK = dict(train=6, test=2, minutes=0.05, batch=4, width=32, views=2, paths=2)
 
 
 def main(argv=None):
     parser = command_line(__doc__, ROWS, "quality.puzzles", threads=1, minutes=60.0, train=4000, test=600, batch=64,
-                          width=128, official_lr=1e-3)  # fmt: skip
+                          width=128, official_lr=1e-3, views=8, paths=8)  # fmt: skip
     add = parser.add_argument
     add("--home", type=Path, default=WORK / "puzzles", help="where puzzles and trained arms lie")
     add("--peers", type=Path, default=peers.CLONES, help="clones of the official code")
     add("--arms", default="", help="only the models whose names hold one of these words, comma separated")
     args = parser.parse_args(argv)
-    flags = changed_flags(parser, args, ["threads", "minutes", "train", "test", "batch", "width", "official_lr"])
+    numbers = ["threads", "minutes", "train", "test", "batch", "width", "official_lr", "views", "paths"]
+    flags = changed_flags(parser, args, numbers)
     if args.quick:
         vars(args).update(QUICK)
         args.home = args.home / "quick"
