@@ -267,7 +267,7 @@ def rows_of(system, folder):
 HARD = "--dataset={work}/hard --run_name=hard --save_minutes=0 --log_steps=5 --lr_scheduler=constant --reveal=0.5"
 HARD_FULL = "--d_model=512 --n_heads=8 --batch_size=256 --steps=1000000"
 HARD_SCORES = ("solved", "exact"), ("with halting", "exact_halting"), ("cells", "cells")  # of a validation
-HARD_TINY = "--d_model=32 --batch_size=4 --segments=1 --steps=10 --warmup_steps=2"
+HARD_TINY = "--max_seq_len=16 --d_model=32 --batch_size=4 --segments=1 --steps=10 --warmup_steps=2"
 
 
 # --- rows ---------------------------------------------------------------------------------------
@@ -430,7 +430,9 @@ def data_rows(cfg):
         source = [f"--source={work}/rows_text", f"--dest={work}/rows", "--vocab_size=8192", "--format=bin"]
         write = [ROOT / "prepare_data.py", "language", *source, "--max_chars=4000000"]
         rows.append(row("rows", [FILE, "text", work / "rows_text", 3], write))
-    sizes = ["--train=4", "--val=2"] if cfg.tiny else ["--train=1000", "--val=200"]
+    sizes = ["--train=1000", "--val=200"]
+    if cfg.tiny:
+        sizes = ["--size=4", "--train=8", "--val=4", "--num_threads=1"]
     rows.append(row("hard", [ROOT / "prepare_data.py", "sudoku", "--givens=0", *sizes, f"--out={work}/hard"]))
     return [*rows, pages("multimodal", "pages"), pages("sudoku9", "sudoku")]
 

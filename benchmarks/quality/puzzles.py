@@ -63,7 +63,8 @@ def rows_of(args):
     """Return hard puzzles to train on, and {name: (puzzles, solutions, ratings)} to test; made once, then read."""
     path = args.home / f"puzzles-{args.train}-{args.test}.npz"
     if not path.exists():
-        hard = puzzles_of.make(size=9, givens=0, train=args.train, val=args.test, seed=1, processes=cores())
+        processes = 1 if args.quick else cores()
+        hard = puzzles_of.make(size=9, givens=0, train=args.train, val=args.test, seed=1, processes=processes)
         kept = {split: (x > 0).sum(1) <= MOST_GIVENS for split, (x, _) in hard.items()}
         train, test = ([grid[kept[split]] for grid in hard[split]] for split in ("train", "val"))
         arrays = dict(train_x=train[0], train_y=train[1], hard=test[0], solutions=test[1])

@@ -34,7 +34,7 @@ def test_the_form_for_a_cpu_runs_every_row_in_under_a_minute(tmp_path):
         if name.endswith("generate"):
             assert row["compared"] == dict(fp32=0.0, later=0.0, resumed=0.0)  # one CPU agrees with itself
     assert all(0 <= results[f"{name} bf16"]["waits_for_host"] < 1 for name in ("multimodal", "sudoku9"))
-    assert rows[-1].name == "sudoku9 hard" and "held out after 10 steps: solved 0.0 %" in results[rows[-1].name]["note"]
+    assert rows[-1].name == "sudoku9 hard" and "held out after 10 steps: solved" in results["sudoku9 hard"]["note"]
     assert ended.stdout.splitlines()[0].startswith(f"cpu: {facts['name']}; torch {facts['torch']}")
     assert ended.stdout.splitlines()[-1] == "22 of 22 rows ran"
     page = out.with_suffix(".md").read_text()
