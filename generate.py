@@ -156,6 +156,7 @@ FIRST = dict(events="--model", multimodal="--checkpoint")  # flags whose name ma
 KINDS = dict(  # kind in a checkpoint, up to its colon: (its configuration, the flag that names the checkpoint)
     expert=(Config, "--checkpoint"),
     hrm=(AnswerConfig, "--checkpoint"),
+    token_grid=(AnswerConfig, "--checkpoint"),
     sr=(FormulaConfig, "--model"),
     ae=(EventsConfig, "--model"),
     multimodal=(PagesConfig, "--checkpoint"),

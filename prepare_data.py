@@ -194,6 +194,19 @@ class EventsConfig(SourceConfig):
 
 
 @dataclass
+class WeightsConfig:
+    source: str = ""  # checkpoint of the official HRM or TRM, such as step_65100
+    kind: Literal["auto", "trm", "hrm"] = "auto"  # whose weights; auto: by their names
+    out: str = ""  # checkpoint to write, for generate.py; "" = SOURCE.pt
+    config: str = ""  # settings of the official run; "" = all_config.yaml beside --source, if it is there
+    num_heads: int = 0  # attention heads; 0 = by all_config.yaml, else 64 numbers each
+    H_cycles: int = 0  # slow updates in a segment; 0 = by all_config.yaml, else 3 of TRM, 2 of HRM
+    L_cycles: int = 0  # fast updates for each slow one; 0 = by all_config.yaml, else 6 of TRM, 2 of HRM
+    seq_len: int = 0  # cells of a grid; 0 = by the weights, else 81 of Sudoku, 900 of mazes and ARC
+    fresh: bool = False  # rename a file of other origin with that name to *.bak
+
+
+@dataclass
 class GeneratePoolConfig:
     config: str = field(default="", metadata=dict(short="-c"))  # skeleton_pool_*.yaml of a bundle
     output_dir: str = field(default="", metadata=dict(short="-o"))  # folder to write
@@ -455,6 +468,13 @@ def events(cfg):
     return {}
 
 
+def weights(cfg):
+    """Turn a published checkpoint of HRM or TRM into one that generate.py reads."""
+    from data_utils.reasoning.weights import convert
+
+    return convert(cfg)
+
+
 def generate_skeleton_pool(cfg):
     """Draw skeletons of formulas, none of a test set, and save them as a pool for train_sr.py."""
     from data_utils.formulas import prepare
@@ -482,6 +502,7 @@ COMMANDS = {
     "puzzles": (PuzzlesConfig, puzzles),
     "multimodal": (MultimodalConfig, multimodal),
     "events": (EventsConfig, events),
+    "weights": (WeightsConfig, weights),
     "generate-skeleton-pool": (GeneratePoolConfig, generate_skeleton_pool),
     "import-data": (ImportPoolConfig, import_data),
 }

@@ -1,7 +1,7 @@
 """Figures of this repo beside baselines, and the page that shows them all.
 
 speed/        experts, hrm, autoencoder, pictures, preparation, busy: how fast and how large
-quality/      diffuser, router, sudoku, formulas, autoencoder, pictures: what each system learns
+quality/      diffuser, router, sudoku, formulas, autoencoder, pictures, puzzles: what each system learns
 results/      one JSON per benchmark; README.md and results.png show all of them
 run.py        run benchmarks, write the page
 report.py     figures, command line, JSON

@@ -10,6 +10,7 @@ Three kinds of row, the most useful first:
 - SCRIPT: CPU, resume, generate: three steps of a small batch in each precision, the same steps on the CPU, the fp32 run
   resumed on the CPU, and generate.py with it. Losses are compared as |GPU - CPU| / CPU. The row fails when step 1
   differs by more than 0.1 % in fp32 or 2 % else, or a later step of fp32 or of the resumed run by more than 2 %.
+- sudoku9 hard: train_hrm.py on 1,000 Sudokus of as few givens as possible, for a fourth of the minutes; the last row.
 - nanoGPT, TRM: training steps of ours and of the official code in turn, where its code lies in benchmarks/peers.
 
 "waits for host" is the share of the time in which the GPU had nothing to do: the profiler records ten steps, and the
@@ -111,7 +112,7 @@ class System:
 
 
 SHORT = "--save_minutes=0"
-TEXT = f"--data_dir={{work}}/text --max_epochs=1000 {SHORT}"
+TEXT = f"--data_dir={{work}}/text --max_epochs=1000 --warmup_steps=6 {SHORT}"  # measured beyond the warmup
 FULL_TEXT = f"{TEXT} --tokenizer=bpe:{{work}}/bpe.json --eval_windows=64"
 TINY_TEXT = f"{TEXT} --tokenizer=bytes --eval_windows=8 --d_model=32 --n_heads=2 --n_layers=1 --max_seq_len=32"
 TINY_TEXT += " --batch_size=8"
@@ -263,6 +264,12 @@ def rows_of(system, folder):
                  peak_mb=float(row["max_memory_mib"]) * 2**20 / 1e6) for row in rows]  # fmt: skip
 
 
+HARD = "--dataset={work}/hard --run_name=hard --save_minutes=0 --log_steps=5 --lr_scheduler=constant --reveal=0.5"
+HARD_FULL = "--d_model=512 --n_heads=8 --batch_size=256 --steps=1000000"
+HARD_SCORES = ("solved", "exact"), ("with halting", "exact_halting"), ("cells", "cells")  # of a validation
+HARD_TINY = "--max_seq_len=16 --d_model=32 --batch_size=4 --segments=1 --steps=10 --warmup_steps=2"
+
+
 # --- rows ---------------------------------------------------------------------------------------
 @dataclass
 class Row:
@@ -385,6 +392,24 @@ def beside(cfg, name):
     return Row(f"{name} beside ours", [words], lambda logs: json.loads(path.read_text()))
 
 
+def hard(cfg):
+    """Train on Sudokus of as few givens as possible for a fourth of the minutes; held-out ones are the figure."""
+    seconds = 15 * cfg.minutes
+    flags = f"{HARD} {HARD_TINY if cfg.tiny else HARD_FULL} {MIXED[chosen(cfg)[0]]}".format(work=cfg.work)
+    words = [str(ROOT / "train_hrm.py"), *flags.split(), f"--max_seconds={seconds:g}", f"--device={cfg.device}"]
+    folder = Path(cfg.work, "runs", "hard")
+
+    def read(logs):
+        rows = read_rows(folder / "metrics.jsonl")
+        train, (*_, val) = ([row for row in rows if row.get("split") == split] for split in ("train", "val"))
+        shares = [f"{name} {100 * val[key]:.1f} %" for name, key in HARD_SCORES]
+        return dict(unit="tokens/s", speed=statistics.median(row["tokens_per_s"] for row in train),
+                    loss=train[-1]["loss"], peak_mb=train[-1]["peak_mb"],
+                    note=f"held out after {val['step']} steps: {', '.join(shares)}")  # fmt: skip
+
+    return Row("sudoku9 hard", [words], read, True, seconds + LIMIT, [Path(cfg.work, "hard", "meta.json")], [folder])
+
+
 def data_rows(cfg):
     """Return the rows that make the data of the others, without a network."""
 
@@ -405,6 +430,10 @@ def data_rows(cfg):
         source = [f"--source={work}/rows_text", f"--dest={work}/rows", "--vocab_size=8192", "--format=bin"]
         write = [ROOT / "prepare_data.py", "language", *source, "--max_chars=4000000"]
         rows.append(row("rows", [FILE, "text", work / "rows_text", 3], write))
+    sizes = ["--train=1000", "--val=200"]
+    if cfg.tiny:
+        sizes = ["--size=4", "--train=8", "--val=4", "--num_threads=1"]
+    rows.append(row("hard", [ROOT / "prepare_data.py", "sudoku", "--givens=0", *sizes, f"--out={work}/hard"]))
     return [*rows, pages("multimodal", "pages"), pages("sudoku9", "sudoku")]
 
 
@@ -428,6 +457,7 @@ def all_rows(cfg):
     for precision in () if on_cpu(cfg) else precisions:
         rows += [speed(cfg, name, precision, compiled=True) for name in MAIN]
         rows += [speed(cfg, "sudoku9", precision, compiled=True)] * (precision == first)
+    rows.append(hard(cfg))
     parts = cfg.only.split(",")
     return [row for row in rows if row.name.startswith("data:") or any(part in row.name for part in parts)]
 

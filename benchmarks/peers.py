@@ -94,14 +94,14 @@ def import_from(folder, shims, *names):
                 del sys.modules[name]
 
 
-def official_hrm():
+def official_hrm(folder=CLONES / "HRM"):
     """Import the official HRM, its two CUDA packages replaced -> modules (model, losses)."""
 
     def attention(q, k, v, causal):
         return F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)), is_causal=causal).transpose(1, 2)
 
     shims = dict(flash_attn=SimpleNamespace(flash_attn_func=attention), pydantic=SimpleNamespace(BaseModel=Settings))
-    return import_from(CLONES / "HRM", shims, "models.hrm.hrm_act_v1", "models.losses")
+    return import_from(folder, shims, "models.hrm.hrm_act_v1", "models.losses")
 
 
 def official_trm(folder):

@@ -68,6 +68,7 @@ BENCHMARKS = {  # module: (title, flags of each run at full size, flags at toy s
     ),
     "speed.pictures": ("Pictures: speed", [""], "--quick --threads 1"),
     "quality.pictures": ("Pictures: quality", [""], f"--quick --threads 1 --home {QUICK}/pictures"),
+    "quality.puzzles": ("Hard puzzles, official code beside", [""], f"--quick --threads 1 --home {QUICK}/puzzles"),
     "speed.busy": ("Beside busy processes", [""], "--quick --rows expert"),
     "gpu_check": ("On a GPU", [""], "--device cpu --tiny"),
     "speed.preparation": ("Data preparation", ["--times 2"], "--quick"),

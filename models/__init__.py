@@ -10,6 +10,7 @@ mla.py              multi-head latent attention
 router.py           mixture of frozen experts
 vector_store.py     store of training contexts, searched for neighbours
 trm.py              recursive core
+token_grid.py       published HRM and TRM, from their weights
 hrm.py              encoder, recursive core, decoder or head per cell
 set_transformer.py  features of points, attention over sets
 formula_model.py    formulas from points

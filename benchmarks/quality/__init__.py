@@ -6,4 +6,5 @@ sudoku.py       recursion and halting: sums, Sudoku, GSM8K
 formulas.py     symbolic regression on test sets, its parts against sympy and scipy
 autoencoder.py  codes, latents and loops of particle events
 pictures.py     puzzles, mazes, reading, planning and ARC from pictures
+puzzles.py      hard Sudokus, the official HRM and TRM beside
 """

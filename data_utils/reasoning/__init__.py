@@ -8,6 +8,7 @@ folder.py           prepared folders, whose writer continues after a kill
 prepare.py          commands language, merge, convert, arithmetic, sudoku
 dataset.py          the data sets of train_hrm.py behind one interface
 halting.py          scores of a validation set, and when to stop reasoning
+weights.py          command weights: published HRM and TRM
 generate.py         answers of trained reasoners
 nested_config.py    configuration files of older HRM trainers
 arithmetic.py       "What is 12 + 7?"

@@ -4,7 +4,6 @@ B batch, S prompt, T answer, V vocabulary.
 """
 
 import math
-import shlex
 import sys
 import time
 from functools import partial
@@ -20,6 +19,7 @@ from data_utils.documents import read_text
 from data_utils.errors import CheckpointError, UsageError
 from data_utils.files import check_replaceable
 from data_utils.hardware import open_device
+from data_utils.reasoning import maze
 from data_utils.reasoning.dataset import open_tokenizer
 from data_utils.reasoning.folder import PUZZLES
 from data_utils.reasoning.puzzle_layouts import Problems
@@ -27,6 +27,9 @@ from data_utils.reasoning.puzzle_rows import form_of, is_answers, read_questions
 from data_utils.tokenizer import SimpleTokenizer, restore_tokenizer
 from models.hrm import HRM
 from models.sampling import choose
+from models.token_grid import TokenGrid
+
+NETWORKS = dict(hrm=HRM, token_grid=TokenGrid)  # by the kind of a checkpoint: trained here, or published
 
 PUZZLES_AT_ONCE = 32
 
@@ -41,13 +44,11 @@ def answer(cfg):
     if model.form:
         return answer_puzzles(cfg, model)
     if cfg.out:
-        raise UsageError(f"--out {cfg.out}: only answers to puzzles become a table\ntry: the command with > FILE")
+        raise UsageError(f"--out {cfg.out}: only answers to puzzles become a table\nfix: > FILE in its place")
     prompts = [prompt.removeprefix("\ufeff") for prompt in cfg.prompt]  # a byte order mark is no character
     prompts += _read_lines(cfg.input) if cfg.input else []
     if not prompts:
-        network = model.network
-        example = "." * network.max_seq_len if network.cells else "What is 12 + 7?"
-        raise UsageError(f"no question: --prompt or --input FILE\ntry: --prompt {shlex.quote(example)}")
+        raise UsageError('no question: --prompt or --input FILE\ntry: --prompt "What is 12 + 7?"')
     names = ("max_new_tokens", "temperature", "top_k", "top_p", "segments", "halting")
     options = {name: getattr(cfg, name) for name in names}
     generator = torch.Generator(model.network.head.weight.device).manual_seed(cfg.seed)
@@ -71,7 +72,8 @@ def answer_puzzles(cfg, model):
     if cfg.input:
         questions += [(place, cells) for place, _, cells in read_questions(cfg.input, form, problems)[1]]
     if not questions and not problems.count:
-        raise UsageError("no puzzle\ntry: --input FILE, or --prompt with its signs")
+        advice = f"try: --prompt {'.' * form.cells}" if form.kind == "sudoku" else "fix: --input FILE"
+        raise UsageError(f"no puzzle: --prompt or --input FILE\n{advice}")
     rows = []
     wrong = []
     for start in range(0, len(questions), PUZZLES_AT_ONCE):
@@ -104,6 +106,7 @@ class Reasoner(nn.Module):
         config = state["config"]
         self.segments = config["eval_segments"] or config["segments"] * (4 if network.halting else 1)
         self.threshold = state["halt_threshold"]  # halting logit that ends the reasoning earlier
+        self.tokens = tokens_of_cells(self.form, state.get("signs", "")) if self.form else None
         self.header = {name: state[name] for name in ("kind", "model_args", "tokenizer", "tokenizer_hash")}
         self.header["tokenizer_json"] = tokenizer.json_text if tokenizer else ""
         self.fixed_length = network.cells
@@ -143,10 +146,10 @@ class Reasoner(nn.Module):
         S = ids.shape[1]
         if S > network.max_seq_len:
             raise UsageError(f"a prompt of {S} tokens, the model was built for {network.max_seq_len}")
-        thinking = dict(segments=segments or self.segments, threshold=self.threshold if halting else math.inf)
         if network.cells:
             (filled,), (used,) = self.fill(ids.numpy(force=True), segments, halting)
             return self.form.show(filled), S, used
+        thinking = dict(segments=segments or self.segments, threshold=self.threshold if halting else math.inf)
 
         def choose_token(logits):
             return choose(logits, temperature, top_k, top_p, generator)
@@ -157,10 +160,12 @@ class Reasoner(nn.Module):
 
     def fill(self, puzzles, segments=0, halting=True):
         """Return (answers (n, N) uint8, segments used [n]) of puzzles (n, N). Arguments as in generate.AnswerConfig."""
-        ids = torch.from_numpy(puzzles).long().to(self.network.head.weight.device)
+        ids = torch.from_numpy(self.tokens[puzzles]).to(self.network.head.weight.device)
         threshold = self.threshold if halting else math.inf
-        cells, used = self.network.solve(ids, segments or self.segments, threshold)
-        return cells.numpy(force=True).astype(np.uint8), used.tolist()
+        tokens, used = self.network.solve(ids, segments or self.segments, threshold)
+        cells = np.zeros(self.network.embedding.num_embeddings, np.uint8)  # of each token; padding becomes a blank
+        cells[self.tokens] = np.arange(len(self.tokens))
+        return cells[tokens.numpy(force=True)], used.tolist()
 
 
 def form_of_model(network, state):
@@ -169,7 +174,28 @@ def form_of_model(network, state):
         return None
     side = math.isqrt(network.max_seq_len)
     meta = state.get("meta", {})
+    if state["kind"] == "token_grid":
+        if not state["signs"] or side * side != network.max_seq_len:
+            return None
+        meta = dict(kind="sudoku" if "." in state["signs"] else "maze", size=side)
     return form_of(meta if meta.get("kind") in PUZZLES else dict(kind="sudoku", size=side))
+
+
+def tokens_of_cells(form, signs):
+    """Return the token of each cell of a Form (cells,) int64. signs: of the tokens of a published model, or "".
+
+    Models that are trained here have the cells themselves as tokens.
+    """
+    if not signs:
+        return np.arange(form.ids)
+    return np.array([signs.index(sign) for sign in (".123456789" if form.kind == "sudoku" else maze.SIGNS)])
+
+
+def _no_text(prompt):
+    raise UsageError(
+        "this model reads tokens, not text\n"
+        "fix: in Python, data_utils.reasoning.load(FILE)[0].network.solve(ids, 16, puzzle=numbers)"
+    )
 
 
 def _read_lines(path):
@@ -182,6 +208,7 @@ def _read_lines(path):
 def load(path, device="cpu", dataset="auto"):
     """Load a checkpoint or a run folder of train_hrm.py -> (Reasoner with averaged weights, its tokenizer or None).
 
+    A checkpoint of `prepare_data.py weights` is as good.
     dataset: that of the training, or "auto". Raises UsageError, listing the checkpoints, or CheckpointError.
     """
     path = Path(path)
@@ -200,10 +227,10 @@ def load_reasoner(path, dataset="auto"):
     if not Path(path).exists():
         existing = ", ".join(str(file) for file in sorted(Path(path).parent.glob("*.pt"))) or "none"
         raise UsageError(f"--checkpoint {path}: no such file; checkpoints there: {existing}")
-    state = load_checkpoint(path, "hrm")
+    state = load_checkpoint(path, [*NETWORKS])
     if dataset not in ("auto", state["dataset"]):
         raise UsageError(f"--dataset {dataset}: {path} was trained on {state['dataset']}")
-    model = HRM(**state["model_args"])
+    model = NETWORKS[state["kind"]](**state["model_args"])
     try:
         model.load_state_dict(state["model_state"])
         model.load_state_dict(state["ema"], strict=False)
@@ -211,7 +238,7 @@ def load_reasoner(path, dataset="auto"):
         raise CheckpointError(f"{path} does not fit its own model_args: {str(e).splitlines()[0]}") from e
     if model.cells:
         form = form_of_model(model, state)
-        return model.frozen(), state, lambda prompt: form.parse(prompt).tolist(), None
+        return model.frozen(), state, (lambda prompt: form.parse(prompt).tolist()) if form else _no_text, None
     if state.get("tokenizer_json"):
         tokenizer = restore_tokenizer(state, path)
     else:  # a checkpoint of before

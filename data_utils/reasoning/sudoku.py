@@ -39,12 +39,13 @@ def peers(size):
     ]
 
 
-def _search(grid, size, limit, draw=None, solutions=None, most=0):
+def _search(grid, size, limit, draw=None, solutions=None, most=0, guesses=None):
     """Fill the blanks of the list `grid`, fewest candidates first; return the number of solutions, at most `limit`.
 
     With `draw` cell and digits are random, and the grid stays filled at the first solution; then 0 may also mean that
     NODES were not enough. solutions: a list that gets each solution. most: nodes after which _TooLongError is raised.
-    The free digits of rows, columns and boxes are bit masks.
+    guesses: a list that gets each cell with several candidates. The free digits of rows, columns and boxes are bit
+    masks.
     """
     places = units(size)
     all_free = (1 << size) - 1
@@ -80,6 +81,8 @@ def _search(grid, size, limit, draw=None, solutions=None, most=0):
             elif draw and candidates == fewest:
                 tied.append((cell, free))
         cell, free = draw.choice(tied) if draw else tied[0]
+        if guesses is not None and fewest > 1:
+            guesses.append(cell)
         others = [blank for blank in blanks if blank != cell]
         count = 0
         digits = [d for d in range(size) if free >> d & 1]
@@ -113,6 +116,16 @@ def solve(puzzle, size, most=MOST_NODES):
     except _TooLongError:
         count = None
     return count, np.array(solutions[0], np.uint8) if solutions else None
+
+
+def rate(puzzle, size):
+    """Return how often a search must guess until it has solved the puzzle (N,) and seen that no other solution exists.
+
+    The search fills a cell with the fewest candidates first. It never guesses where single candidates are enough.
+    """
+    guesses = []
+    _search(np.asarray(puzzle).tolist(), size, 2, guesses=guesses)
+    return len(guesses)
 
 
 def sudoku(*, size, givens, n, seed, first=0):
@@ -262,24 +275,41 @@ def verdict(puzzle, answer, size):
 
 
 def augment(puzzles, solutions, *, size, rng, reveal=0.0):
-    """Return (B, N) puzzles and solutions under random symmetries: digits, bands, stacks, their lines, transposition.
+    """Return (B, N) puzzles and solutions under random symmetries.
 
     rng: numpy Generator. reveal: share of the puzzles in which a random part of the blanks is filled.
     """
-    high, wide = BOXES[size]
-    rows, columns = (_lines(len(puzzles), size, block, rng) for block in (high, wide))
-    cells = rows[:, :, None] * size + columns[:, None, :]  # (B, size, size): where each cell comes from
-    if high == wide:  # transposition keeps the shape of a square box
-        turned = rng.random(len(puzzles)) < 0.5
-        cells = np.where(turned[:, None, None], cells.transpose(0, 2, 1), cells)
-    digits = np.zeros((len(puzzles), size + 1), np.uint8)
-    digits[:, 1:] = rng.random((len(puzzles), size)).argsort(1) + 1
+    cells, digits = symmetries(len(puzzles), size, rng)
     both = np.stack([puzzles, solutions], 1)  # (B, 2, N)
     each = np.arange(len(puzzles))[:, None, None]
-    both = digits[each, both[each, np.arange(2)[:, None], cells.reshape(len(puzzles), 1, -1)]]
+    both = digits[each, both[each, np.arange(2)[:, None], cells[:, None]]]
     puzzles, solutions = both[:, 0], both[:, 1]
     share = rng.random((len(puzzles), 1)) * (rng.random((len(puzzles), 1)) < reveal)
     return np.where((puzzles == 0) & (rng.random(puzzles.shape) < share), solutions, puzzles), solutions
+
+
+def symmetries(n, size, rng):
+    """Draw n symmetries of digits, bands, stacks, their lines, and transposition -> cells (n, N), digits (n, size + 1).
+
+    Cell i of a changed grid is digits[grid[cells[i]]]. rng: numpy Generator.
+    """
+    high, wide = BOXES[size]
+    rows, columns = (_lines(n, size, block, rng) for block in (high, wide))
+    cells = rows[:, :, None] * size + columns[:, None, :]  # (n, size, size): where each cell comes from
+    if high == wide:  # transposition keeps the shape of a square box
+        turned = rng.random(n) < 0.5
+        cells = np.where(turned[:, None, None], cells.transpose(0, 2, 1), cells)
+    digits = np.zeros((n, size + 1), np.uint8)
+    digits[:, 1:] = rng.random((n, size)).argsort(1) + 1
+    return cells.reshape(n, -1), digits
+
+
+def undo(grids, cells, digits):
+    """Return the grids (n, N) without the symmetries that made them: cells, digits as in `symmetries`."""
+    each = np.arange(len(grids))[:, None]
+    before = np.empty_like(grids)
+    before[each, cells] = digits.argsort(1).astype(grids.dtype)[each, grids]
+    return before
 
 
 def _lines(n, size, block, rng):

@@ -26,7 +26,7 @@ def test_the_form_for_a_cpu_runs_every_row_in_under_a_minute(tmp_path):
     results = json.loads(out.read_text())
     facts = results.pop("machine")
     rows = gpu_check.all_rows(Config(device="cpu", tiny=True, work=str(tmp_path)))
-    assert [*results] == [row.name for row in rows] and len(rows) == 20
+    assert [*results] == [row.name for row in rows] and len(rows) == 22
     assert {row["outcome"] for row in results.values()} == {"ok"}
     for name, row in results.items():
         if name.endswith("bf16"):
@@ -34,17 +34,18 @@ def test_the_form_for_a_cpu_runs_every_row_in_under_a_minute(tmp_path):
         if name.endswith("generate"):
             assert row["compared"] == dict(fp32=0.0, later=0.0, resumed=0.0)  # one CPU agrees with itself
     assert all(0 <= results[f"{name} bf16"]["waits_for_host"] < 1 for name in ("multimodal", "sudoku9"))
+    assert rows[-1].name == "sudoku9 hard" and "held out after 10 steps: solved" in results["sudoku9 hard"]["note"]
     assert ended.stdout.splitlines()[0].startswith(f"cpu: {facts['name']}; torch {facts['torch']}")
-    assert ended.stdout.splitlines()[-1] == "20 of 20 rows ran"
+    assert ended.stdout.splitlines()[-1] == "22 of 22 rows ran"
     page = out.with_suffix(".md").read_text()
-    assert all(f"| {name} |" in page for name in results) and "20 of 20 rows ran" in page
+    assert all(f"| {name} |" in page for name in results) and "22 of 22 rows ran" in page
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 60
 
 
 def test_the_command_of_every_row_parses(tmp_path):
     rows = gpu_check.all_rows(Config(work=str(tmp_path), device="cuda:1"))
     names = [row.name for row in rows]
-    assert len(names) == len(set(names)) == 5 + 9 + 6 + 2 + 6 + 6 + 19
+    assert len(names) == len(set(names)) == 6 + 9 + 6 + 2 + 6 + 6 + 19 + 1
     assert all(
         f"{script} {how}" in names
         for script in gpu_check.MAIN
@@ -66,7 +67,7 @@ def test_the_command_of_every_row_parses(tmp_path):
             cfg = module.parse(flags)
             compiled = cfg.compile_mode != "off" if hasattr(cfg, "compile_mode") else cfg.compile
             assert cfg.device == "cuda:1" or cfg.device == "cpu" and ("generate" in row_name or "data" in row_name)
-            assert 0 < cfg.max_steps <= 300 and compiled == row_name.endswith("compiled")
+            assert 0 < (cfg.max_steps or cfg.max_seconds) <= 300 and compiled == row_name.endswith("compiled")
         count += 1
     assert count > 80
 
@@ -133,7 +134,7 @@ def test_no_row_ran_is_status_1_with_a_report(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu_check, "look_at", lambda cfg: ONE)
     monkeypatch.setattr(gpu_check, "import_ahead", lambda: None)
     out = tmp_path / "report.json"
-    with pytest.raises(DataError, match="0 of 20 rows ran; 20 not run"):
+    with pytest.raises(DataError, match="0 of 22 rows ran; 22 not run"):
         gpu_check.main(Config(device="cpu", tiny=True, minutes=1e-6, out=str(out)))
     assert {row.get("outcome", "not run") for row in json.loads(out.read_text()).values()} == {"not run"}
     bad = dict(minutes=0), dict(precisions=("int8",)), dict(tiny=False)
@@ -206,10 +207,10 @@ def test_a_card_without_bf16_gets_no_rows_in_it(tmp_path, monkeypatch, capsys):
     facts = ONE | dict(capability="7.5", memory_gb=16.0, driver="1", cuda="12")
     monkeypatch.setattr(gpu_check, "look_at", lambda cfg: facts)
     out = tmp_path / "report.json"
-    with pytest.raises(DataError, match="0 of 39 rows ran"):
+    with pytest.raises(DataError, match="0 of 41 rows ran"):
         gpu_check.main(Config(tiny=True, minutes=1e-6, warm=False, out=str(out)))
     names = [*json.loads(out.read_text())]
-    assert names[4] == "transformer fp16" and "transformer fp32" in names and "bf16" not in " ".join(names)
+    assert names[5] == "transformer fp16" and "transformer fp32" in names and "bf16" not in " ".join(names)
     assert "no rows in bf16: capability 7.5 takes fp16" in capsys.readouterr().out
 
 

@@ -131,3 +131,33 @@ def test_typed_puzzles():
             puzzles.parse_puzzle(bad)
     with pytest.raises(UsageError, match="--size 5"):
         puzzles.sudoku(size=5, givens=3, n=1, seed=0)
+
+
+def naive_guesses(grid, size):
+    """Count the blanks in which a search over all solutions has several digits to try."""
+    blanks = {cell: [d for d in range(1, size + 1) if may_hold(grid, size, cell, d)]
+              for cell in range(size * size) if not grid[cell]}  # fmt: skip
+    if not blanks:
+        return 0
+    cell = min(blanks, key=lambda c: len(blanks[c]))
+    below = sum(naive_guesses([*grid[:cell], d, *grid[cell + 1 :]], size) for d in blanks[cell])
+    return below + (len(blanks[cell]) > 1)
+
+
+def test_the_rating_counts_guesses():
+    for size, givens in ((4, 0), (4, 8), (6, 0), (9, 32)):
+        grids, _ = puzzles.sudoku(size=size, givens=givens, n=4, seed=5)
+        assert [puzzles.rate(grid, size) for grid in grids] == [naive_guesses(grid, size) for grid in grids.tolist()]
+    easy, solutions = puzzles.sudoku(size=9, givens=70, n=3, seed=5)
+    assert [puzzles.rate(grid, 9) for grid in (*easy, *solutions)] == [0] * 6
+
+
+@pytest.mark.parametrize("size", [4, 6, 9])
+def test_symmetries_are_undone(size):
+    _, solutions = puzzles.sudoku(size=size, givens=0 if size < 9 else 75, n=5, seed=2)
+    cells, digits = puzzles.symmetries(5, size, np.random.default_rng(1))
+    changed = np.stack([d[grid[c]] for grid, c, d in zip(solutions, cells, digits, strict=True)])
+    assert puzzles.solved(changed, size).all() and (changed != solutions).any(1).all()
+    assert (puzzles.undo(changed, cells, digits) == solutions).all()
+    same, _ = puzzles.augment(solutions, solutions, size=size, rng=np.random.default_rng(1))
+    assert (same == changed).all()
