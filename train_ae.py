@@ -119,6 +119,13 @@ class AeConfig:
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # auto: bfloat16 on a GPU
     compile: bool = cosmetic(False)  # torch.compile: slow to start, then faster on a GPU
 
+    # --help shows these, by purpose; --help all shows every flag.
+    common = dict(
+        data="data events",
+        model="loop encoder decoder latent_space level hidden codebook_size",
+        training="lr batch_size epochs",
+        run="out resume multirun",
+    )
     # launch advises this when the memory is too small.
     remedy = "a smaller batch_size=, accumulate=2, or a smaller hidden="
     # Flags of other scripts, and why they are not here.

@@ -19,6 +19,7 @@ from pathlib import Path
 
 from data_utils.errors import UsageError
 from data_utils.launch import share_cores
+from data_utils.screen import Help
 
 BARE = {"resume": "latest"}  # flags that may stand alone, and the value they then have
 COMPLETE = "_complete"  # attribute of a configuration whose bundles are read and whose types are checked
@@ -55,9 +56,16 @@ def bare_value(field):
 
 
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose errors are two lines: the slip with the nearest flag, and a command to try."""
+    """An ArgumentParser whose help fits a screen and whose errors are two lines: the slip, and a command to try."""
 
     absent = {}  # {name: why there is no such flag, and what to try}, of the configuration's class
+    common = {}  # {purpose: names of the flags that people change}, of that class; {} shows all
+
+    def __init__(self, *, add_help=True, **settings):
+        super().__init__(add_help=False, **settings)
+        if add_help:
+            options = dict(nargs="?", metavar="all", default=argparse.SUPPRESS)
+            self.add_argument("-h", "--help", action=Help, help="one screen; with all: every flag", **options)
 
     def error(self, message):
         unknown = message.partition("unrecognized arguments:")[2]
@@ -85,7 +93,8 @@ def from_cli(cls, doc="", argv=None, prog=None, by="", flatten=None, load=None, 
     A field is a flag. The comment that ends its line is the help, and the class that has it is the group, inherited
     fields included. A Literal gives choices, a bool --flag/--no-flag, a tuple takes any number of values, at once or
     flag by flag. --snake_case and --kebab-case both work. No default is None: say "", 0 or -1. See `flag` for what a
-    field's metadata adds.
+    field's metadata adds. --help shows one screen, the flags that an attribute `common` of the class lists by purpose;
+    --help all shows all.
 
     `cls` may be {choice: class}: then the flag --`by` picks the class, and each variant has its own defaults and help.
     It may also be a function of that flag's value ("" if absent) -> class.
@@ -313,10 +322,11 @@ def check_name(cfg, field):
 # ---- parsers ---------------------------------------------------------------------------------------------------------
 
 
-def parser_of(cls, doc, prog):
-    """Return a Parser with a flag for each field of the dataclass `cls`."""
-    parser = Parser(prog=prog, description=doc, formatter_class=_Formatter, allow_abbrev=False)
+def parser_of(cls, doc, prog, more=""):
+    """Return a Parser with a flag for each field of the dataclass `cls`; `more` ends its help."""
+    parser = Parser(prog=prog, description=doc, epilog=more, formatter_class=_Formatter, allow_abbrev=False)
     parser.absent = getattr(cls, "absent", {})
+    parser.common = getattr(cls, "common", {})
     if "config" not in (f.name for f in dataclasses.fields(cls)):
         parser.add_argument("-c", "--config", default="", metavar="FILE", help="YAML file of flags; typed flags win")
     groups = {}
@@ -409,8 +419,8 @@ def _choose(variants, by, doc, argv, prog):
     first = next(iter(variants.values()))
     bases = tuple(c for c in first.__mro__[:-1] if all(issubclass(v, c) for v in variants.values()))
     shared = dataclasses.make_dataclass("Shared", [], bases=bases)
-    parser = parser_of(shared, f"{doc}\nMore flags and other defaults: --{by} {next(iter(variants))} --help", prog)
-    parser.add_argument("--" + by, choices=variants, required=True)
+    parser = parser_of(shared, doc, prog, f"More flags and other defaults: --{by} {next(iter(variants))} --help")
+    parser.add_argument("--" + by, choices=variants, required=True, help="which kind of model")
     parser.parse_args(argv)
 
 

@@ -15,7 +15,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from data_utils.checkpoint import first_good, load_checkpoint
+from data_utils.checkpoint import PRETRAINED, by_name, first_good, load_checkpoint
 from data_utils.config import at_least
 from data_utils.errors import DataError, UsageError
 from data_utils.events.dataset import (
@@ -51,7 +51,8 @@ def generate_events(cfg):
         raise UsageError("--mode decode: no latents named\ntry: --data FILE.npz, which --mode encode writes")
     device = open_device(cfg.device)
     run = load_run(cfg.model, device)
-    out = cfg.out or str(run.path.parent / f"{cfg.mode}{ending}")
+    folder = Path() if run.path.parent == PRETRAINED else run.path.parent
+    out = cfg.out or str(folder / f"{cfg.mode}{ending}")
     check_replaceable(out, cfg.fresh, is_output, inputs=[cfg.data, run.config.get("data", "")])
     run.steps = cfg.ddim_steps or run.config.get("ddim_steps", 0)
     arrays, notes = MODES[cfg.mode](cfg, run)
@@ -92,7 +93,7 @@ def load_run(run, device):
     noises: the NoiseSchedule of diffusion_ae, else None. Raises UsageError for a path that is no run of train_ae.py
     with events, CheckpointError for a damaged file.
     """
-    path = Path(run)
+    path = Path(by_name(run))
     if not run or not path.exists():
         newest = max(Path("outputs/runs").glob("run_*"), default="outputs/runs/run_...")
         problem = f"{run}: no such run" if run else "no run named"

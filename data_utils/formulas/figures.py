@@ -40,7 +40,7 @@ def draw_fit(X, y, predicted, names, title, answers=(), sigma=None):
         panels[2].xaxis.get_major_locator().set_params(integer=True)
         panels[2].legend(frameon=False)
     title = title.replace("$", r"\$")  # which would begin a formula of matplotlib's
-    figure.suptitle(title if len(title) < TITLE else title[: TITLE - 3] + "...", fontsize=10)
+    figure.suptitle(title if len(title) < TITLE else title[: TITLE - 3] + "...")
     for axes in panels:
         open_frame(axes)
     return figure
