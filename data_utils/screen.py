@@ -18,7 +18,7 @@ class Help(argparse.Action):
 
 def screen(parser):
     """Return the first two paragraphs of the parser's description and the flags of its `common`, or all without it."""
-    actions = {action.dest: action for action in parser._actions if action.dest not in ("help", "config")}
+    actions = {action.dest: action for action in parser._actions if action.dest != "help" and action.metavar != "FILE"}
     common = parser.common or dict(flags=" ".join(actions))
     groups = {title: [actions[name] for name in names.split() if name in actions] for title, names in common.items()}
     shown = [action for group in groups.values() for action in group]
@@ -28,7 +28,9 @@ def screen(parser):
         lines += ["", title, *(_line(action, left) for action in group)]
     hidden = len(actions) - len(shown)
     rest = f"{hidden} more flags" if hidden else "every spelling of the flags"
-    lines += ["", f"--config FILE.yaml reads flags from a file. --help all lists {rest}."]
+    lines += ["", f"--help all lists {rest}."]
+    if not any(action.dest == "config" for action in shown):
+        lines[-1] = f"--config FILE.yaml reads flags from a file. {lines[-1]}"
     return "\n".join([*lines, *filter(None, [parser.epilog]), ""])
 
 
@@ -39,6 +41,8 @@ def _flag(action):
         return f"  --{action.dest}"
     values = default if isinstance(default, (list, tuple)) else [default]
     text = " ".join(str(value) for value in values if value is not None)
+    if len(text) > LEFT:
+        text = textwrap.shorten(text, LEFT // 2, placeholder=" ...")
     return f"  --{action.dest} {text or '...'}"
 
 

@@ -261,13 +261,13 @@ def test_help_is_one_screen_of_flags_that_exist(script, capsys, monkeypatch):
     assert 12 <= len(shown) <= 15
     assert set(" ".join(script.Config.common.values()).split()) <= {f.name for f in fields(script.Config)}
     assert script.__doc__.splitlines()[0] in lines and script.__doc__.splitlines()[2] in lines
-    assert any(re.fullmatch(r"--help all lists \d+ more flags.", line) for line in lines)
+    assert any(re.search(r" --help all lists \d+ more flags\.$", line) for line in lines)
 
 
 @pytest.mark.parametrize("argv", [["formula"], ["events"], ["multimodal"], [], ["--run_name", "x"]])
 def test_help_of_generate_is_one_screen(argv, capsys, monkeypatch):
     lines = screen_of(capsys, monkeypatch, generate.parse, *argv)
-    assert len(lines) <= 50 and max(map(len, lines)) <= 110
+    assert len(lines) <= 50 and max(map(len, lines)) <= 120
     cls = generate.COMMANDS.get((argv or [""])[0], generate.Config)
     names = " ".join(getattr(cls, "common", dict(flags="device")).values()).split()
     assert all(any(line.startswith(f"  --{name}") for line in lines) for name in names)
