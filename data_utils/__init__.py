@@ -16,7 +16,6 @@ errors.py       errors with a message for the user
 launch.py       start and end of a program: threads, exit status, released resources
 files.py        atomic writes, locks, backups; no file of the user's is replaced unasked
 config.py       a dataclass becomes the command line
-screen.py       one screen of help
 overrides.py    KEY=VALUE, named bundles, the jobs of a sweep
 checkpoint.py   verified checkpoints, and how a run resumes from them
 hardware.py     the device of programs that use a trained model

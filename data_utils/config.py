@@ -12,6 +12,7 @@ import inspect
 import io
 import os
 import re
+import shutil
 import sys
 import textwrap
 import typing
@@ -19,9 +20,10 @@ from pathlib import Path
 
 from data_utils.errors import UsageError
 from data_utils.launch import share_cores
-from data_utils.screen import Help
 
 BARE = {"resume": "latest"}  # flags that may stand alone, and the value they then have
+WIDEST = 100  # columns of a screen of help
+MOST_LEFT = 38  # of these, for a flag with its default
 COMPLETE = "_complete"  # attribute of a configuration whose bundles are read and whose types are checked
 
 
@@ -65,7 +67,7 @@ class Parser(argparse.ArgumentParser):
         super().__init__(add_help=False, **settings)
         if add_help:
             options = dict(nargs="?", metavar="all", default=argparse.SUPPRESS)
-            self.add_argument("-h", "--help", action=Help, help="one screen; with all: every flag", **options)
+            self.add_argument("-h", "--help", action=_Help, help="one screen; with all: every flag", **options)
 
     def error(self, message):
         unknown = message.partition("unrecognized arguments:")[2]
@@ -422,6 +424,62 @@ def _choose(variants, by, doc, argv, prog):
     parser = parser_of(shared, doc, prog, f"More flags and other defaults: --{by} {next(iter(variants))} --help")
     parser.add_argument("--" + by, choices=variants, required=True, help="which kind of model")
     parser.parse_args(argv)
+
+
+# ---- one screen of help ---------------------------------------------------------------------------------------------
+
+
+class _Help(argparse.Action):
+    """Print one screen of help, or after `--help all` every flag, and exit."""
+
+    def __call__(self, parser, namespace, value, option_string=None):
+        print(parser.format_help() if value == "all" else _screen(parser), end="")
+        parser.exit()
+
+
+def _screen(parser):
+    """Return the first two paragraphs of the parser's description and the flags of its `common`, or all without it."""
+    actions = {action.dest: action for action in parser._actions if action.dest != "help" and action.metavar != "FILE"}
+    common = parser.common or dict(flags=" ".join(actions))
+    groups = {title: [actions[name] for name in names.split() if name in actions] for title, names in common.items()}
+    shown = [action for group in groups.values() for action in group]
+    left = min(MOST_LEFT, 2 + max((len(_flag(action)) for action in shown), default=0))
+    lines = ["\n\n".join(parser.description.strip("\n").split("\n\n")[:2])]
+    for title, group in groups.items():
+        lines += ["", title, *(_line_of(action, left) for action in group)]
+    hidden = len(actions) - len(shown)
+    rest = f"{hidden} more flags" if hidden else "every spelling of the flags"
+    lines += ["", f"--help all lists {rest}."]
+    if not any(action.dest == "config" for action in shown):
+        lines[-1] = f"--config FILE.yaml reads flags from a file. {lines[-1]}"
+    return "\n".join([*lines, *filter(None, [parser.epilog]), ""])
+
+
+def _flag(action):
+    """Return a flag with its default as it would be typed, or ... where that is no text."""
+    default = action.default
+    if isinstance(action, argparse.BooleanOptionalAction):
+        return f"  --{action.dest}"
+    values = default if isinstance(default, (list, tuple)) else [default]
+    text = " ".join(str(value) for value in values if value is not None)
+    if len(text) > MOST_LEFT:
+        text = textwrap.shorten(text, MOST_LEFT // 2, placeholder=" ...")
+    return f"  --{action.dest} {text or '...'}"
+
+
+def _line_of(action, left):
+    """Return a flag, and in a column of its own the comment, on one or more lines."""
+    comment = (action.help or "").replace("%%", "%")
+    if action.choices:
+        comment += f" ({', '.join(map(str, action.choices))})"
+    elif action.default is True:
+        comment += f" (--no-{action.dest}: off)"
+    width = min(WIDEST, shutil.get_terminal_size().columns) - left
+    lines = textwrap.wrap(" ".join(comment.split()), max(20, width), break_on_hyphens=False)
+    flag = _flag(action)
+    if len(flag) >= left:
+        lines = ["", *lines]
+    return f"\n{' ' * left}".join([flag.ljust(left) + (lines or [""])[0], *lines[1:]]).rstrip()
 
 
 # ---- bundles ---------------------------------------------------------------------------------------------------------
