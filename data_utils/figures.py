@@ -109,7 +109,7 @@ def plot_losses(runs, out):
     """
     single = len(runs) == 1
     weights = _weights(runs[0][1]) if single else {}
-    columns, width = (3, 15.5) if weights else (2, 11)
+    columns, width = (3, 13.5) if weights else (2, 11)
     figure, panels = plt.subplots(1, columns, figsize=(width, 4.2), layout="constrained")
     left, right = panels[:2]
     for colour, dashes, (path, rows) in zip(COLOURS, cycle(("-", "--", ":", "-.")), runs):

@@ -16,7 +16,7 @@ def draw_fit(X, y, predicted, names, title, answers=(), sigma=None):
     single = X.shape[1] == 1
     x = X[:, 0] if single else y
     order = x.argsort()
-    figure, panels = plt.subplots(1, 3 if answers else 2, figsize=(15.5 if answers else 11, 4), layout="constrained")
+    figure, panels = plt.subplots(1, 3 if answers else 2, figsize=(12 if answers else 11, 4), layout="constrained")
     left, right = panels[:2]
     if single:
         left.errorbar(x, y, sigma, fmt="o", ms=4, alpha=0.7, elinewidth=1, label="data")
