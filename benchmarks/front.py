@@ -16,6 +16,7 @@ from data_utils.launch import launch
 
 @dataclass
 class Config:
+    model: str = "sudoku9"  # a solver of 9 x 9 Sudokus
     metrics: str = "checkpoints/demo/transformer_expert_metrics.jsonl"  # of scripts/demo.sh
     out: str = "benchmarks/results/front.png"  # PNG to write
 
@@ -66,9 +67,9 @@ def breaks_rule(answer, cell):
 
 
 @torch.no_grad()
-def boards():
-    """Return [(title, cells)] of a puzzle: as it is given, and after segments of reasoning."""
-    model, _ = load("sudoku9")
+def boards(path):
+    """Return [(title, cells)] of a puzzle: as it is given, after one segment of reasoning and after all."""
+    model, _ = load(path)
     puzzle = parse_puzzle(PUZZLE)
     ids = torch.as_tensor(puzzle).long()[None]
     panels = [("given", puzzle.tolist())]
@@ -84,7 +85,7 @@ def draw_formula(ax):
     table = pandas.read_csv(PENDULUM)
     X, y = table[["length_m"]], table["period_s"]
     model = SymbolicRegressor(max_seconds=0).fit(X, y)
-    ax.plot(X, y, "o", ms=5, alpha=0.7, label="30 measurements")
+    ax.plot(X, y, "o", ms=5, alpha=0.7, label=f"{len(y)} measurements")
     ax.plot(X, model.predict(X), color=COLOURS[1], label=f"{model.target_} = {model.formula_}")
     ax.set(xlabel="length of a pendulum (m)", ylabel="period (s)", title="a formula for a table")
     ax.legend(frameon=False)
@@ -105,8 +106,8 @@ def draw_loss(ax, metrics):
 def main(cfg):
     """Write the picture."""
     figure = plt.figure(figsize=(11, 8.2), layout="constrained")
-    above, below = figure.subfigures(2, 1, height_ratios=[1, 1.1])
-    panels = boards()
+    above, below = figure.subfigures(2, 1, height_ratios=[1.08, 1])
+    panels = boards(cfg.model)
     for ax, (title, cells) in zip(above.subplots(1, 3), panels, strict=True):
         draw_board(ax, panels[0][1], cells, title)
     left, right = below.subplots(1, 2)

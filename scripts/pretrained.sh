@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Train the models of checkpoints/pretrained again, all or those named: bash scripts/pretrained.sh addition sudoku4
-# On one core: addition 1 min, sudoku4 2, codebook 1, demo 4, sudoku6 20, sudoku9 45, maze 60. A stopped one goes on.
+# On one core: addition 1 min, sudoku4 2, codebook 1, demo 4, sudoku6 20, sudoku9 30, maze 60. A stopped one goes on.
 set -e
 cd "$(dirname "$0")/.."
 
@@ -23,7 +23,7 @@ for name in ${@:-addition sudoku4 sudoku9 codebook demo sudoku6 maze}; do
     sudoku9)
       python prepare_data.py sudoku --givens 32 --train 10000 --out datasets/sudoku32
       train $name runs/sudoku9/checkpoints/final.pt \
-        python train_hrm.py --dataset datasets/sudoku32 --steps 6000 --run_name sudoku9 ;;
+        python train_hrm.py --dataset datasets/sudoku32 --steps 3000 --run_name sudoku9 ;;
     codebook)
       train $name outputs/codebook/best_val.pt \
         python train_ae.py out=outputs/codebook epochs=20 ;;

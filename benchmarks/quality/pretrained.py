@@ -148,7 +148,7 @@ MODELS = dict(
         f"python generate.py sudoku9 --prompt {PUZZLE}",
         "puzzles of prepare_data.py sudoku, 32 givens",
         "new 9 x 9 Sudokus of 32 givens solved",
-        "%", partial(grids, size=9, givens=32), 1000,
+        "%", partial(grids, size=9, givens=32), 200,
     ),
     sudoku6=Model(
         "solves pictures of 6 x 6 Sudokus",
