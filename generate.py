@@ -1,5 +1,7 @@
 """Use a trained model: text of language models, answers to questions and pictures, formulas, events.
 
+    python generate.py                                                 # the models that come with the repo
+    python generate.py addition --prompt "What is 12 + 7?"             # one of them, by its name
     python generate.py --checkpoint checkpoints/transformer_expert.pt --prompt "In the beginning"
     python generate.py --checkpoint checkpoints/diffuser_expert.pt --steps 32 --length 128
     python generate.py --checkpoint checkpoints/nanothink_mla.pt --prompt "In the beginning"
@@ -26,7 +28,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from data_utils.checkpoint import kind_of
+from data_utils.checkpoint import PRETRAINED, by_name, kind_of
 from data_utils.config import Parser, complete, from_cli
 from data_utils.errors import DataError, UsageError
 from data_utils.files import MARK, check_replaceable, is_marked, make_room, write_atomic
@@ -114,6 +116,13 @@ class FormulaConfig:
     seed: int = 0  # random seed
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
 
+    # --help shows these, by purpose; --help all shows every flag.
+    common = dict(
+        table="data target columns sigma",
+        search="operators exclude_terms max_length max_seconds model",
+        answer="format precision top out plot predict",
+    )
+
 
 @dataclass
 class EventsConfig:
@@ -166,7 +175,8 @@ KINDS = dict(  # kind in a checkpoint, up to its colon: (its configuration, the 
 def parse(argv=None):
     """Return the configuration that the command line (or the list `argv`) asks for.
 
-    The first word may be a command, or the path of a checkpoint or of a run, whose kind of model says what is meant.
+    The first word may be a command, or a checkpoint, a run or the name of a pretrained model, whose kind says what is
+    meant.
     """
     words = sys.argv[1:] if argv is None else list(argv)
     first = words[0] if words else ""
@@ -178,10 +188,11 @@ def parse(argv=None):
     path, others = first, words[1:]
     if not first or first.startswith("-"):
         path, others = take_checkpoint(words)
-    elif not Path(path).exists():
-        near = difflib.get_close_matches(path, COMMANDS, 1)
+    elif not Path(by_name(path)).exists():
+        near = difflib.get_close_matches(path, [*COMMANDS, *(file.stem for file in PRETRAINED.glob("*.pt"))], 1)
         hint = f" (did you mean {near[0]}?)" if near else ""
         Parser().error(f"{path}: no such file, folder or command{hint}")
+    path = by_name(path)
     cls, flag = KINDS.get(kind_of(path).partition(":")[0], (Config, "--checkpoint"))
     if path:
         argv = [f"{flag}={path}", *others]
@@ -198,6 +209,16 @@ def take_checkpoint(words):
         if flag == "--checkpoint" and i + 1 < len(words):
             return words[i + 1], words[:i] + words[i + 2 :]
     return "", words
+
+
+def list_pretrained(cfg):
+    """Print the models that come with the repo, each with the command of its card."""
+    print("Models that come with the repo:\n")
+    for path in sorted(PRETRAINED.glob("*.md")):
+        title, _, command, *_ = path.read_text(encoding="utf-8").splitlines()
+        print(f"{title.removeprefix('# ')}\n{command}\n")
+    print("A model of yours: python generate.py PATH --help; all commands: python generate.py --help")
+    return {}
 
 
 # torch is imported by the branch that needs it, so that --help and typos answer at once
@@ -327,4 +348,4 @@ def main(cfg):
 
 
 if __name__ == "__main__":
-    launch(main, parse())
+    launch(main if len(sys.argv) > 1 else list_pretrained, parse())

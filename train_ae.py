@@ -118,6 +118,14 @@ class AeConfig:
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # auto: bfloat16 on a GPU
     compile: bool = cosmetic(False)  # torch.compile: slow to start, then faster on a GPU
 
+    # --help shows these, by purpose; --help all shows every flag.
+    common = dict(
+        data="data events",
+        model="loop encoder decoder latent_space level hidden codebook_size",
+        training="lr batch_size epochs",
+        run="out resume multirun",
+    )
+
     @property
     def remedy(self):
         """Return keys that need less memory and keep the size of a step."""
@@ -127,7 +135,7 @@ class AeConfig:
     absent = dict(
         fsdp="its models are small\ntry: torchrun --standalone --nproc-per-node 2 train_ae.py",
         init_from="latents of other events would mean something else\n"
-        "try: resume=FILE, which goes on with the same events",
+        "fix: resume=FILE, which goes on with the same events",
     )
     denoise = False  # whether the decoder removes noise
     discriminator = False  # whether a discriminator judges reconstructions

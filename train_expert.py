@@ -127,6 +127,14 @@ class TrainExpertConfig(DataConfig):
     amp_dtype: Literal["bf16", "fp16"] = "bf16"  # fp16 where bf16 is slow; fp32 where both are
     compile: bool = cosmetic(False)  # torch.compile: slow to start, then faster on a GPU
 
+    # --help shows these, by purpose; --help all shows every flag.
+    common = dict(
+        data="data_dir domains tokenizer",
+        model="expert d_model n_layers max_seq_len",
+        training="lr batch_size max_epochs steps",
+        run="checkpoint_dir resume fresh device",
+    )
+
     @property
     def remedy(self):
         """Return flags that need less memory and keep the size of a step."""

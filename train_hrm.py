@@ -119,6 +119,13 @@ class HrmConfig:
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # auto: by mixed_precision
     compile: bool = cosmetic(False)  # torch.compile of the core: a minute to start, then faster
 
+    # --help shows these, by purpose; --help all shows every flag.
+    common = dict(
+        data="dataset max_seq_len",
+        model="d_model core segments halting",
+        training="learning_rate batch_size steps optimizer val_every",
+        run="run_name save_best_model fresh device",
+    )
     # Flags of other scripts, and why they are not here.
     absent = dict(grad_accum_steps="each segment is an optimizer step of its own\nfix: a larger --batch_size")
 

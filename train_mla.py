@@ -111,6 +111,13 @@ class TrainMLAConfig(MLAConfig, DataConfig):
     amp_dtype: Literal["bf16", "fp16"] = "bf16"  # fp16 where bf16 is slow; fp32 where both are
     compile: bool = cosmetic(False)  # torch.compile: slow to start, then faster on a GPU
 
+    # --help shows these, by purpose; --help all shows every flag.
+    common = dict(
+        data="data_dir domains tokenizer",
+        model="transformer_ckpt state_space_ckpt diffuser_ckpt use_vector_store",
+        training="lr batch_size max_epochs steps",
+        run="checkpoint_dir resume fresh device",
+    )
     # Flags of other scripts, and why they are not here.
     absent = dict(
         fsdp="each rank needs the frozen experts as they are\n"

@@ -166,6 +166,13 @@ class MultimodalConfig:
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # auto: bfloat16 if fast
     compile: bool = cosmetic(False)  # torch.compile of the blocks: slow to start, then faster
 
+    # --help shows these, by purpose; --help all shows every flag.
+    common = dict(
+        data="tasks train_samples data_paths",
+        model="arch hidden_size num_heads supervision_steps",
+        training="lr global_batch_size epochs max_seconds",
+        run="checkpoint_path resume fresh device",
+    )
     # Flags of other scripts, and why they are not here.
     absent = dict(
         fsdp="each process holds all weights, and the optimizer averages the gradients\n"

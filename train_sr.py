@@ -140,6 +140,13 @@ class SRConfig(ModelConfig, PoolConfig, DataConfig):
     compile: bool = cosmetic(False)  # torch.compile, in mode default unless compile_mode says more
     compile_mode: CompileMode = cosmetic("")  # torch.compile in this mode; "" and off: as --compile
 
+    # --help shows these, by purpose; --help all shows every flag.
+    common = dict(
+        data="variables operators num_workers",
+        model="encoder_dim decoder_model_dim decoder_n_layers",
+        training="lr batch_size steps validate_interval",
+        run="output_dir resume_from fresh device",
+    )
     # Flags of other scripts, and why they are not here.
     absent = dict.fromkeys(
         ("epochs", "max_epochs"),

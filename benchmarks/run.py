@@ -71,6 +71,7 @@ BENCHMARKS = {  # module: (title, flags of each run at full size, flags at toy s
     "quality.puzzles": ("Hard puzzles, official code beside", [""], f"--quick --threads 1 --home {QUICK}/puzzles"),
     "speed.busy": ("Beside busy processes", [""], "--quick --rows expert"),
     "gpu_check": ("On a GPU", [""], "--device cpu --tiny"),
+    "quality.pretrained": ("Models that come with the repo", [""], "--quick --threads 1"),
     "speed.preparation": ("Data preparation", ["--times 2"], "--quick"),
     "faults": ("Faults", ["", "--soak", "--flips", "--start"], "--rows 2,9,30 --scripts expert"),
 }

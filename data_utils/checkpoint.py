@@ -13,8 +13,9 @@ import zipfile
 from pathlib import Path
 
 from data_utils.errors import CheckpointError, DataError, UsageError
-from data_utils.files import set_aside, unused, warn, write_atomic
+from data_utils.files import root, set_aside, unused, warn, write_atomic
 
+PRETRAINED = root() / "checkpoints" / "pretrained"  # models that come with the repo
 PLAIN = (int, float, str, bool, bytes, type(None))
 LEAST_SHARE = 0.5  # of the numbers of a model that must fit for --allow_partial
 FAILED_SAVES = 3  # rolling saves that may fail in a row before a run gives up
@@ -123,6 +124,14 @@ def read(path):
             culprit = re.search(r"GLOBAL (\S+)", str(e))
             reason = f"holds {culprit[1] if culprit else 'a pickle'}, not tensors and plain Python only"
         raise CheckpointError(f"{path} can't be read: {type(e).__name__}: {reason}") from e
+
+
+def by_name(path):
+    """Return the file of the pretrained model that `path` names; `path` itself if it exists or names none."""
+    file = PRETRAINED / f"{path}.pt"
+    if Path(path).name == str(path) and not os.path.exists(path) and file.is_file():
+        return str(file)
+    return path
 
 
 def kind_of(path):

@@ -11,6 +11,7 @@ import inspect
 import io
 import os
 import re
+import shutil
 import sys
 import textwrap
 import typing
@@ -22,6 +23,8 @@ from data_utils.launch import share_cores
 from data_utils.other_names import nearest
 
 BARE = {"resume": "latest"}  # flags that may stand alone, and the value they then have
+WIDEST = 100  # columns of a screen of help
+MOST_LEFT = 38  # of these, for a flag with its default
 COMPLETE = "_complete"  # attribute of a configuration whose bundles are read and whose types are checked
 
 
@@ -64,9 +67,16 @@ def choices_of(field):
 
 
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose errors are two lines: the slip with the nearest flag, and a command to try."""
+    """An ArgumentParser whose help fits a screen and whose errors are two lines: the slip, and a command to try."""
 
     absent = {}  # {name: why there is no such flag, and what to try}, of the configuration's class
+    common = {}  # {purpose: names of the flags that people change}, of that class; {} shows all
+
+    def __init__(self, *, add_help=True, **settings):
+        super().__init__(add_help=False, **settings)
+        if add_help:
+            options = dict(nargs="?", metavar="all", default=argparse.SUPPRESS)
+            self.add_argument("-h", "--help", action=_Help, help="one screen; with all: every flag", **options)
 
     def error(self, message):
         unknown = message.partition("unrecognized arguments:")[2]
@@ -94,7 +104,8 @@ def from_cli(cls, doc="", argv=None, prog=None, by="", flatten=None, load=None, 
     A field is a flag. The comment that ends its line is the help, and the class that has it is the group, inherited
     fields included. A Literal gives choices, a bool --flag/--no-flag, a tuple takes any number of values, at once or
     flag by flag. --snake_case and --kebab-case both work. No default is None: say "", 0 or -1. See `flag` for what a
-    field's metadata adds.
+    field's metadata adds. --help shows one screen, the flags that an attribute `common` of the class lists by purpose;
+    --help all shows all.
 
     `cls` may be {choice: class}: then the flag --`by` picks the class, and each variant has its own defaults and help.
     It may also be a function of that flag's value ("" if absent) -> class.
@@ -321,10 +332,11 @@ def check_name(cfg, field):
 # ---- parsers ---------------------------------------------------------------------------------------------------------
 
 
-def parser_of(cls, doc, prog):
-    """Return a Parser with a flag for each field of the dataclass `cls`."""
-    parser = Parser(prog=prog, description=doc, formatter_class=_Formatter, allow_abbrev=False)
+def parser_of(cls, doc, prog, more=""):
+    """Return a Parser with a flag for each field of the dataclass `cls`; `more` ends its help."""
+    parser = Parser(prog=prog, description=doc, epilog=more, formatter_class=_Formatter, allow_abbrev=False)
     parser.absent = getattr(cls, "absent", {})
+    parser.common = getattr(cls, "common", {})
     if "config" not in (f.name for f in dataclasses.fields(cls)):
         parser.add_argument("-c", "--config", default="", metavar="FILE", help="YAML file of flags; typed flags win")
     groups = {}
@@ -417,9 +429,65 @@ def _choose(variants, by, doc, argv, prog):
     first = next(iter(variants.values()))
     bases = tuple(c for c in first.__mro__[:-1] if all(issubclass(v, c) for v in variants.values()))
     shared = dataclasses.make_dataclass("Shared", [], bases=bases)
-    parser = parser_of(shared, f"{doc}\nMore flags and other defaults: --{by} {next(iter(variants))} --help", prog)
-    parser.add_argument("--" + by, choices=variants, required=True)
+    parser = parser_of(shared, doc, prog, f"More flags and other defaults: --{by} {next(iter(variants))} --help")
+    parser.add_argument("--" + by, choices=variants, required=True, help="which kind of model")
     parser.parse_args(argv)
+
+
+# ---- one screen of help ---------------------------------------------------------------------------------------------
+
+
+class _Help(argparse.Action):
+    """Print one screen of help, or after `--help all` every flag, and exit."""
+
+    def __call__(self, parser, namespace, value, option_string=None):
+        print(parser.format_help() if value == "all" else _screen(parser), end="")
+        parser.exit()
+
+
+def _screen(parser):
+    """Return the first two paragraphs of the parser's description and the flags of its `common`, or all without it."""
+    actions = {action.dest: action for action in parser._actions if action.dest != "help" and action.metavar != "FILE"}
+    common = parser.common or dict(flags=" ".join(actions))
+    groups = {title: [actions[name] for name in names.split() if name in actions] for title, names in common.items()}
+    shown = [action for group in groups.values() for action in group]
+    left = min(MOST_LEFT, 2 + max((len(_flag(action)) for action in shown), default=0))
+    lines = ["\n\n".join(parser.description.strip("\n").split("\n\n")[:2])]
+    for title, group in groups.items():
+        lines += ["", title, *(_line_of(action, left) for action in group)]
+    hidden = len(actions) - len(shown)
+    rest = f"{hidden} more flags" if hidden else "every spelling of the flags"
+    lines += ["", f"--help all lists {rest}."]
+    if not any(action.dest == "config" for action in shown):
+        lines[-1] = f"--config FILE.yaml reads flags from a file. {lines[-1]}"
+    return "\n".join([*lines, *filter(None, [parser.epilog]), ""])
+
+
+def _flag(action):
+    """Return a flag with its default as it would be typed, or ... where that is no text."""
+    default = action.default
+    if isinstance(action, argparse.BooleanOptionalAction):
+        return f"  --{action.dest}"
+    values = default if isinstance(default, (list, tuple)) else [default]
+    text = " ".join(str(value) for value in values if value is not None)
+    if len(text) > MOST_LEFT:
+        text = textwrap.shorten(text, MOST_LEFT // 2, placeholder=" ...")
+    return f"  --{action.dest} {text or '...'}"
+
+
+def _line_of(action, left):
+    """Return a flag, and in a column of its own the comment, on one or more lines."""
+    comment = (action.help or "").replace("%%", "%")
+    if action.choices:
+        comment += f" ({', '.join(map(str, action.choices))})"
+    elif action.default is True:
+        comment += f" (--no-{action.dest}: off)"
+    width = min(WIDEST, shutil.get_terminal_size().columns) - left
+    lines = textwrap.wrap(" ".join(comment.split()), max(20, width), break_on_hyphens=False)
+    flag = _flag(action)
+    if len(flag) >= left:
+        lines = ["", *lines]
+    return f"\n{' ' * left}".join([flag.ljust(left) + (lines or [""])[0], *lines[1:]]).rstrip()
 
 
 # ---- bundles ---------------------------------------------------------------------------------------------------------

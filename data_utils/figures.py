@@ -20,6 +20,9 @@ from matplotlib.ticker import LogFormatter, LogLocator, NullFormatter
 from data_utils.errors import DataError
 from data_utils.files import MARK, is_marked, make_room, write_atomic
 
+# Sizes in points. A figure of 11 inches that a page shows with 800 pixels has about as many pixels per letter.
+SMALL = 10
+plt.rcParams.update({"font.size": 12, "axes.titlesize": 12, "figure.titlesize": 12, "legend.fontsize": SMALL})
 COLOURS = plt.get_cmap("tab10").colors
 RED = COLOURS[3]
 ROWS = "metrics.jsonl"
@@ -73,7 +76,7 @@ def open_frame(ax, grid=True):
 
 def small_legend(target, **options):
     """Add a small legend without a frame to axes or to a figure."""
-    target.legend(frameon=False, fontsize=8, **options)
+    target.legend(frameon=False, fontsize=SMALL, **options)
 
 
 def scale(ax, values, linear=False):
@@ -136,7 +139,7 @@ def plot_losses(runs, out):
     """
     single = len(runs) == 1
     weights = _weights(runs[0][1]) if single else {}
-    columns, width = (3, 15.5) if weights else (2, 11)
+    columns, width = (3, 13.5) if weights else (2, 11)
     figure, panels = plt.subplots(1, columns, figsize=(width, 4.2), layout="constrained")
     left, right = panels[:2]
     names = run_names([path for path, _ in runs])

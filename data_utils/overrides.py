@@ -139,9 +139,8 @@ def read(variants, doc, argv, prog, by, table):
             if owners and choice not in owners:
                 raise ValueError(f"{item.words[0]}: {item.name} is there with {by}={' or '.join(owners)}, not {choice}")
         others = ", ".join(name for name in variants if name != choice)
-        if others:
-            doc += f"\nMore flags and other defaults with --{by}: {others}"
-        return _one(items, layers, variants[choice], doc, prog)
+        more = f"More flags and other defaults with --{by}: {others}" if others else ""
+        return _one(items, layers, variants[choice], doc, prog, more)
     except ValueError as e:
         error(str(e))
 
@@ -246,9 +245,9 @@ def _layers(items, table, fields, error):
     return below | above
 
 
-def _one(items, layers, cls, doc, prog):
+def _one(items, layers, cls, doc, prog, more):
     """Return the configuration of one run. Raises ValueError."""
-    parser = parser_of(cls, doc, prog)
+    parser = parser_of(cls, doc, prog, more)
     fields = {f.name: f for f in dataclasses.fields(cls)}
     error = parser.error
     typed = to_flags(items, fields, sweeps=True)

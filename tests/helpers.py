@@ -62,14 +62,14 @@ def launch(words, **more):
     return subprocess.Popen(words, env=environment(), start_new_session=True, **pipes, **more)
 
 
-def finish(process, status=0):
+def finish(process, status=0, seconds=200):
     """Wait, check the exit status, return (stdout, stderr). What hangs says where."""
     try:
-        out, err = process.communicate(timeout=200)
+        out, err = process.communicate(timeout=seconds)
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGABRT)  # on which each Python writes its stacks
         out, err = process.communicate(timeout=20)
-        raise AssertionError(f"no end after 200 s\n{out}\n{err}") from None
+        raise AssertionError(f"no end after {seconds} s\n{out}\n{err}") from None
     assert process.returncode == status, err or out
     return out, err
 

@@ -13,7 +13,7 @@ from data_utils.errors import DataError
 from data_utils.events.facts import read_events, read_histories
 from data_utils.events.kinematics import kinematics
 from data_utils.events.sweep import differences
-from data_utils.figures import COLOURS, RED, open_frame, plt, scale, small_legend, write_figure
+from data_utils.figures import COLOURS, RED, SMALL, open_frame, plt, scale, small_legend, write_figure
 from data_utils.files import begins, make_room, warn, write_atomic
 from data_utils.overrides import SWEEP
 
@@ -306,7 +306,7 @@ def plot_sweep(folder):
 def _bars(rows, names, title, out):
     """Write a figure to `out`: a panel for each of the NUMBERS, a bar for each row, the best one in colour."""
     numbers = [name for name in NUMBERS if any(row.get(name) is not None for row in rows)]
-    size = 2.2 + 2.4 * len(numbers), 1.4 + 0.28 * len(rows)
+    size = 2.2 + 2.4 * len(numbers), 1.4 + 0.32 * len(rows)
     figure, axes = plt.subplots(1, len(numbers), sharey=True, squeeze=False, layout="constrained", figsize=size)
     for ax, name in zip(axes.flat, numbers, strict=True):
         values = [row.get(name) for row in rows]
@@ -315,15 +315,15 @@ def _bars(rows, names, title, out):
         shades = [COLOURS[0] if v == best else "0.75" for v in values]
         ax.barh(range(len(rows)), [v or 0 for v in values], color=shades if name != "seconds" else "0.75")
         for y, v in enumerate(values):
-            ax.annotate(f" {v:.4g}" if v is not None else " none", (v or 0, y), va="center", fontsize=7)
+            ax.annotate(f" {v:.4g}" if v is not None else " none", (v or 0, y), va="center", fontsize=SMALL)
         ax.set(xlabel=NUMBERS[name], xlim=(0, 1.3 * max(present) or 1))
-        ax.xaxis.label.set_fontsize(8)
-        ax.tick_params(labelsize=8)
+        ax.xaxis.label.set_fontsize(SMALL)
+        ax.tick_params(labelsize=SMALL)
         ax.xaxis.set_major_locator(MaxNLocator(3))
         open_frame(ax, grid=False)
-    axes[0, 0].set_yticks(range(len(rows)), names, fontsize=8)
+    axes[0, 0].set_yticks(range(len(rows)), names, fontsize=SMALL)
     axes[0, 0].invert_yaxis()  # the first row on top
-    figure.suptitle(title, fontsize=10)
+    figure.suptitle(title)
     write_figure(figure, out)
 
 

@@ -17,7 +17,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from data_utils.checkpoint import first_good, kind_of, load_checkpoint
+from data_utils.checkpoint import PRETRAINED, by_name, first_good, kind_of, load_checkpoint
 from data_utils.config import at_least
 from data_utils.errors import DataError, UsageError
 from data_utils.events.dataset import (
@@ -61,7 +61,8 @@ def generate_events(cfg):
         raise UsageError("--mode decode: no latents named\nfix: --data FILE.npz, which --mode encode writes")
     device = open_device(cfg.device)
     run = load_run(cfg.model, device)
-    out = cfg.out or str(run.path.parent / f"{default_name(cfg)}{ending}")
+    folder = Path() if run.path.parent == PRETRAINED else run.path.parent
+    out = cfg.out or str(folder / f"{default_name(cfg)}{ending}")
     inputs = [cfg.data, cfg.against, run.config.get("data", "")]
     check_replaceable(out, cfg.fresh, is_output, inputs=inputs)
     more = beside(cfg, out)
@@ -133,7 +134,7 @@ def load_run(run, device):
     noises: the NoiseSchedule of diffusion_ae, else None. Raises UsageError for a path that is no run of train_ae.py
     with events, CheckpointError for a damaged file.
     """
-    path = Path(run)
+    path = Path(by_name(run))
     if not run or not path.exists():
         newest = max(Path("outputs/runs").glob("run_*"), default=None)
         problem = f"{run}: no such run" if run else "no run named"

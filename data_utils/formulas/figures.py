@@ -16,7 +16,7 @@ def draw_fit(X, y, predicted, names, title, answers=(), sigma=None):
     single = X.shape[1] == 1
     x = X[:, 0] if single else y
     order = x.argsort()
-    figure, panels = plt.subplots(1, 3 if answers else 2, figsize=(15.5 if answers else 11, 4), layout="constrained")
+    figure, panels = plt.subplots(1, 3 if answers else 2, figsize=(12 if answers else 11, 4), layout="constrained")
     left, right = panels[:2]
     if single:
         left.errorbar(x, y, sigma, fmt="o", ms=4, alpha=0.7, elinewidth=1, label="data")
@@ -39,7 +39,7 @@ def draw_fit(X, y, predicted, names, title, answers=(), sigma=None):
         panels[2].set(xlabel="length", ylabel="1 - R2", yscale="log", title="error and length")
         panels[2].xaxis.get_major_locator().set_params(integer=True)
         panels[2].legend(frameon=False)
-    figure.suptitle(title if len(title) < TITLE else title[: TITLE - 3] + "...", fontsize=10)
+    figure.suptitle(title if len(title) < TITLE else title[: TITLE - 3] + "...")
     for axes in panels:
         open_frame(axes)
     show_dollars(figure)

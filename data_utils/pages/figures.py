@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from data_utils.figures import COLOURS, RED, plt, write_figure
+from data_utils.figures import COLOURS, RED, SMALL, plt, write_figure
 from models.glyphs import CELL_HEIGHT, CELL_WIDTH, END, PADDING, to_images
 
 WIDTH = 11  # inches
@@ -63,19 +63,19 @@ def _write_groups(out, title, groups):
     figure = plt.figure(figsize=(WIDTH, total + (0.4 if title else 0)), layout="constrained")
     parts = figure.subfigures(len(groups), 1, squeeze=False, height_ratios=[height / total for *_, height in sizes])
     for part, (heading, _, panels), (rows, columns, _) in zip(parts.flat, groups, sizes, strict=True):
-        part.suptitle(heading, fontsize=10)
+        part.suptitle(heading)
         axes = list(part.subplots(rows, columns, squeeze=False).flat)
         for ax in axes:
             ax.set(xticks=[], yticks=[], visible=False)
         for ax, (name, image, weights) in zip(axes, panels, strict=False):
             ax.set_visible(True)
-            ax.set_title(name, fontsize=8)
+            ax.set_title(name, fontsize=SMALL)
             ax.imshow(image)
             if weights is not None:
                 colour = np.broadcast_to(COLOURS[1], (*weights.shape, 3))
                 ax.imshow(colour, alpha=0.65 * weights, extent=(-0.5, image.shape[1] - 0.5, image.shape[0] - 0.5, -0.5))
     if title:
-        figure.suptitle(title, fontsize=11)
+        figure.suptitle(title)
     write_figure(figure, out)
 
 

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 import torch.nn as nn
 
-from data_utils.checkpoint import canonical_keys, first_good, load_checkpoint
+from data_utils.checkpoint import by_name, canonical_keys, first_good, load_checkpoint
 from data_utils.config import at_least
 from data_utils.documents import read_text
 from data_utils.errors import CheckpointError, DataError, UsageError
@@ -242,7 +242,7 @@ def load_model(checkpoint):
 
     The weights are the averaged ones if the file has them. Raises UsageError, CheckpointError.
     """
-    path = Path(checkpoint)
+    path = Path(by_name(checkpoint))
     if not checkpoint or not path.exists():
         problem = f"{checkpoint}: no such checkpoint" if checkpoint else "no checkpoint named"
         raise UsageError(f"{problem}: train_multimodal.py makes one\ntry: python generate.py multimodal --help")

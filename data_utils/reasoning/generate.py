@@ -13,7 +13,7 @@ import numpy as np
 import torch
 import torch.nn as nn
 
-from data_utils.checkpoint import load_checkpoint, numbered_files
+from data_utils.checkpoint import by_name, load_checkpoint, numbered_files
 from data_utils.config import at_least, check_unicode
 from data_utils.documents import read_text
 from data_utils.errors import CheckpointError, UsageError
@@ -206,12 +206,12 @@ def _read_lines(path):
 
 
 def load(path, device="cpu", dataset="auto"):
-    """Load a checkpoint or a run folder of train_hrm.py -> (Reasoner with averaged weights, its tokenizer or None).
+    """Load a checkpoint of train_hrm.py -> (Reasoner with averaged weights, its tokenizer or None).
 
-    A checkpoint of `prepare_data.py weights` is as good.
-    dataset: that of the training, or "auto". Raises UsageError, listing the checkpoints, or CheckpointError.
+    path: a file, also of `prepare_data.py weights`, the folder of a run, or the name of a pretrained model. dataset:
+    that of the training, or "auto". Raises UsageError, listing the checkpoints, or CheckpointError.
     """
-    path = Path(path)
+    path = Path(by_name(path))
     device = open_device(device)
     if path.is_dir():
         path = best_of_run(path)

@@ -36,7 +36,7 @@ def load_expert(path, expert="", expected=None):
         model.load_state_dict(state.pop("model_state"))
     except RuntimeError as e:
         raise CheckpointError(f"{path} does not fit its own model_args: {str(e).splitlines()[0]}") from e
-    del state["optimizer_state"]
+    state.pop("optimizer_state", None)  # a pretrained model has none
     if state.get("store_hash"):
         model.attach(load_store(Path(path).with_name("nanothink_mla_store.npz"), state["store_hash"]))
     return model.requires_grad_(False).eval(), state

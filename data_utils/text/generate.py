@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 
+from data_utils.checkpoint import by_name
 from data_utils.config import at_least, check_unicode
 from data_utils.errors import UsageError
 from data_utils.hardware import open_device
@@ -27,10 +28,11 @@ TOP_K = 50  # likeliest tokens that a model samples from; a diffuser, which draw
 def load(path, device="cpu"):
     """Load a checkpoint of train_expert.py or train_mla.py -> (LanguageModel in eval mode, its tokenizer).
 
-    path: a file, or a folder with one trained model. Raises DataError if the file is missing or damaged, UsageError if
-    it is of another kind or one of several.
+    path: a file, a folder with one trained model, or the name of a pretrained one. Raises DataError if the file is
+    missing or damaged, UsageError if it is of another kind or one of several.
     """
     device = open_device(device)
+    path = by_name(path)
     if Path(path).is_dir():
         path = model_in(path)
     network, state = load_expert(path)

@@ -1,5 +1,6 @@
 """The command line: one field is one flag, bundles are only more flags, a slip is named before torch is imported."""
 
+import re
 import subprocess
 import sys
 from dataclasses import dataclass, fields
@@ -16,6 +17,7 @@ import train_expert
 import train_hrm
 import train_mla
 import train_multimodal
+import train_sr
 from data_utils.config import at_least, complete, flag, from_cli, one_of
 from data_utils.errors import DataError, UsageError
 from data_utils.launch import launch
@@ -234,7 +236,7 @@ COMMANDS = {  # every command line: (class or variants, flags that choose one)
 
 def help_of(capsys, cls, *argv):
     with pytest.raises(SystemExit) as stop:
-        from_cli(cls, "doc\n    example", [*argv, "--help"], by="expert" * isinstance(cls, dict))
+        from_cli(cls, "doc\n    example", [*argv, "--help", "all"], by="expert" * isinstance(cls, dict))
     text = capsys.readouterr().out
     assert stop.value.code == 0 and "doc\n    example" in text
     return text
@@ -255,6 +257,55 @@ def test_help_shows_every_flag_default_and_comment(name, capsys):
         after = text[text.index(f" --{f.name}") + 1 :]
         assert f"(default: {f.default})" in after, f.name
         assert f.default is not None
+
+
+def screen_of(capsys, monkeypatch, parse, *argv):
+    """The lines of --help in a terminal of 100 columns."""
+    monkeypatch.setenv("COLUMNS", "100")
+    with pytest.raises(SystemExit) as stop:
+        parse([*argv, "--help"])
+    assert stop.value.code == 0
+    return capsys.readouterr().out.splitlines()
+
+
+SCRIPTS = (train_expert, train_mla, train_hrm, train_sr, train_ae, train_multimodal)
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.__name__)
+def test_help_is_one_screen_of_flags_that_exist(script, capsys, monkeypatch):
+    lines = screen_of(capsys, monkeypatch, script.parse)
+    shown = [line.split()[0].lstrip("-") for line in lines if line.startswith("  --")]
+    assert len(lines) <= 45 and max(map(len, lines)) <= 100
+    assert 12 <= len(shown) <= 15
+    assert set(" ".join(script.Config.common.values()).split()) <= {f.name for f in fields(script.Config)}
+    assert script.__doc__.splitlines()[0] in lines and script.__doc__.splitlines()[2] in lines
+    assert any(re.search(r" --help all lists \d+ more flags\.$", line) for line in lines)
+
+
+@pytest.mark.parametrize("argv", [["formula"], ["events"], ["multimodal"], [], ["--run_name", "x"]])
+def test_help_of_generate_is_one_screen(argv, capsys, monkeypatch):
+    lines = screen_of(capsys, monkeypatch, generate.parse, *argv)
+    assert len(lines) <= 50 and max(map(len, lines)) <= 120
+    cls = generate.COMMANDS.get((argv or [""])[0], generate.Config)
+    names = " ".join(getattr(cls, "common", dict(flags="device")).values()).split()
+    assert all(any(line.startswith(f"  --{name}") for line in lines) for name in names)
+
+
+@pytest.mark.parametrize("name", prepare_data.COMMANDS)
+def test_help_of_prepare_data_is_one_screen(name, capsys, monkeypatch):
+    cls, function = prepare_data.COMMANDS[name]
+    lines = screen_of(capsys, monkeypatch, lambda argv: from_cli(cls, function.__doc__, argv))
+    assert len(lines) <= 45
+    assert all(any(line.startswith(f"  --{f.name}") for line in lines) for f in fields(cls))
+
+
+def test_a_screen_shows_defaults_choices_and_how_to_switch_off(capsys, monkeypatch):
+    lines = screen_of(capsys, monkeypatch, lambda argv: from_cli(Child, "Do it.\n\n    example", argv))
+    text = "\n".join(" ".join(line.split()) for line in lines)
+    for line in ("--rate 0.1 step size, 5% at most", "--kind one which (one, two)", "--sizes 1 2 widths",
+                 "--use_amp mixed precision (--no-use_amp: off)", "--resume ... where from"):  # fmt: skip
+        assert line in text
+    assert "every spelling" in text
 
 
 @pytest.mark.parametrize("name", COMMANDS)
