@@ -436,7 +436,7 @@ time.sleep(60)
 """
 FLAGS = dict(tasks=("sudoku6",), train_samples=400, test_samples=8, build_batch=2, workers=1, seed=0,
              page_rows=2, page_cols=24, text_source="both", stories="", code_dir="", arc_set="agi1",
-             arc_side=10)  # fmt: skip
+             arc_side=10, puzzles="")  # fmt: skip
 
 
 def test_a_trainer_dies_and_the_next_one_goes_on(tmp_path, monkeypatch):
