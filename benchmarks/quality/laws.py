@@ -555,7 +555,7 @@ def tables(args):
             read_table(str(path))
             good += 1
         except (DataError, UsageError) as e:
-            if "try:" in str(e):
+            if "try:" in str(e) or "fix:" in str(e):
                 refused += 1
             else:
                 faults.append(path.name)

@@ -2,6 +2,7 @@
 
 import math
 import re
+import sys
 
 import numpy as np
 import pytest
@@ -539,7 +540,7 @@ def test_sources_are_never_replaced(tmp_path):
 
 def test_a_missing_package_is_named(tmp_path, monkeypatch):
     for package, ending in (("uproot", "root"), ("h5py", "h5")):
-        monkeypatch.setitem(__import__("sys").modules, package, None)
+        monkeypatch.setitem(sys.modules, package, None)
         (tmp_path / f"a.{ending}").write_bytes(b"x")
         with pytest.raises(DataError) as caught:
             open_source(tmp_path / f"a.{ending}")

@@ -250,7 +250,7 @@ def test_a_pickle_is_never_loaded(tmp_path):
     arrays = trm_layout.one_each(np.ones((1, 81), np.uint8), np.ones((1, 81), np.uint8), 1)
     (tmp_path / "train" / "dataset.json").write_text(json.dumps(trm_layout.metadata(arrays, 11, 1)))
     for name in ARRAYS:
-        np.save(tmp_path / "train" / f"all__{name}.npy", np.array([{}], object), allow_pickle=True)
+        np.save(tmp_path / "train" / f"all__{name}.npy", np.array([{}], object))
     with pytest.raises(DataError, match="pickle"):
         read_source(str(tmp_path), Problems())
 

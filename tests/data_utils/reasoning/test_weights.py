@@ -53,7 +53,9 @@ def save_official(model, arch, folder, prefix="_orig_mod.model."):
     """Save what the official pretrain.py saves -> path of the weights."""
     path = folder / "step_100"
     torch.save({prefix + name: weight for name, weight in model.state_dict().items()}, path)
-    (folder / "all_config.yaml").write_text(yaml.dump(dict(arch=arch | dict(name="trm", loss=dict(name="x")), lr=1e-4)))
+    (folder / "all_config.yaml").write_text(
+        yaml.safe_dump(dict(arch=arch | dict(name="trm", loss=dict(name="x")), lr=1e-4))
+    )
     return path
 
 
