@@ -147,7 +147,7 @@ class Reasoner(nn.Module):
         if S > network.max_seq_len:
             raise UsageError(f"a prompt of {S} tokens, the model was built for {network.max_seq_len}")
         if network.cells:
-            (filled,), (used,) = self.fill(ids.numpy(force=True), segments, halting)
+            (filled,), (used,) = self.fill(ids.cpu().numpy(), segments, halting)
             return self.form.show(filled), S, used
         thinking = dict(segments=segments or self.segments, threshold=self.threshold if halting else math.inf)
 
@@ -165,7 +165,7 @@ class Reasoner(nn.Module):
         tokens, used = self.network.solve(ids, segments or self.segments, threshold)
         cells = np.zeros(self.network.embedding.num_embeddings, np.uint8)  # of each token; padding becomes a blank
         cells[self.tokens] = np.arange(len(self.tokens))
-        return cells[tokens.numpy(force=True)], used.tolist()
+        return cells[tokens.cpu().numpy()], used.tolist()
 
 
 def form_of_model(network, state):
