@@ -5,6 +5,7 @@ writes beside them; without that file, the published values count. P places of t
 """
 
 import re
+import shlex
 from pathlib import Path
 
 import yaml
@@ -71,7 +72,7 @@ def convert(cfg):
     print(f"{out}: {kind.upper()} for {task}, {count / 1e6:.2f} M parameters, width {args['d_model']}, {mixer}, "
           f"{args['n_heads']} heads, H_cycles {args['h_cycles']}, L_cycles {args['l_steps']} {given}")  # fmt: skip
     if signs:
-        print(f"next: python generate.py {out} --input puzzles.txt")
+        print(f"next: python generate.py {shlex.quote(str(out))} --input puzzles.txt")
     return {}
 
 
@@ -173,4 +174,4 @@ def check_fit(weights, args, source):
         TokenGrid(**args).load_state_dict(weights)
     except (RuntimeError, ValueError, TypeError, AssertionError) as e:
         reason = " ".join(str(e).split())[:300]
-        raise DataError(f"{source} does not fit its settings: {reason}\ntry: --num_heads, --seq_len or --config") from e
+        raise DataError(f"{source} does not fit its settings: {reason}\nfix: --num_heads, --seq_len or --config") from e
