@@ -20,6 +20,7 @@ import numpy as np
 from data_utils.config import at_least
 from data_utils.errors import DataError, UsageError
 from data_utils.files import lock_run, warn, write_atomic
+from data_utils.progress import say
 from data_utils.reasoning import arc_tasks, maze, sudoku, trm_layout
 from data_utils.reasoning import folder as prepared
 from data_utils.reasoning.puzzle_layouts import Problems
@@ -65,7 +66,7 @@ def puzzles(cfg):
         write(out, files, meta, dict(command="puzzles", source=cfg.source))
     rows = ", ".join(f"{n} {split}" for split, n in counts.items())
     after = "pretrain.py of HRM and TRM reads it as data_paths" if cfg.format == "trm" else f"next: {_next(out, form)}"
-    print(f"{out}: {rows}, {problems.count} left out, {time.monotonic() - started:.1f} s; {after}")
+    say(f"{out}: {rows}, {problems.count} left out, {time.monotonic() - started:.1f} s; {after}")
     return {}
 
 

@@ -514,6 +514,7 @@ def runs(patch):
     expert = f"{EXPERT} --data_dir data --checkpoint_dir 'my runs'"
     yield f"{expert} --max_steps 3", None
     yield f"{expert} --resume auto --max_steps 4", None
+    yield f"{expert} --resume auto --max_steps 4", None
     yield f"{expert} --resume --rope_base 99", None
     yield f"{expert} --resume --tokenizer 'bpe:my bpe.json'", None
     yield f"{expert} --resume --checkpoint_dir other", None
@@ -536,14 +537,18 @@ def runs(patch):
         path.write_bytes(path.read_bytes()[:1000])
     yield f"{expert} --resume", None
     yield f"{HRM} --steps 2 --fresh", None
-    yield f"{SR} --steps 2 -o 'my sr'", None
+    yield f"{HRM} --steps 2", None
+    yield f"{HRM} --steps 2".replace("synthetic", str(prepared("others"))), None
+    for again in ("", " --resume-from auto"):
+        yield f"{SR} --steps 2 -o 'my sr'{again}", None
     with patch.context() as inner:
         stopped_after(inner, 2)
         yield f"{SR} --steps 30 --save_minutes 0.0001 -o stopped_sr", None
     yield f"{SR} --steps 30 -o stopped_sr", None
     call = error_of(checkpoint_folders.find_folder, "latest", False, Path("none"), "sr", {})
     yield f"{SR} --resume-from latest", lambda: call
-    yield f"{AE} codebook_size=64 out='my ae'", None
+    for again in ("", " resume=auto"):
+        yield f"{AE} codebook_size=64 out='my ae'{again}", None
     yield "train_ae.py resume=none out='my ae'", None
     yield "train_ae.py data=none.npz", None
     yield "train_ae.py data=points.csv", None
@@ -565,27 +570,23 @@ def runs(patch):
         yield "notebook.py", lambda call=call: call
 
 
-def finished(patch):
-    """Yield runs that are at their end when they start again, on other data, or with weights of another model."""
+def endings(patch):
+    """Yield runs that were at their end when they start again, and weights of another model."""
     shutil.copytree(OLD / "text", "old")
-    experts = " ".join(f"--{name}_ckpt old/{name}_expert_interrupted.pt" for name in FAMILIES)
-    lines = [
-        f"{EXPERT} --data_dir data --checkpoint_dir ends --resume auto --max_steps 1",
-        f"train_mla.py {SIZES.replace('--n_layers 1 --ffn_mult 2', '--n_layers 2 --kv_latent_dim 8 --rope_dim 4')} "
-        f"{experts} --data_dir data --eval_windows 8 --checkpoint_dir old --no-use_amp --resume --max_steps 4",
-        HRM.replace("save_dir h", "save_dir ends_hrm") + " --max_steps 1",
-        f"{SR} -o ends_sr --resume-from auto --max_steps 1",
-        f"{AE} out=ends_ae resume=auto",
-        f"{RUNS['multimodal'][2].replace('max_steps 8', 'max_steps 6')}",
-    ]
     shutil.copytree(OLD / "pages", "mm")
-    for line in lines:
+    experts = " ".join(f"--{name}_ckpt old/{name}_expert_interrupted.pt" for name in FAMILIES)
+    sizes = SIZES.replace("--n_layers 1 --ffn_mult 2", "--n_layers 2 --kv_latent_dim 8 --rope_dim 4")
+    files = "--data_dir data --checkpoint_dir old"
+    for line in (
+        f"train_mla.py {sizes} {experts} {files} --eval_windows 8 --no-use_amp --resume --max_steps 4",
+        RUNS["multimodal"][2].replace("max_steps 8", "max_steps 6"),
+    ):
         assert run(line)[0] == 0, line
         yield line, None
-    yield f"{lines[2]} --dataset done", None
+    tuned = f"{EXPERT} --data_dir data --checkpoint_dir tuned --init_from"
     for path in (OLD / "hrm" / "final.pt", OLD / "text" / "nanothink_mla_interrupted.pt", OLD / "events" / "last.pt"):
-        yield f"{EXPERT} --data_dir data --checkpoint_dir tuned --init_from {path}", None
-    yield f"{EXPERT} --data_dir data --checkpoint_dir tuned --init_from {TEXT} --rope_base 99", None
+        yield f"{tuned} {path}", None
+    yield f"{tuned} {TEXT} --rope_base 99", None
 
 
 def stopped_after(patch, steps):
@@ -754,7 +755,7 @@ def test_advice_changes_the_command_that_was_typed(typed, raw, command, monkeypa
     assert advice.pasteable(f"try: {raw}") == f"try: {raw}"
 
 
-GROUPS = [flags, data, questions, tables_of_numbers, environments, runs, finished, pools_and_pages, events_of_others]
+GROUPS = [flags, data, questions, tables_of_numbers, environments, runs, endings, pools_and_pages, events_of_others]
 GROUPS += [puzzles]
 
 
