@@ -468,7 +468,7 @@ def main(cfg):
     if saved:
         # The name of a folder may be that of an earlier run. Data sets share no run by accident.
         places = (saved["dataset"], cfg.dataset)
-        remedy = f"--run_name {cfg.run_name or Path(cfg.dataset).name}2"
+        remedy = f"--run_name {shlex.quote(f'{cfg.run_name or Path(cfg.dataset).name}2')}"
         checkpoint.check_same_data(resumed_from, saved, header, cfg.resume, places, remedy)
         checkpoint.load_parts(parts, saved, resumed_from, header)
         state = RunState(**{name: saved[name] for name in vars(state)})

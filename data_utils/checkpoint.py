@@ -289,6 +289,8 @@ def load_source(path, kind):
         problem = "a folder, expected a file" if path.is_dir() else "no such file"
         raise UsageError(f"--init_from {path}: {problem}\ncheckpoints there: {names}")
     other = kind_of(path)
+    if other == "token_grid":  # of prepare_data.py weights
+        raise UsageError(f"--init_from {path} holds published weights\nfix: a checkpoint of kind {kind}")
     if other and other != kind:
         family, _, member = other.replace("expert:mla", "mla").partition(":")
         words = [f"train_{family}.py", *(["--expert", member] if family == "expert" else [])]

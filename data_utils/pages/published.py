@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from data_utils.errors import DataError, UsageError
+from data_utils.files import unused
 from data_utils.pages.render import to_symbols
 from data_utils.reasoning import arc_tasks, maze, sudoku, trm_layout
 from data_utils.reasoning.folder import puzzle_kind, read_meta
@@ -21,9 +22,7 @@ def task_of(folder):
     """Return the name of the task of a folder of puzzles. Raises UsageError for another folder."""
     kind = puzzle_kind(folder)
     if not kind:
-        raise UsageError(
-            f"--puzzles {folder}: no folder of puzzles\ntry: python prepare_data.py puzzles --source FILES --out FOLDER"
-        )
+        raise UsageError(f"--puzzles {folder}: no folder of puzzles\ntry: python prepare_data.py puzzles --help")
     return "arc" if kind == "arc" else form_of(read_meta(folder)).task
 
 
@@ -64,7 +63,7 @@ class Published:
         if not counts["train"] or counts["val"] < 2:
             raise DataError(
                 f"{folder}: {counts['train']} training and {counts['val']} held-out puzzles, 1 and 2 are needed\n"
-                "try: prepare_data.py puzzles with a larger --val_ratio"
+                "fix: prepare them with a larger --val_ratio"
             )
         self.order = (-1, None)  # the number of a pass over the training puzzles, and their order in it
 
@@ -105,9 +104,10 @@ def adopt(cfg):
     """
     first, *others = cfg.data_paths
     if trm_layout.is_here(cfg.puzzles or first):
-        source = shlex.quote(cfg.puzzles or first)
+        source = cfg.puzzles or first
+        words = ["--source", source, "--out", str(unused(source, "_prepared"))]
         raise UsageError(
-            f"{source}: the layout of HRM and TRM\ntry: python prepare_data.py puzzles --source {source} --out FOLDER"
+            f"{source}: the layout of HRM and TRM\ntry: python prepare_data.py puzzles {shlex.join(words)}"
         )
     if not cfg.puzzles and not puzzle_kind(first):
         return

