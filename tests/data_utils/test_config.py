@@ -95,7 +95,7 @@ def test_the_keys_of_a_dictionary_are_choices(capsys):
         complete(Parts("otter"), Parts)
     with pytest.raises(SystemExit):
         from_cli(Parts, argv=["--help"])
-    assert "{one,other}" in capsys.readouterr().out
+    assert "(one, other)" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -160,7 +160,7 @@ def test_keys_and_flags_mix(name, line, flags):
     [
         ("train_expert", "expert=transformer max_step=3", ["unknown key max_step (did you mean max_steps?)"]),
         ("train_expert", "expert=transformer domain=a", ["unknown key domain (did you mean domains?)"]),
-        ("train_expert", "expert=transformer domains=a,b", ["domains=[a,b] is one list"]),
+        ("train_expert", "expert=transformer domains=a,b", ["domains=a,b: expected one value", "domains=[a,b]"]),
         ("train_expert", "expert=gpt", ["--expert", "gpt"]),
         ("train_expert", "expert=transformer d_state=4", ["unrecognized arguments: --d_state"]),
         ("train_mla", "use_vector_store=maybe", ["use_vector_store=maybe: expected true or false"]),

@@ -108,7 +108,7 @@ def test_a_loop(copy):
 
 
 def test_help_and_slips_know_the_new_words(copy):
-    out, _ = finish(start(copy / "train_ae.py", "--help", cwd=copy))
+    out, _ = finish(start(copy / "train_ae.py", "--help", "all", cwd=copy))
     text = " ".join(out.split())
     assert "width of my_encoder (default: 42)" in text
     for key, words in dict(loop="my_loop", encoder="my_encoder", decoder="my_decoder", latent_space="my_space").items():

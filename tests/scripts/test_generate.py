@@ -75,7 +75,8 @@ def test_commands_of_each_kind(tmp_path):
         (OLD / "pages", "--input=p.txt", "--steps=1"),
     ]
     for command in commands:
-        out, _ = finish(start("generate.py", *command, "--device=cpu", cwd=tmp_path))
+        status = 1 if command[0].name == "pages" else 0  # its model of three steps solves no Sudoku
+        out, _ = finish(start("generate.py", *command, "--device=cpu", cwd=tmp_path), status)
         assert out.strip()
 
 
@@ -228,7 +229,7 @@ def test_safetensors_is_optional(tmp_path, monkeypatch):
         assert weights.keys() == model.network.state_dict().keys()
         assert all(torch.equal(weight, weights[name]) for name, weight in model.network.state_dict().items())
     monkeypatch.setitem(sys.modules, "safetensors.torch", None)
-    with pytest.raises(UsageError, match="pip install safetensors, or --export .*none.pt2"):
+    with pytest.raises(UsageError, match="pip install safetensors\ntry: --export .*none.pt2"):
         export(TRANSFORMER, tmp_path / "none.safetensors")
 
 

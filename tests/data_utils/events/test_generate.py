@@ -347,8 +347,8 @@ def wrong(run, words, error=DataError, **more):
 def test_errors(runs, file, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     vq = runs["vq"]
-    wrong("", ["no run named", "generate.py events outputs/runs"], UsageError)
-    wrong("nowhere", ["nowhere: no such run", "generate.py events"], UsageError)
+    wrong("", ["no run named", "python train_ae.py"], UsageError)
+    wrong("nowhere", ["nowhere: no such run", "python train_ae.py"], UsageError)
     wrong(tmp_path, ["no model.pt"], UsageError)
     save_checkpoint("a.pt", dict(kind="expert", model_state={}))
     wrong("a.pt", ["kind expert", "ae:ae"], UsageError)

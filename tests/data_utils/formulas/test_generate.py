@@ -186,7 +186,7 @@ def test_predictions_stand_beside_the_rows_of_another_table(pendulum, tmp_path, 
     assert float(rows[1][3]) == pytest.approx(1.003, rel=0.02) and float(rows[3][3]) == pytest.approx(4.012, rel=0.02)
     answer(capsys, pendulum, predict=str(new), columns=("length m",))  # its own is replaced
     predicted.write_text("mine\n")
-    with pytest.raises(UsageError, match="new.predicted.csv exists.*\n.*--fresh"):
+    with pytest.raises(UsageError, match="new.predicted.csv exists.*--fresh"):
         answer(capsys, pendulum, predict=str(new), columns=("length m",))
     answer(capsys, pendulum, predict=str(new), columns=("length m",), fresh=True)
     assert (tmp_path / "new.predicted.csv.bak").read_text() == "mine\n" and len(list(csv.reader(predicted.open()))) == 4

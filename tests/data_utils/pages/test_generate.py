@@ -311,7 +311,7 @@ def test_the_real_command_reads_standard_input(run):
 @pytest.mark.parametrize(
     "more, words",
     [
-        (dict(task=""), ["--task is missing", "read or continue or fill or sudoku4 or maze"]),
+        (dict(task=""), ["--task is missing", "read, continue, fill, sudoku4, maze"]),
         (dict(task="sudok4"), ["--task sudok4", "did you mean sudoku4?"]),
         (dict(paths=9), ["--paths 9", "4 trained ones", "--noise"]),
         (dict(votes=0), ["--votes 0"]),
