@@ -36,6 +36,7 @@ def test_a_changed_value_has_another_digest():
     assert digests(state) != digests(dict(w=torch.ones(2), rows=[dict(loss=1.5)]))
 
 
+@pytest.mark.slow
 def test_some_rows_run_and_those_that_were_there_stay(tmp_path):
     out = tmp_path / "faults.json"
     old = dict(row=1, fault="crash", script="ae", seconds=9.0, outcome="pass", note="")

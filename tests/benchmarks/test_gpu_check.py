@@ -16,6 +16,7 @@ from data_utils.errors import DataError, UsageError
 from tests.helpers import ROOT, environment
 
 
+@pytest.mark.slow
 def test_the_form_for_a_cpu_runs_every_row_in_under_a_minute(tmp_path):
     out = tmp_path / "report.json"
     before = resource.getrusage(resource.RUSAGE_CHILDREN)

@@ -26,6 +26,7 @@ def measured(home, *flags):
     return {figure["id"]: figure for row in json.loads(out.read_text()).values() for figure in row["figures"]}
 
 
+@pytest.mark.slow
 def test_models_run_at_toy_size_and_are_read_again(home):
     flags = "--rows", "models", "--arms", "train_"
     figures = measured(home, *flags)

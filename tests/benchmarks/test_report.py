@@ -57,12 +57,14 @@ def test_a_missing_baseline_says_how_to_get_it(monkeypatch, tmp_path):
     assert [f["baseline"] for f in figures] == [peers.GET["nanoGPT"]] * 6
 
 
+@pytest.mark.slow
 def test_speed_of_hrm_runs_at_toy_size(tmp_path):
     results = measured(hrm, tmp_path / "figures.json", "--times", "1")
     assert set(results) == {"step", "generate"} and all(f["ours"] > 0 for f in figures_of(results))
     assert results["step"]["figures"][-1]["unit"] == "MB"  # of a process of its own
 
 
+@pytest.mark.slow
 def test_every_row_of_the_autoencoder_figures_runs_at_toy_size(tmp_path):
     out = tmp_path / "figures.json"
     results = measured(autoencoder, out, "--home", tmp_path)
@@ -108,6 +110,7 @@ def test_speed_of_the_pictures_runs_at_toy_size_and_says_how_to_get_baselines(tm
     assert [f["baseline"] for f in results["trm"]["figures"]] == [peers.GET["TRM"]] * 4
 
 
+@pytest.mark.slow
 def test_learning_of_the_pictures_runs_at_toy_size_and_is_read_again(tmp_path):
     out, flags = tmp_path / "figures.json", ["--home", tmp_path, "--arms"]
     results = measured(pictures_quality, out, *flags, "recursion,every patch", "--rows", "sudoku4,halting,continue")

@@ -35,7 +35,9 @@ def test_every_block_runs(block, toy, tmp_path, monkeypatch):
         (tmp_path / place).parent.mkdir(parents=True, exist_ok=True)
         copy = shutil.copytree if (OLD / source).is_dir() else shutil.copy
         copy(OLD / source, place)
-    (tmp_path / "checkpoints" / "transformer_expert_metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n')
+    (tmp_path / "checkpoints" / "transformer_expert_metrics.jsonl").write_text(
+        '{"step": 1, "split": "val", "loss": 2.0}\n'
+    )
     for words, fewer in SMALLER.items():
         block = block.replace(words, fewer)
     (tmp_path / "block.py").write_text(block, encoding="utf-8")

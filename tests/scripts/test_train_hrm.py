@@ -184,7 +184,7 @@ def test_published_mazes_are_trained_on_and_answered(tmp_path):
     finish(start("prepare_data.py", "puzzles", "--source=mazes.txt", "--out=ready", "--val_ratio=0.4", cwd=tmp_path))
     flags = ["--dataset=ready", "--core_layers=1", "--steps=4", "--segments=2", "--run_name=maze"]
     _, err = finish(train(tmp_path, *flags), 2)
-    assert "try: --max_seq_len 15" in err
+    assert "--max_seq_len 15\n" in err
     finish(train(tmp_path, *flags, "--max_seq_len=15"))
     out, err = finish(start("generate.py", "--run_name=maze", "--input=mazes.txt", cwd=tmp_path), 1)
     assert len(out.removesuffix("\n").split("\n")) == 12 and err.count("segments") == 4

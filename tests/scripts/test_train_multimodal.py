@@ -624,7 +624,7 @@ def test_neither_log_nor_figure_ends_a_run(finished, pages, capfd):
     result = run(*TOY, f"data_paths={pages} checkpoint_path=a epochs=2 max_steps=18 log_file={log}")
     out, err = capfd.readouterr()
     assert result["step"] == 18 and load_checkpoint("a/latest.pt", "multimodal")["step"] == 18
-    assert "no loss curve: a/loss.png was not written" in out and "next: python generate.py" in out
+    assert "no loss curve: a/loss.png was not written" in out and "python generate.py" in out
     assert err.count("--log_file /dev/full was not written") == (log == "/dev/full")
 
 
