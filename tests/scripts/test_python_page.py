@@ -38,6 +38,9 @@ def test_every_block_runs(block, toy, tmp_path, monkeypatch):
     (tmp_path / "checkpoints" / "transformer_expert_metrics.jsonl").write_text(
         '{"step": 1, "split": "val", "loss": 2.0}\n'
     )
+    sweep = tmp_path / "outputs" / "multiruns" / "exp_20251103-140953_experiment"
+    sweep.mkdir(parents=True)
+    (sweep / "summary.csv").write_text("overrides,best_val_loss,seconds\nlr=1,2.0,3\n")
     for words, fewer in SMALLER.items():
         block = block.replace(words, fewer)
     (tmp_path / "block.py").write_text(block, encoding="utf-8")
