@@ -152,7 +152,7 @@ MODELS = dict(
     ),
     sudoku6=Model(
         "solves pictures of 6 x 6 Sudokus",
-        "echo 1...5..5...1..4.6.6.3..2.1....4...5. | python generate.py sudoku6 --input -",
+        "echo 52..13.3..26.5...2....5.2....531.... | python generate.py sudoku6 --input -",
         "pictures of puzzles of 14 givens; one solution in twenty is held out",
         "held-out pictures of 6 x 6 Sudokus solved",
         "%", partial(pages, name="sudoku6"), 512,
