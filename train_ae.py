@@ -234,7 +234,7 @@ from models.diffusion import NoiseSchedule, ddim_errors
 from models.gan import Judges
 
 BAD_STEPS = 10  # steps in a row without a finite loss and gradient that end a run
-DIVERGED = 1e3  # validation loss that ends a run; features have variance 1
+DIVERGED = 1e3  # validation loss over the largest weight that ends a run; features have variance 1
 EVAL_BATCH = 1024  # events in a batch of an evaluation
 DENOISED = 1024  # events that an evaluation of diffusion_ae makes from noise
 
@@ -728,7 +728,8 @@ def main(cfg):
                 # diffusion_ae is judged by the features that it makes from noise, not by its loss.
                 criterion = val_row.get("ddim_mse", val_row["loss"])
                 counting = state.skipped_in_row and not finished  # towards BAD_STEPS, or a recovery
-                if not val_row["loss"] < DIVERGED and not counting:  # NaN is not below it
+                limit = DIVERGED * max(1, *loss_weights.values())
+                if not val_row["loss"] < limit and not counting:  # NaN is not below it
                     kept = f"epoch {state.best_epoch + 1} is in {best_file}"
                     kept = kept if state.best_epoch >= 0 else "no epoch was better"
                     raise DataError(
