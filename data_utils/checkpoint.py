@@ -21,18 +21,9 @@ LEAST_SHARE = 0.5  # of the numbers of a model that must fit for --allow_partial
 FAILED_SAVES = 3  # rolling saves that may fail in a row before a run gives up
 # This bit of a zip entry is in no checksum. If it flips, torch fills the tensor with uninitialized memory.
 FOLDER = 0x10
-TRAINING_ONLY = (  # arguments of models that change what training does, not what the weights mean
-    *(
-        "dropout",
-        "encoder_dropout",
-        "decoder_dropout",
-        "pre_encoder_noise_scale",
-        "entropy_reg",
-        "balance_reg",
-        "z_reg",
-    ),
-    *("vq_beta", "use_checkpointing", "enable_gradient_checkpointing"),
-)
+# Arguments of models that change what training does, not what the weights mean.
+TRAINING_ONLY = """dropout encoder_dropout decoder_dropout pre_encoder_noise_scale entropy_reg balance_reg z_reg vq_beta
+use_checkpointing enable_gradient_checkpointing""".split()
 OTHER_NAMES = {  # read, never written: old names, and those of train_multimodal.py's guide
     "model_state": ("model", "model_state_dict"),
     "optimizer_state": ("optimizer", "optimizer_state_dict"),

@@ -11,7 +11,7 @@ from collections import namedtuple
 import numpy as np
 import torch
 
-from data_utils.formulas.expressions import OPERATORS, evaluate
+from data_utils.formulas.expressions import evaluate
 from data_utils.formulas.fit import fit, refine, wrap
 from data_utils.formulas.forms import screen, starts, terms
 from data_utils.formulas.scaling import decades, scaled, unscaled
@@ -436,7 +436,7 @@ def ranking(alphabet, candidates, data, active, powers, power, rng, deadline, ex
         forms = [(tokens, candidate.constants)]
         if data.n < FEW:  # too few for one constant more: b g beside a + b g
             forms.append((tokens[2:], candidate.constants[1:]))
-        forms += [form for form in (with_logarithm(*form) for form in forms) if form]
+        forms += [form for form in (with_logarithm(alphabet, *form) for form in forms) if form]
         for tokens, constants in forms:
             raw = unscaled(tokens, constants, powers[active], power, alphabet.operators)
             if raw is None:
@@ -457,29 +457,21 @@ def ranking(alphabet, candidates, data, active, powers, power, rng, deadline, ex
     return sorted(filter(None, refitted), key=lambda formula: formula.bits)
 
 
-def with_logarithm(tokens, constants):
+def with_logarithm(alphabet, tokens, constants):
     """Return a formula with log u for the first power u^c with c near 0, which is 1 + c log u -> tokens, constants.
 
     None is returned where there is no such power.
     """
+    row = alphabet.encode(tokens)
     places = [i for i, token in enumerate(tokens) if token == "<constant>"]
     for begin in [i for i, token in enumerate(tokens) if token == "pow"]:
-        end = end_of_subtree(tokens, begin + 1)
+        end = subtree_end(alphabet, row, begin + 1)
         if tokens[end] == "<constant>":
             number = places.index(end)
             if abs(constants[number]) < LEAST_POWER:
                 without = [*constants[:number], *constants[number + 1 :]]
                 return [*tokens[:begin], "log", *tokens[begin + 1 : end], *tokens[end + 1 :]], without
     return None
-
-
-def end_of_subtree(tokens, begin):
-    """Return the place after the sub-expression that begins at `begin` of prefix tokens."""
-    need, place = 1, begin
-    while need:
-        need += (OPERATORS[tokens[place]].arity if tokens[place] in OPERATORS else 0) - 1
-        place += 1
-    return place
 
 
 def front(candidates):

@@ -230,8 +230,11 @@ def test_the_front_of_each_length():
 
 def test_a_power_with_an_exponent_near_zero_is_written_as_a_logarithm():
     tokens = ["*", C, "+", C, "pow", "/", "x1", "x2", C]
-    assert with_logarithm(tokens, [2.0, -1.0, 1e-4]) == (["*", C, "+", C, "log", "/", "x1", "x2"], [2.0, -1.0])
-    assert with_logarithm(tokens, [2.0, -1.0, 0.5]) is None
+    assert with_logarithm(ALPHABET, tokens, [2.0, -1.0, 1e-4]) == (
+        ["*", C, "+", C, "log", "/", "x1", "x2"],
+        [2.0, -1.0],
+    )
+    assert with_logarithm(ALPHABET, tokens, [2.0, -1.0, 0.5]) is None
     X = np.random.default_rng(0).uniform(1, 9, (20, 2))
     assert not admissible(tokens, [2.0, -1.0, 1e-4], X)
     assert admissible(tokens, [2.0, -1.0, 0.5], X)
