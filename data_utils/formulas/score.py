@@ -7,7 +7,7 @@ constants, FVU = MSE / Var(y).
   equations; variables the logarithm of how many there are; functions within functions cost extra. All this counts
   0.7 times, and residuals as if there were two points more. Both factors were chosen on tables of few rows.
 - A constant costs the digits that the data can tell, log2(|c| / its standard error), as in Bartlett et al.
-  (arXiv 2211.11461); a plain number only its few digits.
+  (arXiv 2211.11461), less what constants share; a plain number only its few digits.
 - Residuals are normal with a standard deviation that is the same for all points, or in proportion to y, whichever is
   shorter, and never below the rounding of y.
 """
@@ -34,6 +34,7 @@ PRECISION, ROUNDING = 1e-12, 1e-16  # of y where nothing is known: of each value
 LEAST_POWER = 0.02  # exponents nearer to 0 make a power x^c a logarithm, 1 + c log x
 TOO_FAR = 0.5  # residuals in proportion to y above this are none
 SIGN = 1.0  # bits of a constant besides its digits
+MOST_DIGITS = 60  # bits of the digits of a constant, at most
 DIGIT = math.log2(10)
 SNAPS = 6  # plain numbers that are tried at a time
 
@@ -139,7 +140,7 @@ def plain_bits(value):
     options = [DIGIT * digits] if abs(float(text) - value) <= 1e-12 * abs(value) else []
     for unit, extra in ((3.0, 2.0), (12 / math.pi, 6.0)):
         numerator = abs(value) * unit
-        if numerator < 30 and abs(numerator - round(numerator)) < 1e-9:
+        if 0.5 < numerator < 30 and abs(numerator - round(numerator)) < 1e-9:
             options.append(math.log2(1 + numerator) + extra)
     return SIGN + min(options, default=math.inf)
 
@@ -213,18 +214,30 @@ def padded_columns(alphabet, X):
     return columns
 
 
-def standard_errors(J, weights, deviation):
-    """Return the standard errors of constants with the Jacobian J (C, M): alone, and with the others free."""
+def constant_bits(constants, J, weights, deviation):
+    """Return the bits of free constants (C,) with the Jacobian J (C, M), and their standard errors (C,).
+
+    Each costs its digits, log2(|c| / its error with the others fixed), less what they share: together the bits are
+    half the logarithm of the determinant of the Fisher information. Far from x = 1 an exponent has many digits, but
+    a factor before the power makes up for nearly all of them, so only with this correction do units not matter. No
+    constant costs less than half the logarithm of the number of points.
+    """
     J = J * weights
     largest = np.abs(J).max(1, keepdims=True)
     largest = np.where(largest > 0, largest, 1e-300)  # squares of derivatives may leave the range of floats
     size = (largest * np.sqrt(np.square(J / largest).sum(1, keepdims=True)))[:, 0]
     size = np.maximum(size, 1e-300)
     unit = J / size[:, None]
-    inverse = np.linalg.pinv(unit @ unit.T, rcond=1e-12, hermitian=True)
-    with np.errstate(over="ignore"):
+    correlation = unit @ unit.T
+    inverse = np.linalg.pinv(correlation, rcond=1e-12, hermitian=True)
+    shared = -np.linalg.slogdet(correlation + 1e-12 * np.eye(len(unit)))[1] / math.log(4)
+    with np.errstate(all="ignore"):
         alone = deviation / size
-        return alone, alone * np.sqrt(np.maximum(inverse.diagonal(), 1.0))
+        together = alone * np.sqrt(np.maximum(inverse.diagonal(), 1.0))
+        digits = np.nan_to_num(np.log2(np.abs(constants) / alone), nan=0.0)
+    least = 0.5 * math.log2(J.shape[1])
+    bits = np.clip(digits, least, MOST_DIGITS).sum() - max(shared, 0.0)
+    return float(max(bits, least * len(unit))) + SIGN * len(unit), together
 
 
 class _Fitted:
@@ -246,12 +259,8 @@ class _Fitted:
         bits = data.exact_bits(values, count, relative) + structure_bits(prefix, data.D)
         if count:
             deviation = data.deviation(fvu, count, relative)
-            alone, together = standard_errors(J[free], weights, deviation)
-            self.errors[free] = together
-            with np.errstate(all="ignore"):
-                digits = np.log2(np.abs(self.constants[free]) / alone)
-            least = 0.5 * math.log2(data.n)
-            bits += float(np.clip(np.nan_to_num(digits, nan=0.0), least, 60).sum()) + count * SIGN
+            cost, self.errors[free] = constant_bits(self.constants[free], J[free], weights, deviation)
+            bits += cost
         bits += sum(plain_bits(v) for v in self.constants[~free])
         self.bits = float(bits) if math.isfinite(bits) else math.inf
 

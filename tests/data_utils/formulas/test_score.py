@@ -58,6 +58,19 @@ def test_plain_numbers_are_cheap_and_data_decide_about_digits():
     assert formula.prefix == ["*", "<constant>", "x1"] and formula.constants[0] == pytest.approx(2.0345, abs=1e-3)
 
 
+def test_bits_do_not_depend_on_units():
+    assert plain_bits(1.54e-11) == plain_bits(0.154)  # no multiple of a third
+    x = np.geomspace(0.3, 3, 40)
+    X = np.column_stack([x, x, x])
+    y = 4.2 * x**1.3 * (1 + 0.01 * np.random.default_rng(0).standard_normal(40))
+    prefix, _ = parse_formula("2.0123*a**0.7123", NAMES)
+    near = rank_formula(ALPHABET, prefix, [4.2, 1.3], Data(X, y))
+    for k in (-10, 10, 30):  # 10^(1.3 k) has one digit
+        formula = rank_formula(ALPHABET, prefix, [4.2 * 10 ** (-1.3 * k), 1.3], Data(X * 10.0**k, y))
+        assert formula.prefix == near.prefix and formula.constants[1] == near.constants[1], k
+        assert formula.bits == pytest.approx(near.bits, abs=0.2), k
+
+
 def test_noise_in_proportion_to_y_is_seen():
     x = np.geomspace(1, 1e4, 40)
     X = np.column_stack([x, x, x])
