@@ -33,6 +33,7 @@ from data_utils.formulas.simplify import NotReal, simplify
 from data_utils.formulas.skeletons import PoolConfig, check_pool, sample_trees
 
 LIMIT = 5  # seconds that sympy has for a formula
+FEW = 3  # variables
 NAMES = dict(nguyen="nguyen", feynman="feynman <= 3 variables", fastsrb="fastsrb <= 3 variables")
 
 
@@ -304,13 +305,22 @@ def arms_of(args):
     return arms
 
 
-def test_set(args, suite, target, more="", most_seeds=None):
-    """Yield the shares of problems found in --seconds each, without the network and with it."""
+def test_set(args, suite, target, most_seeds=None):
+    """Yield the shares of problems found in --seconds each, without the network and with it.
+
+    Problems of up to FEW variables have a figure of their own: a network reads no others.
+    """
     seeds = min(most_seeds or args.seeds, args.seeds)
     for arm, (name, flags) in arms_of(args).items():
-        flags = f"{flags} {more} --seeds {seeds} --max_seconds {args.seconds}"
+        flags = f"{flags} --seeds {seeds} --max_seconds {args.seconds}"
         rows = solved(args, suite, f"{Path(str(suite)).name}-{arm}", flags)
-        yield shares(arm, args, suite, rows, name, target, seeds)
+        few = [row for row in rows if row["variables"] <= FEW]
+        yield shares(arm, args, suite, few, name, target, seeds)
+        if len(few) < len(rows):
+            title = f"{suite}, up to {max(row['variables'] for row in rows)} variables, {len(rows)} runs of"
+            yield shares(f"{arm}.all", args, suite, rows, name, seeds=seeds) | dict(
+                title=f"{title} {args.seconds} s, recovered, {name}"
+            )
 
 
 def skeletons(args):
@@ -373,8 +383,8 @@ ROWS = dict(
     refine=fits,
     nguyen=partial(test_set, suite="nguyen", target=">= 75"),
     skeletons=skeletons,
-    feynman=partial(test_set, suite="feynman", target=">= 60", more="--max_variables 3", most_seeds=3),
-    fastsrb=partial(test_set, suite="fastsrb", target=">= 25", more="--max_variables 3", most_seeds=3),
+    feynman=partial(test_set, suite="feynman", target=">= 60", most_seeds=3),
+    fastsrb=partial(test_set, suite="fastsrb", target=">= 25", most_seeds=3),
     noise=noisy,
     candidates=candidates,
     swapped=swapped,

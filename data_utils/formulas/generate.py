@@ -303,7 +303,8 @@ def measure(cfg, model):
                 names = problem.formula.variables
                 alphabet, formulas, tried = search(cfg, model, problem.X, problem.y, rng, names, held=held,
                                                    max_seconds=cfg.max_seconds)  # fmt: skip
-                row = dict(suite=suite, name=problem.name, seed=seed, noise=cfg.noise, method=method_of(cfg))
+                row = dict(suite=suite, name=problem.name, variables=len(names), seed=seed, noise=cfg.noise,
+                           method=method_of(cfg))  # fmt: skip
                 row |= dict(seconds=time.monotonic() - wall, cpu_seconds=time.process_time() - cpu, candidates=tried)
                 if formulas:
                     best = formulas[0]
