@@ -17,6 +17,18 @@ from models.trm import Core, SelfAttention, attend, boxes, grid, rms
 ROPE_BASE = 10000.0  # slowest rotary wavelength, in units of 2 pi tokens
 
 
+def fill_surest(ids, logits, tokens, left):
+    """Fill in the surest blanks of puzzles, one of `left` equal parts of them: ids (B, S) -> (B, S).
+
+    logits: (B, S, V). tokens (K,): the blank, then those that may stand in its place.
+    """
+    blank = ids == tokens[0]
+    sure, choice = logits[..., tokens[1:]].float().softmax(-1).max(-1)
+    rank = sure.masked_fill(~blank, -1.0).argsort(1, descending=True).argsort(1)
+    now = blank & (rank < (blank.sum(1, keepdim=True) / left).ceil())
+    return torch.where(now, tokens[1:][choice], ids)
+
+
 class NoRotation(nn.Module):
     """The identity, in place of Rotary in models without rotary positions."""
 

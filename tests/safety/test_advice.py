@@ -311,6 +311,7 @@ def flags(patch):
         f"generate.py multimodal {OLD}/pages",
         f"generate.py {OLD}/hrm --device cpu",
         f"generate.py {TEXT} --export of.pt2",
+        f"generate.py sudoku9 --prompt {'.' * 81}",
         f"generate.py {OLD}/text",
         f"generate.py {OLD}/text/diffuser_expert_interrupted.pt --steps 2 --sampler ddim --top_k 5",
         "generate.py --checkpoint 'my runs/state_space_expert.pt'",

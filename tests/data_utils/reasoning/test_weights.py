@@ -1,5 +1,6 @@
 """prepare_data.py weights: logits of the official code, sizes without settings, generate.py, files that are none."""
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -157,6 +158,18 @@ def test_generate_fills_in_puzzles(tmp_path, capsys):
         generate.main(generate.parse([checkpoint, f"--prompt=55{PUZZLE[2:]}"]))
     model, tokenizer = load(checkpoint)
     assert tokenizer is None and model.answer(PUZZLE, segments=2, halting=False) == "\n".join(rows)
+    puzzle = np.array([[0 if s == "." else int(s) for s in PUZZLE]], np.uint8)
+    answer, segments = model.fill(puzzle, segments=2, halting=False, rounds=3)
+    assert (answer > 0).all() and (answer == puzzle)[puzzle > 0].all() and segments == [6]  # givens stay
+    with pytest.raises(UsageError, match="--rounds 0"):
+        generate.main(generate.parse([checkpoint, f"--prompt={PUZZLE}", "--rounds=0"]))
+
+
+def test_rounds_are_for_sudokus(tmp_path):
+    path, _ = published(tmp_path, vocab_size=6, cells=900)
+    checkpoint = convert(path)
+    with pytest.raises(UsageError, match="only Sudokus have blanks"):
+        generate.main(generate.parse([checkpoint, f"--prompt={' ' * 898}SG", "--rounds=2"]))
 
 
 @torch.no_grad()
