@@ -7,7 +7,7 @@
 Every arm learns for --minutes CPU minutes of this process from the same puzzles in the same order. Hard puzzles have as
 few givens as possible, 26 at most; easier ones come from them by filling in cells. Training goes from 40 givens down to
 hard ones in its first half, then mixes all. Held-out solutions are tested with 40, with 32 and with as few givens as
-possible. The rating of a puzzle is how often a search must guess.
+possible. The rating of a puzzle is how often a search must guess. The recipe compares ways to answer of the same cost.
 
 The official code has its published settings, but the width, batch and rate of the others here. Its puzzle vector stays
 at zero: Sudoku has one for all puzzles. An arm that was trained lies in --home and is only read again.
@@ -15,6 +15,7 @@ at zero: Sudoku has one for all puzzles. An arm that was trained lies in --home 
 
 import inspect
 import itertools
+import math
 import statistics
 import time
 from dataclasses import asdict, dataclass
@@ -41,14 +42,14 @@ from data_utils.reasoning import sudoku as puzzles_of
 from data_utils.reasoning.halting import stops
 from data_utils.workers import cores
 from models.glyphs import HOLE
-from models.hrm import HRM
+from models.hrm import HRM, fill_surest
 from models.optim.adam_atan2 import AdamAtan2
 from models.optim.ema import Average
 from models.optim.muon import Muon
 from models.planning import pick, select
 
 COUNTS = 1, 2, 4, 8, 16  # segments after which answers are scored
-LONGER = 16, 32, 64  # of the recipe
+ROUNDS = 16, 64  # in which blanks are filled
 MOST_GIVENS, FEWEST = 26, 17  # of hard puzzles
 EASY, DOWN_AT = 40, 0.5  # givens at the start of the training, share of it after which all givens are hard ones
 BANDS = (0, 0), (1, 9), (10, 49), (50, 10**9)  # ratings
@@ -330,6 +331,20 @@ def surest(arm, puzzles, segments, noise, paths):
     return pick(answers, halts.argmax(1))
 
 
+@torch.no_grad()
+def filled(arm, puzzles, segments, rounds):
+    """Return the answers (n, 81) of an arm of `ours` that fills in the surest cells first, over so many rounds."""
+    tokens = torch.arange(10)
+    parts = []
+    with bf16_autocast(open_device("cpu")):
+        for ids in torch.as_tensor(puzzles).long().split(CHUNK):
+            for left in range(rounds, 0, -1):
+                x, bias, z_H, _ = arm.model.think(ids, None, 1 if arm.once else segments, math.inf)
+                ids = fill_surest(ids, arm.model.head(arm.model.answer(x, z_H, bias, None)), tokens, left)
+            parts.append(ids)
+    return torch.cat(parts)
+
+
 def solved(answers, solutions):
     """Return whether all cells are right: answers (..., 81) -> (...) bool as numbers."""
     return (answers == torch.from_numpy(solutions).long().view(-1, *[1] * (answers.ndim - 2), 81)).all(-1).double()
@@ -411,52 +426,64 @@ def read_by_us(args, name, arm, puzzles):
                   float(f"{difference:.2g}"), "<= 0.00001")  # fmt: skip
 
 
+def ways(args, arm):
+    """Return {name: function of puzzles} of ways to answer, each of --segments segments for a puzzle."""
+    total = args.segments
+    result = {f"{args.views} views vote": lambda puzzles: voted(arm, puzzles, total // args.views, args.views)}
+    for rounds in ROUNDS:
+        name = f"surest cells first, {rounds} rounds"
+        result[name] = partial(filled, arm, segments=max(1, total // rounds), rounds=rounds)
+    if arm.once:
+        return result | {"one pass": lambda puzzles: think(arm, puzzles, 1)[0][:, -1]}
+    for noise in NOISE:
+        name = f"surest of {args.paths} paths with noise {noise:g}"
+        result[name] = partial(surest, arm, segments=total // args.paths, noise=noise, paths=args.paths)
+    return result | {f"{total} segments": lambda puzzles: think(arm, puzzles, total)[0][:, -1]}
+
+
 def recipe(args):
-    """Hard puzzles: the recipe and what is in it, against equal parameters used once and against single candidates."""
+    """Hard puzzles: the recipe and what is in it, against equal parameters used once and against single candidates.
+
+    Each arm answers in the way that is best on half of the puzzles; the figures are of the other half.
+    """
     rows, tests = rows_of(args)
     name = f"{FEWEST} to {MOST_GIVENS} givens"
-    held = tests[name]
-    half = len(held[0]) // 2
-    few, rest = (tuple(part[side] for part in held) for side in (slice(half), slice(half, None)))
+    half = len(tests[name][0]) // 2
+    few, rest = (tuple(part[side] for part in tests[name]) for side in (slice(half), slice(half, None)))
     title = f"9 x 9 Sudoku, {name}, held out, solved"
-    arm, steps = trained(args, HRM_ARM, ours, rows)
-    segments = LONGER[0] if args.quick else LONGER[-1]
-    right = solved(think(arm, rest[0], segments)[0], rest[1])
-    counts = [k for k in LONGER if k <= segments]
-    after = [percent(right[:, k - 1]) for k in counts]
-    chosen = max(NOISE, key=lambda noise: solved(surest(arm, few[0], LONGER[0], noise, args.paths), few[1]).mean())
-    noisy = percent(solved(surest(arm, rest[0], LONGER[0], chosen, args.paths), rest[1]))
-    _, texts = scores(arm, rest, args.views)
-    yield figure("surest", f"{title}, recursion, surest of {args.paths} noisy paths", noisy, ">= 30", unit="%",
-                 baseline=percent(singles_of(rest[0])),
-                 spread=[f"noise {chosen:g}, chosen on the other half", f"{statistics.mean(rest[2]):.0f} guesses",
-                         f"{(rest[0] > 0).sum(1).mean():.1f} givens", steps,
-                         "baseline: single candidates, repeated"])  # fmt: skip
-    yield figure("segments", f"{title}, recursion, after {', '.join(map(str, counts))} segments",
-                 ", ".join(map(str, after)), unit="%", spread=texts)  # fmt: skip
-    controls = (
-        ("once", "the same parameters once", ONCE, True),
-        ("no_curriculum", "recursion without the curriculum", ours, False),
-    )
-    for id, words, build, curriculum in controls:
-        arm, steps = trained(args, words, build, rows, curriculum)
-        value, texts = scores(arm, rest, args.views)
-        yield figure(id, f"{title}, {words}", value, unit="%", spread=[*texts, steps])
+    setting = [f"{(rest[0] > 0).sum(1).mean():.1f} givens, {statistics.mean(rest[2]):.0f} guesses",
+                  "baseline: single candidates, repeated"]  # fmt: skip
+    arms = {
+        HRM_ARM: ("recursion", "recursion", ours, True),
+        "the same parameters once": ("once", "the same parameters once", ONCE, True),
+        "recursion without the curriculum": ("no_curriculum", "recursion without the curriculum", ours, False),
+    }
+    for arm_name in selected(args, arms):
+        id, words, build, curriculum = arms[arm_name]
+        arm, steps = trained(args, arm_name, build, rows, curriculum)
+        answers = ways(args, arm)
+        chosen = max(answers, key=lambda way: solved(answers[way](few[0]), few[1]).mean())
+        shares = {way: percent(solved(answer(rest[0]), rest[1])) for way, answer in answers.items()}
+        _, texts = scores(arm, rest, args.views)
+        each = [f"{way} {share}" for way, share in shares.items()]
+        yield figure(id, f"{title}, {words}, {chosen}", shares[chosen], ">= 30" if arm_name == HRM_ARM else "",
+                     unit="%", baseline=percent(singles_of(rest[0])),
+                     spread=[*each, *texts, steps, *setting])  # fmt: skip
 
 
 ROWS = dict(models=models, recipe=recipe)
-QUICK = dict(train=6, test=2, minutes=0.05, batch=4, width=32, views=2, paths=2)
+QUICK = dict(train=6, test=2, minutes=0.05, batch=4, width=32, views=2, paths=2, segments=4)
 
 
 def main(argv=None):
-    parser = command_line(__doc__, ROWS, "quality.puzzles", threads=1, minutes=60.0, train=4000, test=600, batch=64,
-                          width=128, official_lr=1e-3, views=8, paths=8)  # fmt: skip
+    parser = command_line(__doc__, ROWS, "quality.puzzles", threads=1, minutes=60.0, train=4000, test=600, batch=32,
+                          width=128, official_lr=1e-3, views=8, paths=8, segments=128)  # fmt: skip
     add = parser.add_argument
     add("--home", type=Path, default=WORK / "puzzles", help="where puzzles and trained arms lie")
     add("--peers", type=Path, default=peers.CLONES, help="clones of the official code")
     add("--arms", default="", help="only the models whose names hold one of these words, comma separated")
     args = parser.parse_args(argv)
-    numbers = ["threads", "minutes", "train", "test", "batch", "width", "official_lr", "views", "paths"]
+    numbers = ["threads", "minutes", "train", "test", "batch", "width", "official_lr", "views", "paths", "segments"]
     flags = changed_flags(parser, args, numbers)
     if args.quick:
         vars(args).update(QUICK)

@@ -53,10 +53,13 @@ def test_official_code_runs_beside_and_its_weights_are_read(home):
 def test_the_recipe_runs_beside_its_controls(home):
     figures = measured(home, "--rows", "recipe")
     ids = [id.rpartition(".")[2] for id in figures if id.startswith("puzzles.recipe.")]
-    assert ids == ["surest", "segments", "once", "no_curriculum"]
-    assert figures["puzzles.recipe.surest"]["target"] == ">= 30"
-    assert "segments" not in figures["puzzles.recipe.once"]["spread"]  # which has none
-    for id in ("surest", "once", "no_curriculum"):
+    assert ids == ["recursion", "once", "no_curriculum"]
+    recursion, once = figures["puzzles.recipe.recursion"], figures["puzzles.recipe.once"]
+    assert recursion["target"] == ">= 30" and "target" not in once
+    for way in ("2 views vote", "surest cells first, 16 rounds", "surest of 2 paths with noise 0.1", "4 segments"):
+        assert f"{way} " in recursion["spread"]
+    assert "one pass " in once["spread"] and "segments" not in once["spread"]  # which has none
+    for id in ids:
         assert "CPU s" in figures[f"puzzles.recipe.{id}"]["spread"]
 
 
