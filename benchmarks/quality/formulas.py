@@ -289,11 +289,11 @@ def held_out(args):
 
 
 def solved(args, suite, name, flags):
-    """Return the rows of `generate.py formula --suite`."""
+    """Return the rows of `generate.py formula --suite`; what it prints goes to a log beside them."""
     out = args.work / f"sr-{name}.jsonl"
     words = f"generate.py formula {flags} --suite {suite} --out {out}"
-    quiet = dict(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    subprocess.run([sys.executable, *words.split()], check=True, cwd=ROOT, **quiet)
+    with open(out.with_suffix(".log"), "w") as log:
+        subprocess.run([sys.executable, *words.split()], check=True, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT)
     return [json.loads(line) for line in out.read_text().splitlines()]
 
 
