@@ -166,7 +166,7 @@ def _levenberg(problem, constants, steps):
             empty = ~(np.einsum("rkk->rk", square) > 0.5)
             square += empty[:, :, None] * eye
             slope = (unit @ r[:, :, None])[:, :, 0]
-            step = np.nan_to_num(np.linalg.solve(square, slope[:, :, None])[:, :, 0], posinf=0.0, neginf=0.0)
+            step = np.nan_to_num(_solved(square, slope), posinf=0.0, neginf=0.0)
             trial = c - step / size
             slow = np.where((step * slope).sum(1) > PROMISE * fvu * r.shape[1], slow, 2)
         r2, J2, fvu2 = problem.residuals(trial)
@@ -176,6 +176,14 @@ def _levenberg(problem, constants, steps):
         c, fvu = np.where(good[:, None], trial, c), np.where(good, fvu2, fvu)
         r, J = np.where(good[:, None], r2, r), np.where(good[:, None, None], J2, J)
     return fitted, best
+
+
+def _solved(A, b):
+    """Return A^-1 b for matrices A (R, C, C), vectors b (R, C); nearly so where rounding made an A singular."""
+    try:
+        return np.linalg.solve(A, b[:, :, None])[:, :, 0]
+    except np.linalg.LinAlgError:
+        return np.linalg.solve(A + 1e-6 * np.eye(A.shape[1]), b[:, :, None])[:, :, 0]
 
 
 def _slope(J, r):

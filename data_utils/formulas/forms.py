@@ -19,6 +19,7 @@ POWERS = {"z", "pow", "pow2", "inv", "pow1_2", C}  # tokens of forms that are po
 OFFSETS = 3  # z for which forms with an offset of their own are tried
 WEIGHTS = (1.0, -1.0, 10.0, -10.0, 0.1, -0.1)  # of the second column of a sum: units near 1 differ by powers of ten
 PEAKS = 3  # frequencies per z
+CLEAR = 30.0  # bits by which a column must help to be searched beside the best ones
 
 
 def starts(alphabet, data, weights, rng, points=128):
@@ -181,7 +182,8 @@ def terms(D):
 def screen(X, y, w, rng, most, points=256):
     """Return the columns that matter most for y, at most `most` of them and all that clearly matter, in their order.
 
-    Sums of simple functions of one or two columns are fitted to y and to log |y|; the columns of the best ones count.
+    Sums of simple functions of one or two columns are fitted to y and to log |y|; the columns of the best ones count. A
+    column clearly matters if all sums without it cost CLEAR bits more than the best.
     """
     D = X.shape[1]
     if D <= most:
@@ -204,17 +206,23 @@ def screen(X, y, w, rng, most, points=256):
         links = [(y, w)]
         if (y > 0).all() or (y < 0).all():
             links.append((np.log(np.abs(y)), w * np.abs(y)))
-    scores = np.zeros(D)
+    scores, clear = np.zeros(D), np.zeros(D, bool)
     most_terms = int(min(D + 1, max(1, len(y) - 3)))
     for target, weights in links:
         sets = choose(parts, target / (np.abs(target).max() or 1.0), weights, width=4, most=most_terms)
         n = len(target)
+        best, without = np.inf, np.full(D, np.inf)  # bits of a sum, also of those that lack a column
         for left, chosen in sets:
             bits = n / 2 * np.log2(max(left, 1e-12)) + len(chosen) * np.log2(n)
             columns = set().union(*(members[k] for k in chosen))
             for j in columns:
                 scores[j] = min(scores[j], bits / len(chosen) ** 0.25)
-    return sorted(np.argsort(scores, kind="stable")[:most].tolist())
+            others = [j for j in range(D) if j not in columns]
+            without[others] = np.minimum(without[others], bits)
+            best = min(best, bits)
+        clear |= without > best + CLEAR
+    order = sorted(np.argsort(scores, kind="stable").tolist(), key=lambda j: not clear[j])
+    return sorted(order[: max(most, clear.sum())])
 
 
 def frequencies(z, y, w, most=PEAKS):

@@ -4,6 +4,8 @@ Orthogonal least squares (Chen, Billings and Luo 1989) with a beam, on what undo
 powers, its square a root, its inverse a fraction. K parts, M points, W sets in the beam.
 """
 
+import itertools
+
 import numpy as np
 
 from data_utils.formulas.expressions import Program
@@ -81,13 +83,20 @@ def plain_pairs(parts, y, weights=None, most=WIDTH):
 
 
 class Library:
-    """Parts without constants that proposals had, their values at X (M, all variables), y (M,), how often they came."""
+    """Parts without constants, their values at X (M, all variables), y (M,), how often they came.
+
+    Columns, products and quotients of two of them, and the parts that proposals had.
+    """
 
     def __init__(self, alphabet, X, y, weights=None):
         self.alphabet, self.X, self.y = alphabet, X, y
         self.weights = np.ones(len(y)) if weights is None else weights  # of residuals of y
         self.counts, self.values = {}, {}
-        self.add([(alphabet.first_variable + v,) for v in np.flatnonzero(np.ptp(X, 0)).tolist()])
+        columns = [alphabet.first_variable + v for v in np.flatnonzero(np.ptp(X, 0)).tolist()]
+        self.add([(v,) for v in columns])
+        for sign, pairs in (("*", itertools.combinations), ("/", itertools.permutations)):
+            if sign in alphabet.ids:
+                self.add([(alphabet.ids[sign], *pair) for pair in pairs(columns, 2)])
 
     def add(self, rows):
         """Count the short parts of id lists."""

@@ -5,7 +5,7 @@ import pytest
 
 from data_utils.errors import UsageError
 from data_utils.formulas.expressions import OPERATORS, Alphabet, evaluate, parse_formula
-from data_utils.formulas.fit import fit, refine, wrap
+from data_utils.formulas.fit import _solved, fit, refine, wrap
 
 ALPHABET = Alphabet(OPERATORS, ["x1", "x2"])
 FORMULAS = {  # starts near these constants find them
@@ -123,6 +123,16 @@ def test_a_derivative_whose_square_is_beyond_floats_ends_nothing():
     X, y = np.array([[2.0, 0.3], [1.0, 0.4], [0.9, 1.5], [0.4, 1.9], [1e10, 1.5]]), np.array([2.5, 1.5, 2.5, 2.7, 1.0])
     _, fvu = fit(ALPHABET, tokens, X, y, 1, np.random.default_rng(0), start=truth)
     assert np.isfinite(fvu).all()
+
+
+def test_a_singular_matrix_ends_nothing():
+    rng = np.random.default_rng(0)
+    A, b = rng.standard_normal((3, 2, 2)), rng.standard_normal((3, 2))
+    expected = [np.linalg.inv(a) @ c for a, c in zip(A, b, strict=True)]
+    np.testing.assert_allclose(_solved(A, b), expected)
+    A[1] = 1.0
+    np.testing.assert_allclose(_solved(A, b)[[0, 2]], [expected[0], expected[2]], rtol=1e-4)
+    assert np.isfinite(_solved(A, b)).all()
 
 
 def test_constants_that_are_not_free_stay():

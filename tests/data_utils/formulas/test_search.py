@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from data_utils.formulas.expressions import evaluate, format_formula, parse_formula
+from data_utils.formulas.forms import screen
 from data_utils.formulas.pools import save_pool
 from data_utils.formulas.problems import attainable, problems
 from data_utils.formulas.score import admissible
@@ -125,6 +126,17 @@ def test_columns_that_do_not_matter_are_left_out():
     assert {t for t in formula.prefix if t[0] == "x"} == {"x4", "x11"} and formula.fvu < 1e-20
 
 
+def test_all_columns_that_clearly_matter_are_searched():
+    pool = PoolConfig(variables=tuple(f"x{i + 1}" for i in range(9)), max_operators=4)
+    rng = np.random.default_rng(0)
+    X = rng.uniform(1, 5, (60, 9))
+    y = X[:, 0] * X[:, 3] + X[:, 1] * X[:, 4] + X[:, 2] * X[:, 6]
+    assert screen(X, y, np.ones(60), rng, 5) == [0, 1, 2, 3, 4, 6]
+    assert len(screen(X, rng.standard_normal(60), np.ones(60), rng, 5)) == 5
+    formula = search(X, y, alphabet=check_pool(pool), pool=pool, choices=1)[0]
+    assert format_formula(formula.prefix, formula.constants, pool.variables) == "x1*x4 + x2*x5 + x3*x7"
+
+
 def test_a_deadline_holds_for_many_rows():
     rng = np.random.default_rng(0)
     X = rng.uniform(1, 3, (100_000, 2))
@@ -180,10 +192,10 @@ def test_a_library_skips_what_it_cannot_use():
     library = Library(ALPHABET, X, X[:, 0])
     before = len(library.counts)
     library.add([ALPHABET.encode(row.split()) for row in ("log x1", "- x1 x1", "* <constant> x2", "+ 1 1")])
-    assert len(library.counts) == before == 2
+    assert len(library.counts) == before == 5  # columns, their product and quotients
     library.add([ALPHABET.encode("sin pow2 x1".split())] * 3)
     part = tuple(ALPHABET.encode("sin pow2 x1".split()))
-    assert len(library.counts) == 4 and library.counts[part] == 3
+    assert len(library.counts) == 7 and library.counts[part] == 3
     np.testing.assert_allclose(library.values[part], np.sin(X[:, 0] ** 2), atol=1e-12)
 
 
