@@ -94,6 +94,7 @@ class Config:
 if __name__ == "__main__":
     cfg = from_cli(Config, __doc__)
 
+from benchmarks.misses import MISSES
 from benchmarks.report import RESULTS, ROOT, WORK, load, results_file
 from data_utils.files import write_atomic
 
@@ -196,6 +197,16 @@ def table(figures):
     return "\n".join(lines)
 
 
+def reasons(figures):
+    """Return lines that say why figures miss their targets, as far as MISSES knows it."""
+    titles = {f["id"]: f["title"] for f in figures if judged(f)[0] is False}
+    lines = []
+    for ids, reason in MISSES.items():
+        if short := [titles[id] for id in ids.split() if id in titles]:
+            lines.append(f"- **{'; '.join(short)}**: {' '.join(reason.split())}")
+    return ["Short of the target:", "", *lines, ""] if lines else []
+
+
 def measured(results):
     """Say when and with what the rows of a JSON were measured; '' if it does not say."""
     rows = [row for row in results.values() if isinstance(row, dict) and "date" in row]
@@ -245,12 +256,13 @@ def page(folder, failures, spent, picture, quick=False):
         for install in dict.fromkeys(absent):
             sections += [f"The baseline of {absent.count(install)} of these figures was missing: `{install}`", ""]
         sections += [table(figures) if figures else f"Nothing measured yet: `{command_of(name, runs[0])}`", ""]
+        sections += reasons(figures)
     head = ["# Figures", ""]
     if quick:
         head += ["**Toy sizes: these show that the benchmarks run, nothing else.**", ""]
     head += [f"Written {time.strftime('%Y-%m-%d')} by `python benchmarks/run.py` on {processor()}, {os.cpu_count()} "
              f"cores, Python {platform.python_version()}, torch {version('torch')}; each section says when its figures "
-             f"were measured. {met} of {targets} targets are met.", "",
+             f"were measured. {met} of {targets} targets are met; reasons for misses stand below the tables.", "",
              "The ratio is ours / baseline, or their difference where the figure says difference or minus. A target is "
              "one of the ratio if there is one, else of ours; targets in words are not judged.", ""]  # fmt: skip
     if panels:
