@@ -28,7 +28,7 @@ import pandas
 import torch
 
 from benchmarks.quality.pretrained import PUZZLE
-from data_utils.figures import COLOURS, RED, open_frame, plt, write_figure
+from data_utils.figures import COLOURS, RED, WIDTH, open_frame, plt, write_figure
 from data_utils.formulas import SymbolicRegressor
 from data_utils.metrics import read_rows
 from data_utils.reasoning import load
@@ -105,7 +105,7 @@ def draw_loss(ax, metrics):
 
 def main(cfg):
     """Write the picture."""
-    figure = plt.figure(figsize=(11, 8.2), layout="constrained")
+    figure = plt.figure(figsize=(WIDTH, 8.2), layout="constrained")
     above, below = figure.subfigures(2, 1, height_ratios=[1.08, 1])
     panels = boards(cfg.model)
     for ax, (title, cells) in zip(above.subplots(1, 3), panels, strict=True):

@@ -94,6 +94,7 @@ class Config:
 if __name__ == "__main__":
     cfg = from_cli(Config, __doc__)
 
+from benchmarks.misses import MISSES
 from benchmarks.report import RESULTS, ROOT, WORK, load, results_file
 from data_utils.files import write_atomic
 
@@ -196,6 +197,16 @@ def table(figures):
     return "\n".join(lines)
 
 
+def reasons(figures):
+    """Return lines that say why figures miss their targets, as far as MISSES knows it."""
+    titles = {f["id"]: f["title"] for f in figures if judged(f)[0] is False}
+    lines = []
+    for ids, reason in MISSES.items():
+        if short := [titles[id] for id in ids.split() if id in titles]:
+            lines.append(f"- **{'; '.join(short)}**: {' '.join(reason.split())}")
+    return ["Short of the target:", "", *lines, ""] if lines else []
+
+
 def measured(results):
     """Say when and with what the rows of a JSON were measured; '' if it does not say."""
     rows = [row for row in results.values() if isinstance(row, dict) and "date" in row]
@@ -245,12 +256,13 @@ def page(folder, failures, spent, picture, quick=False):
         for install in dict.fromkeys(absent):
             sections += [f"The baseline of {absent.count(install)} of these figures was missing: `{install}`", ""]
         sections += [table(figures) if figures else f"Nothing measured yet: `{command_of(name, runs[0])}`", ""]
+        sections += reasons(figures)
     head = ["# Figures", ""]
     if quick:
         head += ["**Toy sizes: these show that the benchmarks run, nothing else.**", ""]
     head += [f"Written {time.strftime('%Y-%m-%d')} by `python benchmarks/run.py` on {processor()}, {os.cpu_count()} "
              f"cores, Python {platform.python_version()}, torch {version('torch')}; each section says when its figures "
-             f"were measured. {met} of {targets} targets are met.", "",
+             f"were measured. {met} of {targets} targets are met; reasons for misses stand below the tables.", "",
              "The ratio is ours / baseline, or their difference where the figure says difference or minus. A target is "
              "one of the ratio if there is one, else of ours; targets in words are not judged.", ""]  # fmt: skip
     if panels:
@@ -266,56 +278,44 @@ def verdict_text(figure):
 
 
 # --- picture ----------------------------------------------------------------------------------
-LABEL = 72  # most characters of a title
+LABEL = 60  # most characters of a title
 REACH = 10  # times
 
 
 def draw(panels, out):
-    """Draw how many times better figures are than their targets: a panel per system, in two columns, to `out`.
+    """Draw how many times better figures are than their targets to `out`: a line per system, and below it its misses.
 
-    panels: [(title, [(figure, times, text beside it, whether the target is met)])]; a bar goes from 1, which is just
-    the target, and ends at REACH or 1 / REACH, where an arrow says that it goes beyond.
+    panels: [(title, [(figure, times, text beside it, whether the target is met)])]. The line of a system has a dot per
+    figure, and a miss a bar from 1, which is just the target. Both end at REACH or 1 / REACH, where an arrow says that
+    it goes beyond.
     """
-    from data_utils.figures import plt, write_figure
-
-    sizes = [len(bars) + 3.0 for _, bars in panels]  # lines
-    half = min(range(len(panels) + 1), key=lambda n: max(sum(sizes[:n]), sum(sizes[n:])))
-    columns = [part for part in (panels[:half], panels[half:]) if part]
-    lines = max(sum(sizes[:half]), sum(sizes[half:]))
-    figure = plt.figure(figsize=(6.5 * len(columns), 0.14 * lines + 0.9), layout="constrained")
-    for part, column in zip(figure.subfigures(1, len(columns), squeeze=False).flat, columns, strict=True):
-        heights = [len(bars) + 3.0 for _, bars in column]
-        if lines > sum(heights):
-            heights.append(lines - sum(heights))
-        axes = list(part.subplots(len(heights), 1, squeeze=False, height_ratios=heights).flat)
-        for ax, (title, bars) in zip(axes, column, strict=False):
-            draw_panel(ax, title, bars)
-        for ax in axes[len(column) :]:
-            ax.set_visible(False)
-    figure.suptitle("figures as times of their target, log scale: blue meets it, red does not", fontsize=10)
-    write_figure(figure, out)
-
-
-def draw_panel(ax, title, bars):
     from matplotlib.ticker import NullFormatter
 
-    from data_utils.figures import COLOURS, RED
+    from data_utils.figures import COLOURS, RED, SMALL, WIDTH, open_frame, plt, write_figure
 
-    for y, (_, times, text, met) in enumerate(bars):
-        end = min(max(times, 1 / REACH), REACH)
-        marker = ">" if times > REACH else "<" if times < 1 / REACH else "o"
-        colour = COLOURS[0] if met else RED
-        ax.plot([1, end], [y, y], color=colour, lw=5, solid_capstyle="butt")
-        ax.plot(end, y, marker, color=colour, ms=4.5)
-        ax.annotate(text, (max(end, 1), y), (7, 0), textcoords="offset points", va="center", fontsize=6)
+    lines = []
+    for title, dots in panels:
+        lines.append((title, dots, ""))
+        lines += [(shortened(dot[0]), [dot], dot[2]) for dot in dots if not dot[-1]]
+    figure, ax = plt.subplots(figsize=(WIDTH, 0.24 * len(lines) + 1), layout="constrained")
+    for y, (_, dots, text) in enumerate(lines):
+        for _, times, _, met in dots:
+            end = min(max(times, 1 / REACH), REACH)
+            marker = ">" if times > REACH else "<" if times < 1 / REACH else "o"
+            ax.plot(end, y, marker, color=COLOURS[0] if met else RED, ms=7, alpha=0.6, mew=0)
+        if text:
+            ax.plot([1, end], [y, y], color=RED, lw=5, solid_capstyle="butt")
+            ax.annotate(text, (1, y), (7, 0), textcoords="offset points", va="center", fontsize=SMALL)
     ax.axvline(1, color="0.3", lw=0.8)
-    ax.set_yticks(range(len(bars)), [shortened(name) for name, *_ in bars], fontsize=6)
-    ax.set(xscale="log", xlim=(0.8 / REACH, REACH**2.2), ylim=(len(bars) - 0.4, -0.6))  # the first on top
-    ax.set_xticks([1 / REACH, 1, REACH], [f"1/{REACH}", "1", f"{REACH}"], fontsize=6)
+    ax.set_yticks(range(len(lines)), [label for label, *_ in lines], fontsize=SMALL)
+    for label, (_, _, text) in zip(ax.get_yticklabels(), lines, strict=True):
+        label.set_fontweight("normal" if text else "bold")
+    ax.set(xscale="log", xlim=(0.8 / REACH, 1.25 * REACH), ylim=(len(lines) - 0.4, -0.6))  # the first on top
+    ax.set_xticks([1 / REACH, 1, REACH], [f"1/{REACH}", "1", f"{REACH}"])
     ax.xaxis.set_minor_formatter(NullFormatter())
-    ax.tick_params(length=2, which="both")
-    ax.set_title(title, fontsize=8, loc="left")
-    ax.spines[["top", "right"]].set_visible(False)
+    open_frame(ax, grid=False)
+    figure.suptitle("figures as times of their target: blue meets it, red does not")
+    write_figure(figure, out)
 
 
 def shortened(name):

@@ -20,8 +20,10 @@ from matplotlib.ticker import LogFormatter, LogLocator, NullFormatter
 from data_utils.errors import DataError
 from data_utils.files import MARK, is_marked, make_room, write_atomic
 
-# Sizes in points. A figure of 11 inches that a page shows with 800 pixels has about as many pixels per letter.
-SMALL = 10
+# A page that shows a figure of this width with 800 pixels gives letters a pixel per point. So no figure is wider, and
+# no letter is smaller than SMALL.
+WIDTH = 11  # inches
+SMALL = 11  # points
 plt.rcParams.update({"font.size": 12, "axes.titlesize": 12, "figure.titlesize": 12, "legend.fontsize": SMALL})
 COLOURS = plt.get_cmap("tab10").colors
 RED = COLOURS[3]
@@ -134,14 +136,14 @@ def plot_losses(runs, out):
     """Write a figure to `out`: training and validation loss over steps, and validation bits per byte by domain.
 
     runs: (path of metrics.jsonl, its rows) of each run. With several runs the right panel has one line per run, over
-    all domains. A single run with a router gets a third panel, its mean weights by domain. A run of tasks has one
+    all domains. A single run with a router gets a panel below, its mean weights by domain. A run of tasks has one
     training line per task, and in place of bits the first score of each. Raises DataError for a file without rows.
     """
     single = len(runs) == 1
     weights = _weights(runs[0][1]) if single else {}
-    columns, width = (3, 13.5) if weights else (2, 11)
-    figure, panels = plt.subplots(1, columns, figsize=(width, 4.2), layout="constrained")
-    left, right = panels[:2]
+    rows = [["losses", "scores"]] + [["weights", "weights"]] * bool(weights)
+    figure, panels = plt.subplot_mosaic(rows, figsize=(WIDTH, 4.2 * len(rows)), layout="constrained")
+    left, right = panels["losses"], panels["scores"]
     names = run_names([path for path, _ in runs])
     for colour, dashes, name, (path, rows) in zip(cycle(COLOURS), cycle(("-", "--", ":", "-.")), names, runs):
         rows = rows_with_steps(rows)
@@ -171,8 +173,8 @@ def plot_losses(runs, out):
     left.set(xlabel="step", ylabel="loss (nats per token)", title="loss: training thin, validation thick")
     right.set(xlabel="step")
     if weights:
-        _plot_weights(panels[2], weights)
-    for axes in panels:
+        _plot_weights(panels["weights"], weights)
+    for axes in panels.values():
         open_frame(axes)
     for axes, place in ((left, {}), (right, dict(loc="center left", bbox_to_anchor=(1, 0.5)))):
         if axes.get_legend_handles_labels()[0]:

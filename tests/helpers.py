@@ -23,6 +23,14 @@ THREADS = os.environ.get("PETRI_TEST_THREADS", "1")  # of each script under test
 PARENTS = []  # of warm processes; sets are in another order in each, so that no result may depend on it
 
 
+def letters(figure):
+    """Return the height in pixels of a figure's smallest letters, where a page shows it with 800 pixels."""
+    from matplotlib.text import Text
+
+    texts = [text for text in figure.findobj(Text) if text.get_text() and text.get_visible()]
+    return min(text.get_fontsize() for text in texts) * 800 / 72 / figure.get_figwidth()
+
+
 def environment(**more):
     return os.environ | dict(OMP_NUM_THREADS=THREADS, PYTHONPATH=str(ROOT), PYTHONFAULTHANDLER="1") | more
 

@@ -3,6 +3,7 @@
     python -m benchmarks.quality.sudoku                            # all rows; sudoku takes hours on two cores
     python -m benchmarks.quality.sudoku --rows sums --threads 2
     python -m benchmarks.quality.sudoku --rows text --gsm8k data/gsm8k     # a folder with train.jsonl and test.jsonl
+    python -m benchmarks.quality.sudoku --rows ""                  # none: draw sudoku.png from the stored row sudoku
 
 Runs lie in --home and go on where they were; finished ones are only read again.
 """
@@ -23,13 +24,13 @@ import numpy as np
 import torch
 
 from benchmarks.report import (
-    RESULTS,
     ROOT,
     WORK,
     changed_flags,
     command_line,
     compared,
     figure,
+    load,
     measure,
     seconds,
 )
@@ -67,7 +68,8 @@ SUMS = dict(
     rope=("positions from the left", "--positions rope", 1),
 )
 TEXT = "--warmup_steps 50 --grad_clip 1 --batch_size 8 --eval_rows 400 --mixed_precision auto"
-SEGMENTS = 16
+CURVE = 1, 2, 4, 8, 16
+SEGMENTS = CURVE[-1]
 
 
 # --- runs -------------------------------------------------------------------------------------
@@ -163,7 +165,6 @@ def grids(seed):
 
 def sudoku(args):
     """9 x 9 puzzles of 40 givens that no training puzzle is a disguise of; the worth of another segment."""
-    curves = {}
     for arm, name, runs in runs_of(args, "sudoku", SUDOKU, "--dataset sudoku --log_steps 100"):
         spread = [f"cells {percent(runs, 'cells')}", f"{training_seconds(SUDOKU[arm][1]):.0f} s of steps, quiet"]
         if arm == "recursive":
@@ -171,16 +172,16 @@ def sudoku(args):
             spread.insert(0, f"halting {percent(runs, 'exact_halting')} after {used:.2f} segments")
         yield figure(arm, f"sudoku, 40 givens, held out, solved, {name}", percent(runs, "exact"),
                      ">= 95" if arm == "recursive" else "", unit="%", spread=spread, seeds=len(runs))  # fmt: skip
-        traces = [traced(args.home, f"sudoku-{arm}-seed{seed}")[0] for seed in range(len(runs))]
-        curves[name] = [100 * trace["right"].double().mean(0) for trace in traces]
-    for k in (1, 2, 4, 8, SEGMENTS):
-        values = [curve[k - 1].item() for curve in curves["recursion"]]
+        if arm == "recursive":
+            traces = [traced(args.home, f"sudoku-{arm}-seed{seed}")[0] for seed in range(len(runs))]
+            curves = [100 * trace["right"].double().mean(0) for trace in traces]
+    for k in CURVE:
+        values = [curve[k - 1].item() for curve in curves]
         yield figure(f"segments{k}", f"sudoku, solved after {k} segments", round(statistics.mean(values), 1), unit="%",
                      spread=f"{min(values):.1f} to {max(values):.1f}", seeds=len(values))  # fmt: skip
     naked = 100 * singles(grids(1)[0])
     yield figure("singles", "sudoku, solved by cells with a single candidate alone", round(naked, 1), "beside",
                  unit="%")  # fmt: skip
-    draw(curves, naked, args.picture)
 
 
 def givens(args):
@@ -213,26 +214,26 @@ def ablate(args):
                              f"{row['seconds']:.0f} s"])  # fmt: skip
 
 
-def draw(curves, naked, out):
-    """Draw % solved over segments, a line per seed; arms without segments as levels."""
-    from data_utils.figures import plt
+def draw(figures, out):
+    """Draw % solved over segments, with the range of the seeds, from the figures of `sudoku`; other arms as levels."""
+    from data_utils.figures import COLOURS, WIDTH, open_frame, plt, small_legend, write_figure
 
-    picture, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
-    for (arm, runs), colour in zip(curves.items(), plt.get_cmap("tab10").colors, strict=False):
-        name = f"{arm}, {len(runs)} seeds" if len(runs) > 1 else arm
-        style = dict(marker="o", ms=3.5) if arm == "recursion" else dict(ls="--")
-        for seed, curve in enumerate(runs):
-            curve = curve.expand(SEGMENTS).tolist()
-            axes.plot(range(1, SEGMENTS + 1), curve, color=colour, label=None if seed else name, **style)
-    axes.axhline(naked, color="grey", lw=1, ls=":", label="cells with a single candidate, repeated")
-    axes.set(xlabel="segments of reasoning", ylabel="puzzles solved (%)", ylim=(-3, 103),
-             title="9 x 9 Sudoku, 40 givens, held out: equal training seconds")  # fmt: skip
-    axes.set_xticks([1, 2, 4, 8, 12, 16])
-    axes.grid(alpha=0.25)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, loc="center right")
-    picture.savefig(out, dpi=130)
-    plt.close(picture)
+    values = {f["id"].split(".")[-1]: f for f in figures}
+    solved = [values[f"segments{k}"] for k in CURVE]
+    low, high = zip(*(map(float, f["spread"].split(" to ")) for f in solved), strict=True)
+    picture, ax = plt.subplots(figsize=(WIDTH, 5), layout="constrained")
+    ax.plot(CURVE, [f["ours"] for f in solved], "o-", label=f"recursion, {solved[0]['seeds']} seeds: mean and range")
+    ax.fill_between(CURVE, low, high, alpha=0.25)
+    levels = {arm: name for arm, (name, *_) in SUDOKU.items() if arm in ("plain", "twelve")}
+    levels["singles"] = "cells with a single candidate, repeated"
+    for colour, (arm, name) in zip(COLOURS[1:], levels.items(), strict=False):
+        level = float(str(values[arm]["ours"]).split()[0])  # the mean, before each seed
+        ax.axhline(level, color=colour, ls="--", label=f"{name}: {level:g} %")
+    ax.set(xlabel="segments of reasoning", ylabel="puzzles solved (%)", ylim=(-3, 103), xticks=CURVE,
+           title="9 x 9 Sudoku, 40 givens, held out: equal training seconds")  # fmt: skip
+    open_frame(ax)
+    small_legend(ax, loc="center right")
+    write_figure(picture, out)
 
 
 def halting(args):
@@ -354,11 +355,12 @@ def main(argv=None):
     add = parser.add_argument
     add("--home", type=Path, default=WORK / "hrm", help="where runs/ lies")
     add("--gsm8k", type=Path, help="folder with train.jsonl of GSM8K, for text and moments")
-    add("--picture", type=Path, default=RESULTS / "sudoku.png")
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
     args.home, args.gsm8k = args.home.resolve(), args.gsm8k and args.gsm8k.resolve()
     measure(args, ROWS, changed_flags(parser, args, ["threads"]))
+    if "sudoku" in (results := load(args.out)):
+        draw(results["sudoku"]["figures"], args.out.with_name("sudoku.png"))
 
 
 if __name__ == "__main__":

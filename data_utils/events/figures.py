@@ -49,8 +49,8 @@ def handle_event(cfg, families, moment, payload):
 
 
 def _panels(count, height=3.2):
-    """Return a figure and its `count` axes, in rows of at most three."""
-    columns = min(3, count)
+    """Return a figure and its `count` axes, in rows of at most two."""
+    columns = min(2, count)
     rows = -(-count // columns)
     size = 4.6 * columns, height * rows
     figure, axes = plt.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False)
@@ -306,9 +306,13 @@ def plot_sweep(folder):
 def _bars(rows, names, title, out):
     """Write a figure to `out`: a panel for each of the NUMBERS, a bar for each row, the best one in colour."""
     numbers = [name for name in NUMBERS if any(row.get(name) is not None for row in rows)]
-    size = 2.2 + 2.4 * len(numbers), 1.4 + 0.32 * len(rows)
-    figure, axes = plt.subplots(1, len(numbers), sharey=True, squeeze=False, layout="constrained", figsize=size)
-    for ax, name in zip(axes.flat, numbers, strict=True):
+    columns = min(3, len(numbers))
+    lines = -(-len(numbers) // columns)  # of panels
+    size = 2.2 + 2.4 * columns, lines * (1.4 + 0.32 * len(rows))
+    figure, axes = plt.subplots(lines, columns, sharey=True, squeeze=False, layout="constrained", figsize=size)
+    for ax in axes.flat[len(numbers) :]:
+        ax.set_visible(False)
+    for ax, name in zip(axes.flat, numbers, strict=False):
         values = [row.get(name) for row in rows]
         present = [v for v in values if v is not None]
         best = max(present) if name in HIGHER_IS_BETTER else min(present)
@@ -342,8 +346,8 @@ def plot_roc(curves, title, out):
             ax.plot([0, *background], [0, *signal], color=colour, lw=1.4, label=label)
         ax.plot([0, 1], [0, 1], color="grey", lw=1, ls="--")
         ax.set(xlabel="share of background that passes", ylabel="share of signal that passes", title=_label(name))
-        small_legend(ax, title="area under the curve", title_fontsize=8, loc="lower right")
-    figure.suptitle(title, fontsize=10)
+        small_legend(ax, title="area under the curve", title_fontsize=SMALL, loc="lower right")
+    figure.suptitle(title, fontsize=SMALL)
     write_figure(figure, out)
 
 
@@ -363,7 +367,7 @@ def plot_latents(z, labels, title, out):
     for axis, name, share in zip("xy", ("first", "second"), [*shares, 0], strict=False):
         ax.set(**{f"{axis}label": f"{name} component, {share:.0%} of the variance"})
     small_legend(ax, markerscale=3, ncols=1 + len(present) // 12)
-    ax.set_title(title, fontsize=10)
+    ax.set_title(title, fontsize=SMALL)
     write_figure(figure, out)
 
 

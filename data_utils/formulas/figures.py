@@ -1,6 +1,6 @@
 """The figure of a formula: the points that it was fitted to, what is left of them, and the formulas beside it."""
 
-from data_utils.figures import COLOURS, RED, open_frame, plt, show_dollars, write_figure
+from data_utils.figures import COLOURS, RED, WIDTH, open_frame, plt, show_dollars, write_figure
 
 LEAST = 1e-16  # 1 - R2 that is drawn for an exact fit
 TITLE = 90  # characters
@@ -16,7 +16,7 @@ def draw_fit(X, y, predicted, names, title, answers=(), sigma=None):
     single = X.shape[1] == 1
     x = X[:, 0] if single else y
     order = x.argsort()
-    figure, panels = plt.subplots(1, 3 if answers else 2, figsize=(12 if answers else 11, 4), layout="constrained")
+    figure, panels = plt.subplots(1, 3 if answers else 2, figsize=(WIDTH, 4), layout="constrained")
     left, right = panels[:2]
     if single:
         left.errorbar(x, y, sigma, fmt="o", ms=4, alpha=0.7, elinewidth=1, label="data")

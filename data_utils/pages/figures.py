@@ -3,10 +3,9 @@
 import numpy as np
 import torch
 
-from data_utils.figures import COLOURS, RED, SMALL, plt, write_figure
+from data_utils.figures import COLOURS, RED, SMALL, WIDTH, plt, write_figure
 from models.glyphs import CELL_HEIGHT, CELL_WIDTH, END, PADDING, to_images
 
-WIDTH = 11  # inches
 AMBER = 1.0, 0.75, 0.1
 
 

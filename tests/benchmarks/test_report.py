@@ -159,6 +159,16 @@ def test_committed_results_have_unique_ids_and_the_same_parts():
         assert all(set(f) <= set(report.ORDER) and {"id", "title", "command"} <= set(f) for f in figures), path
 
 
+def test_a_reason_for_a_miss_names_figures_and_stands_below_their_table_while_they_miss():
+    stored = [f for path in report.RESULTS.glob("*.json") for row in report.load(path).values() for f in row["figures"]]
+    assert {id for ids in run.MISSES for id in ids.split()} <= {f["id"] for f in stored}
+    slow = dict(id="hrm.step.memory", title="memory", ours=9.0, target="<= 5")
+    other = dict(id="hrm.unknown", title="other", ours=9.0, target="<= 5")
+    title, blank, line, _ = run.reasons([slow, other])
+    assert title == "Short of the target:" and not blank and line.startswith("- **memory**: 320 of the 800 MB are")
+    assert run.reasons([slow | dict(ours=4.0), other]) == []
+
+
 def test_the_router_is_compared_with_the_best_expert_and_the_store_with_the_router():
     runs = {"router seed 0": dict(val=3.9, start=3.95), "router seed 1": dict(val=3.8, start=3.95)}
     figures = router.figures_of(runs | {"store seed 0": dict(val=3.89)}, dict(a=4.0, b=5.0))

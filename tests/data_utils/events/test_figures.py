@@ -15,6 +15,7 @@ from data_utils.events import facts, figures
 from data_utils.events.decay_chain import decay_chain
 from data_utils.events.roc import compare
 from data_utils.figures import show_dollars
+from tests.helpers import letters
 
 pytestmark = pytest.mark.filterwarnings("error")  # a limit below 0 on a logarithmic axis, a layout that collapses
 
@@ -85,6 +86,7 @@ def test_every_family_that_a_loop_knows_of_is_drawn(tmp_path, monkeypatch, capsy
     if "recon" in drawings:
         assert len(panels(drawings["recon"])) == (6 if full else 2 if loop == "diffusion_ae" else 3)
     for figure in drawings.values():
+        assert letters(figure) >= 11
         for axes in panels(figure):
             assert axes.get_xlabel() and axes.get_ylabel() and axes.has_data()
 
@@ -269,6 +271,7 @@ def test_bars_of_a_sweep(tmp_path, monkeypatch):
     names = [t.get_text() for t in left.get_yticklabels()]
     assert names[:2] == ["0 latent_space=none epochs=0", "1 latent_space=linear epochs=1"]
     assert len(left.patches) == 40 and drawings[1].get_suptitle() == "40 of 45 jobs"  # the best ones
+    assert all(letters(figure) >= 11 for figure in drawings)
     shades = {patch.get_facecolor()[:3] for patch in left.patches[1:]}
     assert left.patches[0].get_facecolor()[:3] not in shades and len(shades) == 1
 
