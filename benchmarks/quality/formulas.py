@@ -274,6 +274,9 @@ def shares(id, args, suite, rows, name, target="", seeds=1):
     close = 100 * statistics.mean((row.get("r2") or 0) > 0.999 for row in rows)
     seconds = statistics.median(row["cpu_seconds"] for row in rows)
     spread = f"vNRR {percent(rows, 'vnrr'):.1f} %, R2 > 0.999 {close:.1f} %, median {seconds:.1f} CPU s"
+    allowed = [row for row in rows if row.get("admissible", True)]
+    if len(allowed) < len(rows):  # frequencies that points so far apart can't tell
+        spread += f"; {percent(allowed, 'recovered'):.1f} % of the {len(allowed)} whose law the search may list"
     title = f"{suite_name(suite)}, {len(rows)} runs of {args.seconds} s, recovered, {name}"
     ours = round(percent(rows, "recovered"), 1)
     return figure(id, title, ours, target, unit="%", seeds=seeds, spread=spread)

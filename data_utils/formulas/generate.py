@@ -28,7 +28,7 @@ from data_utils.formulas.holdout import hold_out
 from data_utils.formulas.model_files import load_model, model_folder
 from data_utils.formulas.problems import problems, score
 from data_utils.formulas.scaling import decades, unscaled
-from data_utils.formulas.score import Data
+from data_utils.formulas.score import Data, admissible
 from data_utils.formulas.search import SCREENED, predict
 from data_utils.formulas.skeletons import PoolConfig
 from data_utils.formulas.tables import read_table
@@ -303,8 +303,9 @@ def measure(cfg, model):
                 names = problem.formula.variables
                 alphabet, formulas, tried = search(cfg, model, problem.X, problem.y, rng, names, held=held,
                                                    max_seconds=cfg.max_seconds)  # fmt: skip
-                row = dict(suite=suite, name=problem.name, variables=len(names), seed=seed, noise=cfg.noise,
-                           method=method_of(cfg))  # fmt: skip
+                truth = problem.formula
+                row = dict(suite=suite, name=problem.name, variables=len(names), seed=seed, noise=cfg.noise)
+                row |= dict(method=method_of(cfg), admissible=admissible(truth.prefix, truth.values, problem.X))
                 row |= dict(seconds=time.monotonic() - wall, cpu_seconds=time.process_time() - cpu, candidates=tried)
                 if formulas:
                     best = formulas[0]
