@@ -348,6 +348,7 @@ def main(cfg):
     log(f"{meta['source']}: {sizes} events{dropped}")
     for note in meta.pop("notes"):
         log(note)
+    rows_hash = meta.pop("rows_hash", "")
     if cfg.loop != "test_mlp":
         cfg = replace(cfg, labels=tuple(meta["labels"]), features=tuple(meta["features"]))
     events = len(data["train"]["x"])
@@ -451,6 +452,8 @@ def main(cfg):
     )
     if saved:
         rename_old_flags(saved["config"])
+        if saved["data_hash"] == rows_hash:
+            saved["data_hash"] = meta["data_hash"]  # older files have that of the rows
         # The codebook's rates follow from the steps of the first start, in a longer run too.
         keep_rates(raw_model, model_args, saved["model_args"], cfg)
         same_data = "data, labels, limit and seed"

@@ -1,5 +1,6 @@
 """Atomic writes, locks and backups. No command replaces a file of the user's unless told to."""
 
+import contextlib
 import mmap
 import os
 import platform
@@ -123,31 +124,73 @@ def unused(path, end):
     return next(name for name in names if not os.path.lexists(name))
 
 
+class _RunLock:
+    """A lock file. If the `with` block or main that holds it fails, it goes, and the folders that were new for it."""
+
+    def __init__(self, path):
+        self.created = [p for p in (path, *path.parents) if not os.path.lexists(p)]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.file = open(path, "a+", encoding="utf-8")
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, *_):
+        self.release(kind is not None)
+
+    def close(self):
+        self.release(failed=False)
+
+    def release(self, failed):
+        """Release the lock; a lock that is released already stays so."""
+        if failed and not self.file.closed:
+            with contextlib.suppress(OSError):  # a folder that holds more, or Windows, where an open file stays
+                for path in self.created:
+                    if path.is_dir():
+                        path.rmdir()
+                    else:
+                        path.unlink()
+        self.file.close()
+
+    def is_gone(self, path):
+        """Return whether another file stands at `path`, or none: the run that held this one has failed."""
+        try:
+            return not os.path.samestat(os.fstat(self.file.fileno()), os.stat(path))
+        except OSError:
+            return True
+
+
 def lock_run(folder, name, *run_folders):
     """Lock run `name` in `folder` until main (ends_cleanly) or this process ends; return the lock.
 
     Also removes temporary files that a killed process left: those of files whose names begin with `name`,
-    and those of RUN_FILES in `run_folders`, which belong to this run alone. Raises UsageError if the run is locked.
+    and those of RUN_FILES in `run_folders`, which belong to this run alone. A main that fails leaves neither the lock
+    nor an empty folder, unless they were there before. Raises UsageError if the run is locked.
     """
+    path = Path(folder) / f".{name}.lock"
     try:
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        lock = open(Path(folder) / f".{name}.lock", "a+", encoding="utf-8")
+        lock = _RunLock(path)
     except OSError as e:
         raise CheckpointError(f"{folder} can't be written: {e.strerror}") from e
-    at_end(lambda failed: lock.close())
+    at_end(lock.release)
     try:
         import fcntl
 
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(lock.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        lock.seek(0)
-        raise UsageError(f"{folder}: run {name} is in use by process {lock.read().strip()}") from None
+        lock.file.seek(0)
+        holder = lock.file.read().strip()
+        lock.close()
+        raise UsageError(f"{folder}: run {name} is in use by process {holder}") from None
     except (ImportError, OSError):  # Windows, or a network disk without locks
         warn(f"{folder} can't be locked: start each run once")
         return lock
-    lock.truncate(0)
-    lock.write(f"{os.getpid()} on {platform.node()}")
-    lock.flush()
+    if lock.is_gone(path):
+        lock.close()
+        return lock_run(folder, name, *run_folders)
+    lock.file.truncate(0)
+    lock.file.write(f"{os.getpid()} on {platform.node()}")
+    lock.file.flush()
     sweep(folder, rf"{re.escape(name)}([._].*)?")  # not the files of a run with a longer name
     for run_folder in run_folders:
         sweep(run_folder, RUN_FILES)

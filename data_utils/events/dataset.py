@@ -8,6 +8,7 @@ numbers. N events, T slots, C columns of a particle, F features: what a model re
 
 import hashlib
 import io
+import json
 import re
 import shlex
 import zipfile
@@ -16,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from data_utils.errors import DataError, UsageError
-from data_utils.events.decay_chain import decay_chain
+from data_utils.events.decay_chain import VERSION, decay_chain
 from data_utils.files import MARK, is_marked, make_room, write_atomic
 
 COLUMNS = ("E", "pT", "eta", "phi")  # of a particle, unless the file names others
@@ -45,7 +46,9 @@ def load_events(data, *, events, limit, labels, features, phi, energy_unit, seed
     data: "decay_chain" for new events, as many as `events`, or a file for `read_events`. Of a file only the `labels`
     are used (() is all), and at most `limit` events per split (0: all). energy_unit: GeV or MeV, of the file. meta:
     features, columns, labels, phi, n_tokens, cont_dim, n_globals, num_types, stats, dropped {reason: rows}, notes
-    [line], data_hash, source. The caller reports the notes and the dropped rows. Raises UsageError, DataError.
+    [line], data_hash, rows_hash, source. rows_hash is over the bytes of the rows; data_hash is the same for a file, and
+    over the settings of new events, whose last bits depend on the processor. The caller reports the notes and the
+    dropped rows. Raises UsageError, DataError.
     """
     import torch
 
@@ -77,6 +80,10 @@ def load_events(data, *, events, limit, labels, features, phi, energy_unit, seed
     for part_rows, part_labels in parts.values():
         digest.update(part_rows.tobytes())
         digest.update(part_labels.tobytes())
+    rows_hash = data_hash = digest.hexdigest()
+    if str(data) == "decay_chain":
+        settings = dict(version=VERSION, events=events, seed=seed, labels=labels, sizes=[*map(len, chosen)])
+        data_hash = hashlib.sha256(json.dumps(settings).encode()).hexdigest()
     meta = dict(
         features=list(features),
         columns=list(columns),
@@ -89,7 +96,8 @@ def load_events(data, *, events, limit, labels, features, phi, energy_unit, seed
         stats=stats or statistics(parts["train"][0], features, phi, columns),
         dropped=dropped,
         notes=notes,
-        data_hash=digest.hexdigest(),
+        data_hash=data_hash,
+        rows_hash=rows_hash,
         source=str(data),
     )
     splits = {}

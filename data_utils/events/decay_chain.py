@@ -8,6 +8,7 @@ so that every operation runs along them. Ids as in a row of dataset.py: 0 nothin
 
 import numpy as np
 
+VERSION = 1  # of the simulation: raise it with any change of the events, so that no run goes on with other ones
 SLOTS = 18
 LABELS = dict(tt="", tttt="tt", ttH="H", ttW="W", ttWW="WW", ttZ="Z")  # label 0, 1 ..: the particles beside two tops
 MASS = dict(t=(172.5, 1.4), W=(80.4, 2.1), Z=(91.19, 2.5), H=(125.0, 0.0))  # mean, width

@@ -22,13 +22,14 @@ from data_utils.files import check_replaceable, is_marked, make_room, warn, writ
 from data_utils.hardware import open_device
 from data_utils.pages import arc
 from data_utils.pages.evaluate import STEPS
-from data_utils.pages.mazes import GOAL, OPEN, START, WALL, are_paths, breadth_first
+from data_utils.pages.mazes import GOAL, OPEN, START, WALL, are_paths
 from data_utils.pages.published import load_tasks, to_cells, to_pages
 from data_utils.pages.render import TAB, TO_TEXT, layout, lost, to_symbols, to_text
 from data_utils.pages.rolling_batch import batch_of, to_device
 from data_utils.pages.tasks import DIGIT, Task
 from data_utils.reasoning import sudoku as puzzles
 from data_utils.reasoning.arc_tasks import read_tasks
+from data_utils.reasoning.maze import breadth_first
 from data_utils.reasoning.puzzle_layouts import Problems
 from data_utils.reasoning.puzzle_rows import Form, is_answers, read_questions, result_of, write_answers
 from models.glyphs import END, HOLE, NEWLINE, PADDING
@@ -339,7 +340,7 @@ def shortest(page):
     """Return the steps of the shortest path through a maze, -1 if there is none."""
     walled = np.pad(page, 1, constant_values=WALL)
     cells = walled.reshape(-1)
-    steps, _ = breadth_first(cells.tolist(), walled.shape[1], int((cells == START).argmax()))
+    steps, _ = breadth_first(cells.tolist(), walled.shape[1], int((cells == START).argmax()), WALL)
     return steps[int((cells == GOAL).argmax())]
 
 

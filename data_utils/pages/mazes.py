@@ -4,11 +4,10 @@ A cell with an odd row and an odd column is a room. One with two even numbers is
 cells are all open, and the marks of a path can be read in one order only.
 """
 
-from collections import deque
-
 import numpy as np
 
 from data_utils.pages.render import to_symbols
+from data_utils.reasoning.maze import breadth_first
 
 WALL, OPEN, START, GOAL, PATH = to_symbols("# SGo").tolist()
 OPENED = 0.1  # share of the walls between two rooms that are opened after carving
@@ -30,7 +29,7 @@ class Mazes:
     def sample(self, draw, subject):
         """Return page (side, side) and target (side^2,), the page with its path marked; None if no path is so long."""
         start = draw.choice(self.rooms)
-        steps, before = breadth_first(subject, self.side, start)
+        steps, before = breadth_first(subject, self.side, start, WALL)
         far = [room for room in self.rooms if steps[room] >= self.side]
         if not far:
             return None
@@ -66,25 +65,6 @@ def carve(side, rooms, draw):
             if not last and cells[room + step] == WALL and draw.random() < OPENED:
                 cells[room + step] = OPEN
     return cells
-
-
-def breadth_first(cells, side, start):
-    """Return, for each cell, its steps from `start` and the cell before it; -1 for cells out of reach.
-
-    The fixed order of neighbours (above, left, right, below) chooses between paths of equal length.
-    """
-    steps, before = [-1] * len(cells), [-1] * len(cells)
-    queue = deque([start])
-    steps[start] = 0
-    while queue:
-        cell = queue.popleft()
-        for step in (-side, -1, 1, side):
-            near = cell + step
-            if cells[near] != WALL and steps[near] < 0:
-                steps[near] = steps[cell] + 1
-                before[near] = cell
-                queue.append(near)
-    return steps, before
 
 
 def are_paths(pages, answers):

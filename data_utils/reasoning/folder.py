@@ -298,7 +298,7 @@ class Writer:
                 self._open(name, size)
             self.record()
         except BaseException:
-            self.close()
+            self.close(failed=True)
             raise
 
     def _refuse_others(self, sizes):
@@ -322,12 +322,17 @@ class Writer:
     def __enter__(self):
         return self
 
-    def __exit__(self, *_):
-        self.close()
+    def __exit__(self, kind, *_):
+        refused = kind is not None and issubclass(kind, (DataError, UsageError))
+        if refused and not any(self.state["sizes"].values()) and not any(f.tell() for f in self.files.values()):
+            for name in sorted(written_here(self.folder), reverse=True):  # progress.json, which proves them, last
+                (self.folder / name).unlink(missing_ok=True)
+        self.close(failed=kind is not None)
 
-    def close(self):
-        for file in (*self.files.values(), self.lock):
+    def close(self, failed=False):
+        for file in self.files.values():
             file.close()
+        self.lock.release(failed)
 
     @property
     def task(self):

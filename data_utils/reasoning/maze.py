@@ -4,6 +4,8 @@ A maze is a row of rows x columns uint8 cells, ids into SIGNS: 0 open, 1 wall, 2
 not be wall. The question has no path; the answer is the question with one marked.
 """
 
+from collections import deque
+
 import numpy as np
 
 SIGNS = " #SGo"
@@ -15,32 +17,42 @@ def bordered(cells, cols):
     return np.pad(cells.reshape(-1, cols), 1, constant_values=WALL).reshape(-1).tolist()
 
 
+def breadth_first(cells, cols, start, wall):
+    """Return, for each of the cells (N,), its steps from `start` and the cell before it; -1 for cells out of reach.
+
+    The fixed order of neighbours (above, left, right, below) chooses between paths of equal length. `wall` must stand
+    all around, in rows of `cols` cells.
+    """
+    steps, before = [-1] * len(cells), [-1] * len(cells)
+    queue = deque([start])
+    steps[start] = 0
+    while queue:
+        cell = queue.popleft()
+        for step in (-cols, -1, 1, cols):
+            near = cell + step
+            if cells[near] != wall and steps[near] < 0:
+                steps[near] = steps[cell] + 1
+                before[near] = cell
+                queue.append(near)
+    return steps, before
+
+
 def steps_to_goal(cells, cols):
-    """Return {cell of `bordered`: steps to the goal} of all cells that it can be reached from."""
+    """Return the steps to the goal from each cell of `bordered`, -1 from cells that it can't be reached from."""
     grid = bordered(cells, cols)
-    frontier = [grid.index(GOAL)]
-    steps = {frontier[0]: 0}
-    while frontier:
-        ahead = []
-        for cell in frontier:
-            for near in (cell - cols - 2, cell - 1, cell + 1, cell + cols + 2):
-                if grid[near] != WALL and near not in steps:
-                    steps[near] = steps[cell] + 1
-                    ahead.append(near)
-        frontier = ahead
-    return steps
+    return breadth_first(grid, cols + 2, grid.index(GOAL), WALL)[0]
 
 
 def solve(question, cols):
     """Return the answer (N,) uint8 with a shortest path marked; None if there is no path."""
     steps = steps_to_goal(question, cols)
     cell = bordered(question, cols).index(START)
-    if cell not in steps:
+    if steps[cell] < 0:
         return None
     answer = np.pad(question.reshape(-1, cols), 1, constant_values=WALL)
     while steps[cell] > 1:
         near = (cell - cols - 2, cell - 1, cell + 1, cell + cols + 2)
-        cell = next(other for other in near if steps.get(other) == steps[cell] - 1)
+        cell = next(other for other in near if steps[other] == steps[cell] - 1)
         answer.flat[cell] = PATH
     return answer[1:-1, 1:-1].reshape(-1)
 
@@ -64,7 +76,7 @@ def fault(question, answer, cols):
     walled = np.where(marked | (question == START) | (question == GOAL), answer, WALL)
     steps = steps_to_goal(walled, cols)
     start = bordered(question, cols).index(START)
-    if start not in steps:
+    if steps[start] < 0:
         return "no path from S to G"
     return "" if steps[start] == marked.sum() + 1 else "marks beside the path"
 

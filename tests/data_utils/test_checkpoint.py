@@ -20,6 +20,7 @@ import torch
 
 from data_utils import checkpoint, files, metrics, progress
 from data_utils.errors import CheckpointError, DataError, UsageError
+from data_utils.launch import ends_cleanly
 from data_utils.stop import Stop
 from models.optim.ema import Average
 from tests.helpers import ROOT
@@ -590,6 +591,44 @@ def test_lock_run_sweeps_all_torn_files_of_its_own_folders_but_not_those_of_othe
         "folder.tmp-3", "latest.pt", "notes.tmp-1", "plan.pt.tmp-1"
     ]  # fmt: skip
     assert (tmp_path / "latest.pt.tmp-7").exists()
+
+
+def test_a_main_that_fails_leaves_neither_lock_nor_empty_folder(tmp_path):
+    @ends_cleanly
+    def main(folder, error=None, write=""):
+        files.lock_run(tmp_path / folder, "run")
+        assert (tmp_path / folder / ".run.lock").exists()
+        if write:
+            (tmp_path / folder / write).write_text("mine")
+        if error:
+            raise error
+
+    (tmp_path / "old").mkdir()
+    for error in (UsageError("no"), RuntimeError("a bug"), KeyboardInterrupt()):
+        for folder in ("old", "new/deep"):
+            with pytest.raises(type(error)):
+                main(folder, error)
+        assert [path.name for path in tmp_path.iterdir()] == ["old"] and not list((tmp_path / "old").iterdir())
+    with pytest.raises(DataError):
+        main("new/deep", DataError("late"), write="rows.bin")
+    assert [path.name for path in (tmp_path / "new" / "deep").iterdir()] == ["rows.bin"]
+    main("old")
+    with pytest.raises(DataError):
+        main("old", DataError("later"))
+    assert [path.name for path in (tmp_path / "old").iterdir()] == [".run.lock"]  # of the run that did not fail
+
+
+def test_a_lock_that_its_failed_run_removed_is_not_shared(tmp_path):
+    """A second process opens the file, the first one removes it and ends, the second one locks what it opened."""
+    path = tmp_path / ".run.lock"
+    first, second = files._RunLock(path), files._RunLock(path)
+    assert not second.is_gone(path)
+    first.release(failed=True)
+    first.release(failed=True)
+    assert not path.exists() and second.is_gone(path)
+    third = files._RunLock(path)
+    assert second.is_gone(path) and not third.is_gone(path)
+    second.close(), third.close()
 
 
 def test_set_aside_numbers_the_backups_and_replaces_none(tmp_path, capsys):

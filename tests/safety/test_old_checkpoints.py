@@ -38,11 +38,14 @@ RUNS = dict(  # kind: (folder of OLD, its place in a run, command, step of the f
 
 
 def as_drawn_here(path, flags):
-    """Give the checkpoint the hash of these events on this machine: the last bits of sines depend on the processor."""
+    """Give the checkpoint the hash of the rows of these events, as older files have it, on this machine.
+
+    The last bits of sines depend on the processor.
+    """
     cfg = train_ae.parse(flags)
     drawn = {name: getattr(cfg, name) for name in "events limit labels features phi energy_unit seed".split()}
     state = load_checkpoint(path, "ae:ae")
-    save_checkpoint(path, state | dict(data_hash=load_events("decay_chain", **drawn)[1]["data_hash"]))
+    save_checkpoint(path, state | dict(data_hash=load_events("decay_chain", **drawn)[1]["rows_hash"]))
 
 
 @pytest.mark.parametrize("kind", RUNS)

