@@ -36,6 +36,12 @@ SMALL = {  # script: flags after those of the command, which make it a run of a 
     "generate.py formula": ["--max_seconds=1"],
     "benchmarks.front": ["--metrics=checkpoints/transformer_expert_metrics.jsonl", "--out=front.png"],
 }
+SMALLER = {  # words of a command: what stands in their place
+    "--length 128": "--length 16",
+    "none,linear,vq epochs=10,20": "none,vq",  # a sweep takes each key once
+    "data/ansr-data/sr-cpu/skeleton_pool_val": "few_skeletons",
+    "low_memory.yaml": "low_memory.yaml --fresh",  # another model than that of the page's other commands
+}
 NOT_HERE = {  # how commands begin that run elsewhere: why
     "python3 -m venv": "installs",
     "source .venv": "installs",
@@ -66,15 +72,14 @@ def toy(command, folder):
     command = re.sub(r"^torchrun (--\S+ \S+ )+", "python ", command)
     sweeps = sorted(str(path.relative_to(folder)) for path in folder.glob("outputs/multiruns/exp_*"))
     command = re.sub(r"outputs/multiruns/exp_\w+-\w+|FOLDER_OF_THE_SWEEP", (sweeps or ["none"])[0], command)
-    command = command.replace("data/ansr-data/sr-cpu/skeleton_pool_val", "few_skeletons")
+    for long, short in SMALLER.items():
+        command = command.replace(long, short)
     words = shlex.split(command)[1:]
     if words[0] == "-m":
         return [*words, *SMALL[words[1]]]
     if "--help" in words:
         return words
     flags = SMALL.get(words[0], SMALL.get(" ".join(words[:2]), []))
-    if "--multirun" in words:  # a sweep takes each key once
-        words = [word.replace("none,linear,vq", "none,vq") for word in words if not word.startswith("epochs")]
     if words[0] == "train_expert.py":
         expert = next((name for name in SIZES if name in words), "transformer")
         flags = [*flags, *SIZES[expert]]
