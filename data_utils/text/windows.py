@@ -4,6 +4,7 @@ B windows, T tokens per window. Each file is tokenized once, into <data_dir>/.ca
 each domain.
 """
 
+import functools
 import hashlib
 import json
 import shlex
@@ -32,6 +33,7 @@ from data_utils.errors import DataError, UsageError
 from data_utils.files import write_atomic
 
 PIECE_CHARACTERS = 1_000_000  # bounds the memory of the tokenizer
+MOST_NAMED = 3  # files of a domain that are tokenized under their names
 MAX_WINDOWS = 2**24  # the limit of torch.multinomial, which draws the order
 SPLIT_KEY = b"42"  # of the text hashes, whose order decides the split
 
@@ -222,8 +224,10 @@ class DomainText:
         for domain, files, named in self._chosen(data_dir, domains, say):
             digests = [_digest(path, text_field) for path in files]
             parts = []
+            announce = functools.cache(say)  # a folder of many files gets one line
             for path, digest in zip(files, digests, strict=True):
-                part = self._part(path, digest, folders, skip_bad_lines, rank, say)
+                place = path if len(files) <= MOST_NAMED else f"the {len(files)} files of {Path(data_dir, domain)}"
+                part = self._part(path, digest, folders, skip_bad_lines, rank, announce, place)
                 _merge(problems, path, part.problems, skip_bad_lines)
                 parts.append(part)
             n_documents = sum(len(part.hashes) for part in parts)
@@ -263,8 +267,8 @@ class DomainText:
                 raise DataError(f"no domain {name} in {data_dir}; there are: {', '.join(existing)}")
         return [(name, existing[name], bool(names)) for name in names or existing]
 
-    def _part(self, path, digest, folders, skip_bad_lines, rank, say):
-        """Return the _Part of one file from the cache; rank 0 writes the cache if needed."""
+    def _part(self, path, digest, folders, skip_bad_lines, rank, announce, place):
+        """Return the _Part of one file from the cache; rank 0 writes the cache if needed and announces the place."""
         name = f"{digest}-{self.tokenizer.hash}"
         started = time.monotonic()
         while True:
@@ -273,7 +277,7 @@ class DomainText:
                 if part is not None:
                     return part
             if rank == 0:
-                say(f"tokenizing {path} with {self.tokenizer.name}, once")
+                announce(f"tokenizing {place} with {self.tokenizer.name}, once")
                 base = _writable(folders) / name
                 _tokenize(path, self.tokenizer, base, self.dtype, skip_bad_lines, self.text_field)
             elif time.monotonic() - started > 3600:

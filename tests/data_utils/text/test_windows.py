@@ -527,6 +527,17 @@ def test_damaged_or_partial_cache_is_built_again(tmp_path):
     assert not list((tmp_path / "data" / ".cache").glob("*.tmp-*"))
 
 
+def test_a_folder_of_many_files_is_tokenized_in_one_line(tmp_path):
+    put(tmp_path, "few", sentences(1, 9))
+    for number in range(9):
+        (tmp_path / "data" / "many").mkdir(exist_ok=True)
+        (tmp_path / "data" / "many" / f"{number}.txt").write_text(f"Text number {number} has a few words. " * 9)
+    lines = []
+    load(tmp_path, lines=lines)
+    tokenized = [line for line in lines if "tokenizing" in line]
+    assert len(tokenized) == 2 and "the 9 files of" in tokenized[1] and "many" in tokenized[1]
+
+
 def test_unwritable_data_folder_puts_the_cache_elsewhere(tmp_path):
     put(tmp_path, "a", sentences(1, 9))
     (tmp_path / "data" / ".cache").write_text("a file where a folder should be")
