@@ -66,6 +66,8 @@ SR = """train_sr.py --encoder_dim 16 --decoder_input_dim 16 --decoder_model_dim 
 QA = "prepare_data.py normalize-qa --question-field q --answer-field a --num-threads 1"
 LANGUAGE = "prepare_data.py language --vocab_size 300 --tokenizer_num_threads 1 --val-ratio 0.2"
 
+HARD = "4.25...8.71.9.8.535...649........368.69.835.2.7.6.....83...6.4.6...9.....2......."  # sudoku9 needs rounds
+
 EXEMPT = {  # messages that no case here provokes, and why
     "pythia8mc refuses its settings": "pythia8mc is a simulator of 100 MB",
     "try: pip install -r requirements.txt -c constraints.txt": "of scripts/check.py, see tests/scripts/test_check.py",
@@ -311,7 +313,7 @@ def flags(patch):
         f"generate.py multimodal {OLD}/pages",
         f"generate.py {OLD}/hrm --device cpu",
         f"generate.py {TEXT} --export of.pt2",
-        f"generate.py sudoku9 --prompt {'.' * 81}",
+        f"generate.py sudoku9 --prompt {HARD}",
         f"generate.py {OLD}/text",
         f"generate.py {OLD}/text/diffuser_expert_interrupted.pt --steps 2 --sampler ddim --top_k 5",
         "generate.py --checkpoint 'my runs/state_space_expert.pt'",
