@@ -56,7 +56,8 @@ def problems(suite, seed, noise, max_variables=0):
         X_val, X_wide = _finite(rng, formula, values, 1000 if n == 20 else 512), _draw(rng, formula, 1000, 2.0)
         y_wide, clean = values(X_wide), values(X)
         finite = np.isfinite(y_wide)
-        y = clean + noise * clean.std() * rng.standard_normal(n)
+        largest = np.abs(clean).max() or 1.0  # squares of large values are no floats
+        y = clean + noise * (clean / largest).std() * largest * rng.standard_normal(n)
         yield Problem(formula.name, X, y, clean, X_val, values(X_val), X_wide[finite], y_wide[finite], formula)
 
 

@@ -178,7 +178,11 @@ def padded(rows):
 
 def fvu(y, predicted):
     """MSE over the variance of y; inf where a prediction is not finite."""
-    return float(np.mean((y - predicted) ** 2) / np.var(y)) if np.isfinite(predicted).all() else np.inf
+    if not np.isfinite(predicted).all():
+        return np.inf
+    largest = np.abs(y).max() or 1.0  # squares of large values are no floats
+    with np.errstate(over="ignore"):
+        return float(np.mean(((y - predicted) / largest) ** 2) / np.var(y / largest))
 
 
 def predict(alphabet, formula, X):

@@ -16,6 +16,7 @@ from data_utils.formulas.search import (
     Prior,
     find_formula,
     front,
+    fvu,
     offspring,
     predict,
     subtree_end,
@@ -204,6 +205,13 @@ def test_what_noise_allows_is_known():
         for problem in itertools.islice(problems("feynman", 0, noise, 2), 5):
             fitted = noise and problem.formula.values
             assert 1e-8 * bool(fitted) <= attainable(problem) <= (most if fitted else 1e-20)
+
+
+def test_values_whose_squares_are_no_floats_are_measured():
+    y = points()[:, 0]
+    assert fvu(1e170 * y, 1e170 * (y + 0.1)) == pytest.approx(0.01 / np.var(y)) and fvu(y, y * np.nan) == np.inf
+    large = next(p for p in problems("fastsrb", 0, 0.0) if p.name == "III.14.14")
+    assert large.y.max() > 1e160 and (large.y == large.clean).all()
 
 
 def test_a_saved_pool_is_a_suite(tmp_path):
