@@ -3,6 +3,7 @@
     python -m benchmarks.quality.puzzles                                            # all rows, hours of one core
     python -m benchmarks.quality.puzzles --rows models --minutes 20 --arms "train_hrm,official TRM"
     python -m benchmarks.quality.puzzles --rows recipe --minutes 60                 # 60 minutes for each of three arms
+    python -m benchmarks.quality.puzzles --rows pretrained --test 300               # no training, 20 minutes
 
 Every arm learns for --minutes CPU minutes of this process from the same puzzles in the same order. Hard puzzles have as
 few givens as possible, 26 at most; easier ones come from them by filling in cells. Training goes from 40 givens down to
@@ -51,6 +52,8 @@ from models.planning import pick, select
 COUNTS = 1, 2, 4, 8, 16  # segments after which answers are scored
 ROUNDS = 16, 64  # in which blanks are filled
 MOST_GIVENS, FEWEST = 26, 17  # of hard puzzles
+HARD = f"{FEWEST} to {MOST_GIVENS} givens"
+FIRST = 100  # puzzles on which the way to answer is chosen; the figures are of the others
 EASY, DOWN_AT = 40, 0.5  # givens at the start of the training, share of it after which all givens are hard ones
 BANDS = (0, 0), (1, 9), (10, 49), (50, 10**9)  # ratings
 NOISE = 0.1, 0.3, 1.0  # standard deviations that are tried
@@ -79,7 +82,7 @@ def rows_of(args):
         np.savez(path, **arrays)
     arrays = np.load(path, allow_pickle=False)
     tests = {f"{n} givens": (arrays[f"givens{n}"], arrays["solutions"], arrays[f"ratings{n}"]) for n in (40, 32)}
-    tests[f"{FEWEST} to {MOST_GIVENS} givens"] = arrays["hard"], arrays["solutions"], arrays["ratings"]
+    tests[HARD] = arrays["hard"], arrays["solutions"], arrays["ratings"]
     return (arrays["train_x"], arrays["train_y"]), tests
 
 
@@ -152,19 +155,21 @@ def ours(args, flags=""):
         loss, _, carry[0] = model(dict(encoder_ids=x, labels=y), carry[0] if segment else None)
         return loss
 
-    def trace(ids, segments, noise, generator):
-        x, bias = model.encode(ids)
-        z_H, z_L = model.start(x)
-        answers, halt = [], []
-        for _ in range(segments):
-            if noise:
-                z_H, z_L = (z + noise * torch.randn(z.shape, generator=generator) for z in (z_H, z_L))
-            z_H, z_L = model.core(x, z_H, z_L, model.rotary, bias)
-            answers.append(model.guess(z_H))
-            halt.append(model.confidence(z_H, None) if model.halting else torch.zeros(len(x)))
-        return torch.stack(answers, 1), torch.stack(halt, 1)
+    return Arm(model, optimizer, learn, partial(trace_of, model), cfg.segments, cfg.core != "recursive")
 
-    return Arm(model, optimizer, learn, trace, cfg.segments, cfg.core != "recursive")
+
+def trace_of(model, ids, segments, noise, generator):
+    """`trace` of an Arm whose model is an HRM with a head per cell."""
+    x, bias = model.encode(ids)
+    z_H, z_L = model.start(x)
+    answers, halt = [], []
+    for _ in range(segments):
+        if noise:
+            z_H, z_L = (z + noise * torch.randn(z.shape, generator=generator) for z in (z_H, z_L))
+        z_H, z_L = model.core(x, z_H, z_L, model.rotary, bias)
+        answers.append(model.guess(z_H))
+        halt.append(model.confidence(z_H, None) if model.halting else torch.zeros(len(x)))
+    return torch.stack(answers, 1), torch.stack(halt, 1)
 
 
 def multimodal(args):
@@ -441,18 +446,25 @@ def ways(args, arm):
     return result | {f"{total} segments": lambda puzzles: think(arm, puzzles, total)[0][:, -1]}
 
 
-def recipe(args):
-    """Hard puzzles: the recipe and what is in it, against equal parameters used once and against single candidates.
+def best_way(args, arm, held):
+    """Answer puzzles in the way that is best on the first ones -> (its name, percent of the others, percent by way)."""
+    first = min(FIRST, len(held[0]) // 2)
+    answers = ways(args, arm)
 
-    Each arm answers in the way that is best on half of the puzzles; the figures are of the other half.
-    """
+    def share(way, side):
+        return percent(solved(answers[way](held[0][side]), held[1][side]))
+
+    chosen = max(answers, key=lambda way: share(way, slice(first)))
+    each = {way: share(way, slice(first, None)) for way in answers}
+    return chosen, each[chosen], [f"{way} {value}" for way, value in each.items()]
+
+
+def recipe(args):
+    """Hard puzzles: the recipe and what is in it, against equal parameters used once and against single candidates."""
     rows, tests = rows_of(args)
-    name = f"{FEWEST} to {MOST_GIVENS} givens"
-    half = len(tests[name][0]) // 2
-    few, rest = (tuple(part[side] for part in tests[name]) for side in (slice(half), slice(half, None)))
-    title = f"9 x 9 Sudoku, {name}, held out, solved"
-    setting = [f"{(rest[0] > 0).sum(1).mean():.1f} givens, {statistics.mean(rest[2]):.0f} guesses",
-                  "baseline: single candidates, repeated"]  # fmt: skip
+    held = tests[HARD]
+    setting = [f"{(held[0] > 0).sum(1).mean():.1f} givens, {statistics.mean(held[2]):.0f} guesses",
+               "baseline: single candidates, repeated"]  # fmt: skip
     arms = {
         HRM_ARM: ("recursion", "recursion", ours, True),
         "the same parameters once": ("once", "the same parameters once", ONCE, True),
@@ -461,17 +473,24 @@ def recipe(args):
     for arm_name in selected(args, arms):
         id, words, build, curriculum = arms[arm_name]
         arm, steps = trained(args, arm_name, build, rows, curriculum)
-        answers = ways(args, arm)
-        chosen = max(answers, key=lambda way: solved(answers[way](few[0]), few[1]).mean())
-        shares = {way: percent(solved(answer(rest[0]), rest[1])) for way, answer in answers.items()}
-        _, texts = scores(arm, rest, args.views)
-        each = [f"{way} {share}" for way, share in shares.items()]
-        yield figure(id, f"{title}, {words}, {chosen}", shares[chosen], ">= 30" if arm_name == HRM_ARM else "",
-                     unit="%", baseline=percent(singles_of(rest[0])),
+        way, value, each = best_way(args, arm, held)
+        _, texts = scores(arm, held, args.views)
+        yield figure(id, f"9 x 9 Sudoku, {HARD}, held out, solved, {words}, {way}", value,
+                     ">= 30" if arm_name == HRM_ARM else "", unit="%", baseline=percent(singles_of(held[0])),
                      spread=[*each, *texts, steps, *setting])  # fmt: skip
 
 
-ROWS = dict(models=models, recipe=recipe)
+def pretrained(args):
+    """Hard puzzles: the model that comes with the repo, trained on 32 givens in less than an hour of one core."""
+    held = rows_of(args)[1][HARD]
+    model = load("sudoku9")[0].network
+    way, value, each = best_way(args, Arm(model, None, None, partial(trace_of, model)), held)
+    yield figure("sudoku9", f"9 x 9 Sudoku, {HARD}, held out, solved, the pretrained sudoku9, {way}", value, ">= 30",
+                 unit="%", baseline=percent(singles_of(held[0])),
+                 spread=[*each, f"{len(held[0])} puzzles", "baseline: single candidates, repeated"])  # fmt: skip
+
+
+ROWS = dict(models=models, recipe=recipe, pretrained=pretrained)
 QUICK = dict(train=6, test=2, minutes=0.05, batch=4, width=32, views=2, paths=2, segments=4)
 
 

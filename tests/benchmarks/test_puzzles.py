@@ -63,6 +63,12 @@ def test_the_recipe_runs_beside_its_controls(home):
         assert "CPU s" in figures[f"puzzles.recipe.{id}"]["spread"]
 
 
+def test_the_pretrained_model_is_scored(home):
+    figures = measured(home, "--rows", "pretrained")
+    hard = figures["puzzles.pretrained.sudoku9"]
+    assert hard["target"] == ">= 30" and "surest cells first, 16 rounds " in hard["spread"]
+
+
 def test_easier_puzzles_come_from_hard_ones():
     rng = np.random.default_rng(0)
     x, y = sudoku.sudoku(size=9, givens=30, n=6, seed=0)
