@@ -1,6 +1,5 @@
 """generate.py and `load` with checkpoints and runs of all six scripts, moved, exported, and with odd streams."""
 
-import importlib.util
 import json
 import os
 import shutil
@@ -215,19 +214,29 @@ def test_a_program_that_differs_is_not_written(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-def test_safetensors_is_optional(tmp_path, monkeypatch):
-    if importlib.util.find_spec("safetensors"):
-        from safetensors import safe_open
+@pytest.mark.parametrize("place", ["text/transformer_expert_interrupted.pt", "text/diffuser_expert_interrupted.pt",
+                                   "text/state_space_expert_interrupted.pt", "text/nanothink_mla_interrupted.pt",
+                                   "hrm"])  # fmt: skip
+def test_safetensors_hold_the_weights_and_what_rebuilds_the_model(place, tmp_path):
+    safetensors = pytest.importorskip("safetensors")
+    path = tmp_path / "model.safetensors"
+    export(OLD / place, path)
+    export(OLD / place, path)  # its own file is replaced
+    model, _ = (reasoning if place == "hrm" else text).load(OLD / place)
+    with safetensors.safe_open(path, "pt") as file:
+        weights = {name: file.get_tensor(name) for name in file.keys()}
+        header = {name: value if name == "origin" else json.loads(value) for name, value in file.metadata().items()}
+    assert {name: header[name] for name in model.header} == json.loads(json.dumps(model.header))
+    network = type(model.network)(**header["model_args"])
+    network.load_state_dict(weights)
+    state = model.network.state_dict()
+    assert weights.keys() == state.keys() and all(torch.equal(weights[name], state[name]) for name in state)
+    path.write_text("of the user's\n")
+    with pytest.raises(UsageError, match="--fresh"):
+        export(OLD / place, path)
 
-        export(TRANSFORMER, tmp_path / "model.safetensors")
-        export(TRANSFORMER, tmp_path / "model.safetensors")
-        model, _ = text.load(TRANSFORMER)
-        with safe_open(tmp_path / "model.safetensors", "pt") as file:
-            weights = {name: file.get_tensor(name) for name in file.keys()}
-            metadata = file.metadata()
-        assert json.loads(metadata["kind"]) == "expert:transformer" and json.loads(metadata["model_args"])["d_model"]
-        assert weights.keys() == model.network.state_dict().keys()
-        assert all(torch.equal(weight, weights[name]) for name, weight in model.network.state_dict().items())
+
+def test_safetensors_is_optional(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "safetensors.torch", None)
     with pytest.raises(UsageError, match="pip install safetensors\ntry: --export .*none.pt2"):
         export(TRANSFORMER, tmp_path / "none.safetensors")
