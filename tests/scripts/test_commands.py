@@ -127,7 +127,8 @@ def write_text(folder):
     lines = [f'{{"text": "Line {i} of my text is here."}}\n' for i in range(60)]
     (folder / "my_data.jsonl").write_text("".join(lines))
     (folder / "page.txt").write_text("Anna met ____.\n")
-    (folder / "my.txt").write_text("".join(f"Anna met Ben on day {i} of the year.\n" for i in range(300)))
+    lines = [f"Anna met Ben on day {i} of the year to walk along the river.\n" for i in range(300)]
+    (folder / "my.txt").write_text("".join(lines))
     pairs = [f'{{"question": "What is {i} + {i}?", "answer": "It is {2 * i}."}}\n' for i in range(60)]
     for name in ("qa.jsonl", "qa2.jsonl", "train.jsonl"):
         (folder / name).write_text("".join(pairs))
