@@ -204,7 +204,6 @@ def write_runs(folder):
     for expert in SIZES:
         run(folder, f"train_expert.py --expert {expert}")
     run(folder, "train_mla.py")
-    run(folder, "train_hrm.py --dataset sudoku --run_name sudoku9")
     for name in ("qa", "qa2"):
         run(folder, f"prepare_data.py language --source qa.jsonl --dest datasets/{name}")
     run(folder, "train_hrm.py --dataset datasets/qa --run_name qa --save_best_model")
