@@ -189,6 +189,9 @@ def find_domains(data_dir):
     """
     root = Path(data_dir)
     domains, loose, ignored = {}, [], []
+    if root.is_file():
+        remedy = f"a folder of domains, such as data with the file as data/my_domain/{root.name}"
+        raise DataError(f"{root} is a file\nfix: {remedy}")
     if root.is_dir():
         around = {root.resolve(), *root.resolve().parents}  # a link to one of these is a loop
         for path in sorted(root.iterdir()):

@@ -22,7 +22,9 @@ def task_of(folder):
     """Return the name of the task of a folder of puzzles. Raises UsageError for another folder."""
     kind = puzzle_kind(folder)
     if not kind:
-        raise UsageError(f"--puzzles {folder}: no folder of puzzles\ntry: python prepare_data.py puzzles --help")
+        raise UsageError(
+            f"--puzzles {folder}: no folder of puzzles from prepare_data.py\ntry: python prepare_data.py puzzles --help"
+        )
     return "arc" if kind == "arc" else form_of(read_meta(folder)).task
 
 

@@ -89,6 +89,9 @@ def _write_unless_equal(path, content):
 def read_meta(folder):
     """Return meta.json of a finished folder with defaults filled in. Raises DataError, listing the files."""
     folder = Path(folder)
+    if folder.is_file():
+        remedy = "prepare_data.py puzzles makes one of Sudokus, mazes and ARC tasks, prepare_data.py language of text"
+        raise DataError(f"{folder} is a file: expected a folder of prepared rows\nfix: {remedy}")
     names = sorted(path.name for path in folder.iterdir())[:8] if folder.is_dir() else []
     if "progress.json" in names and "meta.json" not in names:
         raise DataError(f"{folder} is unfinished: run the same command again")

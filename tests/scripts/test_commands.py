@@ -56,7 +56,7 @@ NOT_HERE = {  # how commands begin that run elsewhere: why
     "python prepare_data.py events --generator pythia": "needs pythia8mc",
     "torchrun --nnodes": "needs several machines",
 }
-BROKEN = r"not solved: |no path: "  # words on an answer to a puzzle
+BROKEN = "not solved|no path"  # words on an answer to a puzzle
 NEEDS = {r"\S+\.(h5|hdf5)\b": "h5py", r"\S+\.root\b": "uproot"}  # words of a command: the package that reads such files
 
 
@@ -127,6 +127,8 @@ def write_text(folder):
     lines = [f'{{"text": "Line {i} of my text is here."}}\n' for i in range(60)]
     (folder / "my_data.jsonl").write_text("".join(lines))
     (folder / "page.txt").write_text("Anna met ____.\n")
+    lines = [f"Anna met Ben on day {i} of the year to walk along the river.\n" for i in range(300)]
+    (folder / "my.txt").write_text("".join(lines))
     pairs = [f'{{"question": "What is {i} + {i}?", "answer": "It is {2 * i}."}}\n' for i in range(60)]
     for name in ("qa.jsonl", "qa2.jsonl", "train.jsonl"):
         (folder / name).write_text("".join(pairs))
@@ -202,7 +204,6 @@ def write_runs(folder):
     for expert in SIZES:
         run(folder, f"train_expert.py --expert {expert}")
     run(folder, "train_mla.py")
-    run(folder, "train_hrm.py --dataset sudoku --run_name sudoku9")
     for name in ("qa", "qa2"):
         run(folder, f"prepare_data.py language --source qa.jsonl --dest datasets/{name}")
     run(folder, "train_hrm.py --dataset datasets/qa --run_name qa --save_best_model")

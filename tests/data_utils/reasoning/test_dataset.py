@@ -206,6 +206,9 @@ def test_leak_guard(tmp_path):
 def test_unreadable_folders_are_refused(tmp_path):
     with pytest.raises(DataError, match="no meta.json(?s:.*)prepare_data.py language"):
         open_splits(tmp_path / "none")
+    (tmp_path / "puzzles.csv").write_text("question,answer\n")
+    with pytest.raises(DataError, match="puzzles.csv is a file: (?s:.*)fix: prepare_data.py puzzles"):
+        open_splits(tmp_path / "puzzles.csv")
     folder = write(tmp_path / "data", some_rows(3))
     for meta, reason in [({"vocab_size": 98}, "pad_id"), (META | dict(pad_id=98), "vocab_size"), ([], "Error"),
                          (META | dict(vocab_size="98"), "vocab_size"),

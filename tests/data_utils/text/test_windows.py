@@ -307,6 +307,8 @@ def test_ignored_files_are_named_in_one_line(tmp_path):
     (line,) = [line for line in lines if "ignored:" in line]
     assert line.startswith("ignored: 4 files: ") and "loose.txt" in line
     assert "only .jsonl .txt .md .csv .parquet in domain folders" in line
+    with pytest.raises(DataError, match="loose.txt is a file\nfix: a folder of domains"):
+        documents.find_domains(root / "loose.txt")
     (root / "a" / "a.jsonl").unlink()
     (root / "loose.txt").unlink()
     with pytest.raises(DataError, match="no domain in .*b.pdf"):
