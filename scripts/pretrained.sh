@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Train the models of checkpoints/pretrained again, all or those named: bash scripts/pretrained.sh addition sudoku4
-# On one core: addition 1 min, sudoku4 2, codebook 1, demo 4, sudoku6 20, sudoku9 30, maze 60. A stopped one goes on.
+# On one core: addition 1 min, sudoku4 2, codebook 1, demo 4, sudoku6 20, sudoku9 30, maze 30. A stopped one goes on.
 set -e
 cd "$(dirname "$0")/.."
 
@@ -37,7 +37,7 @@ for name in ${@:-addition sudoku4 sudoku9 codebook demo sudoku6 maze}; do
         python train_multimodal.py --arch sudoku6 --max_steps 1263 ;;
     maze)
       train $name checkpoints/multimodal-maze/best_model.pt \
-        python train_multimodal.py --arch maze --epochs 6 ;;
+        python train_multimodal.py --arch maze ;;
     *)
       echo "no recipe for $name" >&2
       exit 2 ;;

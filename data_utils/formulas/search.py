@@ -370,6 +370,7 @@ def find_formula(
     deadline = begin + max_seconds if max_seconds else math.inf
     X, y = np.asarray(X, float), np.asarray(y, float)
     powers, power = decades(X), int(decades(y))
+    power = max(power, math.floor(math.log10(np.abs(y).max() or 1.0)) - RANGE)  # the squares of all must be floats
     rows = np.sort(rng.permutation(len(y))[:SEARCHED])
     near = Data(scaled(X[rows], powers), scaled(y[rows], power), None if sigma is None else sigma[rows],
                 None if half is None else scaled(half[rows], power))  # fmt: skip

@@ -214,6 +214,14 @@ def test_values_whose_squares_are_no_floats_are_measured():
     assert np.abs(large.y).max() > 1e160 and (large.y == large.clean).all()
 
 
+def test_a_search_survives_values_of_any_size():
+    x = np.linspace(0.5, 4, 30)[:, None]
+    y = np.exp(100 * x[:, 0]) * np.where(np.arange(30) % 2, 1, -1)  # up to 1e173
+    for values in (y, y * 1e-170, np.abs(y)):
+        formulas = search(x, values, choices=1)
+        assert formulas and all(np.isfinite(formula.constants).all() for formula in formulas)
+
+
 def test_a_saved_pool_is_a_suite(tmp_path):
     save_pool(tmp_path, draw_pool(12, ALPHABET, POOL, None, seed=0, split=1), ALPHABET, POOL)
     suite, again = (list(problems(str(tmp_path), 0, 0.0)) for _ in range(2))
