@@ -69,7 +69,7 @@ class AnswerConfig:
     top_p: float = 1.0  # sample from the likeliest tokens with this share of the probability
     segments: int = 0  # segments of reasoning; 0 = as in evaluation
     halting: bool = True  # stop when the model expects to be right, if it has learnt to
-    rounds: int = 1  # Sudokus: fill in the surest blanks, reason anew, and so on, so many times; 16 solve more
+    views: int = 1  # Sudokus: symmetric versions that are answered; the answer that most agree on counts
     export: str = ""  # write no answer, but the model: FILE.safetensors has weights, FILE.pt2 the forward pass
     fresh: bool = False  # rename a file of other origin with that name to *.bak
     seed: int = 0  # random seed

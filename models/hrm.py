@@ -17,18 +17,6 @@ from models.trm import Core, SelfAttention, attend, boxes, grid, rms
 ROPE_BASE = 10000.0  # slowest rotary wavelength, in units of 2 pi tokens
 
 
-def fill_surest(ids, logits, tokens, left):
-    """Fill in the surest blanks of puzzles, one of `left` equal parts of them: ids (B, S) -> (B, S).
-
-    logits: (B, S, V). tokens (K,): the blank, then those that may stand in its place.
-    """
-    blank = ids == tokens[0]
-    sure, choice = logits[..., tokens[1:]].float().softmax(-1).max(-1)
-    rank = sure.masked_fill(~blank, -1.0).argsort(1, descending=True).argsort(1)
-    now = blank & (rank < (blank.sum(1, keepdim=True) / left).ceil())
-    return torch.where(now, tokens[1:][choice], ids)
-
-
 class NoRotation(nn.Module):
     """The identity, in place of Rotary in models without rotary positions."""
 
@@ -177,7 +165,7 @@ class HRM(nn.Module):
         z_H, z_L = self.core.start(x)
         return (z_H if self.cells else x), z_L
 
-    def confidence(self, z_H, mask):
+    def confidence(self, z_H, mask=None):
         """Return the logit that all labels are right, from the mean of z_H (B, S, C) over the prompt: (B)."""
         mask = torch.ones_like(z_H[..., :1]) if mask is None else mask[..., None]
         return self.halt((z_H * mask).sum(1) / mask.sum(1))[:, 0].float()

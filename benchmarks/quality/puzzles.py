@@ -43,7 +43,7 @@ from data_utils.reasoning import sudoku as puzzles_of
 from data_utils.reasoning.halting import stops
 from data_utils.workers import cores
 from models.glyphs import HOLE
-from models.hrm import HRM, fill_surest
+from models.hrm import HRM
 from models.optim.adam_atan2 import AdamAtan2
 from models.optim.ema import Average
 from models.optim.muon import Muon
@@ -334,6 +334,18 @@ def surest(arm, puzzles, segments, noise, paths):
     results = [think(arm, puzzles, segments, noise, seed) for seed in range(paths)]
     answers, halts = (torch.stack([part[:, -1] for part in side], 1) for side in zip(*results, strict=True))
     return pick(answers, halts.argmax(1))
+
+
+def fill_surest(ids, logits, tokens, left):
+    """Fill in the surest blanks of puzzles, one of `left` equal parts of them: ids (B, S) -> (B, S).
+
+    logits: (B, S, V). tokens (K,): the blank, then those that may stand in its place.
+    """
+    blank = ids == tokens[0]
+    sure, choice = logits[..., tokens[1:]].float().softmax(-1).max(-1)
+    rank = sure.masked_fill(~blank, -1.0).argsort(1, descending=True).argsort(1)
+    now = blank & (rank < (blank.sum(1, keepdim=True) / left).ceil())
+    return torch.where(now, tokens[1:][choice], ids)
 
 
 @torch.no_grad()

@@ -19,26 +19,27 @@ from data_utils.documents import read_text
 from data_utils.errors import CheckpointError, UsageError
 from data_utils.files import check_replaceable, warn
 from data_utils.hardware import open_device
-from data_utils.reasoning import maze
+from data_utils.reasoning import maze, sudoku
 from data_utils.reasoning.dataset import open_tokenizer
 from data_utils.reasoning.folder import PUZZLES
 from data_utils.reasoning.puzzle_layouts import Problems
 from data_utils.reasoning.puzzle_rows import form_of, is_answers, read_questions, result_of, write_answers
 from data_utils.tokenizer import SimpleTokenizer, restore_tokenizer
-from models.hrm import HRM, fill_surest
+from models.hrm import HRM
+from models.planning import pick, select
 from models.sampling import choose
 from models.token_grid import TokenGrid
 
 NETWORKS = dict(hrm=HRM, token_grid=TokenGrid)  # by the kind of a checkpoint: trained here, or published
 
 PUZZLES_AT_ONCE = 32
-ROUNDS = 16  # that a wrong answer suggests
+VIEWS = 8  # that a wrong answer suggests
 
 
 def answer(cfg):
     """Answer each prompt: answers go to stdout, segments and speed to stderr. cfg: AnswerConfig of generate.py."""
     at_least(cfg, 0, "temperature", "top_k", "top_p", "seed", "segments")
-    at_least(cfg, 1, "rounds")
+    at_least(cfg, 1, "views")
     check_unicode(cfg, "prompt")
     path = best_of_run(Path("runs", cfg.run_name)) if cfg.run_name else cfg.checkpoint
     check_replaceable(cfg.out, cfg.fresh, is_answers, inputs=[cfg.input])
@@ -69,8 +70,8 @@ def answer_puzzles(cfg, model):
     The status is 1 if an answer breaks the rules or a row of --input is no puzzle.
     """
     form = model.form
-    if cfg.rounds > 1 and form.kind != "sudoku":
-        raise UsageError(f"--rounds {cfg.rounds}: only Sudokus have blanks to fill in\nfix: leave it out")
+    if cfg.views > 1 and form.kind != "sudoku":
+        raise UsageError(f"--views {cfg.views}: only Sudokus are read in several symmetric versions\nfix: leave it out")
     problems = Problems()
     questions = [("--prompt", form.parse(prompt.removeprefix("\ufeff"))) for prompt in cfg.prompt]
     if cfg.input:
@@ -84,7 +85,7 @@ def answer_puzzles(cfg, model):
         batch = questions[start : start + PUZZLES_AT_ONCE]
         began = time.monotonic()
         puzzles = np.stack([cells for _, cells in batch])
-        answers, segments = model.fill(puzzles, cfg.segments, cfg.halting, cfg.rounds)
+        answers, segments = model.fill(puzzles, cfg.segments, cfg.halting, cfg.views)
         rate = answers.size / (time.monotonic() - began)
         for (place, cells), filled, used in zip(batch, answers, segments, strict=True):
             right, words = form.verdict(cells, filled)
@@ -95,8 +96,8 @@ def answer_puzzles(cfg, model):
                 wrong.append(place)
     if cfg.out:
         write_answers(cfg.out, rows)
-    if wrong and form.kind == "sudoku" and cfg.rounds < ROUNDS:
-        warn(f"more rounds, the surest cells first, solve more\ntry: --rounds {ROUNDS}")
+    if wrong and form.kind == "sudoku" and cfg.views < VIEWS:
+        warn(f"a vote of several symmetric versions solves more\ntry: --views {VIEWS}")
     return result_of(wrong, len(rows), problems, cfg.input)
 
 
@@ -165,21 +166,27 @@ class Reasoner(nn.Module):
         (tokens,), used = network.generate(ids, None, **limits, **thinking, choose=choose_token)
         return self.tokenizer.decode(tokens), len(tokens) + 1, used.item()
 
-    def fill(self, puzzles, segments=0, halting=True, rounds=1):
+    def fill(self, puzzles, segments=0, halting=True, views=1):
         """Return (answers (n, N) uint8, segments used [n]) of puzzles (n, N). Arguments as in generate.AnswerConfig."""
-        network = self.network
-        tokens = torch.from_numpy(self.tokens).to(network.head.weight.device)
-        ids = tokens[torch.from_numpy(puzzles).long()]
-        used = torch.zeros(len(ids), dtype=torch.long, device=ids.device)
-        for left in range(rounds, 0, -1):
-            thinking = segments or self.segments, self.threshold if halting else math.inf
-            x, bias, z_H, spent = network.think(ids, None, *thinking)
-            used += spent
-            h = network.answer(x, z_H, bias, None)
-            ids = network.guess(h) if rounds == 1 else fill_surest(ids, network.head(h), tokens, left)
+        network, n = self.network, len(puzzles)
+        device = network.head.weight.device
         cells = np.zeros(network.embedding.num_embeddings, np.uint8)  # of each token; padding becomes a blank
         cells[self.tokens] = np.arange(len(self.tokens))
-        return cells[ids.cpu().numpy()], used.tolist()
+        answers, halts, used = [], [], 0
+        for view in range(views):
+            shown, symmetry = puzzles, None
+            if view:
+                symmetry = sudoku.symmetries(n, self.form.rows, np.random.default_rng(view))
+                shown = np.take_along_axis(symmetry[1], np.take_along_axis(puzzles, symmetry[0], 1), 1)
+            ids = torch.from_numpy(self.tokens[shown]).to(device)
+            thinking = segments or self.segments, self.threshold if halting else math.inf
+            x, bias, z_H, spent = network.think(ids, None, *thinking)
+            answer = cells[network.guess(network.answer(x, z_H, bias, None)).cpu().numpy()]
+            answers.append(torch.from_numpy(sudoku.undo(answer, *symmetry) if view else answer))
+            halts.append(network.confidence(z_H) if network.halting else torch.zeros(n, device=device))
+            used = used + spent
+        answers, halts = torch.stack(answers, 1), torch.stack(halts, 1).cpu()
+        return pick(answers, select(answers[None], halts[None], "vote")[0]).numpy(), used.tolist()
 
 
 def form_of_model(network, state):

@@ -1,6 +1,7 @@
 """Hard Sudokus: the rows of the benchmark at toy size, its puzzles, votes and paths against plain loops."""
 
 import json
+import math
 import random
 from types import SimpleNamespace
 
@@ -125,3 +126,20 @@ def test_the_surest_path_answers():
     best = torch.stack(draws).amax(0).tolist()
     arm = SimpleNamespace(trace=trace, once=False)
     assert bench.percent(bench.solved(bench.surest(arm, y, 2, 0.5, 5), y)) == 100
+
+
+def test_the_surest_blanks_are_filled_first():
+    tokens = torch.tensor([7, 2, 5, 1])  # the blank, and what may stand in its place
+    given = tokens[torch.randint(4, (6, 11), generator=torch.Generator().manual_seed(0))]
+    given[0] = 2  # no blank at all
+    logits = torch.randn(6, 11, 9, generator=torch.Generator().manual_seed(1))
+    for left in (4, 1):
+        filled = bench.fill_surest(given, logits, tokens, left)
+        for puzzle, answer, scores in zip(given.tolist(), filled.tolist(), logits, strict=True):
+            blanks = [i for i, token in enumerate(puzzle) if token == 7]
+            sure = {i: scores[i, [2, 5, 1]].softmax(-1).max().item() for i in blanks}
+            chosen = sorted(blanks, key=sure.get)[::-1][: math.ceil(len(blanks) / left)]
+            expected = list(puzzle)
+            for i in chosen:
+                expected[i] = max([2, 5, 1], key=lambda token: scores[i, token].item())
+            assert answer == expected

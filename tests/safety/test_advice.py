@@ -66,7 +66,7 @@ SR = """train_sr.py --encoder_dim 16 --decoder_input_dim 16 --decoder_model_dim 
 QA = "prepare_data.py normalize-qa --question-field q --answer-field a --num-threads 1"
 LANGUAGE = "prepare_data.py language --vocab_size 300 --tokenizer_num_threads 1 --val-ratio 0.2"
 
-HARD = "4.25...8.71.9.8.535...649........368.69.835.2.7.6.....83...6.4.6...9.....2......."  # sudoku9 needs rounds
+HARD = "4.25...8.71.9.8.535...649........368.69.835.2.7.6.....83...6.4.6...9.....2......."  # for sudoku9 alone
 
 EXEMPT = {  # messages that no case here provokes, and why
     "pythia8mc refuses its settings": "pythia8mc is a simulator of 100 MB",

