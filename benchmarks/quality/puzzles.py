@@ -14,6 +14,7 @@ The official code has its published settings, but the width, batch and rate of t
 at zero: Sudoku has one for all puzzles. An arm that was trained lies in --home and is only read again.
 """
 
+import copy
 import inspect
 import itertools
 import math
@@ -493,7 +494,13 @@ def recipe(args):
 
 
 def pretrained(args):
-    """Hard puzzles: the model that comes with the repo, trained on 32 givens in less than an hour of one core."""
+    """Hard puzzles: the model that comes with the repo, trained on 32 givens in less than an hour of one core.
+
+    The hash of a solution decides what is held out. The training of sudoku9 held out one in eleven; these are no more.
+    """
+    args = copy.copy(args)
+    if not args.quick:
+        args.test = min(args.test, args.train // 10)
     held = rows_of(args)[1][HARD]
     model = load("sudoku9")[0].network
     way, value, each = best_way(args, Arm(model, None, None, partial(trace_of, model)), held)
