@@ -1,4 +1,4 @@
-"""The quickstart runs from its first cell to its last; `python tests/scripts/test_notebook.py` renews its outputs."""
+"""The quickstart runs from its first cell to its last; `python -m tests.scripts.test_notebook` renews its outputs."""
 
 import json
 import re
