@@ -69,7 +69,7 @@ def test_the_quickstart_runs_and_shows_its_pictures(tmp_path, monkeypatch):
     notebook = run(tmp_path)  # raises on an error in a cell
     assert len(pictures(notebook)) == 6
     text = "".join(out.get("text", "") for cell in notebook.cells for out in cell.get("outputs", ()))
-    for script in ("transformer_expert: step 60", "nanothink_mla: step 30", "sums: step 300", "formulas: step 40",
+    for script in ("transformer_expert: step 60", "nanothink_mla: step 30", "sums: step 700", "formulas: step 40",
                    "events: epoch 5", "sudoku4: step 120"):  # fmt: skip
         assert script in text
 
