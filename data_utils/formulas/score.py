@@ -219,8 +219,8 @@ def constant_bits(constants, J, weights, deviation):
 
     Each costs its digits, log2(|c| / its error with the others fixed), less what they share: together the bits are
     half the logarithm of the determinant of the Fisher information. Far from x = 1 an exponent has many digits, but
-    a factor before the power makes up for nearly all of them, so only with this correction do units not matter. No
-    constant costs less than half the logarithm of the number of points.
+    a factor before the power makes up for nearly all of them, so only with this correction do units not matter. On
+    average no constant costs less than half the logarithm of the number of points.
     """
     J = J * weights
     largest = np.abs(J).max(1, keepdims=True)
