@@ -151,6 +151,9 @@ class SRConfig(ModelConfig, PoolConfig, DataConfig):
     absent = dict.fromkeys(
         ("epochs", "max_epochs"),
         "formulas are drawn anew at each step: --steps says how many\ntry: without --epochs --max_epochs",
+    ) | dict.fromkeys(
+        ("data", "data_dir", "data_paths"),
+        "it trains on formulas that it draws\nfix: python generate.py formula --data TABLE finds one for a table",
     )
 
     @property

@@ -265,20 +265,25 @@ class _Fitted:
         self.bits = float(bits) if math.isfinite(bits) else math.inf
 
 
-def rank_formula(alphabet, prefix, constants, data):
-    """Fit a formula, fix its constants to plain numbers where that saves bits -> Ranked.
+def rank_formulas(alphabet, formulas, data):
+    """Fit formulas, (prefix, constants) each, and fix constants to plain numbers where that saves bits -> list.
 
-    None is returned for what has no finite values, too many constants, or is not admissible.
+    Each is a Ranked, or None for what has no finite values, too many constants, or is not admissible.
     """
-    best = None
+    best = [None] * len(formulas)
     for relative in (False, True):
         if data.weights[relative] is not None:
-            fitted = _fitted(alphabet, prefix, [constants], [np.ones(len(constants), bool)], relative, data)[0]
-            if best is None or fitted.bits < best.bits:
-                best = fitted
-    while best.bits < math.inf and best.free.any() and (shorter := _snapped(alphabet, best, data)):
-        best = shorter
-    return _ranked(alphabet, best, data)
+            trials = [(prefix, constants, np.ones(len(constants), bool)) for prefix, constants in formulas]
+            for i, fitted in enumerate(_fitted(alphabet, trials, relative, data)):
+                if best[i] is None or fitted.bits < best[i].bits:
+                    best[i] = fitted
+    going = range(len(formulas))
+    while going := [i for i in going if best[i].bits < math.inf and best[i].free.any()]:
+        shorter = _snapped(alphabet, {i: best[i] for i in going}, data)
+        going = [i for i in going if shorter[i]]
+        for i in going:
+            best[i] = shorter[i]
+    return [_ranked(alphabet, formula, data) for formula in best]
 
 
 def rank_mean(data):
@@ -293,9 +298,8 @@ def rank_mean(data):
 
 def refit(alphabet, formula, data):
     """Fit the free constants of a Ranked formula to other data, of more rows -> Ranked or None."""
-    free = np.array(formula.free, bool)
-    fitted = _fitted(alphabet, formula.prefix, [formula.constants], [free], formula.relative, data)[0]
-    return _ranked(alphabet, fitted, data)
+    trial = formula.prefix, formula.constants, np.array(formula.free, bool)
+    return _ranked(alphabet, _fitted(alphabet, [trial], formula.relative, data)[0], data)
 
 
 def _ranked(alphabet, fitted, data):
@@ -312,34 +316,65 @@ def _ranked(alphabet, fitted, data):
                   fitted.relative, fitted.free.tolist())  # fmt: skip
 
 
-def _fitted(alphabet, prefix, starts, masks, relative, data):
-    """Fit one formula from several starts (N, C) with several sets of free constants (N, C) -> list of _Fitted."""
-    row = np.array([alphabet.encode(prefix)], np.uint8)
-    starts, masks = np.array(starts, float).reshape(len(starts), -1), np.array(masks).reshape(len(masks), -1)
-    if masks.any():
-        starts, _ = fit(
-            alphabet, np.repeat(row, len(starts), 0), padded_columns(alphabet, data.X), data.y, 1,
-            np.random.default_rng(0), steps=30, start=starts, free=masks, weights=data.weights[relative],
+def _batch(alphabet, trials):
+    """Return trials (prefix, constants, which are free) as arrays: tokens (N, L), constants and free (N, C)."""
+    tokens = np.zeros((len(trials), max(len(prefix) for prefix, *_ in trials)), np.uint8)
+    constants = np.zeros((len(trials), max(len(values) for _, values, _ in trials)))
+    free = np.zeros(constants.shape, bool)
+    for i, (prefix, values, masks) in enumerate(trials):
+        tokens[i, : len(prefix)] = alphabet.encode(prefix)
+        constants[i, : len(values)], free[i, : len(values)] = values, masks
+    return tokens, constants, free
+
+
+def _fitted(alphabet, trials, relative, data):
+    """Fit trials (prefix, constants, which of them are free) -> list of _Fitted."""
+    tokens, constants, free = _batch(alphabet, trials)
+    if free.any():
+        constants, _ = fit(
+            alphabet, tokens, padded_columns(alphabet, data.X), data.y, 1, np.random.default_rng(0), steps=30,
+            start=constants, free=free, weights=data.weights[relative],
         )  # fmt: skip
-    return _measured(alphabet, prefix, starts, masks, relative, data)
+    fitted = [(prefix, row[: len(values)], masks)
+              for row, (prefix, values, masks) in zip(constants, trials, strict=True)]  # fmt: skip
+    return _measured(alphabet, fitted, relative, data)
 
 
-def _measured(alphabet, prefix, constants, masks, relative, data):
-    """Return one formula with several sets of constants (N, C) as a list of _Fitted, without a fit."""
-    constants = np.asarray(constants, float).reshape(len(constants), -1)
-    row = np.array([alphabet.encode(prefix)], np.uint8)
-    program = Program(alphabet, np.repeat(row, len(constants), 0), padded_columns(alphabet, data.X))
+def _measured(alphabet, trials, relative, data):
+    """Return trials (prefix, constants, which of them are free) as a list of _Fitted, without a fit."""
+    tokens, constants, _ = _batch(alphabet, trials)
+    program = Program(alphabet, tokens, padded_columns(alphabet, data.X))
     with np.errstate(all="ignore"):
         values, J = program.gradient(constants)
     J = np.where(np.isfinite(J), J, 0.0)
-    return [_Fitted(prefix, *parts, relative, data) for parts in zip(constants, masks, values, J, strict=True)]
+    return [_Fitted(prefix, np.asarray(numbers, float), free, v, j[: len(numbers)], relative, data)
+            for (prefix, numbers, free), v, j in zip(trials, values, J, strict=True)]  # fmt: skip
 
 
-def _snapped(alphabet, formula, data):
-    """Fix one constant more to a plain number -> the shortest such _Fitted, or None if none saves bits.
+def _snapped(alphabet, formulas, data):
+    """Fix one constant more of each _Fitted in a dict to a plain number -> dict of the shortest, None if none is.
 
     How much each number costs is foretold from the standard errors; only the most promising are fitted.
     """
+    best = dict.fromkeys(formulas)
+    for relative in (False, True):
+        trials, owners = [], []
+        for key, formula in formulas.items():
+            if formula.relative == relative:
+                new = _plainer(formula, data)
+                trials += new
+                owners += [key] * len(new)
+        if not trials:
+            continue
+        candidates = _shortened(alphabet, _fitted(alphabet, trials, relative, data), relative, data)
+        for key, candidate in zip(owners, candidates, strict=True):
+            if candidate.bits < (best[key] or formulas[key]).bits:
+                best[key] = candidate
+    return best
+
+
+def _plainer(formula, data):
+    """Return the most promising trials with one free constant of a _Fitted fixed to a plain number."""
     count = int(formula.free.sum())
     trials = []
     for i in np.flatnonzero(formula.free):
@@ -348,33 +383,29 @@ def _snapped(alphabet, formula, data):
             loss = data.n / 2 * math.log2(1 + ((plain - value) / max(error, 1e-300)) ** 2 / max(data.n - count, 1))
             gain = 10.0 if plain in (0.0, 1.0, -1.0) else 0.0  # an operator may go
             trials.append((loss + plain_bits(plain) - gain, int(i), plain))
-    trials = sorted(trials)[:SNAPS]
-    if not trials:
-        return None
-    starts = np.repeat(formula.constants[None], len(trials), 0)
-    masks = np.repeat(formula.free[None], len(trials), 0)
-    for k, (_, i, plain) in enumerate(trials):
-        starts[k, i], masks[k, i] = plain, False
-    best = None
-    for candidate in _fitted(alphabet, formula.prefix, starts, masks, formula.relative, data):
-        candidate = _shortened(alphabet, candidate, data)
-        if candidate.bits < (best or formula).bits:
-            best = candidate
-    return best
+    chosen = []
+    for _, i, plain in sorted(trials)[:SNAPS]:
+        constants, free = formula.constants.copy(), formula.free.copy()
+        constants[i], free[i] = plain, False
+        chosen.append((formula.prefix, constants, free))
+    return chosen
 
 
-def _shortened(alphabet, candidate, data):
-    """Simplify a formula after a constant became 0 or 1, keeping which constants are free."""
-    if not any(v in (0.0, 1.0, -1.0) for v in candidate.constants[~candidate.free]):
-        return candidate
-    marked = candidate.constants.copy()
-    try:
-        prefix, values = simplify(candidate.prefix, marked.tolist(), alphabet.operators)
-    except NotReal:
-        return candidate
-    if len(prefix) >= len(candidate.prefix) or any(token not in alphabet.ids for token in prefix):
-        return candidate
-    fixed = set(marked[~candidate.free].tolist())
-    free = np.array([v not in fixed for v in values], bool)
-    shorter = _measured(alphabet, prefix, [values], [free], candidate.relative, data)[0]
-    return shorter if shorter.bits < math.inf else candidate
+def _shortened(alphabet, candidates, relative, data):
+    """Simplify those of a list of _Fitted in which a constant became 0 or 1, keeping which constants are free."""
+    shorter = {}
+    for place, candidate in enumerate(candidates):
+        fixed = candidate.constants[~candidate.free].tolist()
+        if not any(v in (0.0, 1.0, -1.0) for v in fixed):
+            continue
+        try:
+            prefix, values = simplify(candidate.prefix, candidate.constants.tolist(), alphabet.operators)
+        except NotReal:
+            continue
+        if len(prefix) < len(candidate.prefix) and all(token in alphabet.ids for token in prefix):
+            shorter[place] = prefix, values, np.array([v not in fixed for v in values], bool)
+    if shorter:
+        for place, candidate in zip(shorter, _measured(alphabet, [*shorter.values()], relative, data), strict=True):
+            if candidate.bits < math.inf:
+                candidates[place] = candidate
+    return candidates

