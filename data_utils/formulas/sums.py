@@ -14,7 +14,7 @@ from data_utils.formulas.score import FUNCTIONS
 
 LONGEST, MOST, LARGEST = 7, 3000, 1e12  # tokens of a part, parts of a library, what a part may be
 DRAWN, PAIRS, TERMS, WIDTH = 64, 32, 6, 16  # parts of a search and products of them, parts of a sum, sets in the beam
-SWEPT, ALONE, TOGETHER = 16000, 24, 800  # small parts that are tried; the best alone; parts that are summed up
+SWEPT, ALONE, TOGETHER = 16000, 24, 500  # small parts that are tried; the best alone; parts that are summed up
 LONGEST_SMALL, DEEPEST, MOST_WRITTEN = 5, 2, 200_000  # tokens of a small part, functions in it, parts of a length
 EXACT = 1e-22  # share of the variance below which no better sum is looked for
 RELATED = 1e-10  # share of a part's power beyond what was chosen already: less is rounding
@@ -35,17 +35,27 @@ def centred(parts, weights):
     return (parts - (parts @ share)[..., None]) * weights
 
 
-def choose(parts, y, weights=None, *, width=WIDTH, most=TERMS):
+def choose(parts, y, weights=None, *, width=WIDTH, most=TERMS, start=()):
     """Which rows of `parts` (K, M) sum up to y (M,) -> list of (share of its variance left, tuple of rows).
 
-    Each step adds to the `width` best sets the parts that explain most of what they leave.
+    Each step adds to the `width` best sets the parts that explain most of what they leave. start: sets of one size to
+    begin with, in place of the empty one.
     """
     weights = np.ones(len(y)) if weights is None else weights
     parts, y = centred(parts, weights), centred(y, weights)
     power, total = (parts * parts).sum(1), y @ y
-    left, rest = y[None], parts[None]  # of y and of the parts: what is orthogonal to each set
-    sets, results = [()], []
-    for _ in range(most):
+    sets, results = list(start) or [()], []
+    left, rest = np.repeat(y[None], len(sets), 0), np.repeat(parts[None], len(sets), 0)  # orthogonal to each set
+
+    def add(i, k):
+        """Return what is left of y and of the parts after part k[n] joined set i[n]."""
+        unit = rest[i, k] / np.sqrt((rest[i, k] ** 2).sum(1))[:, None]
+        new = left[i] - (left[i] * unit).sum(1)[:, None] * unit
+        return new, rest[i] - (rest[i] @ unit[:, :, None]) * unit[:, None]
+
+    for members in zip(*sets, strict=True):
+        left, rest = add(np.arange(len(sets)), np.array(members))
+    for _ in range(len(sets[0]), most):
         power_left = (rest * rest).sum(2)
         usable = power_left > RELATED * power
         gain = np.where(usable, (rest @ left[:, :, None])[:, :, 0] ** 2 / np.where(usable, power_left, 1.0), -1.0)
@@ -58,12 +68,25 @@ def choose(parts, y, weights=None, *, width=WIDTH, most=TERMS):
         if not kept:
             break
         sets = list(kept)[:width]
-        i, k = np.array([kept[chosen] for chosen in sets]).T
-        unit = rest[i, k] / np.sqrt(power_left[i, k])[:, None]
-        left = left[i] - (left[i] * unit).sum(1)[:, None] * unit
-        rest = rest[i] - (rest[i] @ unit[:, :, None]) * unit[:, None]
+        left, rest = add(*np.array([kept[chosen] for chosen in sets]).T)
         results += zip(((left * left).sum(1) / total).tolist(), sets, strict=True)
     return results
+
+
+def best_pairs(parts, y, weights, most=WIDTH):
+    """Return the two rows of `parts` (K, M) that explain y (M,) best, of all pairs -> as `choose`."""
+    parts, y = centred(parts, weights), centred(y, weights)
+    size = np.sqrt((parts * parts).sum(1))
+    unit = parts / np.where(size > 0, size, 1.0)[:, None]
+    along, common = unit @ y / np.sqrt(y @ y), unit @ unit.T
+    first, second = np.triu_indices(len(unit), 1)
+    common, a, b = common[first, second], along[first], along[second]
+    rest = 1 - common * common
+    usable = rest > RELATED
+    gain = np.where(usable, (a * a + b * b - 2 * a * b * common) / np.where(usable, rest, 1.0), 0.0)
+    best = np.argpartition(-gain, min(most, len(gain) - 1))[:most]
+    best = best[np.argsort(-gain[best], kind="stable")]
+    return [(max(0.0, 1 - gain[n]), (int(first[n]), int(second[n]))) for n in best.tolist() if usable[n]]
 
 
 def plain_pairs(parts, y, weights=None, most=WIDTH):
@@ -178,7 +201,8 @@ class Library:
             best = order[:ALONE].tolist()
             results += [(float(share[i]), self._row(link, [rows[i]])) for i in best]
             several = sorted({*range(min(TOGETHER, len(rows))), *order[:TOGETHER].tolist()})
-            sums = choose(values[several], y, weights)
+            sums = best_pairs(values[several], y, weights) if len(several) > 1 else []
+            sums += choose(values[several], y, weights, start=[pair for _, pair in sums])
             results += [(left, self._row(link, [rows[several[k]] for k in chosen])) for left, chosen in sums]
         return [(np.log10(max(share, EXACT)) + parsimony * len(row), row) for share, row in results]
 

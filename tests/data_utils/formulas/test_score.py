@@ -62,6 +62,31 @@ def test_plain_numbers_are_cheap_and_data_decide_about_digits():
     assert formula.prefix == ["*", "<constant>", "x1"] and formula.constants[0] == pytest.approx(2.0345, abs=1e-3)
 
 
+def test_formulas_are_ranked_together_as_alone():
+    x = np.linspace(0.5, 3, 30)
+    X = np.column_stack([x, x[::-1] ** 2, x])
+    y = 2 * x + 0.5 * X[:, 1] + 0.01 * np.random.default_rng(0).standard_normal(30)
+    texts = [
+        "1.9*a + 0.4*b",
+        "0.1 + 2.1*a + 0.6*b",
+        "a",
+        "a + 1.1*b**0.9",
+        "1.2*tan(9*a)",
+        "3.1 + 0.2*exp(0.3*a*b)",
+        "a/0",
+    ]
+    formulas = [parse_formula(text, NAMES) for text in texts]
+    data = Data(X, y)
+    together = rank_formulas(ALPHABET, formulas, data)
+    for formula, one in zip(formulas, together, strict=True):
+        alone = rank_formula(*formula, data)
+        assert (one is None) == (alone is None)
+        if one:
+            assert one.prefix == alone.prefix and one.free == alone.free and one.relative == alone.relative
+            assert one.bits == pytest.approx(alone.bits, abs=1e-6) and one.constants == pytest.approx(alone.constants)
+    assert format_formula(together[1].prefix, together[1].constants, NAMES) == "2*a + 0.5*b"
+
+
 def test_bits_do_not_depend_on_units():
     assert plain_bits(1.54e-11) == plain_bits(0.154)  # no multiple of a third
     x = np.geomspace(0.3, 3, 40)

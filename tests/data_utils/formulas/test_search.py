@@ -23,7 +23,7 @@ from data_utils.formulas.search import (
     with_logarithm,
 )
 from data_utils.formulas.skeletons import PoolConfig, check_pool, draw_pool
-from data_utils.formulas.sums import Library, choose, plain_pairs
+from data_utils.formulas.sums import Library, best_pairs, choose, plain_pairs, small_parts
 
 POOL = PoolConfig(variables=("x1", "x2"), max_operators=4)
 ALPHABET = check_pool(POOL)
@@ -46,6 +46,23 @@ def test_beam_over_all_sets_is_the_best_of_all_subsets():
             best[rows] = rest @ rest / (12 * np.var(y))
         share, rows = min(pair for pair in results if len(pair[1]) == size)
         assert share == pytest.approx(min(best.values()), rel=1e-9) and best[rows] == pytest.approx(share, rel=1e-9)
+
+
+def test_best_pairs_are_the_best_of_all_pairs_and_sums_begin_with_them():
+    rng = np.random.default_rng(1)
+    parts, y, weights = rng.normal(size=(9, 12)), rng.normal(size=12), rng.uniform(0.5, 2, 12)
+    share = {}
+    for pair in itertools.combinations(range(9), 2):
+        columns = np.column_stack([np.ones(12), *parts[list(pair)]]) * weights[:, None]
+        rest = y * weights - columns @ np.linalg.lstsq(columns, y * weights, rcond=None)[0]
+        mean = np.average(y, weights=weights**2)
+        share[pair] = rest @ rest / np.sum(((y - mean) * weights) ** 2)
+    results = best_pairs(parts, y, weights, most=4)
+    assert [pair for _, pair in results] == sorted(share, key=share.get)[:4]
+    assert [left for left, _ in results] == pytest.approx(sorted(share.values())[:4])
+    sums = choose(parts, y, weights, width=99, most=3, start=[pair for _, pair in results])
+    plain = dict((chosen, left) for left, chosen in choose(parts, y, weights, width=99, most=3))
+    assert sums and all(plain[chosen] == pytest.approx(left) for left, chosen in sums)
 
 
 def test_parts_that_say_the_same_are_taken_once():
@@ -198,6 +215,45 @@ def test_a_library_skips_what_it_cannot_use():
     part = tuple(ALPHABET.encode("sin pow2 x1".split()))
     assert len(library.counts) == 7 and library.counts[part] == 3
     np.testing.assert_allclose(library.values[part], np.sin(X[:, 0] ** 2), atol=1e-12)
+
+
+def test_small_parts_are_all_formulas_of_a_few_tokens():
+    names = ("+", "-", "sin", "exp", "inv", "neg", "mult2")
+    alphabet = check_pool(PoolConfig(variables=("x1", "x2"), operators=names, operator_weights=""))
+    columns = [alphabet.first_variable, alphabet.first_variable + 1]
+    rows = small_parts(alphabet, alphabet.encode(names), columns)
+    ids, arity = [*alphabet.encode(names[:5]), *columns], alphabet.arity
+
+    def every(need, length):  # prefix rows, token by token
+        if not need or not length:
+            return [()] * (not need and not length)
+        return [(t, *rest) for t in ids for rest in every(need - 1 + int(arity[t]), length - 1)]
+
+    plus, functions = alphabet.ids["+"], set(alphabet.encode(["sin", "exp"]))
+    for length in range(1, 5):
+        expected = {row for row in every(1, length) if sum(t in functions for t in row) <= 2}
+        expected = {
+            row for row in expected if row[0] != plus or row[1 : (cut := subtree_end(alphabet, row, 1))] <= row[cut:]
+        }
+        found = [row for row in rows if len(row) == length]
+        assert len(found) == len(set(found))
+        plain = {row for row in expected if plus not in row[1:]}  # sums inside are in one order, too
+        assert plain <= set(found) <= expected
+    assert rows == sorted(rows, key=len) and len(rows[-1]) == 5
+    some = small_parts(alphabet, alphabet.encode(names), columns, most=50)
+    assert max(sum(len(row) == n for row in some) for n in range(1, 6)) <= 50
+
+
+@pytest.mark.parametrize("law, low, high", [("sqrt(sin(a))", -4.98, -4.55), ("a - a*cos(a)", 3.8, 18),
+                                            ("sin(log(a)/a)", 3, 29), ("exp(a*sin(a))", 0.02, 0.09),
+                                            ("2*a + 3*a*tanh(a) + 4/cos(a)", 2, 8)])  # fmt: skip
+def test_small_formulas_are_found_in_the_units_of_the_user(law, low, high):
+    prefix, values = parse_formula(law, ["a"])
+    X = np.random.default_rng(0).uniform(low, high, (20, 2)) * [1, 0]
+    row = np.array([ALPHABET.encode(prefix)], np.uint8)
+    y = evaluate(ALPHABET, row, np.array([values or [0.0]]), X[None])[0]
+    formula = search(X[:, :1], y, choices=1)[0]
+    assert fvu(y, predict(ALPHABET, formula, X[:, :1])) < 1e-20, format_formula(formula.prefix, formula.constants)
 
 
 def test_what_noise_allows_is_known():
