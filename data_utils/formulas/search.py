@@ -408,7 +408,7 @@ def find_formula(
             for search in reversed(searches):  # residuals in proportion to y first: they see small values too
                 batch = search.fit_shapes(begin + SHAPING * max_seconds if max_seconds else math.inf, batch)
             searches.sort(key=lambda search: search.bits(search.shapes[0]) if search.shapes else math.inf)
-        breeding = [(searches[0], propose)]
+        breeding = [(searches[0], propose)]  # (Search, what proposes to it), in turn
         if powers.any() and (network or np.abs(powers).max() <= NATURAL):
             raw = near.subset(np.arange(near.n))
             raw.X = X[np.ix_(rows, active)]
@@ -461,9 +461,7 @@ def in_units(alphabet, formula, power):
 
 
 def ranking(alphabet, finalists, data, active, power, rng, deadline, exclude=()):
-    """Return finalists, (Candidate, powers), as Ranked formulas about columns in the user's units.
-
-    The columns of a Candidate are the `active` ones over 10^powers.
+    """Return finalists, (Candidate about the `active` columns over 10^powers, powers), as Ranked in the user's units.
 
     Best first, and the mean of y is among them. Of many rows some decide the order, and the first formulas are fitted
     to all of them. Candidates that the deadline leaves no time for are left out.
@@ -492,7 +490,7 @@ def ranking(alphabet, finalists, data, active, power, rng, deadline, exclude=())
         place += size
         now = time.monotonic()
         left = max(last - now, 0.0) / max(now - begin, 1e-9) * size  # as many more may be ranked in time
-        size = int(min(RANKED, left / 2 if left < 2 * RANKED else RANKED))
+        size = int(min(RANKED, left / 2))
     distinct = {}
     for formula in sorted(filter(None, ranked), key=lambda formula: formula.bits):
         if not contains(formula.prefix, exclude):

@@ -256,6 +256,16 @@ def test_small_formulas_are_found_in_the_units_of_the_user(law, low, high):
     assert fvu(y, predict(ALPHABET, formula, X[:, :1])) < 1e-20, format_formula(formula.prefix, formula.constants)
 
 
+@pytest.mark.parametrize("evolve", [0.0, 0.7])
+def test_what_a_network_proposes_is_read_in_the_units_of_the_user(evolve):
+    X = np.random.default_rng(0).uniform(25, 27, (20, 1))
+    y = np.exp(np.sin(np.cos(np.sin(X[:, 0]))))
+    row = ALPHABET.encode("exp sin cos sin x1".split())
+    settings = dict(alphabet=ALPHABET, pool=POOL, rng=np.random.default_rng(0), choices=1, shapes=False)
+    formula = find_formula(lambda rng, n, temperature=None: [row] * n, X, y, evolve=evolve, **settings)[0][0]
+    assert fvu(y, predict(ALPHABET, formula, X)) < 1e-20, format_formula(formula.prefix, formula.constants)
+
+
 def test_what_noise_allows_is_known():
     for noise, most in ((0.0, 1e-20), (0.1, 1e-3)):
         for problem in itertools.islice(problems("feynman", 0, noise, 2), 5):
