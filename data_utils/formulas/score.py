@@ -147,6 +147,7 @@ def plain_bits(value):
 
 def plain_numbers(value, error):
     """Return plain numbers near a constant, the plainest first: within two standard errors, 0 and 1 within four."""
+    value, error = float(value), float(error)
     near = {*(round(value * k) / k for k in (1, 2, 3, 4))}
     for k in (1, 2, 3, 4):
         if abs(value) * k < 5 * math.pi:

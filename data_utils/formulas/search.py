@@ -30,11 +30,12 @@ EXACT = 1e-22  # FVU below which the search does not look for a better fit, only
 SEARCHED, ROUGH, REFITTED = 512, 1000, 8  # rows that the search sees, that rank; formulas fitted to all rows
 SEARCHING, MARGIN = (0.92, 0.8), 0.3  # share of max_seconds before few, many rows are ranked; seconds left over
 MANY = 200  # rows
-NATURAL = 2  # decades within which a column is also searched in the user's units
+NATURAL, RAW = 2, 10.0  # decades within which columns are also searched in the user's units; bits this must earn
 SHAPES, STARTS = 256, 3  # general forms that are fitted together; starts of each that are fitted well
 EXTENDED = 6  # forms of each number of constants to which a plain term is added
 SHAPING, AFTER_STOP = 0.25, 2.0  # share of max_seconds for them; seconds of ranking after Ctrl+C
 FEW = 10  # points below which formulas without an offset are ranked, too
+TIED = 0.05  # share by which a and b of a + b g may differ to be tried as one constant
 ALWAYS, RANKED = 4, 64  # formulas that are ranked, whatever the deadline; that are ranked together
 RANGE = 60  # decades of y beyond which it is ranked scaled
 SCREENED = 5  # columns that are searched, where there are more
@@ -199,12 +200,14 @@ def predict(alphabet, formula, X):
 class Search:
     """The candidates of one search, in columns over 10^powers, under one kind of residuals (see score.Data.weights).
 
-    exclude: token lists that may not occur in a formula; longest: tokens of a formula at most.
+    exclude: token lists that may not occur in a formula; longest: tokens of a formula at most; cost: bits that its
+    formulas have besides their own.
     """
 
-    def __init__(self, alphabet, pool, data, powers, relative, parsimony, rng, exclude=(), longest=0):
+    def __init__(self, alphabet, pool, data, powers, relative, rng, *, parsimony, exclude=(), longest=0, cost=0.0):
         self.alphabet, self.pool, self.data, self.rng = alphabet, pool, data, rng
         self.powers, self.relative, self.parsimony, self.exclude = powers, relative, parsimony, exclude
+        self.cost = cost
         self.columns, self.weights = padded_columns(alphabet, data.X), data.weights[relative]
         self.longest = longest or max(LONGEST, pool.max_length)
         self.longest_sum = longest or LONGEST_SUM
@@ -398,9 +401,10 @@ def find_formula(
         if len(active) < X.shape[1]:
             near.X, near.D = near.X[:, active], len(active)
             propose = prior = Prior(alphabet, pool, len(active), propose.held)
-    powers, options = powers[active], (parsimony, rng, exclude, longest)
-    searches = [Search(alphabet, pool, near, powers, relative, *options) for relative in (False, True)
+    powers, settings = powers[active], dict(parsimony=parsimony, exclude=exclude, longest=longest)
+    searches = [Search(alphabet, pool, near, powers, relative, rng, **settings) for relative in (False, True)
                 if near.weights[relative] is not None]  # fmt: skip
+    apart = np.random.default_rng(rng.integers(2**62))  # for the user's units, which change no draw of the others
     tried = 0
     try:
         if shapes and evolve:  # without evolution only proposals count
@@ -412,7 +416,7 @@ def find_formula(
         if powers.any() and (network or np.abs(powers).max() <= NATURAL):
             raw = near.subset(np.arange(near.n))
             raw.X = X[np.ix_(rows, active)]
-            searches.append(Search(alphabet, pool, raw, 0 * powers, searches[0].relative, *options))
+            searches.append(Search(alphabet, pool, raw, 0 * powers, searches[0].relative, apart, **settings, cost=RAW))
             others = prior if network else propose
             breeding = [(searches[0], others)] * bool(others and evolve) + [(searches[-1], propose)]
         for search, _ in breeding if shapes and evolve else ():
@@ -441,8 +445,8 @@ def find_formula(
     finalists = []
     for search in searches:
         most = FINAL // 2 if search.relative != searches[0].relative else None
-        finalists += [(search.bits(candidate), candidate, search.powers) for candidate in search.finalists()[:most]]
-    finalists = [final[1:] for final in sorted(finalists, key=lambda final: final[0])]
+        finalists += [(search, candidate) for candidate in search.finalists()[:most]]
+    finalists.sort(key=lambda final: final[0].bits(final[1]))
     shift = power if abs(power) > RANGE else 0  # of y while formulas are ranked: its squares must stay floats
     if shift:
         y, half = scaled(y, shift), None if half is None else scaled(half, shift)
@@ -461,47 +465,59 @@ def in_units(alphabet, formula, power):
 
 
 def ranking(alphabet, finalists, data, active, power, rng, deadline, exclude=()):
-    """Return finalists, (Candidate about the `active` columns over 10^powers, powers), as Ranked in the user's units.
+    """Return finalists, (Search of the `active` columns, Candidate), as Ranked formulas in the user's units.
 
     Best first, and the mean of y is among them. Of many rows some decide the order, and the first formulas are fitted
     to all of them. Candidates that the deadline leaves no time for are left out.
     """
     rough = data if data.n <= ROUGH else data.subset(np.sort(rng.permutation(data.n)[:ROUGH]))
     names = {f"x{i + 1}": f"x{j + 1}" for i, j in enumerate(active)}
-    formulas = []
-    for candidate, powers in finalists:
-        tokens = wrap(alphabet.decode(candidate.prefix))
-        forms = [(tokens, candidate.constants)]
+    formulas, costs = [], []
+    for search, candidate in finalists:
+        forms = [(wrap(alphabet.decode(candidate.prefix)), candidate.constants)]
         if data.n < FEW:  # too few for one constant more: b g beside a + b g
-            forms.append((tokens[2:], candidate.constants[1:]))
-        forms += [form for form in (with_logarithm(alphabet, *form) for form in forms) if form]
+            forms.append((forms[0][0][2:], candidate.constants[1:]))
+        forms += filter(None, [tied(*forms[0]), *(with_logarithm(alphabet, *form) for form in forms)])
         for tokens, constants in forms:
-            raw = unscaled(tokens, constants, powers, power, alphabet.operators)
-            if raw is None:
-                continue
-            prefix = [names.get(token, token) for token in raw[0]]
-            if all(token in alphabet.ids for token in prefix):
+            raw = unscaled(tokens, constants, search.powers, power, alphabet.operators)
+            prefix = [names.get(token, token) for token in raw[0]] if raw else []
+            if raw and all(token in alphabet.ids for token in prefix):
                 formulas.append((prefix, raw[1]))
-    ranked, place, size = [rank_mean(rough)], 0, ALWAYS
+                costs.append(search.cost)
+    ranked, place, size = [(rank_mean(rough), 0.0)], 0, ALWAYS
     last = deadline - MARGIN * (1 if rough is data else 3)
     while place < len(formulas) and size:
-        begin = time.monotonic()
-        ranked += rank_formulas(alphabet, formulas[place : place + size], rough)
+        begin, some = time.monotonic(), slice(place, place + size)
+        ranked += zip(rank_formulas(alphabet, formulas[some], rough), costs[some], strict=True)
         place += size
         now = time.monotonic()
         left = max(last - now, 0.0) / max(now - begin, 1e-9) * size  # as many more may be ranked in time
         size = int(min(RANKED, left / 2))
     distinct = {}
-    for formula in sorted(filter(None, ranked), key=lambda formula: formula.bits):
+    for formula, cost in in_order(ranked):
         if not contains(formula.prefix, exclude):
-            distinct.setdefault((*formula.prefix, *(f"{c:.5g}" for c in formula.constants)), formula)
-    if rough is data:
-        return list(distinct.values())
-    refitted = []
-    for formula in list(distinct.values())[:REFITTED]:
-        if not refitted or time.monotonic() < deadline - MARGIN:
-            refitted.append(refit(alphabet, formula, data))
-    return sorted(filter(None, refitted), key=lambda formula: formula.bits)
+            distinct.setdefault((*formula.prefix, *(f"{c:.5g}" for c in formula.constants)), (formula, cost))
+    ranked = list(distinct.values())
+    if rough is not data:
+        refitted = []
+        for formula, cost in ranked[:REFITTED]:
+            if not refitted or time.monotonic() < deadline - MARGIN:
+                refitted.append((refit(alphabet, formula, data), cost))
+        ranked = in_order(refitted)
+    return [formula._replace(bits=formula.bits + cost) for formula, cost in ranked]
+
+
+def in_order(ranked):
+    """Return pairs (Ranked or None, cost in bits) without None, the fewest bits first, cost included."""
+    return sorted((pair for pair in ranked if pair[0]), key=lambda pair: pair[0].bits + pair[1])
+
+
+def tied(tokens, constants):
+    """Return a (1 + g) or a (1 - g) for a + b g with b near a or -a -> tokens, constants; None where it is not."""
+    a, b = constants[:2]
+    if abs(abs(a) - abs(b)) > TIED * abs(a):
+        return None
+    return ["*", "<constant>", "+" if a * b > 0 else "-", "1", *tokens[4:]], [a, *constants[2:]]
 
 
 def with_logarithm(alphabet, tokens, constants):
