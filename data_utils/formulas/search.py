@@ -25,6 +25,7 @@ ROUND = 384  # candidates that are fitted together
 ARCHIVE, DONORS = 100, 6000  # candidates that are bred from; proposals that lend them parts
 PERFECT = 1e-22  # FVU (MSE over the variance of y) that the formula itself stays below; those close to it don't
 SOLVED = 2.0**-23  # FVU below which float32 sees no difference
+PER_CONSTANT = 5  # points for each constant of a perfect formula that ends the search: a long sum fits few points perfectly
 FIT_POINTS, LONGEST, CONSTANTS = 64, 24, 6
 EXACT = 1e-22  # FVU below which the search does not look for a better fit, only for a shorter formula
 SEARCHED, ROUGH, REFITTED = 512, 1000, 8  # rows that the search sees, that rank; formulas fitted to all rows
@@ -435,7 +436,7 @@ def find_formula(
             search.breed(proposals, prior, n, evolve, restarts, refiner)
             tried += search.tried - before
             leader = min(filter(None, (s.leader() for s in searches)), key=lambda best: best.score, default=None)
-            if enough == math.inf and leader and leader.fvu <= PERFECT and near.n - len(leader.constants) >= 5:
+            if enough == math.inf and leader and leader.fvu <= PERFECT and PER_CONSTANT * len(leader.constants) <= near.n:
                 enough = 2 * tried
             now = time.monotonic() - begin
             spent, slowest = now, max(slowest, now - spent)
