@@ -25,7 +25,7 @@ ROUND = 384  # candidates that are fitted together
 ARCHIVE, DONORS = 100, 6000  # candidates that are bred from; proposals that lend them parts
 PERFECT = 1e-22  # FVU (MSE over the variance of y) that the formula itself stays below; those close to it don't
 SOLVED = 2.0**-23  # FVU below which float32 sees no difference
-PER_CONSTANT = 5  # points for each constant of a perfect formula that ends the search: a long sum fits few points perfectly
+PER_CONSTANT = 6  # points for each constant but one of a perfect formula that ends the search: long sums fit anything
 FIT_POINTS, LONGEST, CONSTANTS = 64, 24, 6
 EXACT = 1e-22  # FVU below which the search does not look for a better fit, only for a shorter formula
 SEARCHED, ROUGH, REFITTED = 512, 1000, 8  # rows that the search sees, that rank; formulas fitted to all rows
@@ -436,8 +436,8 @@ def find_formula(
             search.breed(proposals, prior, n, evolve, restarts, refiner)
             tried += search.tried - before
             leader = min(filter(None, (s.leader() for s in searches)), key=lambda best: best.score, default=None)
-            if enough == math.inf and leader and leader.fvu <= PERFECT and PER_CONSTANT * len(leader.constants) <= near.n:
-                enough = 2 * tried
+            perfect = leader and leader.fvu <= PERFECT and PER_CONSTANT * (len(leader.constants) - 1) <= near.n
+            enough = min(enough, 2 * tried) if perfect else enough
             now = time.monotonic() - begin
             spent, slowest = now, max(slowest, now - spent)
             if watch and leader:
