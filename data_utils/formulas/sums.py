@@ -14,7 +14,7 @@ from data_utils.formulas.score import FUNCTIONS
 
 LONGEST, MOST, LARGEST = 7, 3000, 1e12  # tokens of a part, parts of a library, what a part may be
 DRAWN, PAIRS, TERMS, WIDTH = 64, 32, 6, 16  # parts of a search and products of them, parts of a sum, sets in the beam
-SWEPT, ALONE, TOGETHER = 16000, 24, 500  # small parts that are tried; the best alone; parts that are summed up
+SWEPT, ALONE, TOGETHER = 16000, 24, 600  # small parts that are tried; the best alone; parts that are summed up
 LONGEST_SMALL, DEEPEST, MOST_WRITTEN = 5, 2, 200_000  # tokens of a small part, functions in it, parts of a length
 EXACT = 1e-22  # share of the variance below which no better sum is looked for
 RELATED = 1e-10  # share of a part's power beyond what was chosen already: less is rounding
@@ -79,14 +79,15 @@ def best_pairs(parts, y, weights, most=WIDTH):
     size = np.sqrt((parts * parts).sum(1))
     unit = parts / np.where(size > 0, size, 1.0)[:, None]
     along, common = unit @ y / np.sqrt(y @ y), unit @ unit.T
-    first, second = np.triu_indices(len(unit), 1)
-    common, a, b = common[first, second], along[first], along[second]
-    rest = 1 - common * common
-    usable = rest > RELATED
-    gain = np.where(usable, (a * a + b * b - 2 * a * b * common) / np.where(usable, rest, 1.0), 0.0)
-    best = np.argpartition(-gain, min(most, len(gain) - 1))[:most]
-    best = best[np.argsort(-gain[best], kind="stable")]
-    return [(max(0.0, 1 - gain[n]), (int(first[n]), int(second[n]))) for n in best.tolist() if usable[n]]
+    gain = np.square(along - common * along[:, None])  # of the second part, on what the first leaves
+    rest = 1 - np.square(common, out=common)
+    gain /= np.where(rest > RELATED, rest, np.inf)
+    gain += np.square(along)[:, None]
+    gain[np.tri(len(gain), dtype=bool)] = 0.0
+    best = np.argpartition(gain, max(gain.size - most, 0), axis=None)[-most:]
+    best = best[np.argsort(-gain.ravel()[best], kind="stable")]
+    pairs = [divmod(place, len(gain)) for place in best.tolist()]
+    return [(max(0.0, 1 - float(gain[pair])), pair) for pair in pairs if gain[pair] > 0]
 
 
 def plain_pairs(parts, y, weights=None, most=WIDTH):
