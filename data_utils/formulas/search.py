@@ -36,7 +36,6 @@ SHAPES, STARTS = 256, 3  # general forms that are fitted together; starts of eac
 EXTENDED = 6  # forms of each number of constants to which a plain term is added
 SHAPING, AFTER_STOP = 0.25, 2.0  # share of max_seconds for them; seconds of ranking after Ctrl+C
 FEW = 10  # points below which formulas without an offset are ranked, too
-TIE = 1.0  # bits within which the fewest constants decide between formulas that fit alike
 TIED = 0.05  # share by which a and b of a + b g may differ to be tried as one constant
 ALWAYS, RANKED = 4, 64  # formulas that are ranked, whatever the deadline; that are ranked together
 RANGE = 60  # decades of y beyond which it is ranked scaled
@@ -506,11 +505,7 @@ def ranking(alphabet, finalists, data, active, power, rng, deadline, exclude=())
             if not refitted or time.monotonic() < deadline - MARGIN:
                 refitted.append((refit(alphabet, formula, data), cost))
         ranked = in_order(refitted)
-    ranked = [formula._replace(bits=formula.bits + cost) for formula, cost in ranked]
-    same = [formula for formula in ranked if formula.bits < ranked[0].bits + TIE and math.isclose(
-        formula.fvu, ranked[0].fvu, rel_tol=1e-6, abs_tol=EXACT)]  # fmt: skip
-    same.sort(key=lambda formula: len(formula.constants))  # one law in several words: units decide between their bits
-    return same[:1] + [formula for formula in ranked if formula is not same[0]]
+    return [formula._replace(bits=formula.bits + cost) for formula, cost in ranked]
 
 
 def in_order(ranked):

@@ -282,3 +282,9 @@ def test_user_errors(flags, status, words, tmp_path, monkeypatch, capsys):
     err = capsys.readouterr().err
     assert stopped.value.code == status, err
     assert words in err and "Traceback" not in err and len(err.splitlines()) <= 3
+
+
+def test_a_table_belongs_to_another_command(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        parse(["--data", "table.csv"])
+    assert stopped.value.code == 2 and "generate.py formula --data" in capsys.readouterr().err
