@@ -1,6 +1,7 @@
 """The models that come with the repo load by name, score what their cards say, and stay small."""
 
 import hashlib
+import math
 import re
 import subprocess
 import sys
@@ -43,6 +44,18 @@ def test_a_card_says_where_its_file_comes_from(name):
     assert facts["made by"].startswith("`python train_") and facts["torch"] and facts["data"]
     assert name in text.splitlines()[2] and text.startswith(f"# {name}: ")
     assert not re.search(rb"/(home|root|work|tmp)/", path.read_bytes())
+
+
+def test_the_network_of_formulas_is_small_and_proposes(tmp_path):
+    folder = ROOT / "models" / "ansr-models" / "pretrained"
+    weights = folder / "state_dict.pt"
+    assert weights.stat().st_size <= 3e6 and all(w.dtype != torch.float32 for w in read(weights).values())
+    assert hashlib.sha256(weights.read_bytes()).hexdigest() in (folder / "README.md").read_text(encoding="utf-8")
+    table = tmp_path / "table.csv"
+    table.write_text("x,y\n" + "".join(f"{k / 4},{k * math.sin(k / 4)}\n" for k in range(1, 30)), encoding="utf-8")
+    flags = "--max_seconds 0 --evolve 0 --choices 128".split()
+    out, err = finish(start("generate.py", "formula", "--data", table, "--model", folder, *flags, cwd=tmp_path))
+    assert out.strip() == "y = 4*x*sin(x)", err
 
 
 @pytest.mark.parametrize("name", NAMES)
