@@ -80,20 +80,13 @@ def restore_tokenizer(state, path):
 
 
 def train_bpe(texts, vocab_size, control=END[:1]):
-    """Train a lossless byte-level BPE of at most `vocab_size` ids, `control` tokens first; return its JSON text.
-
-    Raises DataError if the texts are empty.
-    """
+    """Train a lossless byte-level BPE of at most `vocab_size` ids, `control` tokens first; return its JSON text."""
     from tokenizers import trainers
 
     bpe = _byte_level({}, [])
     alphabet = sorted(bpe.pre_tokenizer.alphabet())
     options = dict(special_tokens=list(control), initial_alphabet=alphabet, show_progress=False)
-    texts = filter(None, texts)
-    first = next(texts, None)
-    if first is None:
-        raise DataError("the files hold no text to train a tokenizer on")
-    bpe.train_from_iterator(chain([first], texts), trainers.BpeTrainer(vocab_size=vocab_size, **options))
+    bpe.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=vocab_size, **options))
     return bpe.to_str(pretty=True)
 
 

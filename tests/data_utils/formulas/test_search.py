@@ -242,10 +242,10 @@ def test_small_parts_are_all_formulas_of_a_few_tokens():
         expected = {
             row for row in expected if row[0] != plus or row[1 : (cut := subtree_end(alphabet, row, 1))] <= row[cut:]
         }
-        found = [row for row in rows if len(row) == length]
-        assert len(found) == len(set(found))
+        some = [row for row in rows if len(row) == length]
+        assert len(some) == len(set(some))
         plain = {row for row in expected if plus not in row[1:]}  # sums inside are in one order, too
-        assert plain <= set(found) <= expected
+        assert plain <= set(some) <= expected
     assert rows == sorted(rows, key=len) and len(rows[-1]) == 5
     some = small_parts(alphabet, alphabet.encode(names), columns, most=50)
     assert max(sum(len(row) == n for row in some) for n in range(1, 6)) <= 50
