@@ -21,7 +21,7 @@ from data_utils.formulas.simplify import NotReal, simplify
 from data_utils.formulas.skeletons import make_chunk, operator_weights
 from data_utils.formulas.sums import Library
 
-ROUND = 384  # candidates that are fitted together
+ROUND, LEAST_ROUND = 384, 128  # candidates that are fitted together: of up to FIT_POINTS rows, of many
 ARCHIVE, DONORS = 100, 6000  # candidates that are bred from; proposals that lend them parts
 PERFECT = 1e-22  # FVU (MSE over the variance of y) that the formula itself stays below; those close to it don't
 SOLVED = 2.0**-23  # FVU below which float32 sees no difference
@@ -425,13 +425,14 @@ def find_formula(
         tried = sum(search.tried for search in searches)
         turns, enough, choices = itertools.cycle(breeding), math.inf, choices + tried
         latest = SEARCHING[len(y) > MANY] * max_seconds
+        size = max(LEAST_ROUND, ROUND * FIT_POINTS // max(near.n, FIT_POINTS))
         spent, slowest = time.monotonic() - begin, 0.0
         while not stop and tried < enough:
             if spent + slowest > latest if max_seconds else tried >= choices:
                 break
             search, proposals = next(turns)
             before = search.tried
-            n = ROUND if max_seconds else min(ROUND, choices - tried)
+            n = size if max_seconds else min(size, choices - tried)
             search.breed(proposals, prior, n, evolve, restarts, refiner)
             tried += search.tried - before
             leader = min(filter(None, (s.leader() for s in searches)), key=lambda best: best.score, default=None)
