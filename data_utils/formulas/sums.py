@@ -14,7 +14,7 @@ from data_utils.formulas.score import FUNCTIONS
 
 LONGEST, MOST, LARGEST = 7, 3000, 1e12  # tokens of a part, parts of a library, what a part may be
 DRAWN, PAIRS, TERMS, WIDTH = 64, 32, 6, 16  # parts of a search and products of them, parts of a sum, sets in the beam
-SWEPT, ALONE, TOGETHER = 16000, 24, 600  # small parts that are tried; the best alone; parts that are summed up
+SMALL, ALONE, TOGETHER = 16000, 24, 600  # small parts that are tried; the best alone; parts that are summed up
 LONGEST_SMALL, DEEPEST, MOST_WRITTEN = 5, 2, 200_000  # tokens of a small part, functions in it, parts of a length
 EXACT = 1e-22  # share of the variance below which no better sum is looked for
 RELATED = 1e-10  # share of a part's power beyond what was chosen already: less is rounding
@@ -109,7 +109,7 @@ def plain_pairs(parts, y, weights=None, most=WIDTH):
     return results
 
 
-def small_parts(alphabet, operators, columns, most=SWEPT):
+def small_parts(alphabet, operators, columns, most=SMALL):
     """Return the formulas of up to five tokens without constants about columns, id tuples, shortest first.
 
     operators: ids; columns: ids of variables. Of a length with more than `most` formulas only so many are returned, and
@@ -146,11 +146,11 @@ class Library:
         self.alphabet, self.X, self.y = alphabet, X, y
         self.weights = np.ones(len(y)) if weights is None else weights  # of residuals of y
         self.counts, self.values = {}, {}
-        columns = [alphabet.first_variable + v for v in np.flatnonzero(np.ptp(X, 0)).tolist()]
-        self.add([(v,) for v in columns])
+        self.columns = [alphabet.first_variable + v for v in np.flatnonzero(np.ptp(X, 0)).tolist()]
+        self.add([(v,) for v in self.columns])
         for sign, pairs in (("*", itertools.combinations), ("/", itertools.permutations)):
             if sign in alphabet.ids:
-                self.add([(alphabet.ids[sign], *pair) for pair in pairs(columns, 2)])
+                self.add([(alphabet.ids[sign], *pair) for pair in pairs(self.columns, 2)])
 
     def add(self, rows):
         """Count the short parts of id lists."""
@@ -164,31 +164,27 @@ class Library:
         new = {part: n for part, n in new.items() if max(part) >= self.alphabet.first_variable}
         if not new or len(self.counts) > MOST:
             return
-        tokens = np.array([[*part, *[0] * (LONGEST - len(part))] for part in new], np.uint8)
+        for part, value in self.usable(list(new)):
+            self.counts[part], self.values[part] = new[part], value
+
+    def usable(self, parts):
+        """Return (part, its values (M,)) of the parts, id tuples, that are finite, not too large, not constant."""
+        tokens = np.array([[*part, *[0] * (LONGEST - len(part))] for part in parts], np.uint8).reshape(-1, LONGEST)
         with np.errstate(all="ignore"):
-            values = Program(self.alphabet, tokens, self.X)(np.zeros((len(new), 1)))
+            values = Program(self.alphabet, tokens, self.X)(np.zeros((len(parts), 1)))
             good = np.isfinite(values).all(1) & (np.abs(values).max(1) < LARGEST) & (np.ptp(values, 1) > 0)
-        for part, value, fine in zip(new, values, good.tolist(), strict=True):
-            if fine:
-                self.counts[part], self.values[part] = new[part], value
+        return [(parts[i], values[i]) for i in np.flatnonzero(good).tolist()]
 
     def sweep(self, operators, parsimony):
         """Try all small parts under each link: the best alone, sums of the best and of the shortest -> as a call."""
-        columns = [self.alphabet.first_variable + v for v in np.flatnonzero(np.ptp(self.X, 0)).tolist()]
-        rows = small_parts(self.alphabet, operators, columns)
-        tokens = np.zeros((len(rows), max(map(len, rows))), np.uint8)
-        for i, row in enumerate(rows):
-            tokens[i, : len(row)] = row
-        values = Program(self.alphabet, tokens, self.X)(np.zeros((len(rows), 1)))
-        with np.errstate(all="ignore"):
-            good = np.isfinite(values).all(1) & (np.abs(values).max(1) < LARGEST) & (np.ptp(values, 1) > 0)
-            kinds = centred(values[good], np.ones(len(self.y)))
-            kinds = kinds / np.take_along_axis(kinds, np.abs(kinds).argmax(1)[:, None], 1)
-        unique = {}  # of parts that differ by a + b g the shortest
-        for i, kind in zip(np.flatnonzero(good).tolist(), np.round(kinds, 9) + 0.0, strict=True):
-            unique.setdefault(kind.tobytes(), (rows[i], values[i]))
-        if not unique:
+        usable = self.usable(small_parts(self.alphabet, operators, self.columns)) if self.columns else []
+        if not usable:
             return []
+        kinds = centred(np.array([value for _, value in usable]), np.ones(len(self.y)))
+        kinds = kinds / np.take_along_axis(kinds, np.abs(kinds).argmax(1)[:, None], 1)
+        unique = {}  # of parts that differ by a + b g the shortest
+        for part, kind in zip(usable, np.round(kinds, 9) + 0.0, strict=True):
+            unique.setdefault(kind.tobytes(), part)
         rows, values = [row for row, _ in unique.values()], np.array([value for _, value in unique.values()])
         results = []
         for link in LINKS:

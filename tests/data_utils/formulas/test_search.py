@@ -263,6 +263,14 @@ def test_small_formulas_are_found_in_the_units_of_the_user(law, low, high):
     assert fvu(y, predict(ALPHABET, formula, X[:, :1])) < 1e-20, format_formula(formula.prefix, formula.constants)
 
 
+def test_columns_that_do_not_vary_give_the_mean_or_stand_aside():
+    y = np.random.default_rng(0).normal(5, 1, 20)
+    assert search(np.full((20, 1), 3.0), y, choices=1)[0].prefix == [C]
+    X = np.column_stack([np.full(20, 3.0), np.arange(20.0)])
+    formula = search(X, 2 * X[:, 1] + 1, choices=1)[0]
+    assert "x1" not in formula.prefix and formula.fvu < 1e-20
+
+
 @pytest.mark.parametrize("evolve", [0.0, 0.7])
 def test_what_a_network_proposes_is_read_in_the_units_of_the_user(evolve):
     X = np.random.default_rng(0).uniform(25, 27, (20, 1))
