@@ -88,7 +88,7 @@ class FormulaConfig:
     max_length: int = 0  # longest formula, in operators, constants and variables; 0 = as long as it pays
     max_seconds: float = 20.0  # of the search; 0 = until --choices were tried
     choices: int = 512  # candidates, with --max_seconds 0
-    model: str = ""  # folder of a network of train_sr.py that proposes formulas; "" = none
+    model: str = "pretrained"  # network that proposes formulas: folder of train_sr.py, "pretrained", or "" = none
     method: Literal["auto", "sampling", "beam", "prior"] = "auto"  # who proposes: the network, or random formulas
     format: Literal["text", "python", "latex", "sympy"] = "text"  # of the answer
     precision: int = 0  # digits of constants; 0 = as many as the fit needs

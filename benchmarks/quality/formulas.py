@@ -2,9 +2,9 @@
 
     python -m benchmarks.quality.formulas                                   # all rows; those of test sets take hours
     python -m benchmarks.quality.formulas --rows data,simplify --times 3
-    python -m benchmarks.quality.formulas --rows nguyen,skeletons --model models/ansr-models/sr-cpu --seconds 10
+    python -m benchmarks.quality.formulas --rows nguyen,skeletons --arms network --model models/ansr-models/sr-cpu
 
-One thread. The control of the test sets is the same search without the network. Baselines: pip install sympy scipy
+One thread. The control of the test sets is the same search without the network, the arm "prior". Baselines: pip install sympy scipy
 gplearn pyoperon; without them their side is left out.
 """
 
@@ -22,11 +22,12 @@ import numpy as np
 import torch
 
 from benchmarks import peers
-from benchmarks.report import ROOT, WORK, command_line, compared, figure, measure
+from benchmarks.quality.pictures import selected
+from benchmarks.report import ROOT, WORK, changed_flags, command_line, compared, figure, measure
 from data_utils.formulas.dataset import CHUNK, DataConfig, FlashANSRDataset
 from data_utils.formulas.expressions import LITERALS, OPERATORS, evaluate
 from data_utils.formulas.fit import fit
-from data_utils.formulas.model_files import load_model
+from data_utils.formulas.model_files import PRETRAINED, load_model, model_folder
 from data_utils.formulas.problems import problems, score
 from data_utils.formulas.search import SOLVED, Network, find_formula, fvu
 from data_utils.formulas.simplify import NotReal, simplify
@@ -302,10 +303,8 @@ def solved(args, suite, name, flags):
 
 def arms_of(args):
     """Return {arm: (name, flags)}: the search without a network, and with that of --model."""
-    arms = dict(prior=("without the network", "--method prior"))
-    if args.model:
-        arms["network"] = ("network", f"--model {args.model}")
-    return arms
+    arms = dict(prior=("without the network", "--method prior"), network=("network", f"--model {args.model}"))
+    return {arm: arms[arm] for arm in selected(args, arms)}
 
 
 def test_set(args, suite, target, most_seeds=None):
@@ -354,9 +353,7 @@ def candidates(args):
 
 def swapped(args):
     """What the network reads off the points: its encoder gets those of the problem, or those of the next one."""
-    if not args.model:
-        return
-    model = load_model(args.model)
+    model = load_model(model_folder(args.model))
     pool = PoolConfig(operators=tuple(model.alphabet.operators), variables=tuple(model.alphabet.variables))
     alike = {}  # problems of as many variables: the others' formulas could not be written
     for problem in problems(str(held_out(args)), 0, 0.0):
@@ -393,12 +390,10 @@ ROWS = dict(
     swapped=swapped,
     packages=packages,
 )
-WITH_MODEL = ("nguyen", "skeletons", "feynman", "fastsrb", "noise", "candidates", "swapped")
-
-
 def main(argv=None):
     parser = command_line(__doc__, ROWS, "quality.formulas", times=7, formulas=200, seeds=3, seconds=10)
-    parser.add_argument("--model", default="", help="folder of a model of train_sr.py")
+    parser.add_argument("--model", default=PRETRAINED, help="folder of a model of train_sr.py")
+    parser.add_argument("--arms", default="", help="only prior, or only network")
     args = parser.parse_args(argv)
     args.threads = 1
     torch.set_num_threads(1)
@@ -406,7 +401,7 @@ def main(argv=None):
     if args.quick:
         args.work = WORK / "quick"
         args.times, args.formulas, args.seeds, args.seconds = 1, 20, 1, 1
-    measure(args, ROWS, lambda row: f" --model {args.model}" if args.model and row in WITH_MODEL else "")
+    measure(args, ROWS, changed_flags(parser, args, ["model", "arms"]))
 
 
 if __name__ == "__main__":

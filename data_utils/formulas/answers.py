@@ -156,35 +156,30 @@ def search_formulas(
 ):  # fmt: skip
     """Search y (M,) = f(X) (M, D) -> Alphabet, list of score.Ranked, best first, how many candidates were fitted.
 
-    names: of the columns. model: a FormulaModel, whose alphabet is used; network: the settings with which it proposes,
-    None = the prior proposes. operators, exclude_terms: words as a user types them; longest: tokens of a formula at
-    most, 0 = no limit. held: HoldOut of the prior. watch(alphabet, best Candidate, seconds) is called after each round.
-    The other settings are those of find_formula.
+    names: of the columns. model: a FormulaModel that proposes beside the prior, or None; network: the settings with
+    which it does. operators, exclude_terms: words as a user types them; longest: tokens of a formula at most, 0 = no
+    limit. held: HoldOut of the prior. watch(alphabet, best Candidate, seconds) is called after each round. The other
+    settings are those of find_formula.
     Raises UsageError for unknown words, and for more columns than there can be.
     """
     D = X.shape[1]
     allowed = check_operators(operators)
     removed, terms = read_terms(exclude_terms, names)
-    if model:
-        alphabet = model.alphabet
-        if D > len(alphabet.variables):
-            raise UsageError(f"{D} columns, but the network reads at most {len(alphabet.variables)}; "
-                             "--columns names fewer\ntry: --method prior")  # fmt: skip
-        removed = {*removed, *(set(alphabet.operators) - set(allowed) if operators else ())}
-        pool = PoolConfig(operators=tuple(name for name in alphabet.operators if name not in removed),
-                          variables=tuple(alphabet.variables))  # fmt: skip
-    else:
-        if D > MOST_COLUMNS:
-            raise UsageError(f"{D} columns, expected at most {MOST_COLUMNS}\n"
-                             "fix: --columns with the names of those that may matter")  # fmt: skip
-        pool, alphabet = vocabulary(D, allowed, removed)
+    if D > MOST_COLUMNS:
+        raise UsageError(f"{D} columns, expected at most {MOST_COLUMNS}\n"
+                         "fix: --columns with the names of those that may matter")  # fmt: skip
+    if model and D > len(model.alphabet.variables):
+        raise UsageError(f"{D} columns, but the network reads at most {len(model.alphabet.variables)}; "
+                         "--columns names fewer\ntry: --method prior")  # fmt: skip
+    if model and not operators:
+        allowed = [name for name in OPERATORS if name in allowed or name in model.alphabet.ids]
+    pool, alphabet = vocabulary(D, allowed, removed)
     if np.ptp(y) == 0:
         return alphabet, [Ranked(["<constant>"], [float(y[0])], 0.0, 0.0, 1, False, [True])], 0
     prior = Prior(alphabet, pool, D, held)
-    propose = Network(model, X, y, **network) if network is not None else prior
-    exclude = [*terms, *([name] for name in removed if name in alphabet.ids)]
+    propose = Network(model, X, y, alphabet, **network) if model else prior
     ranked, tried = find_formula(
-        propose, X, y, alphabet=alphabet, pool=pool, rng=rng, prior=prior, exclude=exclude, longest=longest,
+        propose, X, y, alphabet=alphabet, pool=pool, rng=rng, prior=prior, exclude=terms, longest=longest,
         watch=functools.partial(watch, alphabet) if watch else None, **settings,
     )  # fmt: skip
     formulas = [

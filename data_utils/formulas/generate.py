@@ -25,7 +25,7 @@ from data_utils.formulas.expressions import parse_formula
 from data_utils.formulas.fit import wrap
 from data_utils.formulas.formats import number_text, write_equation, write_formula
 from data_utils.formulas.holdout import hold_out
-from data_utils.formulas.model_files import load_model, model_folder
+from data_utils.formulas.model_files import PRETRAINED, load_model, model_folder, suited
 from data_utils.formulas.problems import problems, score
 from data_utils.formulas.scaling import decades, unscaled
 from data_utils.formulas.score import Data, admissible
@@ -61,8 +61,10 @@ def find(cfg, begin=None):
     inputs = [cfg.data, cfg.predict, *cfg.suite]
     check_replaceable(cfg.out, cfg.fresh, made_here, inputs=inputs)
     check_replaceable(cfg.plot, cfg.fresh, is_marked, flag="--plot", inputs=inputs)
-    device = open_device(cfg.device) if cfg.model else None
-    model = load_model(model_folder(cfg.model)).to(device) if cfg.model else None
+    model = None
+    if cfg.model and cfg.method != "prior":
+        small = cfg.model == PRETRAINED and cfg.device == "auto"  # no GPU is worth the copies
+        model = load_model(model_folder(cfg.model)).to(open_device("cpu" if small else cfg.device))
     if model and cfg.max_len > model.max_seq_len:
         raise UsageError(f"--max_len {cfg.max_len}: the model was built for at most {model.max_seq_len}")
     return solve(cfg, model, begin) if cfg.data else measure(cfg, model)
@@ -70,11 +72,11 @@ def find(cfg, begin=None):
 
 def search(cfg, model, X, y, rng, names, **settings):
     """Return what search_formulas does, with the settings of the command."""
-    network = None
-    if model and cfg.method != "prior":
-        network = network_settings(cfg, model, names)
+    if model and cfg.method == "auto":
+        model = suited(model, cfg.model, X.shape[1])
+    network = network_settings(cfg, model, names) if model else {}
     for name in PROMPTS:
-        if network is None and getattr(cfg, name):
+        if not network and getattr(cfg, name):
             raise UsageError(
                 f"--{name} needs a network that was trained with prompts; every method obeys --exclude_terms, "
                 f"--operators and --max_length\ntry: without --{name}"
@@ -106,7 +108,7 @@ def network_settings(cfg, model, names):
 def prompt_of(cfg, alphabet, names):
     """Return the ids of the prompt that the flags ask for, and a number for each; two empty lists without one."""
     wanted = [name for name in PROMPTS if getattr(cfg, name)]
-    prompts = knows_prompts(cfg.model, alphabet)
+    prompts = knows_prompts(model_folder(cfg.model), alphabet)
     if wanted and not prompts:
         raise UsageError(f"--{wanted[0]}: {cfg.model} was trained without prompts\n"
                          f"try: without --{wanted[0]}")  # fmt: skip
@@ -294,7 +296,8 @@ def measure(cfg, model):
     """Search the problems of the suites, print a row each and the shares that were solved."""
     rows = []
     held = hold_out(PoolConfig())
-    most = min(cfg.max_variables or np.inf, len(model.alphabet.variables) if model else np.inf)
+    asked = model and (cfg.model != PRETRAINED or cfg.method != "auto")
+    most = min(cfg.max_variables or np.inf, len(model.alphabet.variables) if asked else np.inf)
     for suite in cfg.suite:
         for seed in range(cfg.seeds):
             for problem in problems(suite, seed, cfg.noise, 0 if most == np.inf else most):

@@ -7,12 +7,13 @@ import torch
 
 from data_utils.checkpoint import numbered_files, read
 from data_utils.errors import DataError, UsageError
-from data_utils.files import write_atomic
+from data_utils.files import root, write_atomic
 from data_utils.formulas.bundles import load_config, save_config
 from data_utils.formulas.expressions import Alphabet
 from data_utils.hardware import open_device
 from models.formula_model import ARGUMENTS, FlashANSRModel
 
+PRETRAINED = "pretrained"  # the name of the model that comes with the repo
 CONFIG, TOKENIZER, WEIGHTS = "model.yaml", "tokenizer.yaml", "state_dict.pt"
 
 
@@ -49,12 +50,20 @@ def load(path, device="cpu"):
 
 
 def model_folder(path):
-    """Return the folder of a trained model: `path`, the folder of that file, or the newest checkpoint in the folder."""
-    folder = Path(path)
+    """Return the folder of a trained model: `path`, the folder of that file, or the newest checkpoint in the folder.
+
+    PRETRAINED names the one that comes with the repo.
+    """
+    folder = root() / "models" / "ansr-models" / PRETRAINED if path == PRETRAINED else Path(path)
     if folder.is_file():
         folder = folder.parent
     checkpoints = [place for place in numbered_files(folder, r"checkpoint_(\d+)") if (place / WEIGHTS).is_file()]
     return checkpoints[0] if checkpoints and not (folder / WEIGHTS).is_file() else folder
+
+
+def suited(model, path, D):
+    """Return `model`, None where it is the one that comes with the repo and reads fewer than D columns."""
+    return None if path == PRETRAINED and D > len(model.alphabet.variables) else model
 
 
 def load_source(path):

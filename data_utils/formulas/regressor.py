@@ -13,7 +13,7 @@ import numpy as np
 from data_utils.errors import DataError, UsageError
 from data_utils.formulas.answers import search_formulas, to_answers
 from data_utils.formulas.formats import to_sympy, write_equation, write_formula
-from data_utils.formulas.model_files import load_model
+from data_utils.formulas.model_files import load_model, model_folder, suited
 from data_utils.formulas.score import Data
 from data_utils.formulas.search import predict
 
@@ -33,8 +33,8 @@ class SymbolicRegressor:
     max_seconds: of the search, 0 = until `choices` candidates were tried, which gives the same answer each time.
     operators: those that may occur beside + - * /, such as ("sin", "exp", "sqrt"); None = all usual ones.
     exclude_terms: those that may not occur, such as ("tan", "x1**2"). max_length: longest formula, in operators,
-    constants and variables; 0 = as long as it pays. model: folder of a network of train_sr.py that proposes formulas,
-    or the network; None = none. random_state: seed, or None for another search each time.
+    constants and variables; 0 = as long as it pays. model: a network that proposes formulas, or the folder of one of
+    train_sr.py; "pretrained" = the one that comes with the repo, for up to three columns; None = none. random_state: seed, or None for another search each time.
 
     After `fit`: equations_ (a DataFrame of all formulas, best first), formula_ (text), target_, n_features_in_,
     feature_names_in_ (where X was a DataFrame).
@@ -42,7 +42,7 @@ class SymbolicRegressor:
 
     _estimator_type = "regressor"
 
-    def __init__(self, max_seconds=20, operators=None, exclude_terms=(), max_length=0, model=None, choices=512,
+    def __init__(self, max_seconds=20, operators=None, exclude_terms=(), max_length=0, model="pretrained", choices=512,
                  random_state=0):  # fmt: skip
         self.max_seconds = max_seconds
         self.operators = operators
@@ -85,7 +85,7 @@ class SymbolicRegressor:
         half, network, settings = _rounding(y), self.model, {}
         try:
             if isinstance(network, (str, os.PathLike)):
-                network = load_model(network)
+                network = suited(load_model(model_folder(network)), network, X.shape[1])
             if network is not None:
                 settings["network"] = NETWORK | dict(max_len=network.max_seq_len)
             self._alphabet, formulas, self._tried = search_formulas(

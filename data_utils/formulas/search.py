@@ -70,12 +70,20 @@ class Prior:
 
 
 class Network:
-    """network(rng, n) -> n skeletons that the model reads off the points, each time off others and in another order."""
+    """network(rng, n) -> at most n skeletons that the model reads off the points, each time off others, in another order.
 
-    def __init__(self, model, X, y, *, max_points, prompt=(), numbers=(), width=0, **sampling):
+    alphabet: of the id lists, None = the model's. What it has no token for is left out.
+    """
+
+    def __init__(self, model, X, y, alphabet=None, *, max_points, prompt=(), numbers=(), width=0, **sampling):
         """width: of a beam, which then proposes the same each time but for points and order; 0 = draws."""
         self.model, self.X, self.y, self.max_points, self.width = model, X, y, max_points, width
+        self.alphabet = alphabet or model.alphabet
         self.sampling = dict(prompt=prompt, numbers=numbers) | sampling
+
+    def scale(self, powers, power):
+        """Read columns over 10^powers and y over 10^power from now on."""
+        self.X, self.y = scaled(self.X, powers), scaled(self.y, power)
 
     def __call__(self, rng, n, temperature=None):
         alphabet, D = self.model.alphabet, self.X.shape[1]
@@ -96,9 +104,11 @@ class Network:
                 drawn, _ = self.model.beam(encoded, self.width, **kept)
             else:
                 drawn, _ = self.model.sample(encoded, n, generator=generator, **settings)
-        first = alphabet.first_variable
-        back = {first + i: first + int(v) for i, v in enumerate(order)}
-        return [[back.get(t, t) for t in row if t] for row in drawn.tolist()]
+        ids = [self.alphabet.ids.get(token) for token in alphabet.tokens]
+        for i, v in enumerate(order.tolist()):
+            ids[alphabet.first_variable + i] = self.alphabet.first_variable + v
+        rows = [[ids[t] for t in row if t] for row in drawn.tolist()]
+        return [row for row in rows if None not in row]
 
 
 def offspring(rng, archive, donors, alphabet, pool, D):
@@ -323,13 +333,14 @@ class Search:
             else:
                 new = propose(rng, n - bred)
             self.donors = (self.donors + new)[-DONORS:]
+            self.tried += n - bred
         rows = self.unseen(new, self.longest)
         self.hot = self.hot or len(rows) < len(new) / 2
         parents = [candidate.prefix for candidate in self.archive]
         offsprings = [offspring(rng, parents, self.donors, self.alphabet, self.pool, D) for _ in range(bred)]
         rows += self.unseen(offsprings, self.longest)
         self.keep(archive=self.fitted(rows, refine, method=refiner, points=FIT_POINTS, restarts=restarts))
-        self.tried += len(new) + bred
+        self.tried += bred
         if evolve:
             self.library.add(new)
             pairs = sorted(pair for _ in range(SUMS) for pair in self.library(rng, self.parsimony))
@@ -385,8 +396,8 @@ def find_formula(
     after each round.
 
     The search sees columns in units near 1, so that its answer does not depend on units. If the user's units are not
-    far from these, every other round sees columns as they are: in radians sin(x) needs no constant. A network reads
-    them as they are, too.
+    far from these, every other round sees columns as they are: in radians sin(x) needs no constant. There the network
+    proposes, in the other rounds the prior.
     """
     begin = time.monotonic()
     deadline = begin + max_seconds if max_seconds else math.inf
@@ -396,8 +407,8 @@ def find_formula(
     rows = np.sort(rng.permutation(len(y))[:SEARCHED])
     near = Data(scaled(X[rows], powers), scaled(y[rows], power), None if sigma is None else sigma[rows],
                 None if half is None else scaled(half[rows], power))  # fmt: skip
-    active, network = list(range(X.shape[1])), not isinstance(propose, Prior)
-    if not network:
+    active = list(range(X.shape[1]))
+    if isinstance(propose, Prior):
         active = screen(near.X, near.y, near.weights[False], rng, SCREENED)
         if len(active) < X.shape[1]:
             near.X, near.D = near.X[:, active], len(active)
@@ -413,14 +424,16 @@ def find_formula(
             for search in reversed(searches):  # residuals in proportion to y first: they see small values too
                 batch = search.fit_shapes(begin + SHAPING * max_seconds if max_seconds else math.inf, batch)
             searches.sort(key=lambda search: search.bits(search.shapes[0]) if search.shapes else math.inf)
-        breeding = [(searches[0], propose)]  # (Search, what proposes to it), in turn
-        if powers.any() and (network or np.abs(powers).max() <= NATURAL):
+        best = other = searches[0]
+        if powers.any() and np.abs(powers).max() <= NATURAL:
             raw = near.subset(np.arange(near.n))
             raw.X = X[np.ix_(rows, active)]
-            searches.append(Search(alphabet, pool, raw, 0 * powers, searches[0].relative, apart, **settings, cost=RAW))
-            others = prior if network else propose
-            breeding = [(searches[0], others)] * bool(others and evolve) + [(searches[-1], propose)]
-        for search, _ in breeding if shapes and evolve else ():
+            other = Search(alphabet, pool, raw, 0 * powers, best.relative, apart, **settings, cost=RAW)
+            searches.append(other)
+        if isinstance(propose, Network):
+            propose.scale(other.powers, power if abs(power) > NATURAL else 0)
+        breeding = [(best, prior or propose)] * bool(evolve) + [(other, propose)]  # in turn
+        for search in dict.fromkeys((best, other)) if shapes and evolve else ():
             search.sweep()
         tried = sum(search.tried for search in searches)
         turns, enough, choices = itertools.cycle(breeding), math.inf, choices + tried
