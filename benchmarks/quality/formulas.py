@@ -4,8 +4,8 @@
     python -m benchmarks.quality.formulas --rows data,simplify --times 3
     python -m benchmarks.quality.formulas --rows nguyen,skeletons --arms network --model models/ansr-models/sr-cpu
 
-One thread. The control of the test sets is the same search without the network, the arm "prior". Baselines: pip install sympy scipy
-gplearn pyoperon; without them their side is left out.
+One thread. The control of the test sets is the same search without the network, the arm "prior". Baselines: pip
+install sympy scipy gplearn pyoperon; without them their side is left out.
 """
 
 import json
@@ -390,6 +390,8 @@ ROWS = dict(
     swapped=swapped,
     packages=packages,
 )
+
+
 def main(argv=None):
     parser = command_line(__doc__, ROWS, "quality.formulas", times=7, formulas=200, seeds=3, seconds=10)
     parser.add_argument("--model", default=PRETRAINED, help="folder of a model of train_sr.py")

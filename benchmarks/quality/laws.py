@@ -33,6 +33,8 @@ from data_utils.errors import DataError, UsageError
 from data_utils.files import write_atomic
 from data_utils.formulas.answers import search_formulas, to_answers
 from data_utils.formulas.formats import write_formula
+from data_utils.formulas.model_files import PRETRAINED, load_model, model_folder, suited
+from data_utils.formulas.regressor import NETWORK
 from data_utils.formulas.score import Data
 from data_utils.formulas.tables import read_table
 
@@ -254,8 +256,8 @@ PACKAGES = dict(pyoperon=peers.pyoperon_front, gplearn=peers.gplearn_program, lo
 
 
 def search_digest():
-    """Return a number that changes with the code of the search."""
-    paths = sorted((ROOT / "data_utils/formulas").glob("*.py"))
+    """Return a number that changes with the code of the search and with the network that comes with the repo."""
+    paths = sorted([*(ROOT / "data_utils/formulas").glob("*.py"), *model_folder(PRETRAINED).glob("*.pt")])
     return zlib.crc32(b"".join(path.read_bytes() for path in paths))
 
 
@@ -367,8 +369,10 @@ def search_table(args, names, cells):
     path = args.work / "table.csv"
     path.write_text("\n".join(map(",".join, [names, *cells])) + "\n", encoding="utf-8")
     table = read_table(str(path))
+    model = load_model(model_folder(PRETRAINED))
+    network = dict(model=suited(model, PRETRAINED, len(table.names)), network=NETWORK | dict(max_len=model.max_seq_len))
     alphabet, formulas, _ = search_formulas(table.X, table.y, table.names, np.random.default_rng(0),
-                                            half=table.digits_y, choices=args.choices)  # fmt: skip
+                                            half=table.digits_y, choices=args.choices, **network)  # fmt: skip
     best = to_answers(alphabet, formulas, Data(table.X, table.y, None, table.digits_y))[0]
     return write_formula(best.prefix, best.numbers, table.names)
 

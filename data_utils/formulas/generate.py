@@ -74,13 +74,13 @@ def search(cfg, model, X, y, rng, names, **settings):
     """Return what search_formulas does, with the settings of the command."""
     if model and cfg.method == "auto":
         model = suited(model, cfg.model, X.shape[1])
+    prompted = [name for name in PROMPTS if getattr(cfg, name)]
+    if prompted and not (model and knows_prompts(model_folder(cfg.model), model.alphabet)):
+        raise UsageError(
+            f"--{prompted[0]} needs a network that was trained with prompts; every method obeys --exclude_terms, "
+            f"--operators and --max_length\ntry: without --{prompted[0]}"
+        )
     network = network_settings(cfg, model, names) if model else {}
-    for name in PROMPTS:
-        if not network and getattr(cfg, name):
-            raise UsageError(
-                f"--{name} needs a network that was trained with prompts; every method obeys --exclude_terms, "
-                f"--operators and --max_length\ntry: without --{name}"
-            )
     return search_formulas(
         X, y, names, rng, model=model, network=network, operators=cfg.operators, exclude_terms=cfg.exclude_terms,
         longest=cfg.max_length, choices=cfg.choices, evolve=cfg.evolve, restarts=cfg.restarts, parsimony=cfg.parsimony,
@@ -107,13 +107,8 @@ def network_settings(cfg, model, names):
 
 def prompt_of(cfg, alphabet, names):
     """Return the ids of the prompt that the flags ask for, and a number for each; two empty lists without one."""
-    wanted = [name for name in PROMPTS if getattr(cfg, name)]
-    prompts = knows_prompts(model_folder(cfg.model), alphabet)
-    if wanted and not prompts:
-        raise UsageError(f"--{wanted[0]}: {cfg.model} was trained without prompts\n"
-                         f"try: without --{wanted[0]}")  # fmt: skip
     tagged = dict(allowed_term=cfg.allowed_terms, include_term=cfg.include_terms)
-    tagged["exclude_term"] = cfg.exclude_terms if prompts else ()
+    tagged["exclude_term"] = cfg.exclude_terms if knows_prompts(model_folder(cfg.model), alphabet) else ()
     words = []
     if cfg.complexity:
         words += ["<complexity>", "<float>", "</complexity>"]

@@ -33,8 +33,9 @@ class SymbolicRegressor:
     max_seconds: of the search, 0 = until `choices` candidates were tried, which gives the same answer each time.
     operators: those that may occur beside + - * /, such as ("sin", "exp", "sqrt"); None = all usual ones.
     exclude_terms: those that may not occur, such as ("tan", "x1**2"). max_length: longest formula, in operators,
-    constants and variables; 0 = as long as it pays. model: a network that proposes formulas, or the folder of one of
-    train_sr.py; "pretrained" = the one that comes with the repo, for up to three columns; None = none. random_state: seed, or None for another search each time.
+    constants and variables; 0 = as long as it pays. model: what proposes formulas beside chance, a network or the
+    folder of one of train_sr.py; "pretrained" = the one that comes with the repo, for up to three columns; None =
+    nothing. random_state: seed, or None for another search each time.
 
     After `fit`: equations_ (a DataFrame of all formulas, best first), formula_ (text), target_, n_features_in_,
     feature_names_in_ (where X was a DataFrame).

@@ -36,7 +36,6 @@ SHAPES, STARTS = 256, 3  # general forms that are fitted together; starts of eac
 EXTENDED = 6  # forms of each number of constants to which a plain term is added
 SHAPING, AFTER_STOP = 0.25, 2.0  # share of max_seconds for them; seconds of ranking after Ctrl+C
 FEW = 10  # points below which formulas without an offset are ranked, too
-TIED = 0.05  # share by which a and b of a + b g may differ to be tried as one constant
 ALWAYS, RANKED = 4, 64  # formulas that are ranked, whatever the deadline; that are ranked together
 RANGE = 60  # decades of y beyond which it is ranked scaled
 SCREENED = 5  # columns that are searched, where there are more
@@ -70,9 +69,9 @@ class Prior:
 
 
 class Network:
-    """network(rng, n) -> at most n skeletons that the model reads off the points, each time off others, in another order.
+    """network(rng, n) -> n skeletons that the model reads off the points, each time off others and in another order.
 
-    alphabet: of the id lists, None = the model's. What it has no token for is left out.
+    alphabet: of these id lists, None = the model's. There are fewer where it lacks their tokens.
     """
 
     def __init__(self, model, X, y, alphabet=None, *, max_points, prompt=(), numbers=(), width=0, **sampling):
@@ -432,7 +431,8 @@ def find_formula(
             searches.append(other)
         if isinstance(propose, Network):
             propose.scale(other.powers, power if abs(power) > NATURAL else 0)
-        breeding = [(best, prior or propose)] * bool(evolve) + [(other, propose)]  # in turn
+        others = propose if isinstance(propose, Prior) else prior
+        breeding = [(best, others)] * bool(others and evolve) + [(other, propose)]  # in turn
         for search in dict.fromkeys((best, other)) if shapes and evolve else ():
             search.sweep()
         tried = sum(search.tried for search in searches)
@@ -492,7 +492,7 @@ def ranking(alphabet, finalists, data, active, power, rng, deadline, exclude=())
         forms = [(wrap(alphabet.decode(candidate.prefix)), candidate.constants)]
         if data.n < FEW:  # too few for one constant more: b g beside a + b g
             forms.append((forms[0][0][2:], candidate.constants[1:]))
-        forms += filter(None, [tied(*forms[0]), *(with_logarithm(alphabet, *form) for form in forms)])
+        forms += filter(None, [with_logarithm(alphabet, *form) for form in forms])
         for tokens, constants in forms:
             raw = unscaled(tokens, constants, search.powers, power, alphabet.operators)
             prefix = [names.get(token, token) for token in raw[0]] if raw else []
@@ -525,14 +525,6 @@ def ranking(alphabet, finalists, data, active, power, rng, deadline, exclude=())
 def in_order(ranked):
     """Return pairs (Ranked or None, cost in bits) without None, the fewest bits first, cost included."""
     return sorted((pair for pair in ranked if pair[0]), key=lambda pair: pair[0].bits + pair[1])
-
-
-def tied(tokens, constants):
-    """Return a (1 + g) or a (1 - g) for a + b g with b near a or -a -> tokens, constants; None where it is not."""
-    a, b = constants[:2]
-    if abs(abs(a) - abs(b)) > TIED * abs(a):
-        return None
-    return ["*", "<constant>", "+" if a * b > 0 else "-", "1", *tokens[4:]], [a, *constants[2:]]
 
 
 def with_logarithm(alphabet, tokens, constants):

@@ -112,7 +112,7 @@ def test_excluded_terms_and_lengths_are_obeyed_by_every_formula(pendulum, tmp_pa
         (dict(include_terms=("mass",)), "--include_terms needs a network that was trained with prompts"),
         (dict(allowed_terms=("mass",)), "--allowed_terms needs a network"),
         (dict(complexity=5), "--complexity needs a network"),
-        (dict(method="beam"), "--method beam: --model FOLDER is missing"),
+        (dict(method="beam", model=""), "--method beam: --model FOLDER is missing"),
         (dict(choices=0), "--choices 0"),
         (dict(max_length=-1), "--max_length -1"),
         (dict(suite=("nguyen",)), "give --data FILE.csv, or --suite"),

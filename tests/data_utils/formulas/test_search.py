@@ -20,7 +20,6 @@ from data_utils.formulas.search import (
     offspring,
     predict,
     subtree_end,
-    tied,
     with_logarithm,
 )
 from data_utils.formulas.skeletons import PoolConfig, check_pool, draw_pool
@@ -64,12 +63,6 @@ def test_best_pairs_are_the_best_of_all_pairs_and_sums_begin_with_them():
     sums = choose(parts, y, weights, width=99, most=3, start=[pair for _, pair in results])
     plain = dict((chosen, left) for left, chosen in choose(parts, y, weights, width=99, most=3))
     assert sums and all(plain[chosen] == pytest.approx(left) for left, chosen in sums)
-
-
-def test_one_constant_stands_for_two_that_are_alike():
-    assert tied(["+", C, "*", C, "exp", "*", C, "x1"], [5.0, -4.9, -2.0])[0] == ["*", C, "-", "1", "exp", "*", C, "x1"]
-    assert tied(["+", C, "*", C, "x1"], [5.0, 5.1]) == (["*", C, "+", "1", "x1"], [5.0])
-    assert tied(["+", C, "*", C, "x1"], [5.0, 4.0]) is None
 
 
 def test_parts_that_say_the_same_are_taken_once():
