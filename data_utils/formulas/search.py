@@ -432,7 +432,7 @@ def find_formula(
         if isinstance(propose, Network):
             propose.scale(other.powers, power if abs(power) > NATURAL else 0)
         others = propose if isinstance(propose, Prior) else prior
-        breeding = [(best, others)] * bool(others and evolve) + [(other, propose)]  # in turn
+        breeding = [(other, propose)] + [(best, others)] * bool(others and evolve)  # in turn
         for search in dict.fromkeys((best, other)) if shapes and evolve else ():
             search.sweep()
         tried = sum(search.tried for search in searches)

@@ -13,6 +13,7 @@ from data_utils.formulas import forms, generate, search
 from data_utils.formulas.expressions import Alphabet
 from data_utils.formulas.formats import number_text
 from data_utils.formulas.generate import NO_FORMULA, find, knows_prompts
+from data_utils.formulas.model_files import PRETRAINED, model_folder
 from data_utils.formulas.tables import read_table
 from generate import FormulaConfig
 from tests.helpers import finish, run_python, start, start_cold
@@ -81,6 +82,29 @@ def test_formats(pendulum, capsys, style, words):
         table = read_table(pendulum, columns=("length m",))
         left = table.y - np.array(run_python(out, "period", table.X[:, 0]))
         assert np.std(left / table.y) < 0.02
+
+
+def test_the_network_of_the_repo_proposes_for_up_to_three_columns(tmp_path, capsys, monkeypatch):
+    calls = []
+    draw = search.Network.__call__
+    monkeypatch.setattr(
+        search.Network, "__call__", lambda self, *args: calls.append(self.X.shape[1]) or draw(self, *args)
+    )
+    columns = dict(zip("abcd", np.random.default_rng(0).uniform(1, 2, (4, 20)), strict=True))
+    table = write_table(tmp_path / "t.csv", columns | dict(y=columns["a"] * columns["b"]))
+    for names, flags, expected in (
+        ("abc", {}, 3),
+        ("abcd", {}, None),
+        ("abc", dict(model=""), None),
+        ("abc", dict(method="prior"), None),
+        ("ab", dict(method="beam", beam_width=2), 2),
+    ):
+        assert answer(capsys, table, columns=tuple(names), **flags).out == "y = a*b\n"
+        assert set(calls) == ({expected} if expected else set())
+        calls.clear()
+    for flags in (dict(method="sampling"), dict(model=str(model_folder(PRETRAINED)))):
+        with pytest.raises(UsageError, match="4 columns, but the network reads at most 3"):
+            answer(capsys, table, **flags)
 
 
 def test_columns_and_the_column_of_errors(tmp_path, capsys):

@@ -5,14 +5,16 @@ import time
 
 import numpy as np
 import pytest
+import torch
 
-from data_utils.formulas.expressions import evaluate, format_formula, parse_formula
+from data_utils.formulas.expressions import Alphabet, evaluate, format_formula, parse_formula
 from data_utils.formulas.forms import screen
 from data_utils.formulas.pools import save_pool
 from data_utils.formulas.problems import attainable, problems
 from data_utils.formulas.score import admissible
 from data_utils.formulas.search import (
     Candidate,
+    Network,
     Prior,
     find_formula,
     front,
@@ -272,6 +274,62 @@ def test_what_a_network_proposes_is_read_in_the_units_of_the_user(evolve):
     settings = dict(alphabet=ALPHABET, pool=POOL, rng=np.random.default_rng(0), choices=1, shapes=False)
     formula = find_formula(lambda rng, n, temperature=None: [row] * n, X, y, evolve=evolve, **settings)[0][0]
     assert fvu(y, predict(ALPHABET, formula, X)) < 1e-20, format_formula(formula.prefix, formula.constants)
+
+
+class Writer(torch.nn.Module):
+    """In the place of a network: writes rows of text, and keeps what it reads."""
+
+    def __init__(self, texts):
+        super().__init__()
+        self.alphabet = Alphabet(["+", "*", "sin", "exp"], ["x1", "x2", "x3"])
+        self.rows = [self.alphabet.encode(text.split()) for text in texts]
+        self.read, self.anchor = [], torch.nn.Parameter(torch.zeros(1))
+
+    def encode(self, data, mask, variables):
+        self.read.append(data[0].numpy())
+        return data
+
+    def sample(self, encoded, n, *, generator, **settings):
+        rows = [self.rows[i % len(self.rows)] for i in range(n)]
+        longest = max(map(len, rows))
+        return torch.tensor([row + [0] * (longest - len(row)) for row in rows]), None
+
+
+def test_a_network_writes_in_the_tokens_of_the_search():
+    alphabet = Alphabet(["*", "sin", "log"], ["x1", "x2"])  # no +, no exp
+    X = np.random.default_rng(0).uniform(1, 2, (9, 2))
+    model = Writer(["* x1 sin x2", "exp x1", "+ x1 x2", "sin x2"])
+    network = Network(model, X, X[:, 0], alphabet, max_points=5)
+    seen = set()
+    for seed in range(8):
+        rows = [alphabet.decode(row) for row in network(np.random.default_rng(seed), 8)]
+        assert len(rows) == 4
+        a, b = ("x1", "x2") if rows[0][1] == "x1" else ("x2", "x1")
+        assert rows[:2] == [["*", a, "sin", b], ["sin", b]]
+        first = model.read[-1][:, 0]  # the column that it calls x1
+        assert set(first) <= set(X[:, int(a[1]) - 1]) and len(first) == 5
+        seen.add(a)
+    assert seen == {"x1", "x2"}
+
+
+@pytest.mark.parametrize("size, median", [(1.0, 1.5), (50.0, 75.0), (1e9, 1.5), (1e-9, 1.5)])
+def test_a_network_reads_units_far_from_1_scaled(size, median):
+    X = size * np.random.default_rng(0).uniform(1, 2, (30, 1))
+    model = Writer(["sin x1"])
+    y = X[:, 0] ** 2
+    network = Network(model, X, y, ALPHABET, max_points=30)
+    find_formula(network, X, y, alphabet=ALPHABET, pool=POOL, rng=np.random.default_rng(0), choices=1, shapes=False)
+    x, y = model.read[-1][:, 0], model.read[-1][:, -1]
+    assert np.median(x) == pytest.approx(median, rel=0.2) and 1e-2 < np.median(y) < 1e4
+
+
+def test_proposals_that_cannot_be_written_end_the_search_all_the_same():
+    X = np.random.default_rng(0).uniform(1, 2, (30, 1))
+    network = Network(Writer(["exp x1"]), X, X[:, 0], Alphabet(["*", "+"], ["x1"]), max_points=30)
+    pool = PoolConfig(variables=("x1",), operators=("*", "+"))
+    formulas, tried = find_formula(network, X, X[:, 0], alphabet=network.alphabet, pool=pool, evolve=0, choices=500,
+                                   rng=np.random.default_rng(0))  # fmt: skip
+    assert tried == 500 and formulas
 
 
 def test_what_noise_allows_is_known():
