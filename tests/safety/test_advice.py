@@ -34,7 +34,6 @@ from data_utils.events import sources, sweep
 from data_utils.events.decay_chain import decay_chain
 from data_utils.formulas import checkpoint_folders, formats, tables
 from data_utils.formulas import dataset as formulas
-from data_utils.formulas import generate as formulas_generate
 from data_utils.pages import arc, shard_files, shards
 from data_utils.reasoning import prepare
 from data_utils.reasoning.sudoku import sudoku
@@ -301,7 +300,7 @@ def flags(patch):
         "plot.py",
         "plot.py 'no such run'",
         f"generate.py {TEXT} --device cuda:99",
-        "generate.py formula --data points.csv --method beam",
+        "generate.py formula --data points.csv --method beam --model ''",
         "generate.py formula --data points.csv --max_seconds 1 --complexity 3",
         f"generate.py formula --data wide.csv --model {OLD}/formulas",
         "generate.py formula --data point.csv",
@@ -449,11 +448,7 @@ def tables_of_numbers(patch):
         put(name, content)
         table_notes = tables.read_table(name).notes
         yield f"generate.py formula --data {name}", lambda notes=table_notes: "\n".join(notes)
-    with patch.context() as inner:
-        inner.setattr(formulas_generate, "knows_prompts", lambda folder, alphabet: False)
-        prompt = SimpleNamespace(complexity=3, allowed_terms=(), include_terms=(), model="m")
-        call = error_of(formulas_generate.prompt_of, prompt, None, [])
-    yield "generate.py formula --data points.csv --complexity 3", lambda: call
+    yield "generate.py formula --data points.csv --complexity 3", None
 
 
 def environments(patch):
