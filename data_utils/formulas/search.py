@@ -36,6 +36,7 @@ SHAPES, STARTS = 256, 3  # general forms that are fitted together; starts of eac
 EXTENDED = 6  # forms of each number of constants to which a plain term is added
 SHAPING, AFTER_STOP = 0.25, 2.0  # share of max_seconds for them; seconds of ranking after Ctrl+C
 FEW = 10  # points below which formulas without an offset are ranked, too
+TIED = 0.05  # share by which a and b of a + b g may differ to be tried as one constant
 ALWAYS, RANKED = 4, 64  # formulas that are ranked, whatever the deadline; that are ranked together
 RANGE = 60  # decades of y beyond which it is ranked scaled
 SCREENED = 5  # columns that are searched, where there are more
@@ -493,8 +494,10 @@ def ranking(alphabet, finalists, data, active, power, rng, deadline, exclude=())
         if data.n < FEW:  # too few for one constant more: b g beside a + b g
             forms.append((forms[0][0][2:], candidate.constants[1:]))
         forms += filter(None, [with_logarithm(alphabet, *form) for form in forms])
-        for tokens, constants in forms:
-            raw = unscaled(tokens, constants, search.powers, power, alphabet.operators)
+        raws = [unscaled(*form, search.powers, power, alphabet.operators) for form in forms]
+        if one := tied(alphabet, *forms[0]):
+            raws.append(unscaled(*one, search.powers, power, keep_ones=True))
+        for raw in raws:
             prefix = [names.get(token, token) for token in raw[0]] if raw else []
             if raw and all(token in alphabet.ids for token in prefix):
                 formulas.append((prefix, raw[1]))
@@ -525,6 +528,18 @@ def ranking(alphabet, finalists, data, active, power, rng, deadline, exclude=())
 def in_order(ranked):
     """Return pairs (Ranked or None, cost in bits) without None, the fewest bits first, cost included."""
     return sorted((pair for pair in ranked if pair[0]), key=lambda pair: pair[0].bits + pair[1])
+
+
+def tied(alphabet, tokens, constants):
+    """Return a (1 + g) or a (1 - g) for a + b g with b near a or -a -> tokens, constants; None where it is not."""
+    a, b = constants[:2]
+    if abs(abs(a) - abs(b)) > TIED * abs(a):
+        return None
+    try:
+        g, numbers = simplify(tokens[4:], constants[2:], alphabet.operators)
+    except NotReal:
+        return None
+    return ["*", "<constant>", "+" if a * b > 0 else "-", "1", *g], [a, *numbers]
 
 
 def with_logarithm(alphabet, tokens, constants):

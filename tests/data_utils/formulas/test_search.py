@@ -22,6 +22,7 @@ from data_utils.formulas.search import (
     offspring,
     predict,
     subtree_end,
+    tied,
     with_logarithm,
 )
 from data_utils.formulas.skeletons import PoolConfig, check_pool, draw_pool
@@ -65,6 +66,22 @@ def test_best_pairs_are_the_best_of_all_pairs_and_sums_begin_with_them():
     sums = choose(parts, y, weights, width=99, most=3, start=[pair for _, pair in results])
     plain = dict((chosen, left) for left, chosen in choose(parts, y, weights, width=99, most=3))
     assert sums and all(plain[chosen] == pytest.approx(left) for left, chosen in sums)
+
+
+def test_one_constant_stands_for_two_that_are_alike():
+    form = ["*", C, "-", "1", "exp", "*", C, "x1"]
+    assert tied(ALPHABET, ["+", C, "*", C, "exp", "*", C, "x1"], [5.0, -4.9, -2.3]) == (form, [5.0, -2.3])
+    assert tied(ALPHABET, ["+", C, "*", C, "x1"], [5.0, 5.1]) == (["*", C, "+", "1", "x1"], [5.0])
+    assert tied(ALPHABET, ["+", C, "*", C, "x1"], [5.0, 4.0]) is None
+
+
+@pytest.mark.parametrize("size", [1.0, 1e-9, 1e6])
+def test_a_charge_that_saturates_has_one_constant_for_its_limit(size):
+    t = np.linspace(0.1, 3, 25)
+    y = 7 * (1 - np.exp(-t / 0.8)) * (1 + 0.01 * np.random.default_rng(0).standard_normal(25))
+    formula = search(size * t[:, None], y, choices=1)[0]
+    assert formula.prefix[:4] == ["*", C, "-", "1"] and len(formula.constants) == 2
+    assert formula.constants[0] == pytest.approx(7, rel=0.05)
 
 
 def test_parts_that_say_the_same_are_taken_once():
