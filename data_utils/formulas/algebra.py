@@ -341,6 +341,13 @@ def _is_composite(b, e):
     return b.kind == "p" and odd_root(e)
 
 
+def _base_to(b, e):
+    """Return c^e of a general power c^u, which to the power e is (c^e)^u; None where c is no known positive number."""
+    known = b.a.kind == "c" and b.a.a > 0 and e == e
+    size = float(e) * math.log(b.a.a) if known else math.inf
+    return math.exp(size) if abs(size) < 700 else None  # the range of floats
+
+
 def _product(*parts):
     """Return the node of the product of n ** e over the parts (n, e)."""
     c = 1.0
@@ -374,6 +381,9 @@ def _product(*parts):
             again.append((b.b if b.a == "abs" else b, powers.pop(b)))
         elif c != c and _is_loose(b) and e == e:
             again.append((_over_lead(b), powers.pop(b)))
+        elif b.kind == "w" and e not in (1, -1) and (number := _base_to(b, e)):
+            again.append((_general_power(_constant(number), b.b), 1))
+            del powers[b]
     if again:
         return _product((_constant(c), 1), *powers.items(), *again)
     if not powers:

@@ -166,7 +166,8 @@ def _levenberg(problem, constants, steps):
             empty = ~(np.einsum("rkk->rk", square) > 0.5)
             square += empty[:, :, None] * eye
             slope = (unit @ r[:, :, None])[:, :, 0]
-            step = np.nan_to_num(_solved(square, slope), posinf=0.0, neginf=0.0)
+            step = _solved(square, slope)
+            step = np.where(np.isfinite(step), step, 0.0)
             trial = c - step / size
             slow = np.where((step * slope).sum(1) > PROMISE * fvu * r.shape[1], slow, 2)
         r2, J2, fvu2 = problem.residuals(trial)

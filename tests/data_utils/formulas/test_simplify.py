@@ -290,3 +290,12 @@ def test_what_came_before_changes_nothing():
     for value in (1.5, 2.5, 0.5, 2.0, 3.0, 0.25):
         module.simplify(["pow", "x1", "<constant>"], [value])
     assert forms() == fresh
+
+
+def test_a_known_base_takes_up_the_exponent_of_its_power():
+    power = ["pow", "<constant>", "x1"]
+    assert simplify(["pow2", *power], [0.3])[1] == [pytest.approx(0.09)]
+    assert simplify(["pow1_2", *power], [0.09]) == (power, [pytest.approx(0.3)])
+    assert simplify(["*", "x2", "pow2", "inv", *power], [0.5]) == (["*", "x2", *power], [pytest.approx(4)])
+    assert simplify(["pow3", *power], [1e-300])[0] == ["pow3", *power]  # 1e-900 is no float
+    assert simplify(["pow1_2", *power])[0] == ["pow1_2", *power]  # an unknown one may be negative
