@@ -13,9 +13,9 @@ import numpy as np
 
 from data_utils.errors import DataError, UsageError
 from data_utils.formulas import search
-from data_utils.formulas.expressions import OPERATORS, SYNONYMS, evaluate, parse_formula
+from data_utils.formulas.expressions import OPERATORS, SYNONYMS, evaluate, padded_columns, parse_formula
 from data_utils.formulas.formats import number_text, round_constants, used_variables, write_formula
-from data_utils.formulas.score import Ranked, padded_columns
+from data_utils.formulas.score import Ranked
 from data_utils.formulas.search import Network, Prior, find_formula
 from data_utils.formulas.simplify import NotReal, simplify
 from data_utils.formulas.skeletons import RARE, WEIGHTS, PoolConfig, check_pool

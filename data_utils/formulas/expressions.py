@@ -152,6 +152,21 @@ class Alphabet:
         return [self.tokens[i] for i in map(int, ids) if i]
 
 
+def padded(rows):
+    """Id lists -> (N, L) uint8."""
+    tokens = np.zeros((len(rows), max(map(len, rows), default=1)), np.uint8)
+    for i, row in enumerate(rows):
+        tokens[i, : len(row)] = row
+    return tokens
+
+
+def padded_columns(alphabet, X):
+    """Return X (M, D) with columns of zeros for the variables that the data lack."""
+    columns = np.zeros((len(X), len(alphabet.variables)))
+    columns[:, : X.shape[1]] = X
+    return columns
+
+
 _buffers = threading.local()
 
 

@@ -10,7 +10,7 @@ import re
 
 import numpy as np
 
-from data_utils.formulas.expressions import OPERATORS, evaluate
+from data_utils.formulas.expressions import OPERATORS, evaluate, padded_columns
 
 FORMATS = "text", "python", "latex", "sympy"
 GROWTH = 0.01  # share by which rounded constants may increase the root mean square of the residuals
@@ -114,8 +114,7 @@ def _first(good):
 def _judge(alphabet, row, constants, data, relative, rows):
     """Return fits(trials (N, C)) -> (N,) bool: whether a formula with these constants still fits rows of the data."""
     X, y = data.X[rows], data.y[rows]
-    columns = np.zeros((len(rows), len(alphabet.variables)))
-    columns[:, : X.shape[1]] = X
+    columns = padded_columns(alphabet, X)
     size = np.abs(y).max() or 1.0  # by which residuals are divided, since squares may leave the range of floats
     limits = []
     for kind in {False, relative}:

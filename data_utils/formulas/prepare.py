@@ -4,13 +4,12 @@ import itertools
 import sys
 from pathlib import Path
 
-import numpy as np
 from tqdm import tqdm
 
 from data_utils.errors import UsageError
 from data_utils.files import check_replaceable, unused
 from data_utils.formulas.bundles import build_settings, load_config
-from data_utils.formulas.expressions import OPERATORS, Alphabet
+from data_utils.formulas.expressions import OPERATORS, Alphabet, padded
 from data_utils.formulas.holdout import fitting, hold_out, skeleton_of
 from data_utils.formulas.pools import COLUMNS, EVERY, MADE_HERE, read_formulas, save_pool
 from data_utils.formulas.skeletons import Pool, PoolConfig, check_pool, distinct, draw_pool
@@ -56,10 +55,7 @@ def import_data(cfg):
     more_operators = [name for name in OPERATORS if name in present and name not in pool.operators]
     D = max(len(pool.variables), *(len(formula.variables) for formula in formulas))
     alphabet = Alphabet([*pool.operators, *more_operators], EVERY.variables[:D])
-    tokens = np.zeros((len(prefixes), max(map(len, prefixes))), np.uint8)
-    for row, prefix in zip(tokens, prefixes, strict=True):
-        row[: len(prefix)] = alphabet.encode(prefix)
-    skeletons = Pool(*distinct(tokens))
+    skeletons = Pool(*distinct(padded([alphabet.encode(prefix) for prefix in prefixes])))
     save_pool(cfg.output_dir, skeletons, alphabet, pool)
     message = f"{cfg.output_dir}: {len(skeletons.tokens)} skeletons of {len(formulas)} formulas"
     more = [*more_operators, *alphabet.variables[len(pool.variables) :]]

@@ -12,7 +12,7 @@ import numpy as np
 
 from data_utils.errors import DataError, UsageError
 from data_utils.files import root
-from data_utils.formulas.expressions import evaluate
+from data_utils.formulas.expressions import evaluate, padded_columns
 from data_utils.formulas.fit import fit
 from data_utils.formulas.pools import EVERY, Formula, load_pool, read_formulas
 from data_utils.formulas.samples import propose
@@ -47,9 +47,7 @@ def problems(suite, seed, noise, max_variables=0):
         tokens = np.array([EVERY.encode(formula.prefix)], np.uint8)
 
         def values(X, tokens=tokens, formula=formula):
-            columns = np.zeros((len(X), len(EVERY.variables)))
-            columns[:, : X.shape[1]] = X
-            return evaluate(EVERY, tokens, np.array([formula.values or [0.0]]), columns[None])[0]
+            return evaluate(EVERY, tokens, np.array([formula.values or [0.0]]), padded_columns(EVERY, X)[None])[0]
 
         n = 20 if pool else POINTS.get(suite, 512)
         X = _finite(rng, formula, values, n)

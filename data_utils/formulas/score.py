@@ -17,7 +17,7 @@ from collections import namedtuple
 
 import numpy as np
 
-from data_utils.formulas.expressions import LITERALS, OPERATORS, Program
+from data_utils.formulas.expressions import LITERALS, OPERATORS, Program, padded, padded_columns
 from data_utils.formulas.fit import fit, spread
 from data_utils.formulas.simplify import NotReal, simplify
 
@@ -208,13 +208,6 @@ def admissible(prefix, constants, X):
     return good
 
 
-def padded_columns(alphabet, X):
-    """Return X (M, D) with columns of zeros for the variables that the data lack."""
-    columns = np.zeros((len(X), len(alphabet.variables)))
-    columns[:, : X.shape[1]] = X
-    return columns
-
-
 def constant_bits(constants, J, weights, deviation):
     """Return the bits of free constants (C,) with the Jacobian J (C, M), and their standard errors (C,).
 
@@ -319,11 +312,10 @@ def _ranked(alphabet, fitted, data):
 
 def _batch(alphabet, trials):
     """Return trials (prefix, constants, which are free) as arrays: tokens (N, L), constants and free (N, C)."""
-    tokens = np.zeros((len(trials), max(len(prefix) for prefix, *_ in trials)), np.uint8)
+    tokens = padded([alphabet.encode(prefix) for prefix, *_ in trials])
     constants = np.zeros((len(trials), max(len(values) for _, values, _ in trials)))
     free = np.zeros(constants.shape, bool)
-    for i, (prefix, values, masks) in enumerate(trials):
-        tokens[i, : len(prefix)] = alphabet.encode(prefix)
+    for i, (_, values, masks) in enumerate(trials):
         constants[i, : len(values)], free[i, : len(values)] = values, masks
     return tokens, constants, free
 

@@ -12,11 +12,11 @@ from collections import namedtuple
 import numpy as np
 import torch
 
-from data_utils.formulas.expressions import evaluate
+from data_utils.formulas.expressions import evaluate, padded, padded_columns
 from data_utils.formulas.fit import fit, refine, wrap
 from data_utils.formulas.forms import screen, starts, terms
 from data_utils.formulas.scaling import decades, scaled, unscaled
-from data_utils.formulas.score import LEAST_POWER, Data, padded_columns, rank_formulas, rank_mean, refit, structure_bits
+from data_utils.formulas.score import LEAST_POWER, Data, rank_formulas, rank_mean, refit, structure_bits
 from data_utils.formulas.simplify import NotReal, simplify
 from data_utils.formulas.skeletons import make_chunk, operator_weights
 from data_utils.formulas.sums import Library
@@ -182,14 +182,6 @@ def _inside(alphabet, row):
         if max(right) < alphabet.first_variable:
             return left
     return row
-
-
-def padded(rows):
-    """Id lists -> (N, L) uint8."""
-    tokens = np.zeros((len(rows), max(map(len, rows))), np.uint8)
-    for i, row in enumerate(rows):
-        tokens[i, : len(row)] = row
-    return tokens
 
 
 def fvu(y, predicted):

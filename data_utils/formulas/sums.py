@@ -8,7 +8,7 @@ import itertools
 
 import numpy as np
 
-from data_utils.formulas.expressions import Program
+from data_utils.formulas.expressions import Program, padded
 from data_utils.formulas.prompts import subtrees
 from data_utils.formulas.score import FUNCTIONS
 
@@ -169,9 +169,8 @@ class Library:
 
     def usable(self, parts):
         """Return (part, its values (M,)) of the parts, id tuples, that are finite, not too large, not constant."""
-        tokens = np.array([[*part, *[0] * (LONGEST - len(part))] for part in parts], np.uint8).reshape(-1, LONGEST)
         with np.errstate(all="ignore"):
-            values = Program(self.alphabet, tokens, self.X)(np.zeros((len(parts), 1)))
+            values = Program(self.alphabet, padded(parts), self.X)(np.zeros((len(parts), 1)))
             good = np.isfinite(values).all(1) & (np.abs(values).max(1) < LARGEST) & (np.ptp(values, 1) > 0)
         return [(parts[i], values[i]) for i in np.flatnonzero(good).tolist()]
 
