@@ -33,12 +33,11 @@ def scaled(x, powers):
     return np.array(columns).T.reshape(np.shape(x))
 
 
-def unscaled(prefix, constants, powers, power=0, operators=None, keep_ones=False):
+def unscaled(prefix, constants, powers, power=0, operators=None):
     """Turn a formula about x / 10^powers and y / 10^power into one about x and y -> tokens, constants.
 
     Factors move up the tree: through products, powers and roots to one constant, into the arguments of functions, and
-    between the terms of a sum. The formula gets at most one constant more for each term and function, and is in normal
-    form. keep_ones: a (1 - g) stays so, with one constant; its normal form a - a g has two.
+    between the terms of a sum. The formula gets at most one constant more for each term and function.
     """
     tokens, values = iter(prefix), iter(constants)
 
@@ -78,9 +77,6 @@ def unscaled(prefix, constants, powers, power=0, operators=None, keep_ones=False
                 b = -b if token == "-" else b
                 if tree is None and right is None:
                     return number(a + b)
-                if tree is None and keep_ones and a == 1:
-                    second, seconds = scaled_tree(abs(b), right, more)
-                    return a, ["+" if b > 0 else "-", "1", *second], seconds
                 if tree is None:
                     return b, ["+", "<constant>", *right], [a / b, *more]
                 second, seconds = scaled_tree(b / a, right, more)
@@ -106,6 +102,6 @@ def unscaled(prefix, constants, powers, power=0, operators=None, keep_ones=False
     try:
         factor, tree, numbers = read()
         tree, numbers = scaled_tree(factor * 10.0 ** int(power), tree, numbers)
-        return (tree, numbers) if keep_ones else simplify(tree, numbers, operators)
+        return simplify(tree, numbers, operators)
     except (NotReal, OverflowError, ZeroDivisionError):  # beyond the range of floats
         return None

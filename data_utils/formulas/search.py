@@ -487,8 +487,7 @@ def ranking(alphabet, finalists, data, active, power, rng, deadline, exclude=())
             forms.append((forms[0][0][2:], candidate.constants[1:]))
         forms += filter(None, [with_logarithm(alphabet, *form) for form in forms])
         raws = [unscaled(*form, search.powers, power, alphabet.operators) for form in forms]
-        if one := tied(alphabet, *forms[0]):
-            raws.append(unscaled(*one, search.powers, power, keep_ones=True))
+        raws.append(tied(alphabet, *forms[0], search.powers, power))
         for raw in raws:
             prefix = [names.get(token, token) for token in raw[0]] if raw else []
             if raw and all(token in alphabet.ids for token in prefix):
@@ -522,16 +521,16 @@ def in_order(ranked):
     return sorted((pair for pair in ranked if pair[0]), key=lambda pair: pair[0].bits + pair[1])
 
 
-def tied(alphabet, tokens, constants):
-    """Return a (1 + g) or a (1 - g) for a + b g with b near a or -a -> tokens, constants; None where it is not."""
+def tied(alphabet, tokens, constants, powers, power):
+    """Return a + b g with b near a or -a as a (1 + g) or a (1 - g) in the user's units -> tokens, constants.
+
+    Its normal form has two constants again. None is returned for other formulas.
+    """
     a, b = constants[:2]
     if abs(abs(a) - abs(b)) > TIED * abs(a):
         return None
-    try:
-        g, numbers = simplify(tokens[4:], constants[2:], alphabet.operators)
-    except NotReal:
-        return None
-    return ["*", "<constant>", "+" if a * b > 0 else "-", "1", *g], [a, *numbers]
+    g = unscaled(tokens[4:], constants[2:], powers, 0, alphabet.operators)
+    return g and (["*", "<constant>", "+" if a * b > 0 else "-", "1", *g[0]], [a * 10.0**power, *g[1]])
 
 
 def with_logarithm(alphabet, tokens, constants):

@@ -42,14 +42,6 @@ def test_units_go_into_the_constants():
     assert format_formula(*plain, NAMES) == "0.001*a*b**2"
 
 
-def test_a_one_stays_where_it_spares_a_constant():
-    prefix = ["*", "<constant>", "-", "1", "pow2", "x1"]
-    assert len(unscaled(prefix, [5.0], [3, 0], 1)[1]) == 2
-    tokens, constants = unscaled(prefix, [5.0], [3, 0], 1, keep_ones=True)
-    assert tokens == ["*", "<constant>", "-", "1", "*", "<constant>", "pow2", "x1"] and constants == [50.0, 1e-6]
-    assert unscaled(prefix, [5.0], [0, 0], 1, keep_ones=True) == (prefix, [50.0])
-
-
 def test_columns_that_differ_by_a_power_of_ten_become_the_same_numbers():
     x = np.round(np.random.default_rng(0).uniform(0.1, 50, (40, 1)), 4)
     for k in (-30, -7, 3, 30):

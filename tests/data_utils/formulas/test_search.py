@@ -70,9 +70,11 @@ def test_best_pairs_are_the_best_of_all_pairs_and_sums_begin_with_them():
 
 def test_one_constant_stands_for_two_that_are_alike():
     form = ["*", C, "-", "1", "exp", "*", C, "x1"]
-    assert tied(ALPHABET, ["+", C, "*", C, "exp", "*", C, "x1"], [5.0, -4.9, -2.3]) == (form, [5.0, -2.3])
-    assert tied(ALPHABET, ["+", C, "*", C, "x1"], [5.0, 5.1]) == (["*", C, "+", "1", "x1"], [5.0])
-    assert tied(ALPHABET, ["+", C, "*", C, "x1"], [5.0, 4.0]) is None
+    near = ["+", C, "*", C, "exp", "*", C, "x1"], [5.0, -4.9, -2.3]
+    assert tied(ALPHABET, *near, [0, 0], 0) == (form, [5.0, -2.3])
+    assert tied(ALPHABET, *near, [3, 0], 1) == (form, [50.0, pytest.approx(-0.0023)])
+    assert tied(ALPHABET, ["+", C, "*", C, "x1"], [5.0, 5.1], [0, 0], 0) == (["*", C, "+", "1", "x1"], [5.0])
+    assert tied(ALPHABET, ["+", C, "*", C, "x1"], [5.0, 4.0], [0, 0], 0) is None
 
 
 @pytest.mark.parametrize("size", [1.0, 1e-9, 1e6])
