@@ -143,8 +143,9 @@ def runs_of(args, row, arm):
 
 
 def selected(args, arms):
-    """Return the arms that --arms selects: all, or those with one of its words."""
-    return [arm for arm in arms if not args.arms or any(word in arm for word in args.arms.split(","))]
+    """Return the arms that --arms selects: all, or those with one of its names or words."""
+    words = args.arms.split(",")
+    return [arm for arm in arms if any(word == arm if word in arms else word in arm for word in words)]
 
 
 def id_of(name):
