@@ -341,11 +341,15 @@ def _is_composite(b, e):
     return b.kind == "p" and odd_root(e)
 
 
-def _base_to(c, e):
-    """Return c^e of a base c, since c^(e u) and (c^u)^e are (c^e)^u; None where c is no known positive number."""
-    known = c.kind == "c" and c.a > 0 and e == e
-    size = float(e) * math.log(c.a) if known else math.inf
-    return math.exp(size) if abs(size) < 700 else None  # the range of floats
+def _based(c, e, u):
+    """Return c^(e u), which is (c^u)^e, as (c^e)^u or where c^e is no float as exp(e log(c) u).
+
+    None is returned where c is no known positive number.
+    """
+    if not (c.kind == "c" and 0 < c.a < math.inf and e == e):
+        return None
+    size = float(e) * math.log(c.a)
+    return _general_power(_constant(math.exp(size)), u) if abs(size) < 700 else _function("exp", scale(u, size))
 
 
 def _product(*parts):
@@ -381,8 +385,8 @@ def _product(*parts):
             again.append((b.b if b.a == "abs" else b, powers.pop(b)))
         elif c != c and _is_loose(b) and e == e:
             again.append((_over_lead(b), powers.pop(b)))
-        elif b.kind == "w" and e not in (1, -1) and (number := _base_to(b.a, e)):
-            again.append((_general_power(_constant(number), b.b), 1))
+        elif b.kind == "w" and e not in (1, -1) and (raised := _based(b.a, e, b.b)):
+            again.append((raised, 1))
             del powers[b]
     if again:
         return _product((_constant(c), 1), *powers.items(), *again)
@@ -457,8 +461,14 @@ def _general_power(a, b):
         return a if a.a == 1 else _function("exp", b)
     if a.a == "exp":
         return _function("exp", _product((a.b, 1), (b, 1)))
-    if b.kind == "s" and len(b.b) == 1 and b.a == 0 and abs(b.b[0][1]) != 1 and (number := _base_to(a, b.b[0][1])):
-        return _general_power(_constant(number), b.b[0][0])
+    if (
+        b.kind == "s"
+        and len(b.b) == 1
+        and b.a == 0
+        and abs(b.b[0][1]) != 1
+        and (raised := _based(a, b.b[0][1], b.b[0][0]))
+    ):
+        return raised
     if b.kind == "s" and b.b[0][1] < 0:
         return _product((node("w", a, scale(b, -1.0)), -1))
     return node("w", a, b)

@@ -33,7 +33,14 @@ def test_models_run_at_toy_size_and_are_read_again(home):
     figures = measured(home, *flags)
     assert len(figures) == 2 * 3
     hard = figures["puzzles.models.train_hrm.17_to_26_givens"]
-    for part in ("cells", "after 1, 2, 4, 8, 16 segments", "halting", "2 views vote", "by guesses", "4 steps in"):
+    for part in (
+        "cells",
+        "after 1, 2, 4, 8, 16 segments",
+        "halting",
+        "2 views of 16 segments vote",
+        "by guesses",
+        "4 steps in",
+    ):
         assert part in hard["spread"]
     assert 0 <= hard["ours"] <= 100 and 0 <= hard["baseline"] <= 100 and "--rows models" in hard["command"]
     assert measured(home, *flags) == figures
