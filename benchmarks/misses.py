@@ -38,8 +38,6 @@ MISSES = {
         Others are met by long sums within 1e-20 of y's variance, which differ only outside the points.""",
     "laws.scales.same": """The thin lens comes as 1/(1/f - 1/d) or as f/(1 - f/d), which is the same function. Their
         bits are nearly equal, and the units decide in which of them a constant is 1 and goes.""",
-    "laws.laws.never": """The first point of the charging capacitor has y near 0. With noise in proportion to y it is
-        met by 5 - 4.995*0.0105**t, not by 5 (1 - exp(-t/0.22)).""",
     "autoencoder.physics.code.met": "Codes of particles do not contain the missing momentum, which is no particle.",
     "pictures.optimizer.plain.fused_adamw": """Plain torch operations pass over the buffers several times. Compiled as
         one loop the step reaches 0.745.""",

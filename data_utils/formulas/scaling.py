@@ -9,6 +9,7 @@ from data_utils.formulas.simplify import NotReal, simplify
 
 POWERS = {"pow2": 2, "pow3": 3, "pow4": 4, "pow5": 5}
 ROOTS = {"pow1_2": 2, "pow1_3": 3, "pow1_4": 4, "pow1_5": 5}
+MOST_BASE = math.log(10)  # logarithm of the largest base of a power that is not written with exp
 SCALES = {f"mult{k}": float(k) for k in (2, 3, 4, 5)} | {f"div{k}": 1 / k for k in (2, 3, 4, 5)}
 
 
@@ -37,7 +38,8 @@ def unscaled(prefix, constants, powers, power=0, operators=None):
     """Turn a formula about x / 10^powers and y / 10^power into one about x and y -> tokens, constants.
 
     Factors move up the tree: through products, powers and roots to one constant, into the arguments of functions, and
-    between the terms of a sum. The formula gets at most one constant more for each term and function.
+    between the terms of a sum. The formula gets at most one constant more for each term and function, and powers of
+    numbers far from 1 become exponentials.
     """
     tokens, values = iter(prefix), iter(constants)
 
@@ -102,6 +104,20 @@ def unscaled(prefix, constants, powers, power=0, operators=None):
     try:
         factor, tree, numbers = read()
         tree, numbers = scaled_tree(factor * 10.0 ** int(power), tree, numbers)
-        return simplify(tree, numbers, operators)
+        return with_exp(*simplify(tree, numbers, operators), operators)
     except (NotReal, OverflowError, ZeroDivisionError):  # beyond the range of floats
         return None
+
+
+def with_exp(prefix, constants, operators=None):
+    """Return a formula with exp(log(c) u) for c^u where c is a number below 0.1 or above 10 -> tokens, constants."""
+    tokens, numbers, values = [], [], iter(constants)
+    for token in prefix:
+        tokens.append(token)
+        if token == "<constant>":
+            numbers.append(next(values))
+            if tokens[-2:-1] == ["pow"] and numbers[-1] > 0 and abs(math.log(numbers[-1])) > MOST_BASE:
+                if operators is None or "exp" in operators:
+                    tokens[-2:] = ["exp", "*", "<constant>"]
+                    numbers[-1] = math.log(numbers[-1])
+    return tokens, numbers

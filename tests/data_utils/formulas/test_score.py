@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from data_utils.formulas.expressions import OPERATORS, Alphabet, evaluate, format_formula, parse_formula
+from data_utils.formulas.expressions import OPERATORS, Alphabet, evaluate, format_formula, padded_columns, parse_formula
 from data_utils.formulas.scaling import decades, scaled, unscaled
 from data_utils.formulas.score import Data, admissible, plain_bits, rank_formulas, structure_bits
 
@@ -40,6 +40,19 @@ def test_units_go_into_the_constants():
         assert values_of(*back, X) == pytest.approx(expected, rel=1e-9), text
     plain = unscaled(["*", "x1", "pow2", "x2"], [], [-2, 3, 0], 1, ALPHABET.operators)
     assert format_formula(*plain, NAMES) == "0.001*a*b**2"
+
+
+def test_powers_of_numbers_far_from_1_become_exponentials():
+    power = ["*", "x2", "pow", "<constant>", "x1"]
+    exponential = ["*", "x2", "exp", "*", "<constant>", "x1"]
+    for base, powers, expected in ((1e-3, [0, 0], exponential), (0.5, [0, 0], power), (0.5, [-3, 0], exponential)):
+        tokens, constants = unscaled(power, [base], powers, 0, ALPHABET.operators)
+        assert tokens == expected and len(constants) == 1
+        X = np.random.default_rng(0).uniform(0.1, 0.9, (9, 2)) * 10.0 ** np.array(powers)
+        values = values_of(tokens, constants, padded_columns(ALPHABET, X))
+        near = X / 10.0 ** np.array(powers)
+        assert values == pytest.approx(near[:, 1] * base ** near[:, 0])
+    assert unscaled(power, [1e-3], [0, 0], 0, ("*", "pow"))[0] == power
 
 
 def test_columns_that_differ_by_a_power_of_ten_become_the_same_numbers():
