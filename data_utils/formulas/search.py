@@ -417,13 +417,14 @@ def find_formula(
                 batch = search.fit_shapes(begin + SHAPING * max_seconds if max_seconds else math.inf, batch)
             searches.sort(key=lambda search: search.bits(search.shapes[0]) if search.shapes else math.inf)
         best = other = searches[0]
-        if powers.any() and np.abs(powers).max() <= NATURAL:
+        natural = np.abs(powers).max() <= NATURAL
+        if natural and powers.any():
             raw = near.subset(np.arange(near.n))
             raw.X = X[np.ix_(rows, active)]
             other = Search(alphabet, pool, raw, 0 * powers, best.relative, apart, **settings, cost=RAW)
             searches.append(other)
         if isinstance(propose, Network):
-            propose.scale(other.powers, power if abs(power) > NATURAL else 0)
+            propose.scale(other.powers, 0 if natural else power)  # y = x^5 is large, in units as in training
         others = propose if isinstance(propose, Prior) else prior
         breeding = [(other, propose)] + [(best, others)] * bool(others and evolve)  # in turn
         for search in dict.fromkeys((best, other)) if shapes and evolve else ():
