@@ -32,7 +32,7 @@ MISSES = {
     "formulas.refine.share.20 formulas.refine.share.512": """From other starts scipy itself repeats 96 and 98 % of its
         own fits: many formulas have several minima.""",
     "formulas.swapped.points": """Easy skeletons need no network: 512 candidates of the search alone recover 24 %, and
-        the network off another problem's points 22 %.""",
+        the network off another problem's points 23 %.""",
     "formulas.skeletons.prior formulas.skeletons.network": """15 of the 99 have a phase that turns by more than half a
         period between neighbouring points. The search may not list such laws, because random points have them too.
         Others are met by long sums within 1e-20 of y's variance, which differ only outside the points.""",
