@@ -22,13 +22,13 @@ MISSES = {
         would leave 260 MB for the step, which takes 480.""",
     "hrm.generate.cached": """Rounds reach from 13.7 to 20.4. Of the CPU time of a cached answer 29 % is the thought
         about the prompt, which is needed once. The 64 steps of the decoder take 3 ms each.""",
-    "formulas.data.chain": """Nine tenths of the CPU time of a sample are the normal form of its formula, in Python. The
-        draws, their values and the fits of 256 batches take the rest.""",
+    "formulas.data.chain": """Four fifths of the CPU time of a sample are the normal form of its formula, in Python. The
+        draws of formulas, constants and points take the rest.""",
     "formulas.simplify.median": """The mean, which counts hard formulas too, meets the target. Three quarters of the
         time of a formula are the nodes into which Python reads its tokens, with the rules.""",
-    "formulas.refine.speed.20 formulas.refine.speed.512": """With 20 points half of the CPU time goes to numpy's calls
-        on arrays of a few hundred numbers, and a third to formulas that are compiled anew when others of their batch
-        are done. With 512 points two thirds are values and derivatives, and scipy computes these as fast.""",
+    "formulas.refine.speed.20 formulas.refine.speed.512": """With 20 points half of the CPU time goes to values and
+        derivatives, and a third to formulas that are compiled anew when others of their batch are done. With 512 points
+        two thirds are values and derivatives.""",
     "formulas.refine.share.20 formulas.refine.share.512": """From other starts scipy itself repeats 96 and 98 % of its
         own fits: many formulas have several minima.""",
     "formulas.swapped.points": """Easy skeletons need no network: 512 candidates of the search alone recover 24 %, and
