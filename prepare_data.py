@@ -4,6 +4,7 @@ Every command can be run again: it writes the same bytes, and each file complete
 """
 
 import inspect
+import json
 import shlex
 import sys
 from dataclasses import dataclass, field, fields
@@ -313,6 +314,8 @@ def tokenizer(cfg):
         options = dict(skip_bad_lines=cfg.skip_bad_lines, text_field=cfg.text_field)
         texts = (text for path in files for text in read_documents(path, **options))
         content = train_bpe(texts, cfg.vocab_size)
+    if cfg.vocab_size > 260 and not json.loads(content)["model"]["merges"]:  # 256 bytes and 4 control tokens
+        raise DataError(f"{cfg.source or cfg.data_dir}: no text to train a tokenizer on")
     content = content.encode("utf-8")
     check_replaceable(cfg.out, cfg.fresh, is_equal)  # models trained with another tokenizer of this name need it
     make_room(Path(cfg.out), is_equal)

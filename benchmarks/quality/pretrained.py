@@ -16,6 +16,7 @@ import torch.nn.functional as F
 
 from benchmarks.report import command_line, figure, measure
 from data_utils.checkpoint import PRETRAINED, load_checkpoint
+from data_utils.errors import DataError
 from data_utils.events.decay_chain import decay_chain
 from data_utils.events.generate import encode_rows, load_run
 from data_utils.events.reconstruct import event_errors, from_latents
@@ -191,9 +192,14 @@ def figure_of(name, path=None, count=0):
 def rows_of(name, args):
     """Yield the figure of a model, if it is there."""
     if (PRETRAINED / f"{name}.pt").exists():
-        model = MODELS[name]
-        count = 8 if args.quick else model.count
-        yield figure("figure", f"{name}, {model.title}", figure_of(name, count=count), unit=model.unit)
+        model, value, missing = MODELS[name], None, None
+        try:
+            value = figure_of(name, count=8 if args.quick else 0)
+        except DataError:  # the demo's text comes from packages, and toy sizes are tried without it
+            if not args.quick:
+                raise
+            missing = "bash scripts/demo.sh"
+        yield figure("figure", f"{name}, {model.title}", value, unit=model.unit, baseline=missing)
 
 
 ROWS = {name: partial(rows_of, name) for name in MODELS}

@@ -386,8 +386,9 @@ def scores(arm, rows, views):
         texts.append(f"after {', '.join(map(str, COUNTS))} segments "
                      f"{', '.join(str(percent(right[:, k - 1])) for k in COUNTS)}")  # fmt: skip
         texts.append(f"halting {percent(halted)} after {last.double().mean() + 1:.1f} segments")
-        share = percent(solved(voted(arm, puzzles, max(COUNTS), views), solutions))
-        texts.append(f"{views} views of {max(COUNTS)} segments vote {share}")
+        if views > 1:
+            share = percent(solved(voted(arm, puzzles, max(COUNTS), views), solutions))
+            texts.append(f"{views} views of {max(COUNTS)} segments vote {share}")
     bands = []
     for low, high in BANDS:
         inside = torch.from_numpy((ratings >= low) & (ratings <= high))

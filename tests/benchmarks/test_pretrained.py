@@ -96,6 +96,15 @@ def test_the_command_of_a_card_works_from_another_folder(name, tmp_path):
 # ---- by name ---------------------------------------------------------------------------------------------------------
 
 
+def test_toy_sizes_run_in_a_clone_without_the_text_of_the_demo(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    pretrained.main(["--quick", "--rows", "demo,codebook", "--out", str(tmp_path / "figures.json")])
+    demo, codebook = (row["figures"][0] for row in load(tmp_path / "figures.json").values())
+    assert demo["baseline"] == "bash scripts/demo.sh" and "ours" not in demo and codebook["ours"] > 0
+    with pytest.raises(DataError, match="data/demo"):
+        pretrained.main(["--rows", "demo", "--out", str(tmp_path / "figures.json")])
+
+
 def test_a_path_that_exists_wins_over_a_name(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert by_name("addition") == str(PRETRAINED / "addition.pt")

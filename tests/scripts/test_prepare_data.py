@@ -96,6 +96,9 @@ def test_tokenizer(toy, tmp_path):
     tokenizer = load_tokenizer(f"bpe:{out}")
     assert tokenizer.vocab_size == 400 and tokenizer.decode(tokenizer.encode("Thy mercy 👍")) == "Thy mercy 👍"
     assert call("tokenizer", "--data_dir", toy, "--vocab_size", 10, "--out", out).returncode == 2
+    (tmp_path / "empty.txt").write_text("")
+    done = call("tokenizer", "--source", tmp_path / "empty.txt", "--out", tmp_path / "none.json")
+    assert done.returncode == 1 and "empty.txt: no text" in done.stderr and not (tmp_path / "none.json").exists()
 
 
 def test_sources_absent_are_skipped_and_texts_cleaned(tmp_path, monkeypatch, capsys):
