@@ -1,24 +1,27 @@
 """The layouts in which Sudokus and mazes are published -> texts of puzzles, with file and line.
 
-csv, csv.gz   columns question and answer (sudoku-extreme, maze-30x30-hard), quizzes and solutions, puzzle and solution;
-              a column rating or difficulty beside them
-text          a puzzle per line, its answer behind it or not; or grids over several lines, with | and - between boxes
+csv, csv.gz      columns question and answer (sudoku-extreme, maze-30x30-hard), quizzes and solutions, puzzle and
+                 solution; a column rating or difficulty beside them
+jsonl, parquet   the same columns, as texts or lists
+text             a puzzle per line, its answer behind it or not; or grids over several lines, with | and - between boxes
 """
 
+import itertools
 import math
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from data_utils.documents import how_to_mend, open_text, read_text
+from data_utils.documents import how_to_mend, open_text, read_text, suffix_of
 from data_utils.errors import DataError, UsageError
-from data_utils.reasoning import maze
+from data_utils.reasoning import maze, sources
 from data_utils.reasoning.sudoku import BOXES
 
 QUESTIONS = ("question", "questions", "quizzes", "quiz", "puzzle", "puzzles", "input")
 ANSWERS = ("answer", "answers", "solutions", "solution", "output")
 RATINGS = ("rating", "difficulty")
 BLANKS = "._*xX"  # besides 0, and - where a grid uses it so
+RECORDS = (".jsonl", ".parquet", ".arrow")
 CELLS = tuple(size * size for size in BOXES)
 CHUNK = 100_000  # rows of a table at a time: a published one has millions
 SURPLUS = 8  # values that a row may have too many
@@ -74,6 +77,8 @@ def read_puzzles(path, problems):
     Rows without a puzzle are added to `problems`. Raises DataError, UsageError.
     """
     path = Path(path)
+    if suffix_of(path) in RECORDS:
+        return read_records(path, problems)
     try:
         with open_text(path) as file:
             header = file.readline(10_000).decode("utf-8-sig", errors="replace").strip()
@@ -96,9 +101,7 @@ def read_table(path, columns, separator, problems):
     surplus = [f"surplus {i}" for i in range(SURPLUS)]  # a row with too many values is named, and stops nothing
     options = dict(sep=separator, names=[*columns, *surplus], header=None, skiprows=1, index_col=False)
     options |= dict(chunksize=CHUNK, dtype=str, keep_default_na=False, skip_blank_lines=False, encoding="utf-8-sig")
-    question, answer, rating = (
-        next((name for name in names if name in columns), "") for names in (QUESTIONS, ANSWERS, RATINGS)
-    )
+    question, answer, rating = _chosen(columns)
     first = 2  # line of the first row
     try:
         for table in pandas.read_csv(path, **options):
@@ -123,6 +126,48 @@ def read_table(path, columns, separator, problems):
         raise DataError(f"{path}: invalid UTF-8: {e.reason}{how_to_mend(path, e.object)}") from e
     except (OSError, ValueError) as e:  # pandas' errors are ValueErrors
         raise DataError(f"{path}: {str(e).splitlines()[0]}\nfix: mend the line") from e
+
+
+def read_records(path, problems):
+    """Return (layout in words, iterator of Texts) of a file of JSON lines or of a table of pyarrow."""
+    try:
+        records = (row for task in sources.split_tasks([path]) for _, row in sources.rows(task))
+        columns = [str(name).lower() for name in next((row for row in records if isinstance(row, dict)), {})]
+    except OSError as e:
+        raise UsageError(f"{path}: {e.strerror}") from e
+    if not any(name in QUESTIONS for name in columns):
+        names = ", ".join(columns) or "nothing"
+        raise DataError(f"{path}: no puzzles among {names}\nexpected: one of {' '.join(QUESTIONS)}")
+    return f"records of {', '.join(columns)}", _records(path, columns, problems)
+
+
+def _records(path, columns, problems):
+    names = _chosen(columns)
+    numbers = itertools.count(1)
+    for task in sources.split_tasks([path]):
+        texts = Texts(path)
+        for place, row in sources.rows(task):
+            line = next(numbers)
+            if isinstance(row, ValueError):
+                problems.add(sources.where(task, place), "that are no record", str(row))
+                continue
+            row = {str(name).lower(): _signs(value) for name, value in row.items()}
+            question, answer, rating = (row.get(name, "") for name in names)
+            if question.strip() or answer.strip():
+                texts.add(line, question, answer, _number(rating))
+        yield texts
+
+
+def _chosen(columns):
+    """Return the columns of questions, answers and ratings, "" for those that are absent."""
+    return [next((name for name in names if name in columns), "") for names in (QUESTIONS, ANSWERS, RATINGS)]
+
+
+def _signs(value):
+    """Return a text or number as text, a list, also of lists, as the signs of its items in a row."""
+    if isinstance(value, list):
+        return "".join(map(_signs, value))
+    return "" if value is None else str(value)
 
 
 def _number(text):

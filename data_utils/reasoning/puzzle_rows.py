@@ -5,6 +5,7 @@ n puzzles of N cells.
 
 import json
 import math
+import re
 import sys
 from collections import Counter
 from dataclasses import dataclass
@@ -18,10 +19,11 @@ from data_utils.errors import DataError, UsageError
 from data_utils.files import begins, make_room, warn, write_atomic
 from data_utils.reasoning import arc_tasks, maze, sudoku, trm_layout
 from data_utils.reasoning import folder as prepared
-from data_utils.reasoning.puzzle_layouts import BLANKS, Problems, read_lines, read_puzzles
+from data_utils.reasoning.puzzle_layouts import BLANKS, RECORDS, Problems, read_lines, read_puzzles
 from data_utils.workers import in_order
 
 SPLIT_NAMES = dict(train="train", training="train", val="val", valid="val", validation="val", test="val")
+TABLES = (".csv", ".txt", *RECORDS)  # of puzzles in a folder
 LARGEST_MAZE = 40  # rows and columns
 BLOCK = 50  # puzzles that a process solves at a time
 SHOWN = 3  # places that a message names
@@ -328,10 +330,10 @@ def _split_files(path):
     """Return {split: [paths]} of the tables and texts of a source, {"": [paths]} without splits; {} for JSON."""
     if path.is_file():
         return {} if path.suffix.lower() == ".json" else {"": [path]}
-    tables = [file for file in sorted(path.iterdir()) if suffix_of(file) in (".csv", ".txt") and file.is_file()]
+    tables = [file for file in sorted(path.iterdir()) if suffix_of(file) in TABLES and file.is_file()]
     named = {}
     for file in tables:
-        stem = file.name.split(".")[0].lower()
+        stem = re.split(r"\.|-\d", file.name)[0].lower()  # Hugging Face has train-00000-of-00001.parquet
         if stem in SPLIT_NAMES:
             named.setdefault(SPLIT_NAMES[stem], []).append(file)
     if named:

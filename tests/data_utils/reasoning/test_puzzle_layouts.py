@@ -1,6 +1,8 @@
 """Published Sudokus and mazes in tables and texts of every layout."""
 
 import gzip
+import json
+import math
 
 import pytest
 
@@ -41,6 +43,31 @@ def test_tables(name, tmp_path):
         layout, [(line, question, answer, rating)] = read(tmp_path, TABLES[name], file)
         assert layout.startswith("table of ") and line == 2 and question.replace("0", ".") == PUZZLE
         assert answer == SOLUTION and (rating in (7, 2.5)) == ("ating" in name or rating == rating)
+
+
+def test_records(tmp_path):
+    import pyarrow
+    import pyarrow.parquet
+
+    lists = [[int(sign) for sign in row.replace(".", "0")] for row in ROWS]
+    rows = [dict(Puzzle=PUZZLE, solution=SOLUTION, rating=7), dict(Puzzle=lists, solution=[*SOLUTION], rating=None)]
+    problems = Problems()
+    text = "\n".join([json.dumps(rows[0]), "{", json.dumps(rows[1])])
+    layout, expected = read(tmp_path, text, "a.jsonl", problems)
+    assert layout == "records of puzzle, solution, rating" and [row[0] for row in expected] == [1, 3]
+    assert [row[1].replace("0", ".") for row in expected] == [PUZZLE] * 2
+    assert [row[2] for row in expected] == [SOLUTION] * 2
+    assert expected[0][3] == 7 and math.isnan(expected[1][3]) and f"{tmp_path}/a.jsonl:2" in problems.lines()[0]
+    assert read(tmp_path, json.dumps([rows[0]]), "b.jsonl")[1] == expected[:1]
+    for i, row in enumerate(rows):
+        path = tmp_path / f"{i}.parquet"
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist([row]), path)
+        _, parts = read_puzzles(path, Problems())
+        assert [(t.questions, t.answers) for t in parts] == [([expected[i][1]], [SOLUTION])]
+    with pytest.raises(DataError, match="no puzzles among text"):
+        read(tmp_path, '{"text": "x"}\n', "c.jsonl")
+    with pytest.raises(DataError, match="no puzzles among nothing"):
+        read(tmp_path, "", "d.jsonl")
 
 
 GRIDS = {
