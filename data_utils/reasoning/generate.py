@@ -89,6 +89,8 @@ def answer_puzzles(cfg, model):
         rate = answers.size / (time.monotonic() - began)
         for (place, cells), filled, used in zip(batch, answers, segments, strict=True):
             right, words = form.verdict(cells, filled)
+            if rows:
+                print()  # mazes over several lines are read again only with a line between two
             print(form.show(filled), flush=True)
             print(f"{words}; {used} segments, {form.cells} tokens, {rate:.0f} tokens/s", file=sys.stderr)
             rows.append((form.line(cells), form.line(filled), words))

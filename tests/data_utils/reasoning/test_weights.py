@@ -153,7 +153,7 @@ def test_generate_fills_in_puzzles(tmp_path, capsys):
     shown = capsys.readouterr()
     tokens = network.solve(torch.tensor([[0 if s == "." else int(s) for s in PUZZLE]]) + 1, 2)[0]
     rows = ["".join("00123456789"[token] for token in row) for row in tokens.view(9, 9).tolist()]
-    assert shown.out.splitlines() == rows * 2 and "2 segments, 81 tokens" in shown.err
+    assert shown.out.splitlines() == [*rows, "", *rows] and "2 segments, 81 tokens" in shown.err
     with pytest.raises(UsageError, match="contradictory puzzle"):
         generate.main(generate.parse([checkpoint, f"--prompt=55{PUZZLE[2:]}"]))
     model, tokenizer = load(checkpoint)
