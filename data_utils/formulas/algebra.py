@@ -344,9 +344,9 @@ def _is_composite(b, e):
 def _based(c, e, u):
     """Return c^(e u), which is (c^u)^e, as (c^e)^u or where c^e is no float as exp(e log(c) u).
 
-    None is returned where c is no known positive number.
+    None is returned where c is no known positive number, or e is 1 or -1.
     """
-    if not (c.kind == "c" and 0 < c.a < math.inf and e == e):
+    if not (c.kind == "c" and 0 < c.a < math.inf and e == e and abs(e) != 1):
         return None
     size = float(e) * math.log(c.a)
     return _general_power(_constant(math.exp(size)), u) if abs(size) < 700 else _function("exp", scale(u, size))
@@ -385,7 +385,7 @@ def _product(*parts):
             again.append((b.b if b.a == "abs" else b, powers.pop(b)))
         elif c != c and _is_loose(b) and e == e:
             again.append((_over_lead(b), powers.pop(b)))
-        elif b.kind == "w" and e not in (1, -1) and (raised := _based(b.a, e, b.b)):
+        elif b.kind == "w" and (raised := _based(b.a, e, b.b)):
             again.append((raised, 1))
             del powers[b]
     if again:
@@ -461,13 +461,7 @@ def _general_power(a, b):
         return a if a.a == 1 else _function("exp", b)
     if a.a == "exp":
         return _function("exp", _product((a.b, 1), (b, 1)))
-    if (
-        b.kind == "s"
-        and len(b.b) == 1
-        and b.a == 0
-        and abs(b.b[0][1]) != 1
-        and (raised := _based(a, b.b[0][1], b.b[0][0]))
-    ):
+    if b.kind == "s" and len(b.b) == 1 and b.a == 0 and (raised := _based(a, b.b[0][1], b.b[0][0])):
         return raised
     if b.kind == "s" and b.b[0][1] < 0:
         return _product((node("w", a, scale(b, -1.0)), -1))
