@@ -135,7 +135,7 @@ class SudokuConfig:
 
 @dataclass
 class PuzzlesConfig:
-    source: str = ""  # csv, jsonl, parquet, text, folder of Sudokus or mazes; ARC tasks; a folder of HRM or TRM; agi1, agi2
+    source: str = ""  # tables, texts or a folder of Sudokus or mazes; ARC tasks; a folder of HRM or TRM; agi1, agi2
     out: str = "datasets/puzzles"  # folder to write
     format: Literal["petri", "trm"] = "petri"  # trm: the training layout of HRM and TRM
     limit: int = 0  # puzzles of each split, drawn at random; ARC: the first tasks; 0 = all
