@@ -3,7 +3,8 @@
 csv, csv.gz      columns question and answer (sudoku-extreme, maze-30x30-hard), quizzes and solutions, puzzle and
                  solution; a column rating or difficulty beside them
 jsonl, parquet   the same columns, as texts or lists
-text             a puzzle per line, its answer behind it or not; or grids over several lines, with | and - between boxes
+text             a puzzle per line, perhaps behind a name and before its answer and a rating; or grids over several
+                 lines, with | and - between boxes
 """
 
 import itertools
@@ -229,9 +230,11 @@ def _sudokus(path, lines, problems):
         place = f"{path}:{number}"
         words = [word for word in re.split(r"[,;\s]+", line) if word]
         compact = re.sub(r"[\s,;|\[\]]", "", line)
-        if words and len(words[0]) in CELLS:
-            same = len(words) > 1 and len(words[1]) == len(words[0])
-            texts.add(number, words[0], words[1] if same else "")
+        grids = [word for word in words if len(word) in CELLS and not word.strip("0123456789-" + BLANKS)]
+        size = max(map(len, grids or words[:1]), default=0)  # a puzzle may stand behind a name
+        if size in CELLS:
+            question, answer = [*(word for word in grids or words if len(word) == size), ""][:2]
+            texts.add(number, question, answer, _number(words[-1]) if len(words[-1]) < size else math.nan)
             continue
         if len(compact) in CELLS and not (spaced and rows):
             texts.add(number, compact)
