@@ -24,6 +24,7 @@ from data_utils.workers import in_order
 
 SPLIT_NAMES = dict(train="train", training="train", val="val", valid="val", validation="val", test="val")
 TABLES = (".csv", ".txt", *RECORDS)  # of puzzles in a folder
+BESIDE = ("readme", "license", "licence", "copying", "notice", "sources", "changelog")  # describe the others
 LARGEST_MAZE = 40  # rows and columns
 BLOCK = 50  # puzzles that a process solves at a time
 SHOWN = 3  # places that a message names
@@ -330,10 +331,12 @@ def _split_files(path):
     """Return {split: [paths]} of the tables and texts of a source, {"": [paths]} without splits; {} for JSON."""
     if path.is_file():
         return {} if path.suffix.lower() == ".json" else {"": [path]}
-    tables = [file for file in sorted(path.iterdir()) if suffix_of(file) in TABLES and file.is_file()]
-    named = {}
-    for file in tables:
+    tables, named = [], {}
+    for file in sorted(path.iterdir()):
         stem = re.split(r"\.|-\d", file.name)[0].lower()  # Hugging Face has train-00000-of-00001.parquet
+        if suffix_of(file) not in TABLES or stem in BESIDE or not file.is_file():
+            continue
+        tables.append(file)
         if stem in SPLIT_NAMES:
             named.setdefault(SPLIT_NAMES[stem], []).append(file)
     if named:

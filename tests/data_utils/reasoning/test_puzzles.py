@@ -9,7 +9,8 @@ import prepare_data
 from data_utils.errors import DataError, UsageError
 from data_utils.reasoning import maze, sudoku
 from data_utils.reasoning.dataset import open_dataset
-from data_utils.reasoning.puzzle_rows import Form
+from data_utils.reasoning.puzzle_layouts import Problems
+from data_utils.reasoning.puzzle_rows import Form, read_source
 from data_utils.reasoning.puzzles import parse_rating
 from tests.data_utils.reasoning.test_maze import random_maze
 from tests.data_utils.reasoning.test_sudoku import naive_solutions
@@ -51,6 +52,24 @@ def test_published_splits_stay_and_the_trainer_reads_them(tmp_path, capsys):
     batch = data.batch("val", np.arange(4))
     assert (batch["encoder_ids"].numpy() == [pair[0] for pair in test]).all() and data.meta["vocab_size"] == 10
     assert (data.batch("train", np.arange(4), 0)["labels"] > 0).all()
+
+
+def test_texts_beside_the_data_are_no_puzzles(tmp_path):
+    table(tmp_path / "data" / "b.csv", puzzles(3))
+    (tmp_path / "data" / "README.txt").write_text("three puzzles\n")
+    (tmp_path / "data" / "LICENSE.txt").write_text("MIT\n")
+    assert len(prepare(tmp_path / "data", tmp_path / "out", val_ratio=0)["train"]) == 3
+    table(tmp_path / "data" / "train-00000-of-00002.csv", puzzles(2))
+    table(tmp_path / "data" / "train-00001-of-00002.csv", puzzles(2, seed=1))
+    table(tmp_path / "data" / "validation-00000-of-00001.csv", puzzles(1, seed=2))
+    splits = prepare(tmp_path / "data", tmp_path / "named")
+    assert [len(splits[name]) for name in ("train", "val")] == [4, 1]
+    arc = tmp_path / "arc"
+    arc.mkdir()
+    (arc / "LICENSE.txt").write_text("Apache\n")
+    grid = dict(input=[[1, 2], [3, 4]], output=[[0]])
+    (arc / "a.json").write_text(json.dumps(dict(train=[grid], test=[dict(input=[[5]], output=[[6]])])))
+    assert read_source(arc, Problems())[0] == "ARC tasks, a file each"
 
 
 def test_wrong_rows_are_named_and_cost_no_other(tmp_path, capsys):
