@@ -370,7 +370,7 @@ def search_table(args, names, cells):
     path.write_text("\n".join(map(",".join, [names, *cells])) + "\n", encoding="utf-8")
     table = read_table(str(path))
     model = load_model(model_folder(PRETRAINED))
-    network = dict(model=suited(model, PRETRAINED, len(table.names)), network=NETWORK)
+    network = dict(model=suited(model, PRETRAINED, len(table.names)), network=NETWORK | dict(max_len=model.max_seq_len))
     alphabet, formulas, _ = search_formulas(table.X, table.y, table.names, np.random.default_rng(0),
                                             half=table.digits_y, choices=args.choices, **network)  # fmt: skip
     best = to_answers(alphabet, formulas, Data(table.X, table.y, None, table.digits_y))[0]

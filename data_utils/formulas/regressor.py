@@ -83,14 +83,16 @@ class SymbolicRegressor:
         rng = _generator(self.random_state)
         rows = np.sort(rng.permutation(len(y))[:DRAWN])
         self._points = X[rows], y[rows], None if sigma is None else sigma[rows]
-        half, network = _rounding(y), self.model
+        half, network, settings = _rounding(y), self.model, {}
         try:
             if isinstance(network, (str, os.PathLike)):
                 network = suited(load_model(model_folder(network)), network, X.shape[1])
+            if network is not None:
+                settings["network"] = NETWORK | dict(max_len=network.max_seq_len)
             self._alphabet, formulas, self._tried = search_formulas(
                 X, y, self._names, rng, model=network, operators=self.operators or (), longest=self.max_length,
                 exclude_terms=self.exclude_terms, sigma=sigma, half=half, max_seconds=self.max_seconds,
-                choices=self.choices, network=NETWORK,
+                choices=self.choices, **settings,
             )  # fmt: skip
         except (UsageError, DataError) as e:
             raise ValueError(str(e).replace("--", "")) from e

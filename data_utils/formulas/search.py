@@ -76,13 +76,10 @@ class Network:
     """
 
     def __init__(self, model, X, y, alphabet=None, *, max_points, prompt=(), numbers=(), width=0, **sampling):
-        """width: of a beam, which then proposes the same each time but for points and order; 0 = draws.
-
-        sampling: as for FlashANSRModel.sample; max_len is the model's own if it is not there.
-        """
+        """width: of a beam, which then proposes the same each time but for points and order; 0 = draws."""
         self.model, self.X, self.y, self.max_points, self.width = model, X, y, max_points, width
         self.alphabet = alphabet or model.alphabet
-        self.sampling = dict(prompt=prompt, numbers=numbers, max_len=model.max_seq_len) | sampling
+        self.sampling = dict(prompt=prompt, numbers=numbers) | sampling
 
     def scale(self, powers, power):
         """Read columns over 10^powers and y over 10^power from now on."""
@@ -573,7 +570,9 @@ def solve_problems(model, batches, numbers, choices, seed, stop=False):
         batch, j = batches[i // size], i % size
         D = int((batch["skeletons"][j].max() - model.alphabet.first_variable + 1).clamp_min(1))
         X, y = batch["x_tensors"][j, :, :D].double().numpy(), batch["y_tensors"][j, :, 0].double().numpy()
-        network = Network(model, X, y, max_points=len(X), temperature=1.0, top_k=0, top_p=1.0)
+        network = Network(
+            model, X, y, max_points=len(X), temperature=1.0, top_k=0, top_p=1.0, max_len=model.max_seq_len
+        )
         rng = np.random.default_rng((seed, i))
         rows = {normal(model.alphabet, row, LONGEST) for row in network(rng, choices)} - {None}
         columns = batch["x_tensors"][j].double().numpy()
