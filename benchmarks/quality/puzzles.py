@@ -394,8 +394,10 @@ def scores(arm, rows, views):
         inside = torch.from_numpy((ratings >= low) & (ratings <= high))
         name = str(low) if low == high else f"{low} to {high}" if high < 10**9 else f"{low} and more"
         if inside.any():
-            bands.append(f"{name}: {percent(right[inside, -1])} of {int(inside.sum())}")
-    texts.append(f"by guesses {', '.join(bands)}")
+            counts = [k for k in COUNTS if k <= right.shape[1]]
+            shares = ", ".join(str(percent(right[inside, k - 1])) for k in counts)
+            bands.append(f"with {name} guesses {shares} of {int(inside.sum())}")
+    texts += bands
     return percent(right[:, -1]), texts
 
 

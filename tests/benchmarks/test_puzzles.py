@@ -38,7 +38,7 @@ def test_models_run_at_toy_size_and_are_read_again(home):
         "after 1, 2, 4, 8, 16 segments",
         "halting",
         "2 views of 16 segments vote",
-        "by guesses",
+        "guesses",
         "4 steps in",
     ):
         assert part in hard["spread"]
