@@ -29,6 +29,7 @@ MALFORMED = ("invalid UTF-8", "invalid JSON", "not an object", 'no string "text"
 WHOLE = (".txt", ".md")  # a file is one document
 READ = (".jsonl", *WHOLE, ".csv", ".parquet")
 TABLES = (".parquet", ".arrow")
+BESIDE = ("readme", "license", "licence", "copying", "notice", "sources", "changelog")
 
 
 # ---- one file --------------------------------------------------------------------------------------------------------
@@ -41,6 +42,12 @@ def suffix_of(path):
         return path.suffix.lower()
     suffix = Path(path.stem).suffix.lower()
     return "" if suffix in TABLES else suffix
+
+
+def describes(path):
+    """Return whether a file describes the data beside it and holds none, by its name."""
+    path = Path(path)
+    return path.stem.lower() in BESIDE and path.suffix.lower() in WHOLE
 
 
 @contextmanager

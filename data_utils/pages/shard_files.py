@@ -39,7 +39,9 @@ def describe(sources, *, train_samples, test_samples, build_batch, seed):
         for split, wanted, least in (("train", train_samples, 1), ("test", test_samples, 2)):
             samples = min(wanted, source.limit(split) or wanted)
             if samples < least:
-                raise DataError(f"{name}: {samples} {split} samples there, {least} needed")
+                raise DataError(
+                    f"{name}: {samples} {split} samples in its data, {least} needed\nfix: add to the data of {name}"
+                )
             tasks[name][split] = samples
     spec = dict(format=FORMAT, renderer=RENDERER_VERSION, seed=seed, build_batch=build_batch, tasks=tasks)
     return json.loads(json.dumps(spec))

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data_utils.documents import suffix_of
+from data_utils.documents import describes, suffix_of
 from data_utils.errors import DataError, UsageError
 from data_utils.files import begins, make_room, warn, write_atomic
 from data_utils.reasoning import arc_tasks, maze, sudoku, trm_layout
@@ -24,7 +24,6 @@ from data_utils.workers import in_order
 
 SPLIT_NAMES = dict(train="train", training="train", val="val", valid="val", validation="val", test="val")
 TABLES = (".csv", ".txt", *RECORDS)  # of puzzles in a folder
-BESIDE = ("readme", "license", "licence", "copying", "notice", "sources", "changelog")  # describe the others
 LARGEST_MAZE = 40  # rows and columns
 BLOCK = 50  # puzzles that a process solves at a time
 SHOWN = 3  # places that a message names
@@ -334,7 +333,7 @@ def _split_files(path):
     tables, named = [], {}
     for file in sorted(path.iterdir()):
         stem = re.split(r"\.|-\d", file.name)[0].lower()  # Hugging Face has train-00000-of-00001.parquet
-        if suffix_of(file) not in TABLES or stem in BESIDE or not file.is_file():
+        if suffix_of(file) not in TABLES or describes(file) or not file.is_file():
             continue
         tables.append(file)
         if stem in SPLIT_NAMES:

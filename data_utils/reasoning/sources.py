@@ -21,6 +21,7 @@ from data_utils.documents import (
     TABLES,
     csv_rows,
     decode,
+    describes,
     how_to_mend,
     import_pyarrow,
     open_parquet,
@@ -32,7 +33,6 @@ from data_utils.errors import DataError
 
 LINES = (".jsonl", ".txt")
 READ = (*TABLES, ".csv", *LINES, ".md", ".json")
-BESIDE = ("readme.md", "license.md", "sources.md", "changelog.md")  # describe the data in a folder
 SAVED_BESIDE = ("dataset_info.json", "state.json", "dataset_dict.json")  # by save_to_disk of Hugging Face, no rows
 BLOCK_BYTES = 8 * 2**20
 GROUP_ROWS = 512  # rows held as Python objects at a time
@@ -60,9 +60,9 @@ def find_files(source, most=0):
 
 
 def _is_beside(path, root):
-    """Return whether a file in the folder `root` describes the others and holds no rows."""
+    """Return whether a file in the folder `root` holds no rows."""
     saved = path.name in SAVED_BESIDE and any(path.parent.rglob("*.arrow"))
-    return path != root and (saved or path.name.lower() in BESIDE)
+    return path != root and (saved or describes(path))
 
 
 def split_tasks(files, block=BLOCK_BYTES):

