@@ -146,6 +146,7 @@ class EventsConfig:
 class PagesConfig:
     checkpoint: str = ""  # run folder or checkpoint of train_multimodal.py; the flag's name may be left out
     task: str = ""  # a task of the model; "" = the only one
+    prompt: str = ""  # page or puzzle as text
     input: str = ""  # file, or - for stdin: a page of text, puzzles or ARC tasks as prepare_data.py puzzles reads them
     out: str = ""  # csv of question, answer and verdict of puzzles; submission.json of ARC tasks, with two attempts
     steps: int = 0  # steps of reasoning; 0 = as trained

@@ -98,6 +98,13 @@ def draw_files(files, out):
     print(out)
 
 
+def metrics_of(run):
+    """Return the files of metrics in a folder; [run] for a file, a run of train_ae.py and a sweep."""
+    if Path(run, ROWS).is_file():
+        return [str(Path(run, ROWS))]
+    return sorted(map(str, Path(run).glob(f"*_{ROWS}"))) or [run]
+
+
 def main(cfg):
     """Draw the runs of `cfg`: all of them files of metrics, folders of train_ae.py, or folders of sweeps."""
     cfg = complete(cfg, type(cfg))
@@ -108,7 +115,7 @@ def main(cfg):
     for run in cfg.runs:
         if not Path(run).exists():
             raise DataError(f"{run}: no such file or folder\ntry: python plot.py --help")
-    paths = [str(Path(run, ROWS)) if Path(run, ROWS).is_file() else run for run in cfg.runs]
+    paths = [path for run in cfg.runs for path in metrics_of(run)]
     check_replaceable(cfg.out, cfg.fresh, is_marked, inputs=paths)
     sweeps = [path for path in paths if Path(path, SWEEP).is_file()]
     folders = [path for path in paths if Path(path).is_dir() and path not in sweeps]

@@ -331,22 +331,30 @@ def tokenizer(cfg):
 def check(cfg):
     """Check every line of the domain folders; status 1 if one is malformed."""
     from data_utils.documents import MALFORMED, find_domains, format_problems, read_documents
+    from data_utils.files import warn
 
     domains, ignored = find_domains(cfg.data_dir)
-    problems = {}
+    problems, unread = {}, []
     print(f"{'domain':<20} {'documents':>10} {'MB':>10}")
     for domain, files in domains.items():
         documents = size = 0
         for path in files:
-            for text in read_documents(path, problems, skip_bad_lines=True, text_field=cfg.text_field):
-                documents += 1
-                size += len(text.encode("utf-8"))
+            try:
+                for text in read_documents(path, problems, skip_bad_lines=True, text_field=cfg.text_field):
+                    documents += 1
+                    size += len(text.encode("utf-8"))
+            except DataError as e:
+                unread.append(e)
         print(f"{domain:<20} {documents:>10} {size / 1e6:>10.2f}", flush=True)
     for path in ignored:
         print(f"ignored: {path}")
     if problems:
         print(format_problems(problems))
+    for e in unread:
+        warn(e)
     bad = sum(problems[kind][0] for kind in MALFORMED if kind in problems)
+    if unread:
+        raise DataError(f"{len(unread)} files can't be read, {bad} malformed lines")
     if bad:
         raise DataError(f"{bad} malformed lines\nfix: mend them, or train with --skip_bad_lines")
     return {}

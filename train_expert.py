@@ -486,8 +486,11 @@ def main(cfg):
         """
         count = data.windows("val")
         windows = min(cfg.eval_windows or count, count)
-        # Windows at even distances are from all domains.
+        # Windows at even distances, and one of each domain that lies between them.
         windows = np.linspace(0, count, windows, endpoint=False, dtype=np.int64)
+        filled = np.flatnonzero(np.diff(data.edges["val"]))  # domains with windows
+        absent = np.setdiff1d(filled, data.domain("val", windows))
+        windows = np.union1d(windows, data.edges["val"][absent])
         sums = {}  # name -> (domains,)
         with distributed.full_weights(raw_model) as full_model, autocast:
             for start in range(rank * cfg.batch_size, len(windows), world * cfg.batch_size):
@@ -509,7 +512,7 @@ def main(cfg):
             return None
         sums = {name: sum(part[name] for _, part in shards if part) for name in shards[0][1]}
         row = averages({name: values.sum().item() for name, values in sums.items()})
-        # With few --eval_windows a domain may have none. It then has no loss.
+        # A domain whose windows hold no target has no loss.
         row["domains"] = {
             domain: averages({name: values[i].item() for name, values in sums.items()})
             for i, domain in enumerate(data.domains)

@@ -358,8 +358,10 @@ def main(cfg):
         )
         vocab_size = data.meta["vocab_size"]
         n_val = min(cfg.eval_rows or data.rows("val"), data.rows("val"))
-        if cfg.save_best_model and not (cfg.run_name and n_val):
-            raise UsageError("--save_best_model needs a --run_name, and validation rows")
+        if cfg.save_best_model and not cfg.run_name:
+            raise UsageError("--save_best_model needs a --run_name")
+        if cfg.save_best_model and not n_val:
+            raise UsageError(f"--save_best_model: {cfg.dataset} has no validation rows\nfix: prepare it with more")
         # The last batch of an epoch is filled up with rows from the epoch's start, so that each
         # rank has as many rows in each batch.
         rows_per_batch = cfg.batch_size * world

@@ -150,7 +150,7 @@ from data_utils import checkpoint, distributed, files
 from data_utils.metrics import append_row, averages, draw_losses, start_rows
 from data_utils.progress import Progress, peak_mb, say
 from data_utils.stop import Stop
-from data_utils.text.experts import load_expert, load_store, save_store
+from data_utils.text.experts import load_expert, load_store, save_store, typed_flags
 from data_utils.text.windows import DomainText
 from data_utils.tokenizer import load_tokenizer
 from models.router import FAMILIES, NanoThink
@@ -297,8 +297,9 @@ def main(cfg):
     expected = {name: settings[name] for name in names} | dict(tokenizer_hash=tokenizer.hash)
     experts = {}
     settings["experts"] = {}
+    flags = typed_flags(cfg, "data_dir", "domains", "text_field", "tokenizer", "d_model", "max_seq_len")
     for name in FAMILIES:
-        experts[name], source = load_expert(settings[f"{name}_ckpt"], name, expected)
+        experts[name], source = load_expert(settings[f"{name}_ckpt"], name, expected, flags)
         settings["experts"][name] = source["model_args"]
     arguments = inspect.signature(NanoThink).parameters
     model_args = {name: settings[name] for name in arguments}
@@ -506,8 +507,11 @@ def main(cfg):
         """
         count = data.windows("val")
         windows = min(cfg.eval_windows or count, count)
-        # Windows at even distances are from all domains.
+        # Windows at even distances, and one of each domain that lies between them.
         windows = np.linspace(0, count, windows, endpoint=False, dtype=np.int64)
+        filled = np.flatnonzero(np.diff(data.edges["val"]))  # domains with windows
+        absent = np.setdiff1d(filled, data.domain("val", windows))
+        windows = np.union1d(windows, data.edges["val"][absent])
         sums = {}  # name -> (domains,)
         with distributed.full_weights(raw_model) as full_model, autocast:
             for start in range(rank * cfg.batch_size, len(windows), world * cfg.batch_size):
@@ -529,7 +533,7 @@ def main(cfg):
             return None
         sums = {name: sum(part[name] for _, part in shards if part) for name in shards[0][1]}
         row = averages({name: values.sum().item() for name, values in sums.items()})
-        # With few --eval_windows a domain may have none. It then has no loss.
+        # A domain whose windows hold no target has no loss.
         row["domains"] = {
             domain: averages({name: values[i].item() for name, values in sums.items()})
             for i, domain in enumerate(data.domains)

@@ -153,7 +153,7 @@ MODELS = dict(
     ),
     sudoku6=Model(
         "solves pictures of 6 x 6 Sudokus",
-        "echo 52..13.3..26.5...2....5.2....531.... | python generate.py sudoku6 --input -",
+        "python generate.py sudoku6 --prompt 52..13.3..26.5...2....5.2....531....",
         "pictures of puzzles of 14 givens; one solution in twenty is held out",
         "held-out pictures of 6 x 6 Sudokus solved",
         "%", partial(pages, name="sudoku6"), 512,

@@ -308,7 +308,10 @@ def whole_labels(y, n, name):
             return y.argmax(1).astype(np.int64)
     elif y.size == n and y.dtype.kind in "fiub" and (y.astype(np.float64) % 1 == 0).all():  # nan is not
         return y.reshape(-1).astype(np.int64)
-    raise DataError(f"{name} is {y.dtype} {y.shape}: expected whole numbers ({n},), as long as X, or one-hot rows")
+    raise DataError(
+        f"{name} is {y.dtype} {y.shape}: expected whole numbers ({n},), as long as X, or one-hot rows\n"
+        "fix: number the classes 0, 1, ..."
+    )
 
 
 ENDS = tuple(f"_{split}" for split in SPLITS)

@@ -13,12 +13,14 @@ import re
 from dataclasses import dataclass, field, replace
 
 from data_utils.errors import DataError, UsageError
+from data_utils.events.sources import LABELS
 
 PARTICLE = "E px py pz pT eta phi y mass pT_rel eta_rel phi_rel mask id charge".split()
 EVENT = "MET MET_phi jet_pT jet_eta jet_phi".split()
 JETCLASS_LABELS = tuple(f"label_{name}" for name in "QCD Hbb Hcc Hgg H4q Hqql Zqq Wqq Tbqq Tbl".split())
 LHCO_WIDTHS = (2100, 2101)
 PDG = {5: 2, -5: 2, -11: 3, 11: 4, 13: 5, -13: 6, 22: 7, 0: 0}  # all others are jets: 1
+PDG |= {sign * number: 0 for number in (12, 14, 16) for sign in (1, -1)}  # a detector sees no neutrinos
 SPELLINGS = {
     "energy": "E",
     "rapidity": "y",
@@ -34,7 +36,6 @@ SPELLINGS = {
     "particle_id": "id",
 }
 METS = {"met": "MET", "met_met": "MET", "missing_et": "MET", "metphi": "MET_phi", "met_phi": "MET_phi"}
-LABELS = "y label labels target truth class is_signal is_signal_new signal".split()
 
 
 @dataclass

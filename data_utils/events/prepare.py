@@ -191,7 +191,7 @@ def read_chunk(source, layout, start, stop, cfg):
     if len(set(shapes.values())) > 1 or any(len(shape) != 2 for shape in shapes.values()):
         listing = ", ".join(f"{name} {shape}" for name, shape in shapes.items())
         raise DataError(f"{source.path}: {listing}: expected (events, particles), the same for all")
-    ids = read_ids(source, layout, start, stop, values)
+    ids, others = read_ids(source, layout, start, stop, values)
     present = find_particles(values, layout.padding) & (ids != 0)
     if "mask" in values:
         present &= values.pop("mask") > 0
@@ -216,6 +216,7 @@ def read_chunk(source, layout, start, stop, cfg):
         rows = rows.astype(np.float32)
     more = present.sum(1) - present_kept.sum(1)
     counts = dict(cut_events=int((more > 0).sum()), cut_particles=int(more.sum()))
+    counts |= others
     counts |= dict(massless=int(not {"E", "mass"} & layout.particles.keys()), summed=int("MET" not in event))
     return dict(rows=rows, label=read_labels(source, layout, start, stop), counts=counts)
 
@@ -226,11 +227,15 @@ def first(values):
 
 
 def read_ids(source, layout, start, stop, values):
-    """Return the ids (n, T) of petri: those of the file, translated as the layout says; 1 where it has none."""
+    """Return the ids (n, T) of petri: those of the file, translated as the layout says; 1 where it has none.
+
+    Also returns {("id", number): particles} of the numbers of the Particle Data Group that become jets.
+    """
     column = layout.particles.get("id")
     shape = next(iter(values.values())).shape
+    others = {}
     if column is None:
-        return np.ones(shape)
+        return np.ones(shape), others
     if isinstance(column, dict):
         ids = np.ones(shape)
         for number, flag in column.items():
@@ -239,14 +244,19 @@ def read_ids(source, layout, start, stop, values):
         ids = source.read(column, start, stop)
     if layout.ids != "petri":
         table = PDG if layout.ids == "pdg" else layout.ids
-        translated = np.where(np.isnan(ids), ids, 1) if layout.ids == "pdg" else ids.copy()
+        translated = ids.copy()
+        if layout.ids == "pdg":
+            jets = ~np.isnan(ids) & ~np.isin(ids, list(PDG))
+            translated[jets] = 1
+            numbers, counts = np.unique(ids[jets], return_counts=True)
+            others = {("id", number): n for number, n in zip(numbers.tolist(), counts.tolist(), strict=True)}
         for number, petri in table.items():
             translated[ids == number] = petri
         ids = translated
     if "charge" in values and isinstance(column, dict):  # flags that don't tell e+ from e-
         wrong = values["charge"] * np.where(np.isin(ids, POSITIVE_LEPTONS), 1, -1) < 0
         ids = np.select([wrong & (ids == number) for number in LEPTONS], list(LEPTONS.values()), ids)
-    return ids
+    return ids, others
 
 
 def find_particles(values, padding):
@@ -382,6 +392,9 @@ def print_table(cfg, rows, labels, names, dropped, counts):
         if names:
             texts = [f"{text} ({names[value]})" for text, value in zip(texts, values, strict=True)]
         print(f"labels: {', '.join(texts)}")
+    jets = {key[1]: n for key, n in counts.items() if key[0] == "id"}
+    if jets:
+        print(f"jets: particles of the numbers {', '.join(f'{number:g} ({n})' for number, n in sorted(jets.items()))}")
     if counts["cut_events"]:
         print(
             f"{counts['cut_events']} events have more than {cfg.max_particles} particles: the hardest are kept, "

@@ -149,7 +149,8 @@ class Recorder:
     def summary(self):
         """Return the last line that a run prints: where it is, its best epoch, and the next command."""
         state, cfg = self.state, self.cfg
-        best = f"best val_loss {state.best_val_loss:.4f} at epoch {state.best_epoch + 1}"
+        criterion = "ddim_mse" if cfg.loop == "diffusion_ae" else "val_loss"
+        best = f"best {criterion} {state.best_val_loss:.4f} at epoch {state.best_epoch + 1}"
         cost = f"{time.monotonic() - self.start:.0f} s, peak {peak_mb(self.device):.0f} MB"
         line = f"{self.run_dir or cfg.loop}: epoch {state.epoch} of {self.epochs}, {best}, "
         line += f"test_loss {state.test_loss:.4f}, {cost}"

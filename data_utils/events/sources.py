@@ -14,6 +14,8 @@ import numpy as np
 
 from data_utils.errors import DataError, UsageError
 
+LABELS = "y label labels target truth class is_signal is_signal_new signal".split()
+
 EVENT_IDS = ("event", "event_id", "eventid", "event_number", "eventnumber", "evt", "jet_id")
 
 
@@ -351,6 +353,12 @@ def _csv(path, event_id):
         raise DataError(f"{path}: no column {event_id}\ncolumns there: {', '.join(header)}")
     frame = pd.read_csv(path, encoding="utf-8-sig")
     frame.columns = [str(name).strip() for name in frame.columns]
+    for name in frame.columns:
+        if name.lower() in LABELS and not pd.api.types.is_numeric_dtype(frame[name]):
+            frame[name], classes = pd.factorize(frame[name], sort=True)  # -1 of an empty cell
+            if (frame[name] < 0).any():
+                raise DataError(f"{path}: line {(frame[name] < 0).argmax() + 2}: no {name}")
+            print(f"{path}: {name}: {', '.join(f'{i} {text}' for i, text in enumerate(classes))}")
     lower = {name.lower(): name for name in frame.columns}
     event_id = event_id or next((lower[name] for name in EVENT_IDS if name in lower), "")
     if not event_id:  # a row is an event
@@ -361,4 +369,7 @@ def _csv(path, event_id):
     order = np.argsort(codes, kind="stable")
     counts = np.bincount(codes)
     numbers = frame.drop(columns=event_id).select_dtypes(["number", "bool"])
+    texts = [name for name in frame if name not in numbers and name != event_id]
+    if texts:
+        print(f"{path}: not read, since they hold text: {', '.join(texts)}")
     return Source(path, {name: Ragged(numbers[name].to_numpy()[order], counts) for name in numbers})

@@ -24,6 +24,7 @@ MISSING |= set("#n/a #na #div/0! #value! #ref! #num! #name? #null! 1.#qnan -1.#i
 COMMENTS = "#", "//", "% ", "!", "sep="  # "sep=;" is a hint for Excel
 SEPARATORS = "\t", ";", "|", ",", " ", "  "  # an earlier one wins a tie; " " is any blanks, "  " two or more
 LOOKALIKES = str.maketrans("−–﹣－\u00a0\u2007\u2009\u202f’", "----    '")  # of minus signs, blanks, apostrophes
+CURRENCIES = "$€£¥ "  # before a number
 NUMERIC = re.compile(r"[+-]?[.,]?\d[\d.,]*(?:[ ']\d{3})*[\d.,]*(?:[eEdD][+-]?\d+)?\s*%?")  # whatever its marks mean
 GROUPED = re.compile(r"[+-]?[1-9]\d{0,2}([.,])\d{3}(?:\1\d{3})*")  # 1.234 or 1,234,567: perhaps thousands
 DATE = re.compile(r"\d{1,4}([-/.])\d{1,2}\1\d{1,4}([T ].*)?|\d{1,2}:\d\d.*|\d{1,2}[ .-]+[^\W\d]+[ .-]+\d\d+.*")
@@ -151,6 +152,11 @@ def _read(path):
         rows, notes = _binary_rows(path, raw)
         return rows, list(range(1, len(rows) + 1)), "", notes
     text, notes = _decode(path, raw)
+    if re.match(r'\s*[\[{]\s*["{\[]', text):
+        lines = bool(re.search(r"}\s*{", text))
+        read = f"pandas.read_json({str(path)!r}, lines={lines})"
+        code = f"import pandas; {read}.to_csv({path.stem + '.csv'!r}, index=False)"
+        raise error(path, "expected a table, found JSON", f"try: python -c {shlex.quote(code)}")
     lines = re.sub("\r\n?", "\n", text).split("\n")
     comments = {i: line for i, line in enumerate(lines) if line.lstrip(' "').startswith(COMMENTS)}
     for i in comments:
@@ -193,6 +199,10 @@ def _binary_rows(path, raw):
         package = next((name for name in ("openpyxl", "xlrd", "odfpy", "pyarrow") if name in str(e)), "pandas")
         remedy = f"try: pip install {package}"
         raise error(path, f"{package} is missing, which reads this kind of file; csv needs none", remedy) from e
+    except KeyError as e:
+        raise error(
+            path, "expected a table as text, Excel or parquet, found another archive", "fix: save it as csv"
+        ) from e
     except Exception as e:  # pandas, openpyxl and pyarrow raise their own kinds for a damaged file
         raise error(path, (str(e).splitlines() or [type(e).__name__])[0], "fix: save the table as csv") from e
     texts = [["" if _is_missing(str(cell)) else str(cell) for cell in column] for column in columns]
@@ -245,7 +255,12 @@ def _is_missing(cell):
 
 
 def _is_number(cell):
-    return NUMERIC.fullmatch(cell.strip().translate(LOOKALIKES)) is not None
+    return NUMERIC.fullmatch(_plainer(cell)) is not None
+
+
+def _plainer(cell):
+    """Return a cell with ASCII minus signs and blanks, without a currency before its number."""
+    return (cell if cell.isascii() else cell.translate(LOOKALIKES)).strip().lstrip(CURRENCIES)
 
 
 def _all_numbers(row):
@@ -323,7 +338,7 @@ def _is_units(rows):
 
 def _decimal_mark(path, rows, separator, notes):
     """Return the decimal mark of a table, "." or ",", from the cells that tell it apart from one of thousands."""
-    numbers = [cell.strip().translate(LOOKALIKES) for row in rows[:2000] for cell in row if _is_number(cell)]
+    numbers = [_plainer(cell) for row in rows[:2000] for cell in row if _is_number(cell)]
     commas = [number for number in numbers if "," in number]
     points = [number for number in numbers if "." in number]
     if not commas:
@@ -353,7 +368,7 @@ def _parse(texts, mark, lines):
     numbers = _plain(texts) if mark == "." else None
     if numbers is not None:
         return Column(*numbers)
-    texts = [text.strip() if text.isascii() else text.translate(LOOKALIKES).strip() for text in texts]
+    texts = list(map(_plainer, texts))
     texts = ["nan" if _is_missing(text) else text for text in texts]
     present = [i for i, text in enumerate(texts) if text != "nan"]
     if not present:

@@ -503,6 +503,8 @@ def ranking(alphabet, finalists, data, active, power, rng, deadline, exclude=())
         now = time.monotonic()
         left = max(last - now, 0.0) / max(now - begin, 1e-9) * size  # as many more may be ranked in time
         size = int(min(RANKED, left / 2))
+        if not any(formula for formula, _ in ranked[1:]):
+            size = max(size, ALWAYS)  # the mean alone is no answer
     distinct = {}
     for formula, cost in in_order(ranked):
         if not contains(formula.prefix, exclude):

@@ -49,7 +49,8 @@ def choose(parts, y, weights=None, *, width=WIDTH, most=TERMS, start=()):
 
     def add(i, k):
         """Return what is left of y and of the parts after part k[n] joined set i[n]."""
-        unit = rest[i, k] / np.sqrt((rest[i, k] ** 2).sum(1))[:, None]
+        with np.errstate(all="ignore"):  # parts that the set explains already, such as all others of two rows
+            unit = rest[i, k] / np.sqrt((rest[i, k] ** 2).sum(1))[:, None]
         new = left[i] - (left[i] * unit).sum(1)[:, None] * unit
         return new, rest[i] - (rest[i] @ unit[:, :, None]) * unit[:, None]
 

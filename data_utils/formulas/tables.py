@@ -74,7 +74,10 @@ def read_table(path, target="", columns=(), ignore=(), sigma=""):
             problem = f"line {line}, column {name}: {cell!r} is no number"
             if name in needed or len(used) == 1:
                 raise error(path, problem, "fix: correct it or empty the cell")
-            raise error(path, f"{problem}: correct it or empty the cell", _without(name, chosen))
+            remedy = _without(name, chosen)
+            if line == lines[-1]:
+                remedy = f"fix: delete line {line}, if it sums up the others"
+            raise error(path, f"{problem}: correct it or empty the cell", remedy)
     used, rows = _complete_rows(table, used, needed, bool(chosen), notes)
     M = int(rows.sum())
     if M < len(rows):

@@ -70,7 +70,9 @@ def answer_pages(cfg):
             "try: --noise 0.2"
         )
     problems = Problems()
-    asked = ask(cfg.input, task, config, cfg.votes, problems)
+    asked = ask("-", task, config, cfg.votes, problems, cfg.prompt) if cfg.prompt else []
+    if cfg.input or not cfg.prompt:
+        asked += ask(cfg.input, task, config, cfg.votes, problems)
     model.to(device)
     last = cfg.steps or model.limit(task.name)
     steps = [*(step for step in STEPS if cfg.png and step < last), last]
@@ -169,14 +171,16 @@ def to_questions(text, task, config, votes):
     return arc_questions(text, task, config, votes) if task.ids else [Question(read_page(text, task)[None])]
 
 
-def ask(path, task, config, votes, problems):
+def ask(path, task, config, votes, problems, text=""):
     """Return [(place or name, Question)] of a file: one page, or puzzles or ARC tasks in any published layout.
+
+    text: its content if that is known, else it is read.
 
     Rows that are no puzzle of this task are added to `problems`.
     """
     if task.ids and path and Path(path).is_dir():
         return published_questions(path, task, config, votes, problems)
-    text = read_input(path)
+    text = text or read_input(path)
     if task.ids and has_several(text):
         return published_questions(path, task, config, votes, problems)
     if is_puzzle(task):
@@ -190,6 +194,8 @@ def ask(path, task, config, votes, problems):
         if layout.startswith("table") or questions and (several or not problems.count and not walled):
             pages = [(place, to_pages(cells, form).reshape(1, task.rows, task.cols)) for place, _, cells in questions]
             return [(place, Question(page)) for place, page in pages]
+        if several:
+            return []
         problems.reasons.clear()
     name = Path(path).stem
     return [(name, question) for question in to_questions(text, task, config, votes)]
@@ -276,7 +282,7 @@ def choose_task(name, tasks):
 def read_input(path):
     """Return the text of a file, or of standard input for "-", without its last newline."""
     if not path:
-        raise UsageError("no question: --input FILE, or - for standard input\ntry: --input -")
+        raise UsageError("no question: --prompt TEXT, or --input FILE, or - for standard input\ntry: --input -")
     try:
         return read_text(path).removesuffix("\n")
     except OSError as e:
@@ -310,7 +316,7 @@ def as_rows(lines, task):
         signs = "#, space, S and G" if task.name == "maze" else f"digits up to {task.cols}, and . for blanks"
         raise UsageError(
             f"{problem}: {task.name} is {task.rows} rows of {task.cols} signs\n"
-            f"fix: one puzzle per file, {task.rows} lines of {task.cols} signs: {signs}"
+            f"fix: {task.rows} lines of {task.cols} signs: {signs}"
         )
     return rows
 

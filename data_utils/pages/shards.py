@@ -244,9 +244,13 @@ class Builder:
         status = self.process.poll() if self.process else 0
         if status:
             log = self.folder / "build.log"  # absent after its folder took the place of old data
-            lines = log.read_text(encoding="utf-8", errors="replace").splitlines()[-3:] if log.exists() else []
+            lines = log.read_text(encoding="utf-8", errors="replace").splitlines() if log.exists() else []
+            errors = [i for i, line in enumerate(lines) if line.startswith("error: ")]
+            if errors:  # its own words, advice included
+                problem, *more = lines[errors[-1] :]
+                raise DataError("\n".join([f"{self.folder}: {problem.removeprefix('error: ')}; see {log}", *more]))
             raise DataError(
-                f"{self.folder}: the builder ended with status {status}: {' | '.join(lines)}; see {log}\n"
+                f"{self.folder}: the builder ended with status {status}: {' | '.join(lines[-3:])}; see {log}\n"
                 "try: the same command"
             )
 

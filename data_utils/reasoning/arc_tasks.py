@@ -77,7 +77,13 @@ def read_tasks(source, problems):
         layout = "ARC tasks, a file each" if source.is_dir() else "an ARC task"
         named = []
         for path in files:
-            content = read_json(path)
+            try:
+                content = read_json(path)
+            except DataError as e:
+                if source.is_file():
+                    raise
+                problems.add(path, "files that are no JSON", str(e).partition(": no JSON: ")[2])
+                continue
             if isinstance(content, list) and source.is_file():
                 layout = "a list of ARC pairs"
             if isinstance(content, dict) and "train" not in content and source.is_file():

@@ -111,7 +111,8 @@ class Puzzles:
     def example(self):
         """Return the first held-out puzzle as text."""
         puzzles = self.grids["val" if self.rows("val") else "train"][0]
-        return "".join(map(str, puzzles[0])).replace("0", ".")
+        form = form_of(self.meta)
+        return form.line(puzzles[0]).replace("0", ".")
 
     def write_beside(self, path, config):
         """Write config.yaml and meta.json for the checkpoint `path`."""

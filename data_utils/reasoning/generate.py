@@ -75,12 +75,13 @@ def answer_puzzles(cfg, model):
     problems = Problems()
     questions = [("--prompt", form.parse(prompt.removeprefix("\ufeff"))) for prompt in cfg.prompt]
     if cfg.input:
-        questions += [(place, cells) for place, _, cells in read_questions(cfg.input, form, problems)[1]]
+        text = read_text("-") if cfg.input == "-" else None
+        questions += [(place, cells) for place, _, cells in read_questions(cfg.input, form, problems, text)[1]]
     if not questions and not problems.count:
         advice = f"try: --prompt {'.' * form.cells}" if form.kind == "sudoku" else "fix: --input FILE"
         raise UsageError(f"no puzzle: --prompt or --input FILE\n{advice}")
-    rows = []
-    wrong = []
+    rows, wrong = [], []
+    solvable = False  # whether one of the wrong ones has a solution
     for start in range(0, len(questions), PUZZLES_AT_ONCE):
         batch = questions[start : start + PUZZLES_AT_ONCE]
         began = time.monotonic()
@@ -96,9 +97,10 @@ def answer_puzzles(cfg, model):
             rows.append((form.line(cells), form.line(filled), words))
             if not right:
                 wrong.append(place)
+                solvable |= "the puzzle has" not in words  # no solution, or several
     if cfg.out:
         write_answers(cfg.out, rows)
-    if wrong and form.kind == "sudoku" and cfg.views < VIEWS:
+    if solvable and form.kind == "sudoku" and cfg.views < VIEWS:
         warn(f"a vote of several symmetric versions solves more\ntry: --views {VIEWS}")
     return result_of(wrong, len(rows), problems, cfg.input)
 

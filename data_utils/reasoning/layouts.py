@@ -40,13 +40,25 @@ def advice(source, row):
     texts = {str(name): value for name, value in row.items() if isinstance(value, str) and value.strip()}
     if not texts:
         return "fix: rows with a field of text"
-    longest = sorted(texts, key=lambda name: len(texts[name]))[-2:]
-    if len(longest) == 1:
-        return f"try: --text-field {shlex.quote(longest[0])} --fresh"
-    question, answer = (shlex.quote(name) for name in texts if name in longest)
+    if len(texts) == 1:
+        return f"try: --text-field {shlex.quote(*texts)} --fresh"
     output = shlex.quote(str(unused(f"{Path(source).stem}_qa.jsonl", "")))
     command = f"python prepare_data.py normalize-qa --input {shlex.quote(str(source))} --output {output}"
-    return f"try: {command} --question-field {question} --answer-field {answer} --skip-missing"
+    pair = _pair_of(texts) or (list(texts) if len(texts) == 2 else None)
+    if pair:
+        question, answer = map(shlex.quote, pair)
+        return f"try: {command} --question-field {question} --answer-field {answer} --skip-missing"
+    names = ", ".join(texts)
+    return f"fix: choose two of {names}: {command} --question-field NAME --answer-field NAME --skip-missing"
+
+
+def _pair_of(names):
+    """Return the one name with "question" and the one with "answer" in it, or another of PAIRS; else None."""
+    for pair in PAIRS:
+        found = [[name for name in names if word in name.lower()] for word in pair]
+        if all(len(some) == 1 for some in found) and found[0] != found[1]:
+            return found[0] + found[1]
+    return None
 
 
 def string_of(value, name):
@@ -71,11 +83,13 @@ def string_of(value, name):
 
 
 def pairs_of(row, counts):
-    """Return [(prompt, answer), ...] of a row, None if it has no layout of questions.
+    """Return [(prompt, answer), ...] of a row, None if it has no layout of questions. Fields may have any case.
 
     Counts what is left out, by reason, in `counts`. Raises ValueError for an unknown role or a value that is no text.
     """
-    if not has_layout(row):
+    if not _has_layout(row):
+        row = _lower(row)
+    if not _has_layout(row):
         return None
     before = [text for name in BEFORE if (text := string_of(row.get(name), name))]
     for name in TURNS:
@@ -96,7 +110,15 @@ def pairs_of(row, counts):
 
 
 def has_layout(row):
-    """Return whether a row holds questions or a conversation."""
+    """Return whether a row holds questions or a conversation; its fields may have any case."""
+    return _has_layout(row) or _has_layout(_lower(row))
+
+
+def _lower(row):
+    return {str(name).lower(): value for name, value in row.items()}
+
+
+def _has_layout(row):
     return any(name in row for name in TURNS) or any(name in row and other in row for name, other in PAIRS)
 
 

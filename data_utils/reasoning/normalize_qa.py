@@ -11,7 +11,7 @@ from pathlib import Path
 
 from data_utils.config import at_least
 from data_utils.errors import DataError, UsageError
-from data_utils.files import check_replaceable, lock_run, make_room, write_atomic
+from data_utils.files import check_replaceable, lock_run, make_room, warn, write_atomic
 from data_utils.reasoning import sources
 from data_utils.reasoning.layouts import string_of
 from data_utils.stop import Stop
@@ -114,6 +114,7 @@ def normalize_task(task, *, paths, templates, skip_missing):
                 counts["skipped"] += 1
                 counts[f"skipped without {missing[0]}"] += 1
                 continue
+            counts["incomplete"] += bool(missing)
             prompt, response = (_fill(template, record) for template in templates)
             line = f'{{"prompt": {quoted(prompt)}, "response": {quoted(response)}}}\n'
             lines.append(line.encode("utf-8", errors="replace"))
@@ -213,6 +214,8 @@ def normalize(cfg):
     reasons = [f"{counts[f'skipped without {name}']} without {name}" for name in ("question", "answer")]
     reasons = f" ({', '.join(reasons)})" if counts["skipped"] else ""
     seconds = time.monotonic() - started
+    if counts["incomplete"]:
+        warn(f"{counts['incomplete']} records have no question or no answer\ntry: --skip-missing --fresh")
     print(
         f"{output}: {counts['records']} records, {counts['question']} with a question, {counts['answer']} with an "
         f"answer, {counts['skipped']} skipped{reasons}; {megabytes:.1f} MB, {seconds:.1f} s"

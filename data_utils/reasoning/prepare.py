@@ -165,6 +165,8 @@ def _check_rows(counts, cfg, files):
     """Raise DataError if there are no rows, warn if none is held out, print the bytes per token."""
     if not counts.get("train_samples") and not counts.get("val_samples"):
         first = _first_row(files)
+        if not first and not counts.get("documents"):
+            raise DataError(f"{cfg.source}: no rows\nfix: a file with text")
         fields = ", ".join(first) if isinstance(first, dict) else first
         advice = layouts.advice(cfg.source, first) if isinstance(first, dict) else "fix: rows with text"
         raise DataError(f"no text in {cfg.source}: {dict(counts)}; the first row has {fields}\n{advice}")
@@ -182,7 +184,7 @@ def _name_unused(files):
     """Print the fields that are not read, if the first row holds questions or a conversation."""
     first = _first_row(files)
     if isinstance(first, dict) and layouts.has_layout(first):
-        unused = [str(name) for name in first if name not in layouts.COLUMNS | {"language"}]
+        unused = [str(name) for name in first if str(name).lower() not in layouts.COLUMNS | {"language"}]
         if unused:
             print(f"fields of the first row that are not used: {', '.join(unused)}")
 

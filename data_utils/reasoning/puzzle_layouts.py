@@ -225,7 +225,7 @@ def _sudokus(path, lines, problems):
     spaced = spaced and any(re.search(r"\d  ?\d", line) for line in lines)
     width = max((len(line.replace("|", "").rstrip()) for line in lines if re.search(r"\d", line)), default=0)
     layout = "a Sudoku per line"
-    rows, first = [], 0
+    rows, first, titles = [], 0, 0
     for number, line in enumerate(lines, 1):
         place = f"{path}:{number}"
         words = [word for word in re.split(r"[,;\s]+", line) if word]
@@ -247,6 +247,7 @@ def _sudokus(path, lines, problems):
         signs = len(re.findall(rf"[\d{re.escape(blanks)}]", compact)) if not spaced else len(row)
         is_title = not rows and 2 * signs <= len(compact)
         if is_title:
+            titles += 1
             continue
         if len(row) not in BOXES or (rows and len(row) != len(rows[0])):
             problems.add(place, "that are no puzzle", f"{len(compact)} signs")
@@ -260,6 +261,8 @@ def _sudokus(path, lines, problems):
             rows = []
     if rows:
         problems.add(f"{path}:{first}", "that are no puzzle", f"{len(rows)} rows of {len(rows[0])} signs")
+    if titles:
+        layout += f"; {titles} lines of other text"
     return layout, [texts]
 
 

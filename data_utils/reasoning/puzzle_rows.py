@@ -195,7 +195,8 @@ def check_questions(texts, form, check):
         return f"{sign!r} in row {row + 1}, column {column + 1}"
 
     def length(i):
-        return f"{len(texts.questions[i])} signs, expected {form.cells}"
+        text = texts.questions[i].replace("\n", "")
+        return f"{len(text)} signs, expected {form.cells}"
 
     check.reject(~fits, "of another size", length)
     check.reject((cells == 255).any(1), "with another sign", odd_sign)

@@ -229,6 +229,8 @@ def _arc_files(tasks, cfg):
     if cfg.format == "petri":
         tests = sum(answer is not None for task in tasks for _, answer in task.test)
         counts = dict(train=sum(len(task.train) for task in tasks), val=tests)
+        if tests < 2:
+            warn(f"{tests} test pairs with an answer: train_multimodal.py needs 2\nfix: add a task")
         return {"arc.json": arc_tasks.to_json(tasks)}, dict(kind="arc", tasks=len(tasks)), counts
     splits, names, tested = trm_layout.arc_groups(tasks, cfg.augment, np.random.default_rng((cfg.seed, 2)))
     files = {"identifiers.json": json.dumps(names).encode(), "test_puzzles.json": json.dumps(tested).encode()}

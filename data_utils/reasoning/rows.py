@@ -91,6 +91,7 @@ def read_texts(task, counts, *, text_field, lang, collapse_whitespace, skip_bad_
             text = re.sub("[\ud800-\udfff]", "\ufffd", text)
         return text
 
+    fine = False  # whether a row before was read
     for place, row in sources.rows(task, layouts.COLUMNS | {"language"} | set(text_field)):
         try:
             if isinstance(row, ValueError):
@@ -104,12 +105,13 @@ def read_texts(task, counts, *, text_field, lang, collapse_whitespace, skip_bad_
                 advice = "try: --skip-bad-lines --fresh"
                 if "UTF-8" in str(e):
                     e = f"{e}; iconv -f CP1252 -t UTF-8 converts a file from Windows"
-                if str(e).startswith("no text"):
+                if str(e).startswith("no text") and not fine:
                     advice = layouts.advice(task[0], row)
                 raise DataError(f"{sources.where(task, place)}: {e}\n{advice}") from None
             counts["bad_rows"] += 1
             counts[f"bad_rows, {str(e).partition(';')[0].partition(', expected')[0][:60]}"] += 1
             continue
+        fine = True
         if isinstance(texts, str):
             yield clean(texts)
         elif texts:

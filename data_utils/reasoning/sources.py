@@ -45,6 +45,8 @@ def find_files(source, most=0):
     Raises DataError if there is none, or if one is compressed with zstandard.
     """
     root = Path(source)
+    if not root.exists():
+        raise DataError(f"{root}: no such file or folder")
     paths = [root] if root.is_file() else sorted(path for path in root.rglob("*") if path.is_file())
     visible = [p for p in paths if p == root or not any(part.startswith(".") for part in p.relative_to(root).parts)]
     zstandard = [path for path in visible if path.suffix == ".zst"]
@@ -53,9 +55,8 @@ def find_files(source, most=0):
     files = [path for path in visible if suffix_of(path) in READ and not _is_beside(path, root)]
     if not files:
         names = " ".join(READ)
-        raise DataError(
-            f"no source in {root}: searched for {names}, the last five also .gz; {len(visible)} other files"
-        )
+        others = f"{len(visible)} other files" + (f", such as {visible[0].name}" if visible else "")
+        raise DataError(f"no source in {root}: searched for {names}, the last five also .gz; {others}")
     return files[:most] if most else files
 
 
@@ -109,19 +110,19 @@ def _is_spread_out(path):
 def rows(task, columns=None, parse=None):
     """Yield (place, row) of a task; a row is a dict, or a ValueError for a bad one. `where` makes a text of place.
 
-    columns: read only these of a table. parse: turns a line of JSON into a row, instead of parse_line.
+    columns: read only these of a table, in any case; all if it has none of them. parse: turns a line of JSON into a
+    row, instead of parse_line.
     """
     path, kind, first, content = task
     if kind == "group":
         table = open_parquet(path)
-        names = [name for name in table.schema_arrow.names if columns is None or name in columns]
+        names = table.schema_arrow.names
+        if columns:
+            names = [name for name in names if name in columns or name.lower() in columns] or names
         options = dict(row_groups=[first], columns=names, use_threads=False)
         try:
-            if names:
-                batches = table.iter_batches(GROUP_ROWS, **options)
-                yield from enumerate(row for batch in batches for row in batch.to_pylist())
-            else:
-                yield from enumerate({} for _ in range(table.metadata.row_group(first).num_rows))
+            batches = table.iter_batches(GROUP_ROWS, **options)
+            yield from enumerate(row for batch in batches for row in batch.to_pylist())
         except (OSError, ValueError) as e:
             raise DataError(f"{path}: row group {first}: {str(e).splitlines()[0]}") from e
     elif kind == "csv":

@@ -1,5 +1,6 @@
 """Trained language models, rebuilt from their checkpoints."""
 
+import dataclasses
 import hashlib
 import shlex
 from pathlib import Path
@@ -15,10 +16,11 @@ from models.vector_store import VectorStore
 EXPERTS = FAMILIES | dict(mla=NanoThink)
 
 
-def load_expert(path, expert="", expected=None):
+def load_expert(path, expert="", expected=None, flags=""):
     """Return (frozen model in eval mode, its checkpoint without weights).
 
-    expert: the kind it must be, "" for any; expected: values of model_args and tokenizer_hash that it must have.
+    expert: the kind it must be, "" for any; expected: values of model_args and tokenizer_hash that it must have;
+    flags: of the command that trains one, for the message.
     Raises DataError, naming the command that makes it, if it is missing or damaged; UsageError if it is another one.
     """
     if not Path(path).exists():
@@ -26,7 +28,7 @@ def load_expert(path, expert="", expected=None):
         kind = expert or (named if named in FAMILIES else "transformer")
         command = "train_mla.py" if "mla" in named else f"train_expert.py --expert {kind}"
         folder = shlex.quote(str(Path(path).parent))
-        raise DataError(f"{path} is missing\ntry: python {command} --checkpoint_dir {folder}")
+        raise DataError(f"{path} is missing\ntry: python {command} --checkpoint_dir {folder}{flags}")
     state = load_checkpoint(path, f"expert:{expert}" if expert else [f"expert:{name}" for name in EXPERTS])
     differs = changed(state["model_args"] | dict(tokenizer_hash=state["tokenizer_hash"]), expected or {})
     if differs:
@@ -40,6 +42,16 @@ def load_expert(path, expert="", expected=None):
     if state.get("store_hash"):
         model.attach(load_store(Path(path).with_name("nanothink_mla_store.npz"), state["store_hash"]))
     return model.requires_grad_(False).eval(), state
+
+
+def typed_flags(cfg, *names):
+    """Return the flags of a configuration that differ from their defaults, among `names`, each after a space."""
+    words = []
+    for field in dataclasses.fields(cfg):
+        value = getattr(cfg, field.name)
+        if field.name in names and value != field.default:
+            words += [f"--{field.name}", *map(str, value if isinstance(value, tuple) else [value])]
+    return f" {shlex.join(words)}" if words else ""
 
 
 def save_store(path, store):

@@ -85,6 +85,10 @@ def test_check(toy, tmp_path):
     done = call("check", "--data_dir", tmp_path / "data")
     assert done.returncode == 1 and "2 malformed lines" in done.stderr and "Traceback" not in done.stderr
     assert "x.jsonl:3:" in done.stdout and "x.jsonl:4:" in done.stdout and "blank line" in done.stdout
+    (tmp_path / "data" / "a" / "a.csv").write_text("id,body\n1,some\n")
+    done = call("check", "--data_dir", tmp_path / "data")
+    assert "no column text" in done.stderr and "1 files can't be read, 2 malformed lines" in done.stderr
+    assert "x.jsonl:4:" in done.stdout and done.returncode == 1
     done = call("check", "--data_dir", tmp_path / "none")
     assert done.returncode == 1 and "prepare_data.py expert" in done.stderr
 
@@ -148,7 +152,7 @@ REFUSED = {  # command line: what it is told; the files that it reads are those 
     "sudoku --out new/s --size 4 --train 3000 --val 3000": "--size 4",
     "language --source broken.jsonl --dest new/l": "broken.jsonl:3: invalid JSON",
     "language --source other.jsonl --dest new/l": "no text: fields x",
-    "language --source empty.txt --dest new/l": "no text in empty.txt",
+    "language --source empty.txt --dest new/l": "empty.txt: no rows",
     "language --source other.jsonl --text_field x --dest new/l --vocab_size 3": "--vocab_size 3",
     "language --source other.jsonl --text_field x --dest new/l --tokenizer broken.jsonl": "broken.jsonl",
     "normalize-qa --input other.jsonl --question_field q --answer_field a --output new/n.jsonl": "no question",

@@ -35,6 +35,13 @@ def test_one_file_by_domain_or_in_a_folder_of_its_own(toy, tmp_path):
     assert losses[0] == losses[1]
 
 
+def test_few_windows_hold_each_domain(toy, tmp_path):
+    few = ["--expert=transformer", "--max_steps=1", *TINY, "--eval_windows=1", f"--data_dir={toy}"]
+    finish(start("train_expert.py", *few, f"--checkpoint_dir={tmp_path}"))
+    domains = rows(tmp_path, "val")[-1]["domains"]
+    assert set(domains) == {folder.name for folder in toy.iterdir() if folder.is_dir() and folder.name[0] != "."}
+
+
 def test_the_smoke_bundle_learns(toy, tmp_path):
     flags = ["--config", ROOT / "configs/expert/smoke.yaml", "--data_dir", toy, "--checkpoint_dir", tmp_path]
     out, _ = finish(start_cold("train_expert.py", *flags))

@@ -57,6 +57,7 @@ def test_checkpoint_writes_text_and_keeps_its_experts(trained, experts):
     "flags, status, words",
     [
         (["--diffuser_ckpt=none.pt"], 1, "none.pt is missing\ntry: python"),
+        (["--diffuser_ckpt=none.pt", "--domains", "code", "general"], 1, "--domains code general --d_model 32"),
         (["--d_model=64"], 2, "transformer_expert.pt differs from this run: d_model 32 -> 64"),
         (["--max_seq_len=16"], 2, "max_seq_len 32 -> 16"),
         (["--n_experts=4"], 2, "invalid choice: 4 (choose from 3)"),

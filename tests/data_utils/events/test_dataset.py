@@ -576,6 +576,7 @@ def pdg(path):
     np.savez(path, X=rows, y=labels)
 
 
+NUMBERED = "\nfix: number the classes 0, 1, ..."
 READER = "\ntry: python prepare_data.py events --source {path} --out {stem}_events.npz"
 SIX = "expected X and y, or X_train, Y_train and so for val and test"
 ERRORS = [  # file name, the function that writes it, more arguments, error, message
@@ -596,11 +597,11 @@ ERRORS = [  # file name, the function that writes it, more arguments, error, mes
     ("a.npz", parts(X_val=np.ones((30, 87), np.float32)), {}, DataError,
      "{path}: X_val is float32 (30, 87): expected numbers (events, 2 + 5 T), all of one T" + READER),
     ("a.npz", save(y=np.zeros(299, int)), {}, DataError,
-     "{path}: y is int64 (299,): expected whole numbers (300,), as long as X, or one-hot rows"),
+     "{path}: y is int64 (299,): expected whole numbers (300,), as long as X, or one-hot rows" + NUMBERED),
     ("a.npz", save(y=np.full(300, 0.5)), {}, DataError,
-     "{path}: y is float64 (300,): expected whole numbers (300,), as long as X, or one-hot rows"),
+     "{path}: y is float64 (300,): expected whole numbers (300,), as long as X, or one-hot rows" + NUMBERED),
     ("a.npz", save(y=np.full(300, np.nan)), {}, DataError,
-     "{path}: y is float64 (300,): expected whole numbers (300,), as long as X, or one-hot rows"),
+     "{path}: y is float64 (300,): expected whole numbers (300,), as long as X, or one-hot rows" + NUMBERED),
     ("a.npz", parts(X_val=np.ones((0, 92)), Y_val=np.ones(0)), {}, DataError, "{path}: X_val is empty: (0, 92)"),
     ("a.npz", save(X=simulated(2)[0], y=simulated(2)[1]), {}, DataError,
      "{path}: a split is empty: train 1, val 0, test 1\nfix: more events, other --labels"),

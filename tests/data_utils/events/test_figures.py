@@ -190,6 +190,15 @@ def test_runs_that_can_not_be_overlaid(tmp_path):
         plot.main(plot.Config(runs=(good, str(tmp_path / "a_metrics.jsonl"))))
 
 
+def test_a_folder_stands_for_its_metrics(tmp_path):
+    names = [str(tmp_path / f"{name}_metrics.jsonl") for name in "ab"]
+    for name in names:
+        open(name, "w").close()
+    assert plot.metrics_of(str(tmp_path)) == names and plot.metrics_of(names[0]) == names[:1]
+    (tmp_path / "metrics.jsonl").write_text("")
+    assert plot.metrics_of(str(tmp_path)) == [str(tmp_path / "metrics.jsonl")]
+
+
 def test_names_with_dollars_are_drawn_as_they_are(tmp_path):
     runs = [run(tmp_path / f"run_{i}", name=f"cost_${i} of $x^{{") for i in range(2)]
     plot.main(plot.Config(runs=tuple(runs), out=str(tmp_path / "a.png")))

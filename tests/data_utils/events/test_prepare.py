@@ -291,6 +291,21 @@ def test_slots_that_are_events_values(tmp_path):
     check(convert(tmp_path / "b.npz", tmp_path / "a.h5", columns=str(tmp_path / "a.yaml")), reference, None)
 
 
+def test_neutrinos_are_left_out_and_labels_may_be_texts(tmp_path, capsys):
+    rows = ["event,pt,eta,phi,id,label,note"]
+    for event in range(20):
+        rows += [f"{event},{30 + i},0,{i},{number},{'sb'[event % 2]},x" for i, number in enumerate((12, 211, -14, 22))]
+    (tmp_path / "a.csv").write_text("\n".join(rows) + "\n")
+    content, labels, _ = convert(tmp_path / "a.npz", tmp_path / "a.csv", ids="pdg")
+    assert (content[:, :2] == [7, 1]).all() and content.shape[1] == 2 + 5 * 2 and sorted(set(labels)) == [0, 1]
+    out = capsys.readouterr().out
+    assert "label: 0 b, 1 s" in out and "jets: particles of the numbers 211 (20)" in out
+    assert "not read, since they hold text: note" in out
+    (tmp_path / "a.csv").write_text("\n".join(rows).replace("19,30,0,0,12,b", "19,30,0,0,12,"))
+    with pytest.raises(DataError, match="line 78: no label"):
+        convert(tmp_path / "b.npz", tmp_path / "a.csv")
+
+
 def test_rapidity_and_pdg_numbers(tmp_path):
     block = np.stack([table("pT"), table("y"), table("phi"), np.where(table("pT") > 0, 211, 0)], 2)
     block[:, 0, 3] = -11

@@ -11,7 +11,7 @@ from data_utils.formulas.expressions import Alphabet, evaluate, format_formula, 
 from data_utils.formulas.forms import screen
 from data_utils.formulas.pools import save_pool
 from data_utils.formulas.problems import attainable, problems
-from data_utils.formulas.score import admissible
+from data_utils.formulas.score import admissible, rank_formulas
 from data_utils.formulas.search import (
     Candidate,
     Network,
@@ -141,6 +141,19 @@ def test_few_rows_of_a_plain_law_give_the_plain_law(n, law, shape):
                      np.column_stack([beyond, beyond])[None])[0]  # fmt: skip
     assert predict(ALPHABET, formula, beyond) == pytest.approx(truth, rel=0.02), formula
     assert formula.length <= len(prefix) + 2
+
+
+def test_formulas_are_ranked_until_one_is_more_than_the_mean(monkeypatch):
+    calls = []
+
+    def none_at_first(alphabet, formulas, data):
+        calls.append(len(formulas))
+        return [None] * len(formulas) if len(calls) < 3 else rank_formulas(alphabet, formulas, data)
+
+    monkeypatch.setattr("data_utils.formulas.search.rank_formulas", none_at_first)
+    monkeypatch.setattr("data_utils.formulas.search.MARGIN", 1e9)  # no time is left
+    x = np.array([[1.0], [2.0], [3.0], [4.0]])
+    assert len(search(x, 2 * x[:, 0], max_seconds=0.5)) > 1 and len(calls) == 3
 
 
 def test_noise_alone_gives_the_mean():

@@ -140,6 +140,12 @@ def test_what_is_left_out_is_said(kind, tmp_path):
     assert any(note in line for line in read.notes) if note else read.notes == []
 
 
+def test_a_currency_stands_before_numbers(tmp_path):
+    text = 'a,b,y\n1,$5.10,€ 4\n2,$10.15,€ 3.5\n3,"$1,020.25",€2\n'
+    table = read_table(write(tmp_path, text))
+    assert table.X[:, 1].tolist() == [5.1, 10.15, 1020.25] and table.y.tolist() == [4, 3.5, 2]
+
+
 @pytest.mark.parametrize("word", ["", "NA", "na", "NaN", "n/a", "null", "None", "-", "--", "?", "#N/A", "#DIV/0!", " "])
 def test_rows_are_dropped_for_used_columns_only(word, tmp_path):
     path = write(tmp_path, f"a,b,note,y\n1,5,,2\n2,{word},,3\n3,6,,{word}\n4,8,,4\n5,1,x,5\n")
@@ -176,6 +182,9 @@ REFUSED = {  # kind -> content, what the error says, what it advises
     "binary": (b"\x89PNG\r\n\x00\x01\x02\x00\x00\x00\x03", "found other bytes", "csv"),
     "torn gzip": (gzip.compress(WEIGH.encode())[:40], "end-of-stream", ""),
     "not Excel": (b"PK\x03\x04 nothing", "weigh.csv", "save the table as csv"),
+    "json": ('[{"a": 1, "y": 2},\n {"a": 2, "y": 3}]', "found JSON", "lines=False).to_csv("),
+    "json lines": ('{"a": 1, "y": 2}\n{"a": 2, "y": 3}', "found JSON", "lines=True).to_csv("),
+    "a sum below": ("a,b,y\n1,2,3\n2,3,5\nTotal,5,8\n", "line 4, column a: 'Total'", "delete line 4, if it sums up"),
     "gaps": ("a,y\n1,\n,2\n3,4\n", "complete rows of numbers: 1", ""),
 }  # fmt: skip
 

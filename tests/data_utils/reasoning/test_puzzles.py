@@ -54,6 +54,13 @@ def test_published_splits_stay_and_the_trainer_reads_them(tmp_path, capsys):
     assert (data.batch("train", np.arange(4), 0)["labels"] > 0).all()
 
 
+def test_the_example_of_a_maze_is_a_prompt(tmp_path):
+    (tmp_path / "a.txt").write_text("#####\n#S G#\n#####\n\n" * 2)
+    prepare(tmp_path / "a.txt", tmp_path / "out", val_ratio=0)
+    prompt = open_dataset(str(tmp_path / "out"), max_seq_len=15, data_seed=0, reveal=0, say=print).example()
+    assert prompt == "######S G######" and Form("maze", 3, 5).parse(prompt).tolist().count(1) == 12
+
+
 def test_texts_beside_the_data_are_no_puzzles(tmp_path):
     table(tmp_path / "data" / "b.csv", puzzles(3))
     (tmp_path / "data" / "README.txt").write_text("three puzzles\n")
