@@ -19,6 +19,7 @@ from pathlib import Path
 
 from data_utils.advice import pasteable
 from data_utils.errors import UsageError
+from data_utils.files import root
 from data_utils.launch import share_cores
 from data_utils.other_names import nearest
 
@@ -519,8 +520,13 @@ def read_flags(path, error):
 
 
 def as_flags(path, error, flatten=None, load=None):
-    """Return the words of flags that the YAML file at `path` stands for; `error` is called with a message."""
+    """Return the words of flags that the YAML file at `path` stands for; `error` is called with a message.
+
+    A file that is not there is looked for beside the scripts, which may be called from another folder.
+    """
     keys = []
+    if not Path(path).exists() and (root() / path).is_file():
+        path = root() / path
     try:
         if load:
             bundle = load(path)

@@ -55,9 +55,9 @@ def advice(source, row):
 def _pair_of(names):
     """Return the one name with "question" and the one with "answer" in it, or another of PAIRS; else None."""
     for pair in PAIRS:
-        found = [[name for name in names if word in name.lower()] for word in pair]
-        if all(len(some) == 1 for some in found) and found[0] != found[1]:
-            return found[0] + found[1]
+        matches = [[name for name in names if word in name.lower()] for word in pair]
+        if all(len(some) == 1 for some in matches) and matches[0] != matches[1]:
+            return matches[0] + matches[1]
     return None
 
 

@@ -306,7 +306,10 @@ class DomainText:
         start = n - max(1, int(self.val_split * n))
         if start - self.window < 1:
             needed = max(self.window + 2, int(np.ceil((self.window + 1) / (1 - self.val_split))))
-            raise DataError(f"domain {domain}: one document of {n} tokens, needed for train and val: {needed}")
+            raise DataError(
+                f"domain {domain}: one document of {n} tokens, needed for train and val: {needed}\n"
+                "fix: more text in it, or the other domains under --domains"
+            )
         say(f"warning: domain {domain} is one document: its end is val, {self.window} tokens before it are left out")
         edges = (0, start - self.window), (start, n)
         return [_Stream([(part, np.array([begin]), np.array([end]))], self.window) for begin, end in edges]
