@@ -19,6 +19,7 @@ POWERS = {"z", "pow", "pow2", "inv", "pow1_2", C}  # tokens of forms that are po
 OFFSETS = 3  # z for which forms with an offset of their own are tried
 WEIGHTS = (1.0, -1.0, 10.0, -10.0, 0.1, -0.1)  # of the second column of a sum: units near 1 differ by powers of ten
 PEAKS = 3  # frequencies per z
+GROWING = 3  # pairs of columns that are tried as (1 + c u)^(k v)
 CLEAR = 30.0  # bits by which a column must help to be searched beside the best ones
 
 
@@ -36,6 +37,9 @@ def starts(alphabet, data, weights, rng, points=128):
     product = _product(exponents, X)
     if product[0] and known.issuperset(product[0]):
         yield product
+    for prefix, constants in growth(X, y, w):
+        if known.issuperset(prefix):
+            yield prefix, constants
     for place, (tokens, z, exponents, inner) in enumerate(quantities(X, y, w)):
         factor, powers = _product(exponents, X)
         same = tokens[0] in "*/" and positive.all()  # its powers are products of powers of columns
@@ -46,6 +50,26 @@ def starts(alphabet, data, weights, rng, points=128):
             prefix = ["*", *factor, *prefix] if factor else prefix
             if known.issuperset(prefix):
                 yield prefix, [*powers, *values]
+
+
+def growth(X, y, w):
+    """Yield (prefix, constants) of (1 + c u)^(k v) times powers of the other columns, as of interest or of PCR."""
+    if not ((y > 0).all() or (y < 0).all()):
+        return
+    target, v, trials = np.log(np.abs(y)), w * np.abs(y), []
+    for j, k in itertools.permutations(range(X.shape[1]), 2):
+        others = [i for i in range(X.shape[1]) if i not in (j, k)]
+        for size in (0.3, 3.0):
+            c = size / np.abs(X[:, j]).max()
+            with np.errstate(all="ignore"):
+                A = np.column_stack([np.log(X[:, others]), X[:, k] * np.log1p(c * X[:, j]), np.ones(len(y))])
+            if np.isfinite(A).all():
+                solution, left = _least_squares(A, target, v)
+                trials.append((left, j, k, c, solution[-2], dict(zip(others, solution[:-2].tolist(), strict=True))))
+    for _, j, k, c, rate, exponents in sorted(trials, key=lambda trial: trial[:4])[:GROWING]:
+        factor, powers = _product(exponents, X)
+        prefix = ["pow", "-", "*", C, f"x{j + 1}", "(-1)", "*", C, f"x{k + 1}"]
+        yield ["*", *factor, *prefix] if factor else prefix, [*powers, float(c), float(rate)]
 
 
 def _product(exponents, X):

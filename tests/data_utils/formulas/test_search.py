@@ -156,6 +156,17 @@ def test_formulas_are_ranked_until_one_is_more_than_the_mean(monkeypatch):
     assert len(search(x, 2 * x[:, 0], max_seconds=0.5)) > 1 and len(calls) == 3
 
 
+@pytest.mark.parametrize("law", ["1000*(1 + a/100)**(-b)", "250*(1 + a/12)**b"])
+def test_growth_of_a_rate_over_a_time_is_found(law):
+    prefix, values = parse_formula(law, ["a", "b"])
+    rng = np.random.default_rng(0)
+    X = np.column_stack([rng.uniform(0.5, 12, 44).round(2), rng.integers(1, 30, 44)])
+    y = evaluate(ALPHABET, np.array([ALPHABET.encode(prefix)], np.uint8), np.array([values]), X[None])[0]
+    formula = search(X[:24], y[:24].round(2), half=np.full(24, 0.005), choices=1)[0]
+    assert predict(ALPHABET, formula, X[24:]) == pytest.approx(y[24:], rel=1e-3), formula
+    assert formula.length <= len(prefix)
+
+
 def test_noise_alone_gives_the_mean():
     rng = np.random.default_rng(0)
     formula = search(rng.uniform(1, 2, (40, 1)), 5 + rng.standard_normal(40), choices=300)[0]
