@@ -59,17 +59,27 @@ def growth(X, y, w):
     target, v, trials = np.log(np.abs(y)), w * np.abs(y), []
     for j, k in itertools.permutations(range(X.shape[1]), 2):
         others = [i for i in range(X.shape[1]) if i not in (j, k)]
-        for size in (0.3, 3.0):
-            c = size / np.abs(X[:, j]).max()
-            with np.errstate(all="ignore"):
-                A = np.column_stack([np.log(X[:, others]), X[:, k] * np.log1p(c * X[:, j]), np.ones(len(y))])
-            if np.isfinite(A).all():
-                solution, left = _least_squares(A, target, v)
-                trials.append((left, j, k, c, solution[-2], dict(zip(others, solution[:-2].tolist(), strict=True))))
-    for _, j, k, c, rate, exponents in sorted(trials, key=lambda trial: trial[:4])[:GROWING]:
+        fits = {}  # c -> (what is left, exponents of the others and k)
+        low, high = -3.0, 2.0  # powers of ten of c u
+        for _ in range(8):  # c and k make up for each other, so their start must be near
+            for c in 10.0 ** np.linspace(low, high, 7) / np.abs(X[:, j]).max():
+                with np.errstate(all="ignore"):
+                    A = np.column_stack([np.log(X[:, others]), X[:, k] * np.log1p(c * X[:, j]), np.ones(len(y))])
+                if np.isfinite(A).all():
+                    solution, left = _least_squares(A, target, v)
+                    fits[float(c)] = left, solution[:-1].tolist()
+            if not fits:
+                break
+            best = min(fits, key=lambda c: fits[c][0])
+            step, place = (high - low) / 6, np.log10(best * np.abs(X[:, j]).max())
+            low, high = place - step, place + step
+        if fits:
+            trials.append((fits[best][0], j, k, best, dict(zip([*others, k], fits[best][1], strict=True))))
+    for _, j, k, c, exponents in sorted(trials, key=lambda trial: trial[:4])[:GROWING]:
+        rate = exponents.pop(k)
         factor, powers = _product(exponents, X)
         prefix = ["pow", "-", "*", C, f"x{j + 1}", "(-1)", "*", C, f"x{k + 1}"]
-        yield ["*", *factor, *prefix] if factor else prefix, [*powers, float(c), float(rate)]
+        yield ["*", *factor, *prefix] if factor else prefix, [*powers, c, rate]
 
 
 def _product(exponents, X):

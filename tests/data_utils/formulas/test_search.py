@@ -162,7 +162,7 @@ def test_growth_of_a_rate_over_a_time_is_found(law):
     rng = np.random.default_rng(0)
     X = np.column_stack([rng.uniform(0.5, 12, 44).round(2), rng.integers(1, 30, 44)])
     y = evaluate(ALPHABET, np.array([ALPHABET.encode(prefix)], np.uint8), np.array([values]), X[None])[0]
-    formula = search(X[:24], y[:24].round(2), half=np.full(24, 0.005), choices=1)[0]
+    formula = search(X[:24], y[:24].round(4), half=np.full(24, 5e-5), choices=1)[0]
     assert predict(ALPHABET, formula, X[24:]) == pytest.approx(y[24:], rel=1e-3), formula
     assert formula.length <= len(prefix)
 
