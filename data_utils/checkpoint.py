@@ -286,7 +286,10 @@ def load_source(path, kind):
         family, _, member = other.replace("expert:mla", "mla").partition(":")
         words = [f"train_{family}.py", *(["--expert", member] if family == "expert" else [])]
         words += ["--resume" if family == "ae" else "--init_from", str(path)]  # train_ae.py has no --init_from
-        raise UsageError(f"--init_from {path} is of kind {other}, expected {kind}\ntry: python {shlex.join(words)}")
+        advice = f"python {shlex.join(words)}"
+        if family == "expert" and kind.startswith("expert:") and kind != "expert:mla":
+            advice = f"--expert {member}"  # the same script: its other flags stay
+        raise UsageError(f"--init_from {path} is of kind {other}, expected {kind}\ntry: {advice}")
     state = canonical_keys(load_checkpoint(path, kind))
     averaged = state.get("ema_state") or state.get("ema") or {}
     return state | dict(model_state=state["model_state"] | averaged)

@@ -348,10 +348,13 @@ def _csv(path, event_id):
     import pandas as pd
 
     with open(path, encoding="utf-8-sig", newline="") as file:
-        header = next(csv.reader(file), [])
+        first, second = file.readline(), file.readline()
+    separator = max(",;\t", key=first.count)
+    decimal = "," if separator != "," and re.search(r"\d,\d", second) else "."
+    header = next(csv.reader([first], delimiter=separator), [])
     if event_id and event_id not in header:
         raise DataError(f"{path}: no column {event_id}\ncolumns there: {', '.join(header)}")
-    frame = pd.read_csv(path, encoding="utf-8-sig")
+    frame = pd.read_csv(path, encoding="utf-8-sig", sep=separator, decimal=decimal)
     frame.columns = [str(name).strip() for name in frame.columns]
     for name in frame.columns:
         if name.lower() in LABELS and not pd.api.types.is_numeric_dtype(frame[name]):

@@ -301,7 +301,10 @@ def test_neutrinos_are_left_out_and_labels_may_be_texts(tmp_path, capsys):
     out = capsys.readouterr().out
     assert "label: 0 b, 1 s" in out and "jets: particles of the numbers 211 (20)" in out
     assert "not read, since they hold text: note" in out
-    (tmp_path / "a.csv").write_text("\n".join(rows).replace("19,30,0,0,12,b", "19,30,0,0,12,"))
+    text = "\n".join(rows)
+    (tmp_path / "b.csv").write_text(text.replace(",0,", ",0.5,").replace(",", ";").replace(".", ","))
+    assert (convert(tmp_path / "c.npz", tmp_path / "b.csv", ids="pdg")[0][:, 6] == 0.5).all()
+    (tmp_path / "a.csv").write_text(text.replace("19,30,0,0,12,b", "19,30,0,0,12,"))
     with pytest.raises(DataError, match="line 78: no label"):
         convert(tmp_path / "b.npz", tmp_path / "a.csv")
 
