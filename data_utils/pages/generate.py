@@ -174,15 +174,13 @@ def to_questions(text, task, config, votes):
 def ask(path, task, config, votes, problems, text=""):
     """Return [(place or name, Question)] of a file: one page, or puzzles or ARC tasks in any published layout.
 
-    text: its content if that is known, else it is read.
-
-    Rows that are no puzzle of this task are added to `problems`.
+    text: its content if that is known, else it is read. Rows that are no puzzle of this task are added to `problems`.
     """
     if task.ids and path and Path(path).is_dir():
         return published_questions(path, task, config, votes, problems)
     text = text or read_input(path)
     if task.ids and has_several(text):
-        return published_questions(path, task, config, votes, problems)
+        return published_questions(path, task, config, votes, problems, text)
     if is_puzzle(task):
         form = puzzle_form(task)
         try:
@@ -212,9 +210,9 @@ def has_several(text):
     return isinstance(content, list) and bool(content) and all(isinstance(pair, dict) for pair in content)
 
 
-def published_questions(path, task, config, votes, problems):
+def published_questions(path, task, config, votes, problems, text=None):
     """Return [(name, Question)] of every test of the ARC tasks in a file or folder; None for one that is too large."""
-    _, tasks = read_tasks(path, problems)
+    _, tasks = read_tasks(path, problems, None if Path(path).is_file() else text)
     numbers = known_numbers(task, config)
     questions = []
     unknown = 0

