@@ -4,6 +4,7 @@
     python -m benchmarks.quality.puzzles --rows models --minutes 20 --arms "train_hrm,official TRM"
     python -m benchmarks.quality.puzzles --rows recipe --minutes 60                 # 60 minutes for each of three arms
     python -m benchmarks.quality.puzzles --rows pretrained --test 300               # no training, 20 minutes
+    python -m benchmarks.quality.puzzles --rows ""                                  # none: draw ratings.png again
 
 Every arm learns for --minutes CPU minutes of this process from the same puzzles in the same order. Hard puzzles have as
 few givens as possible, 26 at most; easier ones come from them by filling in cells. Training goes from 40 givens down to
@@ -18,6 +19,7 @@ import copy
 import inspect
 import itertools
 import math
+import re
 import statistics
 import time
 from dataclasses import asdict, dataclass
@@ -34,6 +36,7 @@ from benchmarks import peers
 from benchmarks.quality.pictures import id_of, selected
 from benchmarks.quality.sudoku import singles
 from benchmarks.report import WORK, changed_flags, command_line, figure, measure
+from benchmarks.report import load as load_figures
 from benchmarks.speed.pictures import configured
 from benchmarks.training import cosine, fit
 from data_utils.checkpoint import load_checkpoint, save_checkpoint
@@ -61,6 +64,7 @@ NOISE = 0.1, 0.3, 1.0  # standard deviations that are tried
 DECAY = 0.995  # of averaged weights
 WARMUP = 0.02  # share of the training
 CHUNK = 100  # puzzles at a time in a test
+LEAST_DRAWN = 10  # puzzles of a line in the picture
 
 
 # --- puzzles ----------------------------------------------------------------------------------
@@ -513,6 +517,27 @@ def pretrained(args):
                  spread=[*each, f"{len(held[0])} puzzles", "baseline: single candidates, repeated"])  # fmt: skip
 
 
+def draw(figures, out):
+    """Draw % solved of hard puzzles over segments, a line per rating, from the figures of `models`: ours."""
+    from data_utils.figures import WIDTH, open_frame, plt, small_legend, write_figure
+
+    hard = {f["title"].rpartition(", ")[2]: f["spread"] for f in figures if HARD in f["title"]}
+    arms = [name for name, (_, code) in MODELS.items() if not code and name in hard]
+    if not arms:
+        return
+    picture, axes = plt.subplots(1, len(arms), figsize=(WIDTH, 4.5), layout="constrained", sharey=True, squeeze=False)
+    for ax, arm in zip(axes[0], arms, strict=True):
+        for guesses, shares, n in re.findall(r"with ([\w ]+) guesses ([\d., ]+) of (\d+)", hard[arm]):
+            if int(n) >= LEAST_DRAWN:
+                ax.plot(COUNTS, [float(share) for share in shares.split(", ")], "o-", label=f"{guesses} ({n} puzzles)")
+        ax.set(xlabel="segments of reasoning", xticks=COUNTS, ylim=(-3, 103), title=f"{arm}, {HARD}, held out")
+        open_frame(ax)
+        if ax.lines:
+            small_legend(ax, loc="upper left", title="guesses of a search")
+    axes[0, 0].set_ylabel("puzzles solved (%)")
+    write_figure(picture, out)
+
+
 ROWS = dict(models=models, recipe=recipe, pretrained=pretrained)
 QUICK = dict(train=6, test=2, minutes=0.05, batch=4, width=32, views=2, paths=2, segments=4)
 
@@ -533,6 +558,8 @@ def main(argv=None):
     torch.set_num_threads(args.threads)
     args.home = args.home.resolve()
     measure(args, ROWS, flags)
+    if "models" in (results := load_figures(args.out)):
+        draw(results["models"]["figures"], args.out.with_name("ratings.png"))
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import torch
 
 from benchmarks import peers
 from benchmarks.quality import puzzles as bench
+from benchmarks.report import RESULTS, load
 from data_utils.reasoning import sudoku
 
 
@@ -25,6 +26,25 @@ def measured(home, *flags):
     threads = ["--threads", str(torch.get_num_threads())]
     bench.main(["--quick", *threads, "--home", str(home), "--out", str(out), *flags])
     return {figure["id"]: figure for row in json.loads(out.read_text()).values() for figure in row["figures"]}
+
+
+def test_the_picture_has_a_line_for_each_rating(tmp_path, monkeypatch):
+    drawings = []
+    monkeypatch.setattr("data_utils.figures.write_figure", lambda picture, out: drawings.append((picture, out)))
+    stored = load(RESULTS / "quality_puzzles.json")["models"]["figures"]
+    bench.draw(stored, tmp_path / "ratings.png")
+    ((picture, out),) = drawings
+    assert [ax.get_title().partition(",")[0] for ax in picture.axes] == ["train_hrm", "train_multimodal"]
+    assert [line.get_label().partition(" (")[0] for line in picture.axes[0].lines] == [
+        "1 to 9",
+        "10 to 49",
+        "50 and more",
+    ]
+    (hard,) = (f for f in stored if f["id"] == "puzzles.models.train_hrm.17_to_26_givens")
+    last = ", ".join(f"{share:.1f}" for share in picture.axes[0].lines[2].get_ydata())
+    assert f"with 50 and more guesses {last} of 124" in hard["spread"] and out.name == "ratings.png"
+    bench.draw([f for f in stored if "official" in f["id"]], tmp_path / "none.png")
+    assert len(drawings) == 1
 
 
 @pytest.mark.slow
