@@ -481,7 +481,8 @@ def main(cfg):
         """Return what main returns."""
         final = (state.histories.get("val_loss") or [math.nan])[-1]
         run_dir = str(folder) if cfg.save_artifacts else ""
-        return asdict(state) | dict(final_val_loss=final, run_dir=run_dir, stopped=int(stopped))
+        more = dict(best_epoch=state.best_epoch + 1, final_val_loss=final)  # counted from 1, as it is printed
+        return asdict(state) | more | dict(run_dir=run_dir, stopped=int(stopped))
 
     # The same command, started again after its end, is no error.
     validated = state.epoch >= state.step // steps_per_epoch
@@ -490,12 +491,13 @@ def main(cfg):
         after = f"at step {state.step}"
         if not at_budget:
             after = f"after {state.epoch} epochs, test loss {state.test_loss:.4f}"
-        limit = "epochs="
-        larger = 2 * max(cfg.epochs, state.epoch)
-        if cfg.steps or at_budget:
-            limit = "max_steps=" if at_budget else "steps="
-            larger = 2 * state.step
-        further = f"a larger {limit} goes on\nnext: {limit}{larger}"
+        limits = []
+        if state.step >= steps:
+            limits.append(f"steps={2 * state.step}" if cfg.steps else f"epochs={2 * max(cfg.epochs, state.epoch)}")
+        if 0 < cfg.max_steps <= state.step:
+            limits.append(f"max_steps={2 * state.step}")
+        names = " and ".join(limit.partition("=")[0] + "=" for limit in limits)
+        further = f"a larger {names} goes on\nnext: {' '.join(limits)}"
         log(f"{folder}: finished {after}; {further}")
         distributed.close()
         return results()

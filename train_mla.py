@@ -405,15 +405,16 @@ def main(cfg):
     # The same command, started again after its end, is no error.
     out_of_patience = 0 < cfg.patience <= state.patience_used
     if state.evaluated == state.step and (state.step >= last_step or out_of_patience):
-        limit = "--max_epochs"
-        larger = 2 * max(cfg.max_epochs, state.epoch)
-        if cfg.steps or last_step < steps:
-            limit = "--max_steps" if last_step < steps else "--steps"
-            larger = 2 * state.step
+        limits = []
+        if state.step >= steps:
+            epochs = 2 * max(cfg.max_epochs, state.epoch)
+            limits.append(f"--steps {2 * state.step}" if cfg.steps else f"--max_epochs {epochs}")
+        if 0 < cfg.max_steps <= state.step:
+            limits.append(f"--max_steps {2 * state.step}")
         if out_of_patience and state.step < last_step:
-            limit = "--patience"
-            larger = 2 * state.patience_used
-        further = f"a larger {limit} goes on\nnext: {limit} {larger}"
+            limits = [f"--patience {2 * state.patience_used}"]
+        names = " and ".join(limit.split()[0] for limit in limits)
+        further = f"a larger {names} goes on\nnext: {' '.join(limits)}"
         best = f"best val_loss {state.best_val_loss:.4f}"
         log(f"{run}: finished at step {state.step}, {best}; {further}")
         distributed.close()

@@ -504,12 +504,14 @@ def main(cfg, begun=None):
         del source
     # The same command, started again after its end, is no error.
     if state.step >= last_step and state.evaluated == state.step and not cfg.eval_only:
-        limit = "--epochs"
-        larger = max(2 * cfg.epochs, math.ceil(2 * state.step / steps_per_epoch))
-        if cfg.steps or last_step < steps:
-            limit = "--max_steps" if last_step < steps else "--steps"
-            larger = 2 * state.step
-        further = f"a larger {limit} goes on\nnext: {limit} {larger}"
+        limits = []
+        if state.step >= steps:
+            epochs = max(2 * cfg.epochs, math.ceil(2 * state.step / steps_per_epoch))
+            limits.append(f"--steps {2 * state.step}" if cfg.steps else f"--epochs {epochs}")
+        if 0 < cfg.max_steps <= state.step:
+            limits.append(f"--max_steps {2 * state.step}")
+        names = " and ".join(limit.split()[0] for limit in limits)
+        further = f"a larger {names} goes on\nnext: {' '.join(limits)}"
         best = f"best {state.best:.4f}"
         log(f"{folder}: finished at step {state.step}, {best}; {further}")
         distributed.close()

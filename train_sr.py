@@ -429,8 +429,11 @@ def main(cfg):
     # The same command, started again after its end, is no error.
     complete_run = state.step < cfg.steps or model_file.exists()
     if state.step >= last_step and state.evaluated == state.step and complete_run:
-        limit = "--max_steps" if last_step < cfg.steps else "--steps"
-        further = f"a larger {limit} goes on\nnext: {limit} {2 * state.step}"
+        limits = [f"--steps {2 * state.step}"] if state.step >= cfg.steps else []
+        if 0 < cfg.max_steps <= state.step:
+            limits.append(f"--max_steps {2 * state.step}")
+        names = " and ".join(limit.split()[0] for limit in limits)
+        further = f"a larger {names} goes on\nnext: {' '.join(limits)}"
         best = f"best val_loss {state.best_val_loss:.4f}"
         log(f"{folder}: finished at step {state.step}, {best}; {further}")
         distributed.close()

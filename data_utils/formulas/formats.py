@@ -205,6 +205,7 @@ def identifiers(names, taken=("np", "sp")):
     """Return a valid, distinct Python name for each column name."""
     unique = []
     for name in names:
+        name = "".join(c if f"a{c}".isidentifier() else " " for c in name)  # \w has signs such as ² as well
         name = re.sub(r"\W+", "_", name).strip("_") or "x"
         if not name.isidentifier():
             name = f"x{name}"

@@ -253,6 +253,8 @@ def _column_names(X):
         kinds = sorted({type(name).__name__ for name in names})
         raise TypeError("Feature names are only supported if all input features have string names, but your input has "
                         f"{kinds} as feature name / column name types.")  # fmt: skip
+    if all(texts) and len(set(names)) < len(names):
+        raise ValueError(f"several columns of X are named {', '.join({n for n in names if names.count(n) > 1})}")
     return names if names and all(texts) else None
 
 

@@ -262,19 +262,20 @@ def test_pictures_of_another_folder_share_no_run(run, grids, tmp_path):
 # ---- finished --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("budget", ["max_steps", "steps"])
+@pytest.mark.parametrize("budget", ["max_steps", "steps", "steps max_steps"])
 @pytest.mark.parametrize("name", NAMES)
 def test_a_finished_run_names_the_flag_and_a_command_that_goes_on(name, budget, run, tmp_path):
-    flags = [f"--{budget}=2", "--resume=auto"]
+    budget = [f"--{flag}" for flag in budget.split()]
+    flags = [f"{flag}=2" for flag in budget] + ["--resume=auto"]
     finish(run(name, tmp_path, *flags))
     before = last_state(name, tmp_path)
     for _ in range(2):
         out, _ = finish(run(name, tmp_path, *flags))
         assert "finished at step 2" in out
     assert_same(last_state(name, tmp_path), before)
-    (further,) = re.findall(rf"a larger --{budget} goes on\nnext: (.*)", out)
+    (further,) = re.findall(rf"a larger {' and '.join(budget)} goes on\nnext: (.*)", out)
     words = shlex.split(further)
-    assert words[0] == "python" and f"--{budget}=2" not in words
+    assert words[0] == "python" and not {*flags[:-1]} & {*words}
     out, _ = finish(start(words[1].rpartition("/")[2], *words[2:]))
     assert "step 4 of 4" in out
 

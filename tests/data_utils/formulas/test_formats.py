@@ -121,6 +121,7 @@ def test_latex_is_drawn_by_matplotlib():
 def test_names_become_identifiers_and_latex():
     names = ["x", "lambda", "a b", "a-b", "1st", "np", "Δt", "%", "a_b", "λ [nm]"]
     assert identifiers(names) == ["x", "lambda_", "a_b", "a_b_", "x1st", "np_", "Δt", "x_", "a_b__", "λ_nm"]
+    assert identifiers(["x²", "m³ b"]) == ["x", "m_b"]
     assert all(name.isidentifier() and ast.parse(name) for name in identifiers(names))
     names = ["v", "lambda", "T_max", "x1", "x_10", "period_s", "a_", "50% & $"]
     expected = ["v", "\\lambda", "T_{\\mathrm{max}}", "x_{1}", "x_{10}", "\\mathrm{period\\_s}", "\\mathrm{a\\_}"]

@@ -97,6 +97,13 @@ def test_parameters():
             getattr(model, name)(*([[1.0]], [1.0])[: dict(predict=1, score=2).get(name, 0)])
 
 
+def test_columns_of_one_name_are_refused():
+    pandas = pytest.importorskip("pandas")
+    X, y = law()
+    with pytest.raises(ValueError, match="several columns of X are named a$"):
+        SymbolicRegressor(**QUICK).fit(pandas.DataFrame(X, columns=["a"] * X.shape[1]), y)
+
+
 def test_terms_operators_and_length():
     X, y = law()
     model = SymbolicRegressor(**QUICK | dict(exclude_terms=("x2",), operators=("log",), max_length=7)).fit(X, y)
