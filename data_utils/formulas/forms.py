@@ -298,6 +298,9 @@ def forms(values, y, w, product, flat):
     if positive:
         plain += [(["pow", "z", C], [p]) for p in (0.5, 2.0, -1.0, -2.0, 3.5)]
     curves = [(["exp", "*", C, "z"], [k]) for k in rates]
+    for times, s in itertools.product((1, 5), (4, -4)):  # Arrhenius' law with degrees Celsius
+        shift = times * width - min(0.0, float(values.min()))
+        curves.append((["exp", "/", C, "+", C, "z"], [s * (low + shift) * (high + shift) / width, shift]))
     if positive:
         curves += [(["exp", "/", C, "z"], [k * middle * s]) for k in (0.5, 2.0, 8.0, 25.0) for s in (1, -1)]
         for p, k in itertools.product((-2.0, 0.5, 2.0, -5.0), (-6.0, -1.5, 1.5)):
