@@ -41,6 +41,7 @@ PROMPTS = "complexity", "allowed_terms", "include_terms"  # flags that only a ne
 TICK = 0.5  # seconds between two looks of the bar at the clock
 NO_FORMULA = "no formula explains y better than its mean"
 BESIDE = 3  # formulas listed beside that
+LARGE = 3.0  # residuals, in roundings of the table
 
 
 def find(cfg, begin=None):
@@ -221,6 +222,8 @@ def solve(cfg, model, begin):
     if len(answers) == 1:
         more = f"\ntry: --max_seconds {3 * cfg.max_seconds:g}" if cfg.max_seconds else ""
         print(pasteable(f"no other formula was ranked in time{more}"), file=sys.stderr)
+    if not is_mean(best) and (times := roundings(alphabet, best, table)) > LARGE:
+        print(f"residuals are {times:.0f} times the rounding of the table: noise, or another law", file=sys.stderr)
     seconds = time.monotonic() - begin
     print(f"{len(y)} rows, {tried} candidates, {seconds:.1f} s", file=sys.stderr)
     rows = [
@@ -238,6 +241,20 @@ def solve(cfg, model, begin):
     if new:
         new.write(lambda x: predict(alphabet, best, x))
     return {}
+
+
+def roundings(alphabet, formula, table):
+    """Return the residuals of a formula in units of what the rounding of x and y makes of it; 0 if none is known."""
+    X, variance = table.X, np.square(table.digits_y) / 3
+    with np.errstate(all="ignore"):
+        for j in np.flatnonzero(table.digits_X.any(0)):
+            step = np.zeros(X.shape)
+            step[:, j] = table.digits_X[:, j]
+            difference = predict(alphabet, formula, X + step) - predict(alphabet, formula, X - step)
+            variance = variance + np.square(difference) / 12
+        ratios = np.square(predict(alphabet, formula, X) - table.y) / variance
+    ratios = ratios[np.isfinite(ratios) & (table.digits_y > 0)]
+    return float(np.sqrt(ratios.mean())) if len(ratios) else 0.0
 
 
 def labels(table):

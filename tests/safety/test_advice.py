@@ -376,6 +376,8 @@ def questions(patch):
     yield f"{LANGUAGE} --source 'bad rows' --dest prepared_bad", None
     yield "train_hrm.py --dataset texts --device cpu", None
     yield "train_hrm.py --dataset 'no folder' --device cpu", None
+    put("half.jsonl", '{"q": "x", "a": "y"}\n{"q": "z"}\n')
+    yield f"{QA} --input half.jsonl --output half_out.jsonl", None
     yield f"{QA} --input pairs.jsonl --output out.jsonl --context-field c", None
     yield f"{QA} --input pairs.jsonl --output out.jsonl", None
     yield f"{QA} --input pairs.jsonl --output out.jsonl", None
@@ -425,7 +427,9 @@ def tables_of_numbers(patch):
     put("gaps.csv", "a,b,my y\n1,2,2\n3,,5\n")
     put("text.csv", "a,b,y\n1,2,3\n2,x,4\n3,4,6\n4,5,7\n5,6,8\n6,7,9\n")
     put("sheet.xlsx", b"PK\x03\x04")
+    put("rows.json", '[{"x": 1, "y": 2},\n {"x": 2, "y": 4}, {"x": 3, "y": 6}]')
     for words in (
+        "rows.json",
         "names.csv --target 'my z'",
         "names.csv --columns kind",
         "values.csv",

@@ -328,11 +328,12 @@ def test_an_evaluation_within_an_epoch_counts_for_the_best(run, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["expert", "mla"])
-def test_a_domain_without_an_evaluated_window_has_no_loss(name, run, tmp_path):
+def test_every_domain_has_an_evaluated_window_and_a_line(name, run, toy, tmp_path):
     out, _ = finish(run(name, tmp_path, "--max_steps=2", "--eval_windows=2"))
     (path,) = tmp_path.glob("*metrics.jsonl")
     row = [json.loads(line) for line in path.read_text().splitlines()[1:]][-1]
-    assert row["split"] == "val" and 1 <= len(row["domains"]) <= 2
+    folders = {path.name for path in toy.iterdir() if path.is_dir() and path.name[0] != "."}
+    assert row["split"] == "val" and set(row["domains"]) == folders
     shown = re.findall(r"^  (\w+) +(?:loss )?[\d.]+ ", out, re.M)
     assert set(shown) == {*row["domains"], "all"} and " 0.0000" not in out
 

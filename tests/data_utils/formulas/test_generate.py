@@ -4,6 +4,7 @@ import csv
 import json
 import signal
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -28,6 +29,21 @@ def short_search():
         for module, name, value in ((search, "FINAL", 3), (search, "EXTENDED", 1), (forms, "QUANTITIES", 1)):
             patch.setattr(module, name, value)
         yield
+
+
+def test_residuals_are_compared_with_the_rounding_of_the_table(tmp_path, capsys):
+    x = np.linspace(1, 9, 40)
+    path = write_table(tmp_path / "a.csv", dict(x=x, y=3 * x**2), digits=4)
+    table, alphabet = read_table(path), Alphabet(["*", "pow2", "pow3"], ["x1"])
+    square, cube = (SimpleNamespace(prefix=["*", "<constant>", p, "x1"], constants=[3.0]) for p in ("pow2", "pow3"))
+    assert 0.5 < generate.roundings(alphabet, square, table) < 1.5 and generate.roundings(alphabet, cube, table) > 100
+    table.digits_y[:] = 0  # not known, as of arrays
+    assert generate.roundings(alphabet, cube, table) == 0
+    find(FormulaConfig(data=path, **QUICK))
+    assert "the rounding of" not in capsys.readouterr().err
+    noisy = write_table(tmp_path / "b.csv", dict(x=x, y=3 * x**2 + np.sin(40 * x)), digits=4)
+    find(FormulaConfig(data=noisy, **QUICK))
+    assert "times the rounding of the table: noise, or another law" in capsys.readouterr().err
 
 
 def write_table(path, columns, digits=6):
