@@ -39,7 +39,7 @@ from data_utils.events.dataset import (
 )
 from data_utils.events.kinematics import complete
 from data_utils.events.layouts import PDG, Layout, read_columns, recognize
-from data_utils.events.sources import Source, open_source, unreadable
+from data_utils.events.sources import Source, number_labels, open_source, unreadable
 from data_utils.progress import say
 
 AT_ONCE = 2_000_000  # numbers of a column that are converted together
@@ -94,7 +94,7 @@ def convert(cfg):
 def open_parts(cfg, stack):
     """Return the Parts of all files; `stack` closes them."""
     described = read_columns(cfg.columns) if cfg.columns else None
-    options = dict(tree=described.tree, event_id=described.event_id) if described else {}
+    options = dict(tree=described.tree, event_id=described.event_id, labels=described.label) if described else {}
     splits_by_name = [split_in_name(path) for path in cfg.source]
     if set(splits_by_name) != set(range(len(SPLITS))):
         splits_by_name = [-1] * len(cfg.source)
@@ -106,6 +106,7 @@ def open_parts(cfg, stack):
             split = splits_by_name[number] if split < 0 else split
             events = min(source.events, cfg.limit or source.events)
             parts.append(Part(source, with_flags(layout, cfg), number, split, events))
+    number_labels([(p.source, p.layout.label[0]) for p in parts if p.events and len(p.layout.label) == 1])
     if not any(part.events for part in parts):
         raise DataError(f"{cfg.source[0]}: no events in it")
     return parts

@@ -14,13 +14,13 @@ import numpy as np
 
 from data_utils.errors import DataError, UsageError
 
+DECIMALS = 10_000  # characters of a .csv file in which a decimal comma is looked for
 LABELS = "y label labels target truth class is_signal is_signal_new signal".split()
-
 EVENT_IDS = ("event", "event_id", "eventid", "event_number", "eventnumber", "evt", "jet_id")
 
 
 class Ragged:
-    """Numbers of which each event has its own count: flat (M,), offsets (N + 1,). A slice is padded with NaN."""
+    """Numbers or texts of which each event has its own count: flat (M,), offsets (N + 1,). NaN pads a slice."""
 
     def __init__(self, flat, counts):
         self.flat, self.offsets = np.asarray(flat), np.concatenate([[0], np.cumsum(counts)])
@@ -32,7 +32,8 @@ class Ragged:
     def __getitem__(self, events):
         offsets = self.offsets[events.start : events.stop + 1]
         counts = np.diff(offsets)
-        padded = np.full((len(counts), max(counts, default=0)), np.nan)
+        dtype = object if self.flat.dtype.kind == "O" else np.float64
+        padded = np.full((len(counts), max(counts, default=0)), np.nan, dtype)
         padded[np.arange(padded.shape[1]) < counts[:, None]] = self.flat[offsets[0] : offsets[-1]]
         return padded
 
@@ -130,8 +131,10 @@ def _floats(values, name, path):
     return values.astype(np.float64)
 
 
-def open_source(path, *, tree="", event_id=""):
+def open_source(path, *, tree="", event_id="", labels=()):
     """Return the Source of a file, by its ending. tree: of a .root file. event_id: column of a .csv file.
+
+    Columns of text are left out, but `labels` and those that are named as labels often are.
 
     Raises UsageError for another ending, DataError for a file that can't be read or lacks its package.
     """
@@ -141,9 +144,9 @@ def open_source(path, *, tree="", event_id=""):
         ".npy": lambda: _npy(path),
         ".h5": lambda: _hdf5(path),
         ".hdf5": lambda: _hdf5(path),
-        ".parquet": lambda: _parquet(path),
+        ".parquet": lambda: _parquet(path, labels),
         ".root": lambda: _root(path, tree),
-        ".csv": lambda: _csv(path, event_id),
+        ".csv": lambda: _csv(path, event_id, labels),
     }
     opener = openers.get(path.suffix.lower())
     if not opener:
@@ -274,7 +277,7 @@ def _text(value):
     return value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value)
 
 
-def _parquet(path):
+def _parquet(path, labels):
     import pyarrow as pa
     import pyarrow.parquet as parquet
 
@@ -295,8 +298,8 @@ def _parquet(path):
     numbers = (pa.types.is_integer, pa.types.is_floating, pa.types.is_boolean)
     columns = {}
     for field in table.schema_arrow:
-        inner = getattr(field.type, "value_type", field.type)
-        if any(test(inner) for test in numbers):
+        inner = field.type if pa.types.is_dictionary(field.type) else getattr(field.type, "value_type", field.type)
+        if any(test(inner) for test in numbers) or is_label(field.name, labels):
             columns[field.name] = Postponed(lambda name=field.name: column(name), inner is not field.type, table)
     return Source(path, columns, table.close)
 
@@ -344,24 +347,24 @@ def _root(path, tree):
     return Source(path, columns, file.close)
 
 
-def _csv(path, event_id):
+def _csv(path, event_id, labels):
     import pandas as pd
 
     with open(path, encoding="utf-8-sig", newline="") as file:
-        first, second = file.readline(), file.readline()
+        first, start = file.readline(), file.read(DECIMALS)
     separator = max(",;\t", key=first.count)
-    decimal = "," if separator != "," and re.search(r"\d,\d", second) else "."
+    decimal = "," if separator != "," and re.search(r"\d,\d", start) else "."
     header = next(csv.reader([first], delimiter=separator), [])
     if event_id and event_id not in header:
         raise DataError(f"{path}: no column {event_id}\ncolumns there: {', '.join(header)}")
     frame = pd.read_csv(path, encoding="utf-8-sig", sep=separator, decimal=decimal)
     frame.columns = [str(name).strip() for name in frame.columns]
-    for name in frame.columns:
-        if name.lower() in LABELS and not pd.api.types.is_numeric_dtype(frame[name]):
-            frame[name], classes = pd.factorize(frame[name], sort=True)  # -1 of an empty cell
-            if (frame[name] < 0).any():
-                raise DataError(f"{path}: line {(frame[name] < 0).argmax() + 2}: no {name}")
-            print(f"{path}: {name}: {', '.join(f'{i} {text}' for i, text in enumerate(classes))}")
+    numbers = set(frame.select_dtypes(["number", "bool"]))
+    texts = [name for name in frame if name not in numbers and is_label(name, labels)]
+    for name in texts:
+        frame[name] = frame[name].astype(object)
+        if (empty := frame[name].isna()).any():
+            raise DataError(f"{path}: line {empty.argmax() + 2}: no {name}")
     lower = {name.lower(): name for name in frame.columns}
     event_id = event_id or next((lower[name] for name in EVENT_IDS if name in lower), "")
     if not event_id:  # a row is an event
@@ -371,8 +374,42 @@ def _csv(path, event_id):
         raise DataError(f"{path}: line {codes.argmin() + 2}: no {event_id}, which says of which event the particle is")
     order = np.argsort(codes, kind="stable")
     counts = np.bincount(codes)
-    numbers = frame.drop(columns=event_id).select_dtypes(["number", "bool"])
-    texts = [name for name in frame if name not in numbers and name != event_id]
-    if texts:
-        print(f"{path}: not read, since they hold text: {', '.join(texts)}")
-    return Source(path, {name: Ragged(numbers[name].to_numpy()[order], counts) for name in numbers})
+    columns = [name for name in frame if name != event_id and (name in numbers or name in texts)]
+    if left := [name for name in frame if name not in columns and name != event_id]:
+        print(f"{path}: not read, since they hold text: {', '.join(left)}")
+    return Source(path, {name: Ragged(frame[name].to_numpy()[order], counts) for name in columns})
+
+
+# ---- labels of text --------------------------------------------------------------------------------------------------
+
+
+def is_label(name, labels):
+    """Return whether a column is one of `labels`, or named as labels often are."""
+    return name in labels or name.strip().lower() in LABELS
+
+
+def number_labels(columns):
+    """Number the texts in [(Source, column of labels)] in place, in the order of the alphabet over all of them.
+
+    Raises DataError where some hold texts and others numbers.
+    """
+    texts = {}
+    for i, (source, name) in enumerate(columns):
+        column = source.columns.get(name, ())
+        if len(column) and np.asarray(column[0:1]).dtype.kind in "OSU":
+            values = np.asarray(column[0 : len(column)])
+            values = values[:, 0] if values.ndim == 2 else values
+            if empty := [number for number, value in enumerate(values) if value is None or value != value]:
+                raise DataError(f"{source.path}: event {empty[0] + 1}: no {name}")
+            texts[i] = [_text(value) for value in values]
+    if not texts:
+        return
+    if len(texts) < len(columns):
+        others = [columns[i] for i in range(len(columns)) if i not in texts]
+        names = [f"{source.path}: {name}" for source, name in (columns[min(texts)], others[0])]
+        raise DataError(f"{names[0]} holds text, {names[1]} numbers\nfix: texts or numbers in all files")
+    classes, codes = np.unique(np.concatenate(list(texts.values())), return_inverse=True)
+    ends = np.cumsum([len(values) for values in texts.values()])
+    for (source, name), numbers in zip(columns, np.split(codes, ends[:-1]), strict=True):
+        source.columns[name] = numbers
+    print(f"{columns[0][1]}: {', '.join(f'{i} {text}' for i, text in enumerate(classes))}")

@@ -58,11 +58,13 @@ def growth(X, y, w):
         return
     target, v, trials = np.log(np.abs(y)), w * np.abs(y), []
     for j, k in itertools.permutations(range(X.shape[1]), 2):
-        others = [i for i in range(X.shape[1]) if i not in (j, k)]
+        others, largest = [i for i in range(X.shape[1]) if i not in (j, k)], np.abs(X[:, j]).max()
+        if not largest:
+            continue
         fits = {}  # c -> (what is left, exponents of the others and k)
         low, high = -3.0, 2.0  # powers of ten of c u
         for _ in range(8):  # c and k make up for each other, so their start must be near
-            for c in 10.0 ** np.linspace(low, high, 7) / np.abs(X[:, j]).max():
+            for c in 10.0 ** np.linspace(low, high, 7) / largest:
                 with np.errstate(all="ignore"):
                     A = np.column_stack([np.log(X[:, others]), X[:, k] * np.log1p(c * X[:, j]), np.ones(len(y))])
                 if np.isfinite(A).all():
@@ -71,7 +73,7 @@ def growth(X, y, w):
             if not fits:
                 break
             best = min(fits, key=lambda c: fits[c][0])
-            step, place = (high - low) / 6, np.log10(best * np.abs(X[:, j]).max())
+            step, place = (high - low) / 6, np.log10(best * largest)
             low, high = place - step, place + step
         if fits:
             trials.append((fits[best][0], j, k, best, dict(zip([*others, k], fits[best][1], strict=True))))

@@ -123,6 +123,12 @@ def test_generate_takes_a_name(tmp_path, capsys):
     assert "did you mean addition?" in capsys.readouterr().err
 
 
+def test_a_puzzle_may_come_through_standard_input(tmp_path):
+    words = [sys.executable, ROOT / "generate.py", "sudoku4", "--input", "-", "--device=cpu"]
+    result = subprocess.run(words, cwd=tmp_path, input="1234341221434.2.", capture_output=True, text=True)
+    assert result.returncode == 0 and "4321" in result.stdout, result.stderr
+
+
 def test_generate_alone_lists_the_models(tmp_path):
     out, _ = finish(start("generate.py", cwd=tmp_path))
     assert all(f"{name}: {pretrained.MODELS[name].does}\n" in out for name in NAMES)

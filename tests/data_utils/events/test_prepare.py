@@ -309,6 +309,63 @@ def test_neutrinos_are_left_out_and_labels_may_be_texts(tmp_path, capsys):
         convert(tmp_path / "b.npz", tmp_path / "a.csv")
 
 
+@pytest.mark.parametrize("form", ["csv", "rows.csv", "parquet", "h5"])
+def test_texts_of_labels_are_numbered_over_all_files(form, tmp_path, capsys):
+    pandas = pytest.importorskip("pandas")
+    momenta = [dict(pt=[30.0 + i, 20.0], eta=[0.5, 0.25], phi=[1.0, 2.0]) for i in range(20)]
+
+    def write(name, kind, label="label"):
+        path = tmp_path / f"{name}.{form}"
+        if form == "csv":  # a row is a particle
+            rows = [{"event": i, label: kind, "note": "x"} | {key: values[k] for key, values in one.items()}
+                    for i, one in enumerate(momenta) for k in range(2)]  # fmt: skip
+            pandas.DataFrame(rows).to_csv(path, index=False)
+        elif form == "rows.csv":  # a row is an event
+            rows = [{label: kind} | {f"{key}_{k}": values[k] for key, values in one.items() for k in range(2)}
+                    for one in momenta]  # fmt: skip
+            pandas.DataFrame(rows).to_csv(path, index=False)
+        elif form == "parquet":
+            pytest.importorskip("pyarrow")
+            pandas.DataFrame([one | {label: kind} for one in momenta]).to_parquet(path)
+        else:
+            with pytest.importorskip("h5py").File(path, "w") as file:
+                file.update({key: np.array([one[key] for one in momenta]) for key in momenta[0]})
+                file[label] = np.array([kind.encode()] * 20) if type(kind) is str else np.full(20, kind)
+        return str(path)
+
+    def columns(label):
+        star = "_*" if form == "rows.csv" else ""
+        text = f"particles: {{pT: pt{star}, eta: eta{star}, phi: phi{star}}}\nlabel: {label}\n"
+        (tmp_path / "a.yaml").write_text(text)
+        return str(tmp_path / "a.yaml")
+
+    for label in ("label", "process"):  # the second is no usual name
+        files = [write("a", "sig", label), write("b", "bkg", label)]
+        _, labels, _ = convert(tmp_path / "out.npz", *files, columns=columns(label))
+        assert sorted(labels.tolist()) == [0] * 20 + [1] * 20
+        out = capsys.readouterr().out
+        assert f"{label}: 0 bkg, 1 sig\n" in out and "labels: 0 20, 1 20" in out
+    with pytest.raises(DataError, match=r"a\..*label holds text.*b\..*numbers"):
+        convert(tmp_path / "out.npz", write("a", "sig"), write("b", 1), columns=columns("label"))
+    if form == "h5":
+        return  # its texts are never missing
+    path = tmp_path / f"c.{form}"
+    if form == "parquet":
+        pandas.DataFrame([one | {"label": None if i == 2 else "s"} for i, one in enumerate(momenta)]).to_parquet(path)
+    else:
+        write("c", "s")
+        lines = path.read_text().splitlines()
+        path.write_text("\n".join([*lines[:3], lines[3].replace("s,", ",", 1), *lines[4:]]))
+    with pytest.raises(DataError, match="event 3: no label" if form == "parquet" else "line 4: no label"):
+        convert(tmp_path / "out.npz", path, columns=columns("label"))
+
+
+def test_decimal_commas_may_come_late(tmp_path):
+    rows = [f"{i};{20 + i}{',5' if i > 3 else ''};1;{k}" for i in range(20) for k in range(2)]
+    (tmp_path / "a.csv").write_text("\n".join(["event;pt;eta;phi", *rows]) + "\n")
+    assert set((convert(tmp_path / "out.npz", tmp_path / "a.csv")[0][:, 5] % 1).tolist()) == {0, 0.5}
+
+
 def test_rapidity_and_pdg_numbers(tmp_path):
     block = np.stack([table("pT"), table("y"), table("phi"), np.where(table("pT") > 0, 211, 0)], 2)
     block[:, 0, 3] = -11

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from data_utils.formulas.expressions import Alphabet, evaluate, format_formula, parse_formula
-from data_utils.formulas.forms import screen
+from data_utils.formulas.forms import growth, screen
 from data_utils.formulas.pools import save_pool
 from data_utils.formulas.problems import attainable, problems
 from data_utils.formulas.score import admissible, rank_formulas
@@ -165,6 +165,13 @@ def test_growth_of_a_rate_over_a_time_is_found(law):
     formula = search(X[:24], y[:24].round(4), half=np.full(24, 5e-5), choices=1)[0]
     assert predict(ALPHABET, formula, X[24:]) == pytest.approx(y[24:], rel=1e-3), formula
     assert formula.length <= len(prefix)
+
+
+@pytest.mark.filterwarnings("error")
+def test_growth_passes_over_a_column_of_zeros():
+    t = np.arange(1.0, 20)
+    grown = list(growth(np.column_stack([np.zeros(19), t]), 2 * t, np.ones(19)))
+    assert all(prefix[4] == "x2" for prefix, _ in grown)
 
 
 def test_noise_alone_gives_the_mean():

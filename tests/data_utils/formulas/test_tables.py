@@ -30,6 +30,12 @@ def comma(number):
     return str(number).replace(".", ",")
 
 
+def zip_of_arrays():
+    file = io.BytesIO()
+    np.savez(file, m=M)
+    return file.getvalue()
+
+
 def insert(text, line, at):
     lines = text.split("\n")
     return "\n".join([*lines[:at], line, *lines[at:]])
@@ -182,6 +188,7 @@ REFUSED = {  # kind -> content, what the error says, what it advises
     "binary": (b"\x89PNG\r\n\x00\x01\x02\x00\x00\x00\x03", "found other bytes", "csv"),
     "torn gzip": (gzip.compress(WEIGH.encode())[:40], "end-of-stream", ""),
     "not Excel": (b"PK\x03\x04 nothing", "weigh.csv", "save the table as csv"),
+    "a zip of arrays": (zip_of_arrays(), "expected a table as text, Excel or parquet", "save it as csv"),
     "json": ('[{"a": 1, "y": 2},\n {"a": 2, "y": 3}]', "found JSON", "lines=False).to_csv("),
     "json lines": ('{"a": 1, "y": 2}\n{"a": 2, "y": 3}', "found JSON", "lines=True).to_csv("),
     "a sum below": ("a,b,y\n1,2,3\n2,3,5\nTotal,5,8\n", "line 4, column a: 'Total'", "delete line 4, if it sums up"),
