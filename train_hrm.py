@@ -727,9 +727,12 @@ def main(cfg):
         prompt = shlex.quote(data.example())
         path = shlex.quote(str(final_file))
         next_command = f"python generate.py --checkpoint {path} --prompt {prompt}"
+    best = f"best val_loss {state.best_val_loss:.4f} at step {state.best_step}"
+    if state.best_val_loss == math.inf:
+        best = "not evaluated yet"
     log(
-        f"{home}: step {state.step} of {last_step}, best val_loss {state.best_val_loss:.4f} "
-        f"at step {state.best_step}, {time.monotonic() - start:.0f} s, "
+        f"{home}: step {state.step} of {last_step}, {best}, "
+        f"{time.monotonic() - start:.0f} s, "
         f"peak {peak_mb(device):.0f} MB; next: {next_command}"
     )
     distributed.close()

@@ -720,9 +720,12 @@ def main(cfg):
         next_command = f"python generate.py --checkpoint {shlex.quote(str(best_file))}"
     else:
         next_command = "--resume"
+    best = f"best val_loss {state.best_val_loss:.4f} at step {state.best_step}"
+    if state.best_val_loss == math.inf:
+        best = "not evaluated yet"
     log(
-        f"{run}: step {state.step} of {last_step}, best val_loss {state.best_val_loss:.4f} "
-        f"at step {state.best_step}, {time.monotonic() - start:.0f} s, "
+        f"{run}: step {state.step} of {last_step}, {best}, "
+        f"{time.monotonic() - start:.0f} s, "
         f"peak {peak_mb(device):.0f} MB; next: {next_command}"
     )
     distributed.close()

@@ -792,9 +792,12 @@ def main(cfg, begun=None):
                 next_command += f"{shlex.quote(str(best_file))} --task {name} --input -"
     else:
         next_command = "without --fresh"
+    best = f"best {state.best:.4f} at step {state.best_step}"
+    if state.best < 0:
+        best = "not evaluated yet"
     log(
-        f"{folder}: step {state.step} of {last_step}, best {state.best:.4f} "
-        f"at step {state.best_step}, {time.monotonic() - start:.0f} s, "
+        f"{folder}: step {state.step} of {last_step}, {best}, "
+        f"{time.monotonic() - start:.0f} s, "
         f"peak {peak_mb(device):.0f} MB; next: {next_command}"
     )
     exits.close()  # from here on a signal ends the process at once

@@ -1,6 +1,7 @@
 """The folder of a run of train_ae.py: its name, and the settings, facts and figures that a run writes there."""
 
 import json
+import math
 import platform
 import shlex
 import sys
@@ -151,9 +152,11 @@ class Recorder:
         state, cfg = self.state, self.cfg
         criterion = "ddim_mse" if cfg.loop == "diffusion_ae" else "val_loss"
         best = f"best {criterion} {state.best_val_loss:.4f} at epoch {state.best_epoch + 1}"
+        if math.isinf(state.best_val_loss):
+            best = "not evaluated yet"
         cost = f"{time.monotonic() - self.start:.0f} s, peak {peak_mb(self.device):.0f} MB"
-        line = f"{self.run_dir or cfg.loop}: epoch {state.epoch} of {self.epochs}, {best}, "
-        line += f"test_loss {state.test_loss:.4f}, {cost}"
+        test_loss = f"test_loss {state.test_loss:.4f}, " if state.tested >= 0 else ""
+        line = f"{self.run_dir or cfg.loop}: epoch {state.epoch} of {self.epochs}, {best}, {test_loss}{cost}"
         if not self.run_dir:
             return line
         if state.tested < self.epochs:

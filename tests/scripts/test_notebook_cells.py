@@ -102,6 +102,21 @@ def test_after_an_error_or_an_interrupt_the_next_cell_runs(module, tmp_path, toy
     assert result["step"] and not result["stopped"] and not any(map(held, locks(tmp_path)))
 
 
+@pytest.mark.parametrize("module", SCRIPTS, ids=lambda m: m.__name__)
+def test_a_run_that_is_stopped_at_once_names_no_best_loss(module, tmp_path, toy, experts, monkeypatch, capsys):
+    cfg, step = small(module, tmp_path, toy, experts), module.Progress.__enter__
+
+    def interrupt(progress):
+        signal.raise_signal(signal.SIGINT)
+        return step(progress)
+
+    monkeypatch.setattr(train_mla, "EM_TOKENS", 1000)
+    monkeypatch.setattr(module.Progress, "__enter__", interrupt)
+    assert module.main(cfg)["stopped"] == signal.SIGINT
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert ", not evaluated yet, " in last and "test_loss" not in last
+
+
 def test_a_run_in_another_process_is_refused_while_main_runs(tmp_path, toy):
     flags = [f"--{name}={value}" for name, value in TEXT.items()]
     flags += [f"--data_dir={toy}", f"--checkpoint_dir={tmp_path}"]
