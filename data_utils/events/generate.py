@@ -360,9 +360,11 @@ def _draw(name, *arguments):
 def sample(cfg, run):
     """Return new events, with notes in `sampled` on how they were drawn."""
     if not hasattr(run, "latents"):
+        command = ["python", "train_ae.py", f"resume={run.path.parent}"]
+        command += ["max_steps=0"] if run.config.get("max_steps") else []
         raise UsageError(
             f"{cfg.model}: no statistics of latents, which a run stores at its end in best_val.pt\n"
-            f"try: python train_ae.py {shlex.quote(f'resume={run.path.parent}')}"
+            f"try: {shlex.join(command)}"
         )
     statistics, N = run.latents, cfg.events
     T = len(statistics["types"])

@@ -161,6 +161,7 @@ class Recorder:
             return line
         if state.tested < self.epochs:
             command = f"train_ae.py {shlex.quote(f'resume={self.run_dir}')}"
+            command += " max_steps=0" if 0 < cfg.max_steps <= state.step else ""
         elif cfg.loop == "test_mlp":
             command = f"plot.py {shlex.quote(str(self.run_dir))}"
         else:
