@@ -375,7 +375,7 @@ def _fitting(saved, weights, path, allow_partial):
     if not allow_partial:
         raise UsageError(f"{path} does not fit this model: {listing}{_remedy(share, allow_partial)}")
     if share < LEAST_SHARE:
-        raise UsageError(f"{path} fits only {share:.0%} of this model: {listing}")
+        raise UsageError(f"{path} fits only {share:.0%} of this model: {listing}\nfix: the flags it was trained with")
     warn(f"{path}: {listing}; {share:.0%} loaded, the optimizer starts anew")
     return fitting
 

@@ -45,9 +45,10 @@ def model_in(folder):
     folder = Path(folder)
     models = [*sorted(folder.glob("*_expert.pt")), *folder.glob("nanothink_mla.pt")]
     models = models or sorted(folder.glob("*.pt"))  # a run that was stopped has no best file yet
-    if len(models) != 1:
-        names = ", ".join(path.name for path in models) or "none"
-        first = shlex.quote(str(models[0] if models else folder / "transformer_expert.pt"))
+    if not models:
+        raise UsageError(f"{folder}: no model in it\nfix: a file, or the folder of a run of language models")
+    if len(models) > 1:
+        names, first = ", ".join(path.name for path in models), shlex.quote(str(models[0]))
         raise UsageError(f"{folder}: expected one model, found {names}\ntry: python generate.py {first}")
     return models[0]
 

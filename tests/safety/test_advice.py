@@ -552,7 +552,7 @@ def runs(patch):
     rows[:, 0], rows[:, 4] = 1, 1e6
     call = error_of(events.check_unit, rows, "my events.npz")
     yield "train_ae.py data='my events.npz'", lambda: call
-    latents = SimpleNamespace(path=Path("my ae/last.pt"))
+    latents = SimpleNamespace(path=Path("my ae/last.pt"), config=dict(max_steps=3))
     call = error_of(events_generate.sample, SimpleNamespace(model="my ae", events=9, seed=0), latents)
     yield "generate.py events 'my ae' --mode sample", lambda: call
     jobs = TRAIN["train_ae.py"].parse(["--multirun", "seed=0,1", "outputs=my sweeps"])
