@@ -350,8 +350,12 @@ def main(cfg):
     )
     if saved:
         state = RunState(**{name: saved[name] for name in vars(state)})
-        # With a larger batch an epoch has fewer steps than this one has done.
+        # With a larger batch an epoch has fewer steps than this one has done: its evaluation ends
+        # it, unless that was the last thing the run did.
         state.step_in_epoch = min(state.step_in_epoch, steps_per_epoch)
+        if state.step_in_epoch == steps_per_epoch and state.evaluated == state.step:
+            state.epoch += 1
+            state.step_in_epoch = 0
     # The rate follows from `steps` alone. A run that stops early and goes on takes the same steps.
     # Another batch size changes the steps of the epochs that are left, not those that are done.
     epochs_left = cfg.max_epochs - state.epoch

@@ -313,6 +313,19 @@ def test_a_larger_batch_does_not_end_a_run(name, run, tmp_path):
     assert train(large, done + 2) == longer  # and their number stays
 
 
+@pytest.mark.parametrize("name", ["expert", "mla"])
+def test_a_larger_batch_ends_an_epoch_that_was_cut(name, run, tmp_path):
+    """It has done more steps than it has now, and its evaluation is over."""
+    stem = dict(expert="transformer_expert", mla="nanothink_mla")[name]
+    for size, budget in ((8, 30), (256, 34), (256, 38)):
+        words = ["--steps=900", "--grad_accum_steps=1", f"--batch_size={size}", f"--max_steps={budget}"]
+        finish(run(name, tmp_path, *words, "--resume=auto"))
+    rows = [json.loads(line) for line in (tmp_path / f"{stem}_metrics.jsonl").read_text().splitlines()]
+    steps = [row for row in rows if row.get("split") == "train"]
+    assert [row["step"] for row in steps] == list(range(1, 39)) and all(row["loss"] and row["tokens"] for row in steps)
+    assert steps[29]["epoch"] == 1 < steps[30]["epoch"]
+
+
 # ---- evaluations -----------------------------------------------------------------------------------------------------
 
 
