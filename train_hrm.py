@@ -731,7 +731,7 @@ def main(cfg):
     if state.best_val_loss == math.inf:
         best = "not evaluated yet"
     log(
-        f"{home}: step {state.step} of {last_step}, {best}, "
+        f"{home}: step {state.step} of {max(state.step, last_step)}, {best}, "
         f"{time.monotonic() - start:.0f} s, "
         f"peak {peak_mb(device):.0f} MB; next: {next_command}"
     )

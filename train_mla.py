@@ -297,7 +297,7 @@ def main(cfg):
     expected = {name: settings[name] for name in names} | dict(tokenizer_hash=tokenizer.hash)
     experts = {}
     settings["experts"] = {}
-    flags = typed_flags(cfg, "data_dir", "domains", "text_field", "tokenizer", "d_model", "max_seq_len")
+    flags = typed_flags(cfg, "data_dir", "domains", "text_field", "tokenizer", "d_model", "n_heads", "max_seq_len")
     for name in FAMILIES:
         experts[name], source = load_expert(settings[f"{name}_ckpt"], name, expected, flags)
         settings["experts"][name] = source["model_args"]
@@ -728,7 +728,7 @@ def main(cfg):
     if state.best_val_loss == math.inf:
         best = "not evaluated yet"
     log(
-        f"{run}: step {state.step} of {last_step}, {best}, "
+        f"{run}: step {state.step} of {max(state.step, last_step)}, {best}, "
         f"{time.monotonic() - start:.0f} s, "
         f"peak {peak_mb(device):.0f} MB; next: {next_command}"
     )

@@ -137,7 +137,7 @@ class MultimodalConfig:
     dqn_epsilon: float = 0.3  # share of random actions at the start
     dqn_step_cost: float = 0.01  # of a step of reasoning, in units of accuracy
     # optimization
-    global_batch_size: int = 32  # samples in a step, over all processes
+    global_batch_size: int = flag(32, also="batch_size")  # samples in a step, over all processes
     epochs: int = flag(  # passes over all samples, in steps of a full batch
         100, also="max_epochs", instead="steps"
     )
@@ -769,6 +769,8 @@ def main(cfg, begun=None):
                         state.best = val_row["score"]
                         state.best_step = state.step
 
+            finished = finished and not stop_signal  # an evaluation that was cut is still to come
+
             # 6. Save. A disk that is full for a while ends no run: a rolling save may fail.
             if finished or stop_signal or save_due:
                 save(must=bool(finished or stop_signal))
@@ -796,7 +798,7 @@ def main(cfg, begun=None):
     if state.best < 0:
         best = "not evaluated yet"
     log(
-        f"{folder}: step {state.step} of {last_step}, {best}, "
+        f"{folder}: step {state.step} of {max(state.step, last_step)}, {best}, "
         f"{time.monotonic() - start:.0f} s, "
         f"peak {peak_mb(device):.0f} MB; next: {next_command}"
     )

@@ -692,7 +692,7 @@ def main(cfg):
     if state.best_val_loss == math.inf:
         best = "not evaluated yet"
     log(
-        f"{folder}: step {state.step} of {last_step}, {best}, "
+        f"{folder}: step {state.step} of {max(state.step, last_step)}, {best}, "
         f"{time.monotonic() - start:.0f} s, "
         f"peak {peak_mb(device):.0f} MB; next: {next_command}"
     )

@@ -17,6 +17,7 @@ from data_utils.files import root, set_aside, unused, warn, write_atomic
 
 PRETRAINED = root() / "checkpoints" / "pretrained"  # models that come with the repo
 PLAIN = (int, float, str, bool, bytes, type(None))
+EXPORTED = {".pt2": "torch.export.load", ".safetensors": "safetensors.torch.load_file"}
 LEAST_SHARE = 0.5  # of the numbers of a model that must fit for --allow_partial
 FAILED_SAVES = 3  # rolling saves that may fail in a row before a run gives up
 # This bit of a zip entry is in no checksum. If it flips, torch fills the tensor with uninitialized memory.
@@ -114,7 +115,10 @@ def read(path):
         if reason.startswith("Weights only load failed"):  # torch's own message advises an unsafe load
             culprit = re.search(r"GLOBAL (\S+)", str(e))
             reason = f"holds {culprit[1] if culprit else 'a pickle'}, not tensors and plain Python only"
-        raise CheckpointError(f"{path} can't be read: {type(e).__name__}: {reason}") from e
+        remedy = "" if Path(path).suffix in ("", ".pt", *EXPORTED) else "\nfix: a checkpoint, whose name ends in .pt"
+        if Path(path).suffix in EXPORTED:
+            remedy = f"\nfix: the checkpoint that it was exported from; {EXPORTED[Path(path).suffix]} reads this file"
+        raise CheckpointError(f"{path} can't be read: {type(e).__name__}: {reason}{remedy}") from e
 
 
 def by_name(path):

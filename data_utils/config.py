@@ -273,6 +273,8 @@ def coerced(field, value):
             raise ValueError
     except ValueError:
         default = _as_written(field)
+        if value is True and bare_value(field) is not None:
+            default = bare_value(field)
         hint = "" if value is default else f"\ntry: {field.name}={default!r}"
         raise UsageError(f"{field.name}={value!r}: expected {expected}{hint}") from None
     return values if several else values[0]

@@ -288,8 +288,11 @@ def _records(path, text_field):
                 yield f":{number}", *_checked_text(row[text_field] or "")
     elif suffix == ".parquet":
         table = open_parquet(path)
-        _check_column(path, {f.name: "text" if "string" in str(f.type) else "" for f in table.schema_arrow}, text_field)
         try:
+            if text_field not in table.schema_arrow.names:
+                first = next(table.iter_batches(1), None)
+                row = first.to_pylist()[0] if first else dict.fromkeys(table.schema_arrow.names)
+                _check_column(path, row, text_field)
             batches = table.iter_batches(512, columns=[text_field], use_threads=False)
             values = (row[text_field] for batch in batches for row in batch.to_pylist())
             for number, value in enumerate(values):
@@ -314,10 +317,10 @@ def _records(path, text_field):
 
 def _check_column(path, columns, name):
     if name not in columns:
-        raise DataError(
-            f"{path}: no column {name}; there are: {', '.join(columns)}\n"
-            f"try: --text_field {shlex.quote(_longest(columns))}"
-        )
+        remedy = f"try: --text_field {shlex.quote(_longest(columns))}"
+        if name != "text":  # another file has it
+            remedy = "fix: one name for --text_field that all files have"
+        raise DataError(f"{path}: no column {name}; there are: {', '.join(columns)}\n{remedy}")
 
 
 def _longest(row):

@@ -2,6 +2,7 @@
 
 import contextlib
 import contextvars
+import errno
 import functools
 import os
 import re
@@ -15,6 +16,7 @@ from data_utils.errors import DataError, UsageError
 
 _endings = contextvars.ContextVar("endings", default=None)  # calls that the running main makes at its end
 WAITING = "OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"  # each sets how OpenMP's threads wait
+OF_THE_MACHINE = errno.EACCES, errno.EPERM, errno.EIO, errno.ENOSPC, errno.EROFS, errno.ENAMETOOLONG  # no fault of ours
 TORCHRUN = "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"  # set beside WORLD_SIZE
 
 
@@ -131,6 +133,11 @@ def launch(main, cfg, leave=True):
     except (UsageError, DataError) as e:
         status = 2 if isinstance(e, UsageError) else 1
         print(pasteable(f"error: {e}"), file=sys.stderr)
+    except OSError as e:
+        if e.errno not in OF_THE_MACHINE or not e.filename:
+            raise
+        status = 1
+        print(f"error: {e.filename}: {e.strerror}", file=sys.stderr)
     except KeyboardInterrupt:
         status = 130
     except (RuntimeError, MemoryError) as e:

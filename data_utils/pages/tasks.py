@@ -43,10 +43,13 @@ class Task:
     ids: int  # rows of the table of learned ids, 0 for none
 
     def example(self):
-        """Return a short input of the command line: a text, or an empty Sudoku; "" for mazes and ARC."""
+        """Return a short input of the command line: a text, or a Sudoku; "" for mazes and ARC."""
         if self.kind == "text":
             return "def ____(x):" if self.name == "fill" else "In the beginning"
-        return "." * self.length if self.name.startswith("sudoku") else ""
+        if not self.name.startswith("sudoku"):
+            return ""
+        puzzles, _ = sudokus.sudoku(size=self.rows, givens=GIVENS[self.rows], n=1, seed=0)
+        return "".join(map(str, puzzles[0].tolist())).replace("0", ".")
 
 
 @dataclass(frozen=True)

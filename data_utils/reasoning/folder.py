@@ -112,6 +112,8 @@ def read_meta(folder):
         return meta
     except OSError:
         reason = f"no meta.json in {folder}; there are: {', '.join(names) or 'no files'}"
+        if not Path(folder).is_dir():
+            reason = f"{folder}: no such folder"
     except (ValueError, KeyError, TypeError, RecursionError) as e:
         reason = f"{folder}: {type(e).__name__}: {e}; there are: {', '.join(names)}"
     raise DataError(f"{reason}\ntry: {_advice(folder)}")

@@ -49,7 +49,8 @@ def advice(source, row):
         question, answer = map(shlex.quote, pair)
         return f"try: {command} --question-field {question} --answer-field {answer} --skip-missing"
     names = ", ".join(texts)
-    return f"fix: choose two of {names}: {command} --question-field NAME --answer-field NAME --skip-missing"
+    pair = f"{command} --question-field NAME --answer-field NAME --skip-missing"
+    return f"fix: for the text of one field, --text-field with one of {names}; for questions and answers, {pair}"
 
 
 def _pair_of(names):

@@ -157,7 +157,8 @@ def _tokenizer(path, given, files, cfg, reading):
         write_atomic(path, lambda file: file.write(content))
     tokenizer = load_tokenizer(f"bpe:{path}")
     if not given and tokenizer.vocab_size < cfg.vocab_size:
-        print(f"{path}: the text gives {tokenizer.vocab_size} ids, not {cfg.vocab_size}")
+        letters = "so each word is one token; for tasks on letters or digits: --vocab_size 260"
+        print(f"{path}: the text gives {tokenizer.vocab_size} ids, not {cfg.vocab_size}, {letters}")
     return tokenizer
 
 
@@ -305,7 +306,10 @@ def _check_alike(metas):
     (first, expected), *others = [(f, {name: meta.get(name) for name in names}) for f, meta in metas.items()]
     for folder, values in others:
         if values != expected:
-            raise DataError(f"{first} and {folder} differ: {changed(expected, values)}")
+            remedy = "one tokenizer for all: prepare_data.py language --tokenizer FOLDER/tokenizer.json"
+            if values["tokenizer_sha256"] == expected["tokenizer_sha256"]:
+                remedy = "one format for all"
+            raise DataError(f"{first} and {folder} differ: {changed(expected, values)}\nfix: {remedy}")
 
 
 def _copy(folder, name, start, meta):

@@ -271,5 +271,6 @@ def _next(out, form):
     folder = shlex.quote(str(out))
     if not form:
         return f"python train_multimodal.py --arch arc --puzzles {folder}"
-    length = "" if form.cells == 81 else f" --max_seq_len {form.cells}"
+    usual = dict(sudoku=81, maze=900)[form.kind]  # of train_hrm.py
+    length = "" if form.cells == usual else f" --max_seq_len {form.cells}"
     return f"python train_hrm.py --dataset {folder}{length} --run_name {shlex.quote(out.name)}"

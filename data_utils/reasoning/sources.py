@@ -56,7 +56,9 @@ def find_files(source, most=0):
     if not files:
         names = " ".join(READ)
         others = f"{len(visible)} other files" + (f", such as {visible[0].name}" if visible else "")
-        raise DataError(f"no source in {root}: searched for {names}, the last five also .gz; {others}")
+        raise DataError(
+            f"no source in {root}: searched for {names}, the last five also .gz; {others}\nfix: text as one of these"
+        )
     return files[:most] if most else files
 
 

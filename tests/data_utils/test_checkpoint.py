@@ -939,3 +939,20 @@ def test_only_a_run_that_nobody_named_is_refused_for_its_data(resume, tmp_path, 
         return
     with pytest.raises(UsageError, match="other data: A/qa, here B/qa; --resume 'a b.pt' goes on.*\ntry: --out c"):
         check("A/qa", "B/qa")
+
+
+REMEDIES = {
+    "a.pt2": "torch.export.load reads this file",
+    "a.safetensors": "safetensors.torch.load_file reads this file",
+    "tokenizer.json": "a checkpoint, whose name ends in .pt",
+    "a.pt": "",
+}
+
+
+@pytest.mark.parametrize("name, remedy", REMEDIES.items())
+def test_a_file_that_is_no_checkpoint_is_named_with_a_remedy(name, remedy, tmp_path):
+    (tmp_path / name).write_text("{}")
+    with pytest.raises(CheckpointError) as error:
+        checkpoint.read(tmp_path / name)
+    advice = str(error.value).partition("\n")[2]
+    assert advice.endswith(remedy) if remedy else not advice

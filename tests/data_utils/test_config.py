@@ -183,12 +183,12 @@ def test_a_bundle_that_is_not_there_or_not_text(tmp_path, capsys):
 
 def test_bundles_that_come_along_are_found_from_any_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    words = ["--config", "configs/multimodal/low_memory.yaml"]
-    assert from_cli(train_multimodal.MultimodalConfig, argv=words) != train_multimodal.MultimodalConfig()
-    own = tmp_path / words[1]
-    own.parent.mkdir(parents=True)
-    own.write_text("epochs: 3\n")  # a file of that name in the folder comes first
-    assert from_cli(train_multimodal.MultimodalConfig, argv=words).epochs == 3
+    words = ["--config", "configs/expert/smoke.yaml"]
+    assert from_cli(train_expert.CONFIGS, argv=words, by="expert").steps == 120
+    file = tmp_path / words[1]
+    file.parent.mkdir(parents=True)
+    file.write_text("expert: transformer\nsteps: 7\n")  # a file of that name in the folder comes first
+    assert from_cli(train_expert.CONFIGS, argv=words, by="expert").steps == 7
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs" / "expert").glob("*.yaml")), ids=lambda p: p.stem)

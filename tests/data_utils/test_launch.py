@@ -1,6 +1,8 @@
 """Environments that a run refuses, and how its threads wait."""
 
+import errno
 import sys
+from types import SimpleNamespace
 
 import pytest
 
@@ -36,6 +38,21 @@ def test_one_gpu_for_all_ranks_is_refused(monkeypatch):
         monkeypatch.setenv(name, value)
     with pytest.raises(UsageError, match="cuda:1.*one GPU\ntry: --device cuda"):
         check_torchrun("cuda:1")
+
+
+def test_a_file_that_the_machine_refuses_is_named_without_a_traceback(capsys):
+    def run(error):
+        def main(cfg):
+            raise error
+
+        launch.launch(main, SimpleNamespace())
+
+    with pytest.raises(SystemExit) as end:
+        run(PermissionError(errno.EACCES, "Permission denied", "a.txt"))
+    assert end.value.code == 1 and capsys.readouterr().err == "error: a.txt: Permission denied\n"
+    for error in (FileNotFoundError(errno.ENOENT, "No such file", "a.txt"), OSError(errno.EIO, "no name")):
+        with pytest.raises(type(error)):  # a fault of ours, and one that names no file
+            run(error)
 
 
 @pytest.mark.parametrize("threads, others, count", [("", 0, "10000"), ("", 1, "1000"), ("2", 1, "10000"),

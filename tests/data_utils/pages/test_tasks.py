@@ -34,6 +34,8 @@ def same(a, b):
 @pytest.mark.parametrize("size, givens", [(4, 6), (6, 14), (9, 40)])
 def test_sudoku_pages_have_one_solution(size, givens):
     source = opened(f"sudoku{size}")[f"sudoku{size}"]
+    example = np.array([int(sign) for sign in source.task.example().replace(".", "0")])
+    assert puzzles.solve(example, size)[0] == 1
     assert source.task.length == size * size and source.limit("train") == 0 and not source.task.causal
     for split in ("train", "test"):
         sample = source.make(3, split, 7)

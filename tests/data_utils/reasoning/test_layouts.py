@@ -90,7 +90,9 @@ def test_columns_may_have_any_case_and_a_guess_follows_names(tmp_path):
         "--question-field question_text --answer-field 'The Answer' --skip-missing"
     )
     assert "--question-field frage --answer-field antwort" in advice("frage", "antwort")
-    assert advice("frage", "antwort", "thema").startswith("fix: choose two of frage, antwort, thema: python")
+    assert advice("frage", "antwort", "thema").startswith(
+        "fix: for the text of one field, --text-field with one of frage, antwort, thema; for q"
+    )
     assert advice("body") == "try: --text-field body --fresh"
 
 

@@ -227,7 +227,8 @@ def test_mazes(tmp_path, capsys):
     splits = prepare(tmp_path / "a.txt", tmp_path / "out", val_ratio=0.4)
     every = np.concatenate(list(splits.values()))
     assert len(every) == len(grids) and all(maze.verdict(*pair, cols)[1] == "shortest path" for pair in every)
-    err = capsys.readouterr().err
+    out, err = capsys.readouterr()
+    assert "train_hrm.py --dataset" in out and " --max_seq_len 40 --run_name" in out
     assert "1 without a way from S to G" in err and "1 no maze: " in err and "2 S, expected 1" in err
     data = open_dataset(str(tmp_path / "out"), max_seq_len=40, data_seed=0, reveal=0.1, say=print)
     batch = data.batch("train", np.arange(4), 0)
