@@ -116,7 +116,8 @@ def adopt(cfg):
     folder = cfg.puzzles or first
     name = task_of(folder)
     if name not in cfg.tasks and cfg.puzzles:
-        raise UsageError(f"--puzzles {folder} holds {name}, --tasks are {' '.join(cfg.tasks)}\ntry: --tasks {name}")
+        remedy = f"--arch {name}" if cfg.tasks == (cfg.arch,) else f"--tasks {name}"  # its width fits the task
+        raise UsageError(f"--puzzles {folder} holds {name}, --tasks are {' '.join(cfg.tasks)}\ntry: {remedy}")
     if name not in cfg.tasks:
         cfg.tasks = (name,)
         cfg.task_weights = ()

@@ -98,7 +98,8 @@ def test_arc_tasks_are_those_of_the_folder(folders):
 
 
 def config_of(**more):
-    return SimpleNamespace(**dict(puzzles="", data_paths=("pages",), tasks=("read", "arc"), task_weights=(1, 2)) | more)
+    settings = dict(arch="cpu", puzzles="", data_paths=("pages",), tasks=("read", "arc"), task_weights=(1, 2))
+    return SimpleNamespace(**settings | more)
 
 
 def test_folders_of_puzzles_are_adopted(folders, tmp_path):
@@ -118,6 +119,7 @@ def test_folders_of_puzzles_are_adopted(folders, tmp_path):
     assert again == cfg
     for more, words in (
         (dict(puzzles=folder), "--tasks sudoku4"),
+        (dict(puzzles=folder, arch="sudoku6", tasks=("sudoku6",)), "--arch sudoku4"),
         (dict(puzzles=str(tmp_path)), "no folder of puzzles"),
     ):
         with pytest.raises(UsageError, match=words):
