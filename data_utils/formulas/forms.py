@@ -8,6 +8,7 @@ import itertools
 
 import numpy as np
 
+from data_utils.formulas.factors import products, sums
 from data_utils.formulas.sums import choose
 
 C = "<constant>"
@@ -20,14 +21,15 @@ OFFSETS = 3  # z for which forms with an offset of their own are tried
 WEIGHTS = (1.0, -1.0, 10.0, -10.0, 0.1, -0.1)  # of the second column of a sum: units near 1 differ by powers of ten
 PEAKS = 3  # frequencies per z
 GROWING = 3  # pairs of columns that are tried as (1 + c u)^(k v)
+FEW = 64  # points that choose factors and parts
 CLEAR = 30.0  # bits by which a column must help to be searched beside the best ones
 
 
-def starts(alphabet, data, weights, rng, points=128):
+def starts(alphabet, data, weights, rng, powers, power, points=128):
     """Yield (prefix tokens of g, starts of its constants) for y = a + b g.
 
-    data: score.Data in units near 1; weights (M,) of the residuals. Forms that need operators which the alphabet lacks
-    are left out.
+    data: score.Data in units near 1, columns over 10^powers and y over 10^power; weights (M,) of the residuals. Forms
+    that need operators which the alphabet lacks are left out.
     """
     rows = rng.permutation(data.n)[:points]
     X, y, w = data.X[rows], data.y[rows], weights[rows]
@@ -37,7 +39,9 @@ def starts(alphabet, data, weights, rng, points=128):
     product = _product(exponents, X)
     if product[0] and known.issuperset(product[0]):
         yield product
-    for prefix, constants in growth(X, y, w):
+    few = slice(FEW)
+    composed = itertools.chain(products(X[few], y[few], w[few], powers, power), sums(X[few], y[few], w[few], powers))
+    for prefix, constants in itertools.chain(growth(X, y, w), composed):
         if known.issuperset(prefix):
             yield prefix, constants
     for place, (tokens, z, exponents, inner) in enumerate(quantities(X, y, w)):
@@ -312,6 +316,7 @@ def forms(values, y, w, product, flat):
         for p, k in itertools.product((1.0, -1.0, 2.5, -2.5), (low, middle, high)):
             curves.append((["inv", "+", C, "pow", "z", C], [k**p, p]))
         curves += [(["log", "+", C, "z"], [k]) for k in (low, high)]
+        curves += [(["exp", "*", C, "pow", "z", C], [-(middle**-p), p]) for p in (0.6, 1.7, 3.0)]
     curves += [(["/", "z", "+", C, "z"], [k]) for k in (low, middle, 3 * high)]
     curves += [(["inv", "+", C, "z"], [k]) for k in (low, middle, high, -2 * high, -low / 2)]
     curves += [(["inv", "+", C, "pow2", "z"], [k]) for k in (low**2, high**2, -2 * high**2, -(low**2) / 2)]
@@ -324,6 +329,8 @@ def forms(values, y, w, product, flat):
     for sign, start in itertools.product((1, -1), (low, middle, high)):
         rate = sign * 8.0 / width
         curves.append((["inv", "+", C, "exp", "*", C, "z"], [float(np.exp(np.clip(rate * start, -60, 60))), rate]))
+        rate /= 2
+        curves.append((["exp", "*", C, "exp", "*", C, "z"], [-float(np.exp(np.clip(-rate * start, -60, 60))), rate]))
     curves += [
         (["tanh", "+", C, "*", C, "z"], [-k * start, k]) for k in (2 / width, 8 / width) for start in (low, high)
     ]

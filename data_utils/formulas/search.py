@@ -207,9 +207,12 @@ class Search:
     formulas have besides their own.
     """
 
-    def __init__(self, alphabet, pool, data, powers, relative, rng, *, parsimony, exclude=(), longest=0, cost=0.0):
+    def __init__(
+        self, alphabet, pool, data, powers, power, relative, rng, *, parsimony, exclude=(), longest=0, cost=0.0
+    ):
         self.alphabet, self.pool, self.data, self.rng = alphabet, pool, data, rng
-        self.powers, self.relative, self.parsimony, self.exclude = powers, relative, parsimony, exclude
+        self.powers, self.power, self.relative = powers, power, relative
+        self.parsimony, self.exclude = parsimony, exclude
         self.cost = cost
         self.columns, self.weights = padded_columns(alphabet, data.X), data.weights[relative]
         self.longest = longest or max(LONGEST, pool.max_length)
@@ -258,7 +261,7 @@ class Search:
         """
         batch = batch or [
             (self.alphabet.encode(prefix), constants)
-            for prefix, constants in starts(self.alphabet, self.data, self.weights, self.rng)
+            for prefix, constants in starts(self.alphabet, self.data, self.weights, self.rng, self.powers, self.power)
             if len(prefix) <= self.longest_sum and not contains(prefix, self.exclude)
         ]
         few = self.rng.permutation(self.data.n)[:FIT_POINTS]
@@ -406,7 +409,7 @@ def find_formula(
             near.X, near.D = near.X[:, active], len(active)
             propose = prior = Prior(alphabet, pool, len(active), propose.held)
     powers, settings = powers[active], dict(parsimony=parsimony, exclude=exclude, longest=longest)
-    searches = [Search(alphabet, pool, near, powers, relative, rng, **settings) for relative in (False, True)
+    searches = [Search(alphabet, pool, near, powers, power, relative, rng, **settings) for relative in (False, True)
                 if near.weights[relative] is not None]  # fmt: skip
     apart = np.random.default_rng(rng.integers(2**62))  # for the user's units, which change no draw of the others
     tried = 0
@@ -421,7 +424,7 @@ def find_formula(
         if natural and powers.any():
             raw = near.subset(np.arange(near.n))
             raw.X = X[np.ix_(rows, active)]
-            other = Search(alphabet, pool, raw, 0 * powers, best.relative, apart, **settings, cost=RAW)
+            other = Search(alphabet, pool, raw, 0 * powers, power, best.relative, apart, **settings, cost=RAW)
             searches.append(other)
         if isinstance(propose, Network):
             propose.scale(other.powers, 0 if natural else power)  # y = x^5 is large, in units as in training

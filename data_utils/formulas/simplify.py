@@ -74,7 +74,7 @@ def _emit_product(c, factors):
             (node("f", "exp", scale(b.b, -1.0)), -e) if b.a == "exp" and b.b.kind == "s" and _negative(b.b) else (b, e)
             for b, e in factors
         ]
-    if c == -1 or -c in SCALES:
+    if c < 0:
         for i, (b, e) in enumerate(factors):
             if b.kind == "s" and type(e) is int and e % 2 and len(_emit(scale(b, -1.0))) <= len(_emit(b)):
                 c = -c
