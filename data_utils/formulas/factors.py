@@ -6,6 +6,7 @@ are projected out (Golub and Pereyra 1973) before all constants are fitted. M po
 """
 
 import itertools
+import time
 from collections import namedtuple
 
 import numpy as np
@@ -18,7 +19,8 @@ TURNS = 0.05, 2.5  # of an angle in a table
 SHIFTS = 0.02, 0.1, 0.3, 1.0, 3.0, 10.0  # c of c + z, in widths of z beyond its range
 RATES = 0.1, 0.25, 0.6, 1.5, 4.0, 10.0, 25.0  # k of exp(k z), over the largest z
 PERIODS = 1.0, 1 / 12, 0.01, 1 / 1200  # interest per year or month, as a share or in percent
-FACTORS, PARTS = (3, 32), (3, 24)  # of a product besides columns, of a sum: the most of them, sets in the beam
+FACTORS, PARTS = 3, 3  # of a product besides columns, of a sum
+SIZE = 18_000  # sets in the beam times parts, at most
 CURVED = 3  # columns up to which parts with constants inside are multiplied by others
 STARTED = 12  # sets of each size that become starts
 NEAR = 0.02  # of a plain exponent, within which it is taken
@@ -117,21 +119,21 @@ def factors(X, powers):
     swings = [joined("*", a, wave, np.multiply, a.unit) for a in x for wave in angles if a.tokens[0] not in wave.tokens]
     squares = [applied("pow2", a, np.square, 2 * a.unit) for a in x]
     quantities = x + products + quotients
-    found = [*x, *angles]
-    found += [Part(["exp", *a.tokens], [], np.exp(a.values), 0) for a in x]  # its exponent becomes a rate
+    library = [*x, *angles]
+    library += [Part(["exp", *a.tokens], [], np.exp(a.values), 0) for a in x]  # its exponent becomes a rate
     for a, b in itertools.combinations(x, 2):
-        found += pairs(a, b)
+        library += pairs(a, b)
     for a, b in itertools.permutations(x, 2):
-        found += grown(a, b)
+        library += grown(a, b)
     for z in (quantity for quantity in quantities + squares + angles + swings if np.ptp(quantity.values) > 0):
-        found += shifted(z)
+        library += shifted(z)
     for z in quantities:
-        found += [Part(["-", "1", "exp", "*", C, *z.tokens], [k], 1 - np.exp(k * z.values), 0) for k in rates_of(z)]
+        library += [Part(["-", "1", "exp", "*", C, *z.tokens], [k], 1 - np.exp(k * z.values), 0) for k in rates_of(z)]
     for a in x:
         for k, faster in itertools.combinations(rates_of(a)[::2], 2):
             values = np.exp(k * a.values) - np.exp(faster * a.values)
-            found.append(Part(["-", *["exp", "*", C, *a.tokens] * 2], [k, faster], values, 0))
-    return usable(found, lambda values: (values != 0).all() and np.ptp(np.abs(values)) > 0)
+            library.append(Part(["-", *["exp", "*", C, *a.tokens] * 2], [k, faster], values, 0))
+    return usable(library, lambda values: (values != 0).all() and np.ptp(np.abs(values)) > 0)
 
 
 def parts(X, powers):
@@ -140,11 +142,11 @@ def parts(X, powers):
     for x in columns(X, powers):
         simple.append(powers_of(x))
         curved.append(waves(x) + [Part(["exp", "*", C, *x.tokens], [k], np.exp(k * x.values), 0) for k in rates_of(x)])
-    found = [part for some in simple + curved for part in some]
+    library = [part for some in simple + curved for part in some]
     for i, j in itertools.permutations(range(len(simple)), 2):
         others = (simple[j] if i < j else []) + (curved[j] if len(simple) <= CURVED else [])
-        found += [joined("*", a, b, np.multiply) for a in simple[i] for b in others]
-    return usable(found, lambda values: np.ptp(values) > 0)
+        library += [joined("*", a, b, np.multiply) for a in simple[i] for b in others]
+    return usable(library, lambda values: np.ptp(values) > 0)
 
 
 def variables(part):
@@ -152,31 +154,34 @@ def variables(part):
     return {token for token in part.tokens if token[0] == "x"}
 
 
-def usable(found, good):
+def usable(library, good):
     """Return the parts that are finite, not too large, and good."""
-    finite = [part for part in found if np.isfinite(part.values).all()]
+    finite = [part for part in library if np.isfinite(part.values).all()]
     return [part for part in finite if np.abs(part.values).max() < LARGEST and good(part.values)]
 
 
-def best_sets(trials, most, width, first=()):
+def best_sets(trials, most, deadline, first=()):
     """Yield (label, parts, coefficients, that of 1 first) of the sets that leave least of y, STARTED of each size.
 
     trials: (label, parts, their values (K, M), what is to be their sum (M,), weights (M,) with which its residuals are
-    those of y). A set has the parts `first` and up to `most` others.
+    those of y). A set has the parts `first` and up to `most` others. Trials after the deadline are left out.
     """
     judged, counts = [], {}
-    for label, found, values, target, w in trials:
-        if found and np.isfinite(target).all() and np.isfinite(w).all() and np.ptp(target) > 0:
-            kinds, total = [" ".join(part.tokens) for part in found], np.square(centred(target, w)).sum()
-            size = min(len(first) + most, len(w) - 3)
-            sets = choose(values, target, w / w.max(), width=width, most=size, kinds=kinds, start=[first])
-            for share, chosen in sets:
-                judged.append((share * total, len(judged), label, found, values, target, w, chosen))
-    for _, _, label, found, values, target, w, chosen in sorted(judged, key=lambda item: item[:2]):
+    for label, library, values, target, w in trials:
+        finite = library and np.isfinite(target).all() and np.isfinite(w).all() and w.max() > 0
+        total = np.square(centred(target, w / w.max())).sum() if finite else 0.0
+        if not total > 0 or time.monotonic() > deadline:
+            continue
+        kinds = [" ".join(part.tokens) for part in library]
+        size, width = min(len(first) + most, len(w) - 3), max(8, min(32, SIZE // len(library)))
+        sets = choose(values, target, w / w.max(), width=width, most=size, kinds=kinds, start=[first])
+        judged += [(share * total * w.max() ** 2, len(judged) + i, label, library, values, target, w, chosen)
+                   for i, (share, chosen) in enumerate(sets)]  # fmt: skip
+    for _, _, label, library, values, target, w, chosen in sorted(judged, key=lambda item: item[:2]):
         counts[len(chosen)] = counts.get(len(chosen), 0) + 1
         if counts[len(chosen)] <= STARTED:
             A = np.column_stack([np.ones(len(w)), *values[list(chosen)]]) * w[:, None]
-            yield label, [found[k] for k in chosen], np.linalg.lstsq(A, target * w, rcond=None)[0].tolist()
+            yield label, [library[k] for k in chosen], np.linalg.lstsq(A, target * w, rcond=None)[0].tolist()
 
 
 def powered(part, p, plain):
@@ -186,10 +191,10 @@ def powered(part, p, plain):
         return ["exp", "*", C, *tokens[1:]], [p]
     if not plain:
         return ["pow", *tokens, C], [*constants, p]
-    whole, half = divmod(abs(p), 1)
-    written = [tokens] * int(whole) + [["pow1_2", *tokens]] * (half > 0)
-    if whole in (2, 3, 4, 5) and not half:
-        written = [[f"pow{whole:.0f}", *tokens]]
+    number, half = divmod(abs(p), 1)
+    written = [tokens] * int(number) + [["pow1_2", *tokens]] * (half > 0)
+    if number in (2, 3, 4, 5) and not half:
+        written = [[f"pow{number:.0f}", *tokens]]
     tokens = written[-1]
     for other in written[:-1]:
         tokens = ["*", *other, *tokens]
@@ -209,26 +214,26 @@ def product(chosen, exponents, near):
     return tokens, constants
 
 
-def products(X, y, w, powers, power):
+def products(X, y, w, powers, power, deadline=np.inf):
     """Yield (prefix, constants) of products of factors for y, and of those whose arc sine y is."""
-    found = factors(X, powers)
-    logs = np.log(np.abs([part.values for part in found]))
-    plain = tuple(k for k, part in enumerate(found) if len(part.tokens) == 1)
+    library = factors(X, powers)
+    logs = np.log(np.abs([part.values for part in library]))
+    plain = tuple(k for k, part in enumerate(library) if len(part.tokens) == 1)
     targets = [([], y, w)]
     for k in (1.0, DEGREE):
         angle = k * 10.0**power * y
         if TURNS[0] < np.ptp(angle) / (2 * np.pi) and np.abs(angle).max() < np.pi / 2:
             targets.append((["asin"], np.sin(angle), w / (k * 10.0**power * np.cos(angle))))
-    trials = [(link, found, logs, np.log(np.abs(target)), v * np.abs(target))
+    trials = [(link, library, logs, np.log(np.abs(target)), v * np.abs(target))
               for link, target, v in targets if (target != 0).all()]  # fmt: skip
-    for link, chosen, (offset, *exponents) in best_sets(trials, *FACTORS, plain):
+    for link, chosen, (offset, *exponents) in best_sets(trials, FACTORS, deadline, plain):
         for near in (NEAR, 0.5):
             tokens, constants = product(chosen, exponents, near)
             if tokens:
                 yield ([*link, "*", C, *tokens], [np.exp(offset), *constants]) if link else (tokens, constants)
 
 
-def sums(X, y, w, powers):
+def sums(X, y, w, powers, deadline=np.inf):
     """Yield (prefix, constants) of links of sums of parts, also times or over a column that products of parts lack."""
     every, trials = parts(X, powers), []
     flat = [([], y, w, every)]
@@ -236,12 +241,12 @@ def sums(X, y, w, powers):
         others = [part for part in every if x.tokens[0] not in part.tokens or len(variables(part)) == 1]
         for factor, size in ((["*", *x.tokens], x.values), (["*", "inv", *x.tokens], 1 / x.values)):
             flat += [(factor, y / size, w * np.abs(size), others)] * int((x.values != 0).all())
-    for factor, target, weights, found in flat:
-        values = np.array([part.values for part in found])
+    for factor, target, weights, library in flat:
+        values = np.array([part.values for part in library])
         for link, (undo, slope) in LINKS.items():
             with np.errstate(all="ignore"):
-                trials.append(((factor, link), found, values, undo(target), weights / np.abs(slope(target))))
-    for (factor, link), chosen, coefficients in best_sets(trials, *PARTS):
+                trials.append(((factor, link), library, values, undo(target), weights / np.abs(slope(target))))
+    for (factor, link), chosen, coefficients in best_sets(trials, PARTS, deadline):
         tokens, constants = linked(link, chosen, coefficients, bool(factor))
         yield [*factor, *tokens], constants
 

@@ -5,6 +5,7 @@ quantity z is a column, or the product, quotient, sum or difference of two. M po
 """
 
 import itertools
+import time
 
 import numpy as np
 
@@ -25,11 +26,12 @@ FEW = 64  # points that choose factors and parts
 CLEAR = 30.0  # bits by which a column must help to be searched beside the best ones
 
 
-def starts(alphabet, data, weights, rng, powers, power, points=128):
+def starts(alphabet, data, weights, rng, powers, power, deadline, points=128):
     """Yield (prefix tokens of g, starts of its constants) for y = a + b g.
 
     data: score.Data in units near 1, columns over 10^powers and y over 10^power; weights (M,) of the residuals. Forms
-    that need operators which the alphabet lacks are left out.
+    that need operators which the alphabet lacks are left out. Products and sums of factors.py are sought for at most
+    half of the time until the deadline: the rest is for the fits.
     """
     rows = rng.permutation(data.n)[:points]
     X, y, w = data.X[rows], data.y[rows], weights[rows]
@@ -39,8 +41,8 @@ def starts(alphabet, data, weights, rng, powers, power, points=128):
     product = _product(exponents, X)
     if product[0] and known.issuperset(product[0]):
         yield product
-    few = slice(FEW)
-    composed = itertools.chain(products(X[few], y[few], w[few], powers, power), sums(X[few], y[few], w[few], powers))
+    few, half = (X[:FEW], y[:FEW], w[:FEW]), (time.monotonic() + deadline) / 2
+    composed = itertools.chain(products(*few, powers, power, half), sums(*few, powers, half))
     for prefix, constants in itertools.chain(growth(X, y, w), composed):
         if known.issuperset(prefix):
             yield prefix, constants

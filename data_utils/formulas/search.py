@@ -261,7 +261,9 @@ class Search:
         """
         batch = batch or [
             (self.alphabet.encode(prefix), constants)
-            for prefix, constants in starts(self.alphabet, self.data, self.weights, self.rng, self.powers, self.power)
+            for prefix, constants in starts(
+                self.alphabet, self.data, self.weights, self.rng, self.powers, self.power, deadline
+            )
             if len(prefix) <= self.longest_sum and not contains(prefix, self.exclude)
         ]
         few = self.rng.permutation(self.data.n)[:FIT_POINTS]
@@ -515,8 +517,9 @@ def ranking(alphabet, finalists, data, active, power, rng, deadline, exclude=())
     ranked = list(distinct.values())
     if rough is not data:
         refitted = []
-        for formula, cost in ranked[:REFITTED]:
-            if not refitted or time.monotonic() < deadline - MARGIN:
+        for formula, cost in ranked:
+            one = any(formula for formula, _ in refitted)  # some fit only the rows that ranked them
+            if not one or len(refitted) < REFITTED and time.monotonic() < deadline - MARGIN:
                 refitted.append((refit(alphabet, formula, data), cost))
         ranked = in_order(refitted)
     return [formula._replace(bits=formula.bits + cost) for formula, cost in ranked]

@@ -219,7 +219,8 @@ class Library:
         largest = np.abs(y).max()
         if not np.isfinite(y).all() or np.ptp(y) <= RELATED * largest or not 0 < weights.max() < np.inf:
             return None
-        return y / largest, weights / weights.max()
+        y, weights = y / largest, weights / weights.max()
+        return (y, weights) if np.square(centred(y, weights)).sum() > 0 else None  # a few values may have all weight
 
     def __call__(self, rng, parsimony):
         """Sums of some parts, under a link or none -> (score, id list) of the best, constants still to be fitted."""

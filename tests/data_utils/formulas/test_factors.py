@@ -71,13 +71,13 @@ def test_parts_have_the_values_of_their_tokens():
     X = np.random.default_rng(0).uniform(0.3, 2, (20, 3)) * [1, 100, 1]
     powers = decades(X)
     near = scaled(X, powers)
-    found = factors(near, powers) + parts(near, powers)
-    rows = [ALPHABET.encode(part.tokens) for part in found]
+    library = factors(near, powers) + parts(near, powers)
+    rows = [ALPHABET.encode(part.tokens) for part in library]
     tokens, constants = np.zeros((len(rows), max(map(len, rows))), np.uint8), np.zeros((len(rows), 4))
-    for i, (row, part) in enumerate(zip(rows, found, strict=True)):
+    for i, (row, part) in enumerate(zip(rows, library, strict=True)):
         tokens[i, : len(row)], constants[i, : len(part.constants)] = row, part.constants
     values = evaluate(ALPHABET, tokens, constants, np.repeat(padded_columns(ALPHABET, near)[None], len(rows), 0))
-    np.testing.assert_allclose(values, [part.values for part in found], rtol=1e-9, atol=1e-12)
+    np.testing.assert_allclose(values, [part.values for part in library], rtol=1e-9, atol=1e-12)
 
 
 def test_exponents_near_plain_ones_become_these():
