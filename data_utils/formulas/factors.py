@@ -24,7 +24,6 @@ SIZE = 18_000  # sets in the beam times parts, at most
 CURVED = 3  # columns up to which parts with constants inside are multiplied by others
 STARTED = 12  # sets of each size that become starts
 NEAR = 0.02  # of a plain exponent, within which it is taken
-STEEP = 6.0  # exponent from which none is plain
 LARGEST = 1e9  # what a part may be, in units near 1
 
 # tokens with C where the constants inside stand; unit: power of ten of the user's units in those of the search
@@ -94,10 +93,10 @@ def pairs(a, b):
 def grown(u, v):
     """Return 1 - (1 + c u)^(s v), of a rate u over a time v."""
     for c, s in itertools.product(PERIODS, (-1.0, 1.0)):
-        rate, time = c * 10.0**u.unit, s * 10.0**v.unit
+        rate, span = c * 10.0**u.unit, s * 10.0**v.unit
         with np.errstate(all="ignore"):
-            values = 1 - (1 + rate * u.values) ** (time * v.values)
-        yield Part(["-", "1", "pow", "+", "1", "*", C, *u.tokens, "*", C, *v.tokens], [rate, time], values, 0)
+            values = 1 - (1 + rate * u.values) ** (span * v.values)
+        yield Part(["-", "1", "pow", "+", "1", "*", C, *u.tokens, "*", C, *v.tokens], [rate, span], values, 0)
 
 
 def shifted(z):
@@ -186,19 +185,13 @@ def best_sets(trials, most, deadline, first=()):
 
 def powered(part, p, plain):
     """Return the tokens and constants of a factor to the power p; plain: p is a half-integer."""
-    tokens, constants = part.tokens, part.constants
-    if tokens[0] == "exp" and not constants:
-        return ["exp", "*", C, *tokens[1:]], [p]
-    if not plain:
-        return ["pow", *tokens, C], [*constants, p]
-    number, half = divmod(abs(p), 1)
-    written = [tokens] * int(number) + [["pow1_2", *tokens]] * (half > 0)
-    if number in (2, 3, 4, 5) and not half:
-        written = [[f"pow{number:.0f}", *tokens]]
-    tokens = written[-1]
-    for other in written[:-1]:
-        tokens = ["*", *other, *tokens]
-    return (["inv", *tokens] if p < 0 else tokens), constants * len(written)
+    if part.tokens[0] == "exp" and not part.constants:
+        return ["exp", "*", C, *part.tokens[1:]], [p]
+    number = abs(p) if p % 1 == 0 else 2 * abs(p)  # x^1.5 is the root of x^3
+    if not plain or number > 5:
+        return ["pow", *part.tokens, C], [*part.constants, p]
+    operators = ["inv"] * (p < 0) + ["pow1_2"] * (p % 1 != 0) + [f"pow{number:.0f}"] * (number > 1)
+    return [*operators, *part.tokens], part.constants
 
 
 def product(chosen, exponents, near):
@@ -208,7 +201,7 @@ def product(chosen, exponents, near):
         plain = round(2 * p) / 2
         if plain == 0 and part.tokens[0] != "exp":
             continue
-        rounded = abs(p - plain) <= near and abs(p) < STEEP and part.tokens[0] != "exp"
+        rounded = abs(p - plain) <= near and part.tokens[0] != "exp"
         factor, numbers = powered(part, plain if rounded else p, rounded)
         tokens, constants = ["*", *factor, *tokens] if tokens else factor, [*numbers, *constants]
     return tokens, constants

@@ -27,7 +27,7 @@ CLEAR = 30.0  # bits by which a column must help to be searched beside the best 
 
 
 def starts(alphabet, data, weights, rng, powers, power, deadline, points=128):
-    """Yield (prefix tokens of g, starts of its constants) for y = a + b g.
+    """Yield (prefix tokens of g, starts of its constants, whether a plain term may be lacking) for y = a + b g.
 
     data: score.Data in units near 1, columns over 10^powers and y over 10^power; weights (M,) of the residuals. Forms
     that need operators which the alphabet lacks are left out. Products and sums of factors.py are sought for at most
@@ -40,12 +40,11 @@ def starts(alphabet, data, weights, rng, powers, power, deadline, points=128):
     exponents, _ = _exponents(X, y, w, np.ones((len(y), 1)), list(range(data.D)), positive)
     product = _product(exponents, X)
     if product[0] and known.issuperset(product[0]):
-        yield product
+        yield *product, True
     few, half = (X[:FEW], y[:FEW], w[:FEW]), (time.monotonic() + deadline) / 2
     composed = itertools.chain(products(*few, powers, power, half), sums(*few, powers, half))
-    for prefix, constants in itertools.chain(growth(X, y, w), composed):
-        if known.issuperset(prefix):
-            yield prefix, constants
+    for some, general in ((growth(X, y, w), True), (composed, False)):
+        yield from ((*start, general) for start in some if known.issuperset(start[0]))
     for place, (tokens, z, exponents, inner) in enumerate(quantities(X, y, w)):
         factor, powers = _product(exponents, X)
         same = tokens[0] in "*/" and positive.all()  # its powers are products of powers of columns
@@ -55,7 +54,7 @@ def starts(alphabet, data, weights, rng, powers, power, deadline, points=128):
             prefix, values = _expanded(form, constants, tokens, inner)
             prefix = ["*", *factor, *prefix] if factor else prefix
             if known.issuperset(prefix):
-                yield prefix, [*powers, *values]
+                yield prefix, [*powers, *values], True
 
 
 def growth(X, y, w):
