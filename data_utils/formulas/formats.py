@@ -165,6 +165,7 @@ def write_formula(prefix, numbers, names, style="text"):
     format wants it (see identifiers and latex_name).
     """
     templates, literals = STYLES[style]
+    prefix = _joined(prefix)
     known = literals | {f"x{i + 1}": name for i, name in enumerate(names)}
     tokens, constants = iter(prefix), iter(numbers)
     left, right = ("\\left(", "\\right)") if style == "latex" else ("(", ")")
@@ -179,10 +180,12 @@ def write_formula(prefix, numbers, names, style="text"):
         token = next(tokens)
         if token == "<constant>":
             return number(next(constants))
-        if token not in OPERATORS:
+        power = re.fullmatch(r"pow(\d\d+)", token)
+        if token not in OPERATORS and not power:
             text = known.get(token, token)
             return text, 2 if token == "(-1)" else 5
-        template, precedence, least = templates[token]
+        template, precedence, least = templates["pow2" if power else token]
+        template = template.replace("2", power[1]) if power else template
         operands = [read() for _ in least]
         if token == "pow" and style == "python":  # an array of integers has no negative powers
             text, strength = operands[1]
@@ -196,9 +199,25 @@ def write_formula(prefix, numbers, names, style="text"):
         text = template.format(*parts)
         if token in ("+", "-"):
             text = text.replace(" + -", " - ").replace(" - -", " + ")
+        if token.startswith("mult"):
+            text = re.sub(r"^(\d)\*1/", r"\1/", text)  # 3/x, not 3*1/x
         return text, precedence
 
     return read()[0]
+
+
+def _joined(prefix):
+    """Return prefix tokens with powers of powers as one, such as pow12, and 1/a/2 as 1/(2 a)."""
+    joined = []
+    for token in prefix:
+        outer = joined[-1] if joined else ""
+        if re.fullmatch(r"pow\d+", token) and re.fullmatch(r"pow\d+", outer):
+            joined[-1] = f"pow{int(outer[3:]) * int(token[3:])}"
+        elif token == "inv" and outer.startswith("div"):
+            joined[-1:] = ["inv", outer.replace("div", "mult")]
+        else:
+            joined.append(token)
+    return joined
 
 
 def identifiers(names, taken=("np", "sp")):

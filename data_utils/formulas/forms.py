@@ -5,9 +5,11 @@ quantity z is a column, or the product, quotient, sum or difference of two. M po
 """
 
 import itertools
+import time
 
 import numpy as np
 
+from data_utils.formulas.factors import products, sums
 from data_utils.formulas.sums import choose
 
 C = "<constant>"
@@ -20,14 +22,16 @@ OFFSETS = 3  # z for which forms with an offset of their own are tried
 WEIGHTS = (1.0, -1.0, 10.0, -10.0, 0.1, -0.1)  # of the second column of a sum: units near 1 differ by powers of ten
 PEAKS = 3  # frequencies per z
 GROWING = 3  # pairs of columns that are tried as (1 + c u)^(k v)
+FEW = 64  # points that choose factors and parts
 CLEAR = 30.0  # bits by which a column must help to be searched beside the best ones
 
 
-def starts(alphabet, data, weights, rng, points=128):
-    """Yield (prefix tokens of g, starts of its constants) for y = a + b g.
+def starts(alphabet, data, weights, rng, powers, power, deadline, points=128):
+    """Yield (prefix tokens of g, starts of its constants, whether a plain term may be lacking) for y = a + b g.
 
-    data: score.Data in units near 1; weights (M,) of the residuals. Forms that need operators which the alphabet lacks
-    are left out.
+    data: score.Data in units near 1, columns over 10^powers and y over 10^power; weights (M,) of the residuals. Forms
+    that need operators which the alphabet lacks are left out. Products and sums of factors.py are sought for at most
+    half of the time until the deadline: the rest is for the fits.
     """
     rows = rng.permutation(data.n)[:points]
     X, y, w = data.X[rows], data.y[rows], weights[rows]
@@ -36,10 +40,11 @@ def starts(alphabet, data, weights, rng, points=128):
     exponents, _ = _exponents(X, y, w, np.ones((len(y), 1)), list(range(data.D)), positive)
     product = _product(exponents, X)
     if product[0] and known.issuperset(product[0]):
-        yield product
-    for prefix, constants in growth(X, y, w):
-        if known.issuperset(prefix):
-            yield prefix, constants
+        yield *product, True
+    few, half = (X[:FEW], y[:FEW], w[:FEW]), (time.monotonic() + deadline) / 2
+    composed = itertools.chain(products(*few, powers, power, half), sums(*few, powers, half))
+    for some, general in ((growth(X, y, w), True), (composed, False)):
+        yield from ((*start, general) for start in some if known.issuperset(start[0]))
     for place, (tokens, z, exponents, inner) in enumerate(quantities(X, y, w)):
         factor, powers = _product(exponents, X)
         same = tokens[0] in "*/" and positive.all()  # its powers are products of powers of columns
@@ -49,7 +54,7 @@ def starts(alphabet, data, weights, rng, points=128):
             prefix, values = _expanded(form, constants, tokens, inner)
             prefix = ["*", *factor, *prefix] if factor else prefix
             if known.issuperset(prefix):
-                yield prefix, [*powers, *values]
+                yield prefix, [*powers, *values], True
 
 
 def growth(X, y, w):
@@ -314,6 +319,7 @@ def forms(values, y, w, product, flat):
         for p, k in itertools.product((1.0, -1.0, 2.5, -2.5), (low, middle, high)):
             curves.append((["inv", "+", C, "pow", "z", C], [k**p, p]))
         curves += [(["log", "+", C, "z"], [k]) for k in (low, high)]
+        curves += [(["exp", "*", C, "pow", "z", C], [-(middle**-p), p]) for p in (0.6, 1.7, 3.0)]
     curves += [(["/", "z", "+", C, "z"], [k]) for k in (low, middle, 3 * high)]
     curves += [(["inv", "+", C, "z"], [k]) for k in (low, middle, high, -2 * high, -low / 2)]
     curves += [(["inv", "+", C, "pow2", "z"], [k]) for k in (low**2, high**2, -2 * high**2, -(low**2) / 2)]
@@ -326,6 +332,8 @@ def forms(values, y, w, product, flat):
     for sign, start in itertools.product((1, -1), (low, middle, high)):
         rate = sign * 8.0 / width
         curves.append((["inv", "+", C, "exp", "*", C, "z"], [float(np.exp(np.clip(rate * start, -60, 60))), rate]))
+        rate /= 2
+        curves.append((["exp", "*", C, "exp", "*", C, "z"], [-float(np.exp(np.clip(-rate * start, -60, 60))), rate]))
     curves += [
         (["tanh", "+", C, "*", C, "z"], [-k * start, k]) for k in (2 / width, 8 / width) for start in (low, high)
     ]

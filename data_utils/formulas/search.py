@@ -34,7 +34,7 @@ MANY = 200  # rows
 NATURAL, RAW = 2, 10.0  # decades within which columns are also searched in the user's units; bits this must earn
 SHAPES, STARTS = 256, 3  # general forms that are fitted together; starts of each that are fitted well
 EXTENDED = 6  # forms of each number of constants to which a plain term is added
-SHAPING, AFTER_STOP = 0.25, 2.0  # share of max_seconds for them; seconds of ranking after Ctrl+C
+SHAPING, AFTER_STOP = 0.3, 2.0  # share of max_seconds for them; seconds of ranking after Ctrl+C
 FEW = 10  # points below which formulas without an offset are ranked, too
 TIED = 0.05  # share by which a and b of a + b g may differ to be tried as one constant
 ALWAYS, RANKED = 4, 64  # formulas that are ranked, whatever the deadline; that are ranked together
@@ -201,15 +201,18 @@ def predict(alphabet, formula, X):
 
 
 class Search:
-    """The candidates of one search, in columns over 10^powers, under one kind of residuals (see score.Data.weights).
+    """The candidates of one search, in columns over 10^powers and y over 10^power.
 
-    exclude: token lists that may not occur in a formula; longest: tokens of a formula at most; cost: bits that its
-    formulas have besides their own.
+    relative: the kind of residuals (see score.Data.weights); exclude: token lists that may not occur in a formula;
+    longest: tokens of a formula at most; cost: bits that its formulas have besides their own.
     """
 
-    def __init__(self, alphabet, pool, data, powers, relative, rng, *, parsimony, exclude=(), longest=0, cost=0.0):
+    def __init__(
+        self, alphabet, pool, data, powers, power, relative, rng, *, parsimony, exclude=(), longest=0, cost=0.0
+    ):
         self.alphabet, self.pool, self.data, self.rng = alphabet, pool, data, rng
-        self.powers, self.relative, self.parsimony, self.exclude = powers, relative, parsimony, exclude
+        self.powers, self.power, self.relative = powers, power, relative
+        self.parsimony, self.exclude = parsimony, exclude
         self.cost = cost
         self.columns, self.weights = padded_columns(alphabet, data.X), data.weights[relative]
         self.longest = longest or max(LONGEST, pool.max_length)
@@ -254,15 +257,19 @@ class Search:
     def fit_shapes(self, deadline, batch=None):
         """Fit the general forms of forms.py, all of them roughly, then the most promising well.
 
-        batch: (id list, start of its constants) of these forms, where they are known. Returns those that fitted best.
+        batch: (id list, start of its constants, whether it may lack a plain term) of these forms, where they are known.
+        Returns those that fitted best.
         """
         batch = batch or [
-            (self.alphabet.encode(prefix), constants)
-            for prefix, constants in starts(self.alphabet, self.data, self.weights, self.rng)
+            (self.alphabet.encode(prefix), constants, general)
+            for prefix, constants, general in starts(
+                self.alphabet, self.data, self.weights, self.rng, self.powers, self.power, deadline
+            )
             if len(prefix) <= self.longest_sum and not contains(prefix, self.exclude)
         ]
+        composed = {tuple(row) for row, _, general in batch if not general}
         few = self.rng.permutation(self.data.n)[:FIT_POINTS]
-        rough = self._shapes(batch, few, 8, deadline)
+        rough = self._shapes([start[:2] for start in batch], few, 8, deadline)
         kept = {}
         rough.sort(key=self.bits)
         self.shapes = rough[:FINAL]  # these are there when Ctrl+C ends the fits below
@@ -270,13 +277,16 @@ class Search:
             starting = kept.setdefault(tuple(candidate.prefix), [])
             if len(starting) < STARTS:
                 starting.append((candidate.prefix, candidate.constants[2:]))
-        chosen = [start for starting in list(kept.values())[:SHAPES] for start in starting]
+        best = {*list(kept)[:SHAPES], *[prefix for prefix in kept if prefix not in composed][:SHAPES]}
+        chosen = [start for prefix, starting in kept.items() if prefix in best for start in starting]
         unique = {}
         for candidate in sorted(self._shapes(chosen, slice(None), 60, deadline), key=lambda c: c.fvu):
             unique.setdefault(tuple(candidate.prefix), candidate)
         self.shapes = sorted(unique.values(), key=self.bits)
         longer, counts = [], {}
         for shape in self.shapes:
+            if tuple(shape.prefix) in composed:
+                continue
             count = counts[len(shape.constants)] = counts.get(len(shape.constants), 0) + 1
             for term in terms(self.data.D) if count <= EXTENDED else ():
                 prefix = ["+", *self.alphabet.decode(shape.prefix), "*", "<constant>", *term]
@@ -286,8 +296,9 @@ class Search:
             unique.setdefault(tuple(candidate.prefix), candidate)
         self.shapes = sorted(unique.values(), key=self.bits)
         self.tried += len(batch) + len(longer)
-        self.keep(archive=self.shapes[:DONATED])
-        return [(c.prefix, c.constants[2:]) for c in rough[: len(rough) // 4]]
+        general = [shape for shape in self.shapes if tuple(shape.prefix) not in composed]
+        self.keep(archive=general[:DONATED])  # offspring of factors that fit by chance led astray
+        return [(c.prefix, c.constants[2:], tuple(c.prefix) not in composed) for c in rough[: len(rough) // 4]]
 
     def _shapes(self, batch, points, steps, deadline):
         """Fit (id list, start of its constants) to some points -> Candidates."""
@@ -406,7 +417,7 @@ def find_formula(
             near.X, near.D = near.X[:, active], len(active)
             propose = prior = Prior(alphabet, pool, len(active), propose.held)
     powers, settings = powers[active], dict(parsimony=parsimony, exclude=exclude, longest=longest)
-    searches = [Search(alphabet, pool, near, powers, relative, rng, **settings) for relative in (False, True)
+    searches = [Search(alphabet, pool, near, powers, power, relative, rng, **settings) for relative in (False, True)
                 if near.weights[relative] is not None]  # fmt: skip
     apart = np.random.default_rng(rng.integers(2**62))  # for the user's units, which change no draw of the others
     tried = 0
@@ -421,7 +432,7 @@ def find_formula(
         if natural and powers.any():
             raw = near.subset(np.arange(near.n))
             raw.X = X[np.ix_(rows, active)]
-            other = Search(alphabet, pool, raw, 0 * powers, best.relative, apart, **settings, cost=RAW)
+            other = Search(alphabet, pool, raw, 0 * powers, power, best.relative, apart, **settings, cost=RAW)
             searches.append(other)
         if isinstance(propose, Network):
             propose.scale(other.powers, 0 if natural else power)  # y = x^5 is large, in units as in training
@@ -512,8 +523,9 @@ def ranking(alphabet, finalists, data, active, power, rng, deadline, exclude=())
     ranked = list(distinct.values())
     if rough is not data:
         refitted = []
-        for formula, cost in ranked[:REFITTED]:
-            if not refitted or time.monotonic() < deadline - MARGIN:
+        for formula, cost in ranked:
+            one = any(formula for formula, _ in refitted)  # some fit only the rows that ranked them
+            if not one or len(refitted) < REFITTED and time.monotonic() < deadline - MARGIN:
                 refitted.append((refit(alphabet, formula, data), cost))
         ranked = in_order(refitted)
     return [formula._replace(bits=formula.bits + cost) for formula, cost in ranked]

@@ -74,12 +74,13 @@ def _emit_product(c, factors):
             (node("f", "exp", scale(b.b, -1.0)), -e) if b.a == "exp" and b.b.kind == "s" and _negative(b.b) else (b, e)
             for b, e in factors
         ]
-    if c == -1 or -c in SCALES:
-        for i, (b, e) in enumerate(factors):
-            if b.kind == "s" and type(e) is int and e % 2 and len(_emit(scale(b, -1.0))) <= len(_emit(b)):
-                c = -c
-                factors = [*factors[:i], (scale(b, -1.0), e), *factors[i + 1 :]]
-                break
+    if c < 0:
+        turned = [i for i, (b, e) in enumerate(factors) if b.kind == "s" and type(e) is int and e % 2
+                  and len(_emit(scale(b, -1.0))) <= len(_emit(b))]  # fmt: skip
+        turned.sort(key=lambda i: not _subtracts(factors[i][0]))
+        if turned and (c == -1 or -c in SCALES or _subtracts(factors[turned[0]][0])):
+            c, i = -c, turned[0]
+            factors = [*factors[:i], (scale(factors[i][0], -1.0), factors[i][1]), *factors[i + 1 :]]
     texts = [(_emit(b), e) for b, e in factors]
     if c > 0 and c != 1 and c not in SCALES:
         for i, (_, e) in enumerate(factors):
@@ -122,6 +123,11 @@ def _emit_product(c, factors):
 def _negative(n):
     """Return whether all coefficients of a sum without a constant are negative."""
     return n.a == 0 and all(k < 0 for _, k in n.b)
+
+
+def _subtracts(n):
+    """Return whether a known coefficient of a sum, or its constant, is negative."""
+    return n.a < 0 or any(k < 0 for _, k in n.b)
 
 
 def _term(t, k):

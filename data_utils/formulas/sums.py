@@ -25,6 +25,7 @@ LINKS = {
     "exp": (np.log, lambda y: 1 / y),
     "pow1_2": (lambda y: np.where(y < 0, np.nan, y * y), lambda y: 2 * y),
     "inv": (lambda y: 1 / y, lambda y: 1 / (y * y)),
+    "inv pow1_2": (lambda y: np.where(y < 0, np.nan, 1 / (y * y)), lambda y: 2 / (y * y * y)),
     "log": (np.exp, np.exp),
 }
 
@@ -35,41 +36,46 @@ def centred(parts, weights):
     return (parts - (parts @ share)[..., None]) * weights
 
 
-def choose(parts, y, weights=None, *, width=WIDTH, most=TERMS, start=()):
+def choose(parts, y, weights=None, *, width=WIDTH, most=TERMS, start=(), kinds=None):
     """Which rows of `parts` (K, M) sum up to y (M,) -> list of (share of its variance left, tuple of rows).
 
     Each step adds to the `width` best sets the parts that explain most of what they leave. start: sets of one size to
-    begin with, in place of the empty one.
+    begin with, in place of the empty one. kinds: K labels of parts, alike where these differ by constants inside: a set
+    has one part of a kind at most, and of sets of the same kinds only the best is kept.
     """
+    kinds = range(len(parts)) if kinds is None else kinds
     weights = np.ones(len(y)) if weights is None else weights
     parts, y = centred(parts, weights), centred(y, weights)
     power, total = (parts * parts).sum(1), y @ y
     sets, results = list(start) or [()], []
     left, rest = np.repeat(y[None], len(sets), 0), np.repeat(parts[None], len(sets), 0)  # orthogonal to each set
 
-    def add(i, k):
-        """Return what is left of y and of the parts after part k[n] joined set i[n]."""
+    def add(i, k, last=False):
+        """Return what is left of y and, but for the last time, of the parts after part k[n] joined set i[n]."""
         with np.errstate(all="ignore"):  # parts that the set explains already, such as all others of two rows
             unit = rest[i, k] / np.sqrt((rest[i, k] ** 2).sum(1))[:, None]
         new = left[i] - (left[i] * unit).sum(1)[:, None] * unit
-        return new, rest[i] - (rest[i] @ unit[:, :, None]) * unit[:, None]
+        return new, rest if last else rest[i] - (rest[i] @ unit[:, :, None]) * unit[:, None]
 
     for members in zip(*sets, strict=True):
         left, rest = add(np.arange(len(sets)), np.array(members))
-    for _ in range(len(sets[0]), most):
+    for size in range(len(sets[0]), most):
         power_left = (rest * rest).sum(2)
         usable = power_left > RELATED * power
         gain = np.where(usable, (rest @ left[:, :, None])[:, :, 0] ** 2 / np.where(usable, power_left, 1.0), -1.0)
         error = (left * left).sum(1)[:, None] - gain
         kept = {}  # a set is reached in several orders
-        for place in np.argsort(error, axis=None, kind="stable")[: 4 * width].tolist():
+        for place in np.argsort(error, axis=None, kind="stable").tolist():
             i, k = divmod(place, len(parts))
-            if usable[i, k]:
-                kept.setdefault(tuple(sorted((*sets[i], k))), (i, k))
+            inside = [kinds[member] for member in sets[i]]
+            if usable[i, k] and kinds[k] not in inside:
+                kept.setdefault(tuple(sorted((*inside, kinds[k]))), (i, k))
+            if len(kept) == width:
+                break
         if not kept:
             break
-        sets = list(kept)[:width]
-        left, rest = add(*np.array([kept[chosen] for chosen in sets]).T)
+        sets = [tuple(sorted((*sets[i], k))) for i, k in kept.values()]
+        left, rest = add(*np.array(list(kept.values())).T, size + 1 == most)
         results += zip(((left * left).sum(1) / total).tolist(), sets, strict=True)
     return results
 
@@ -205,7 +211,7 @@ class Library:
 
     def target(self, link):
         """Return what a sum under a link is to be, (M,), and the weights of its residuals; None where y has none."""
-        if not {"+", "*", link or "+"} <= self.alphabet.ids.keys():
+        if not {"+", "*", *link.split()} <= self.alphabet.ids.keys():
             return None
         with np.errstate(all="ignore"):
             undo, slope = LINKS[link]
@@ -213,7 +219,8 @@ class Library:
         largest = np.abs(y).max()
         if not np.isfinite(y).all() or np.ptp(y) <= RELATED * largest or not 0 < weights.max() < np.inf:
             return None
-        return y / largest, weights / weights.max()
+        y, weights = y / largest, weights / weights.max()
+        return (y, weights) if np.square(centred(y, weights)).sum() > 0 else None  # a few values may have all weight
 
     def __call__(self, rng, parsimony):
         """Sums of some parts, under a link or none -> (score, id list) of the best, constants still to be fitted."""
@@ -249,4 +256,4 @@ class Library:
             row = [plus, *row, times, self.alphabet.constant, *part]
         if not link:
             return row
-        return [self.alphabet.ids[link], times if link == "exp" else plus, self.alphabet.constant, *row]
+        return [*self.alphabet.encode(link.split()), times if link == "exp" else plus, self.alphabet.constant, *row]

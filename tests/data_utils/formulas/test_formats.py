@@ -28,7 +28,8 @@ FORMULAS = """2*x1**2 + 3.5/(x1 - -2); -0.5*sin(x2)**2; exp(-x1/2)*cos(3*x2 + 1)
 x1 - (x2 - 3); x1*-2; (x1 + 1)**-3; 6.6e-34*x1*1e8; x1/x2/x3; x1/(x2*x3); abs(x1)**2.5; -(x1**2); x1**x2**2
 (x1**x2)**2; 2**-x1; atan(x1) + pi*e; sqrt(x1)**3; pow1_5(x1 - x2); pow1_4(x1); 3*4*x1; asinh(x1); mult3(x1 + x2)
 div2(x1 + x2)**2; neg(x1)**2; acosh(1 + x1); atanh(x1/9); asin(x1/9)*acos(x2/9); x1**-2.5; log(x1)*tanh(x2); 1 - (-x1)
--(x1 - x2)*(-3); pow4(x1 + x2)/pow5(x3); sinh(x1)/cosh(x1)*tan(x1)"""
+-(x1 - x2)*(-3); pow4(x1 + x2)/pow5(x3); sinh(x1)/cosh(x1)*tan(x1); pow4(pow3(x1)); pow2(pow5(-x2 - 1)); div2(inv(x1))
+div5(inv(x1 + x2)); mult3(inv(x1))"""
 FORMULAS = [text.strip() for text in re.split("[;\n]", FORMULAS)]
 
 
@@ -66,6 +67,12 @@ def test_python_runs_and_gives_the_same_numbers(text):
     arguments = {"x1": X[:, 0], "x2": X[:, 1], "x3": X[:, 2]}
     used = [arguments[f"x{i}"] for i in (1, 2, 3) if f"x{i}" in prefix]
     np.testing.assert_allclose(run_python(code, "y_m", *used), values(prefix, constants, X), rtol=1e-14)
+
+
+def test_powers_of_powers_and_fractions_are_written_as_one():
+    written = {"pow4 pow3 x1": "T_K**12", "div2 inv x1": "1/(2*T_K)", "mult3 inv x1": "3/T_K"}
+    assert {prefix: write_formula(prefix.split(), [], NAMES) for prefix in written} == written
+    assert write_formula("pow4 pow3 x2".split(), [], ["T", r"\lambda"], "latex") == r"\lambda^{12}"
 
 
 def test_python_takes_whole_numbers():

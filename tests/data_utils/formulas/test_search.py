@@ -156,6 +156,15 @@ def test_formulas_are_ranked_until_one_is_more_than_the_mean(monkeypatch):
     assert len(search(x, 2 * x[:, 0], max_seconds=0.5)) > 1 and len(calls) == 3
 
 
+def test_formulas_that_fit_only_the_rows_that_rank_them_are_passed_over(monkeypatch):
+    calls = []
+    monkeypatch.setattr("data_utils.formulas.search.MARGIN", 1e9)  # no time is left
+    monkeypatch.setattr("data_utils.formulas.search.refit", lambda alphabet, formula, data: calls.append(formula)
+                        or (formula if len(calls) == 2 else None))  # fmt: skip
+    X = points(1200)
+    assert search(X, 2 * X[:, 0] + np.sin(X[:, 1]), max_seconds=0.5) == calls[1:] and len(calls) == 2
+
+
 @pytest.mark.parametrize("law", ["1000*(1 + a/100)**(-b)", "250*(1 + a/12)**b"])
 def test_growth_of_a_rate_over_a_time_is_found(law):
     prefix, values = parse_formula(law, ["a", "b"])

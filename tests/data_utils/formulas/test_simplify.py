@@ -234,6 +234,13 @@ def test_pairs_with_unknown_constants(text, expected):
     assert " ".join(simplify(prefix)[0]).replace("<constant>", "c") == expected
 
 
+def test_a_minus_goes_into_a_sum_that_subtracts():
+    prefix, values = parse_formula("-60*x1/(x2*(x1 - x2))", ["x1", "x2"])
+    assert simplify(prefix, values) == ("/ * <constant> x1 * x2 - x2 x1".split(), [60.0])
+    prefix, values = parse_formula("-(x1 + 343)/(x2 - 340)", ["x1", "x2"])
+    assert simplify(prefix, values) == ("/ + x1 <constant> - <constant> x2".split(), [343.0, 340.0])
+
+
 def test_values_follow_their_constants():
     swapped = simplify(["+", "*", "<constant>", "x2", "*", "<constant>", "x1"], [2.5, 7.0])
     assert swapped == (["+", "*", "<constant>", "x1", "*", "<constant>", "x2"], [7.0, 2.5])
