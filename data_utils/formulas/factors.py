@@ -231,9 +231,11 @@ def sums(X, y, w, powers, deadline=np.inf):
     every, trials = parts(X, powers), []
     flat = [([], y, w, every)]
     for x in columns(X, powers) if X.shape[1] > 1 else ():
+        if (x.values == 0).any():
+            continue
         others = [part for part in every if x.tokens[0] not in part.tokens or len(variables(part)) == 1]
         for factor, size in ((["*", *x.tokens], x.values), (["*", "inv", *x.tokens], 1 / x.values)):
-            flat += [(factor, y / size, w * np.abs(size), others)] * int((x.values != 0).all())
+            flat.append((factor, y / size, w * np.abs(size), others))
     for factor, target, weights, library in flat:
         values = np.array([part.values for part in library])
         for link, (undo, slope) in LINKS.items():
