@@ -249,7 +249,7 @@ def sums(X, y, w, powers, deadline=np.inf):
 def linked(link, chosen, coefficients, with_offset):
     """Return the tokens and constants of a link of a sum that a + b g scales and, without a factor, shifts."""
     offset, *factors = coefficients
-    lead = 1.0 if link == "exp" else factors[0]
+    lead = 1.0 if link == "exp" else next((c for c in factors if c), 1.0)
     if link in ("pow1_2", "inv pow1_2", "log"):  # what they are of is above 0
         lead = next((c for c in factors if c > 0), abs(offset) or 1.0)
     row, constants = ([C], [offset / lead]) if with_offset and not link or link not in ("", "exp") else ([], [])

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from data_utils.formulas.expressions import evaluate, padded, padded_columns
-from data_utils.formulas.fit import fit, refine, wrap
+from data_utils.formulas.fit import fit, refine, spread, wrap
 from data_utils.formulas.forms import screen, starts, terms
 from data_utils.formulas.scaling import decades, scaled, unscaled
 from data_utils.formulas.score import LEAST_POWER, Data, rank_formulas, rank_mean, refit, structure_bits
@@ -215,6 +215,7 @@ class Search:
         self.parsimony, self.exclude = parsimony, exclude
         self.cost = cost
         self.columns, self.weights = padded_columns(alphabet, data.X), data.weights[relative]
+        self.spread = spread(data.y, self.weights) or 1e-300
         self.longest = longest or max(LONGEST, pool.max_length)
         self.longest_sum = longest or LONGEST_SUM
         few = rng.permutation(data.n)[:FIT_POINTS]
@@ -249,10 +250,11 @@ class Search:
     def bits(self, candidate):
         """Return roughly the bits of a candidate, before its constants are looked at one by one."""
         n, count = self.data.n, len(candidate.constants)
-        error = max(candidate.fvu, 1e-24)
-        digits = 1 + max(0.5 * math.log2(n), 0.5 * math.log2(n / error))
+        free = min(count, n - 1)
+        error = self.data.deviation(candidate.fvu, free, self.relative) / self.spread
+        digits = 1 + max(0.5 * math.log2(n), 0.5 * math.log2(n) - math.log2(error))  # no more than y itself has
         structure = structure_bits(self.alphabet.decode(candidate.prefix), self.data.D)
-        return structure + count * digits + self.data.residual_bits(error, min(count, n - 1), self.relative)
+        return structure + count * digits + self.data.residual_bits(candidate.fvu, free, self.relative)
 
     def fit_shapes(self, deadline, batch=None):
         """Fit the general forms of forms.py, all of them roughly, then the most promising well.
