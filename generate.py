@@ -184,7 +184,7 @@ def parse(argv=None):
         argv = words[1:]
         if first in FIRST and argv and not argv[0].startswith("-"):
             argv = [FIRST[first], *argv]
-        return from_cli(COMMANDS[first], __doc__, argv)
+        return from_cli(COMMANDS[first], __doc__, argv, prog=f"generate.py {first}")
     path, others = first, words[1:]
     if not first or first.startswith("-"):
         path, others = take_checkpoint(words)

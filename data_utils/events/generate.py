@@ -402,6 +402,11 @@ def read_latents(path, run):
         reason = (str(e).splitlines() or [""])[0]
         raise DataError(f"{path} can't be read: {reason}\nfix: a file of --mode encode") from e
     name, token, T = _name(run), run.model.level == "token", run.meta["n_tokens"]
+    made_by = json.loads(str(arrays["meta"])).get("run_id", "") if "meta" in arrays else ""
+    if made_by and run.run_id and made_by != run.run_id:
+        raise DataError(
+            f"{path}: encoded by run {made_by}, not by {run.path}\nfix: a file of --mode encode of this run"
+        )
     if name not in arrays:
         raise DataError(
             f"{path}: no {name}, which {run.path} decodes: expected a file of --mode encode of this run\n"

@@ -20,6 +20,7 @@ from data_utils.events.dataset import (
     ENERGIES,
     FAR,
     MOST_DROPPED,
+    NO_OBJECT,
     SPLITS,
     SWAPPED,
     WRONG_ID,
@@ -42,6 +43,7 @@ from data_utils.events.layouts import PDG, Layout, read_columns, recognize
 from data_utils.events.sources import Source, number_labels, open_source, unreadable
 from data_utils.progress import say
 
+MANY = 100  # angles of which one would be beyond 2 pi if they were degrees
 AT_ONCE = 2_000_000  # numbers of a column that are converted together
 KINEMATIC = "E px py pz pT eta phi y mass pT_rel eta_rel phi_rel".split()
 ANGLES = ("phi", "phi_rel")
@@ -197,7 +199,7 @@ def read_chunk(source, layout, start, stop, cfg):
     if "mask" in values:
         present &= values.pop("mask") > 0
     event = {name: first(source.read(column, start, stop)) for name, column in layout.event.items()}
-    scale_units(values, event, layout)
+    scale_units(values, event, layout, source.path)
     relative_to_absolute(values, event)
     values = {name: np.where(present, value, 0) for name, value in complete(values).items()}
     met, direction = missing_momentum(values, event)
@@ -266,7 +268,7 @@ def find_particles(values, padding):
     return ~np.all([(value == 0) | np.isnan(value) | (value == padding) for value in momenta], 0)
 
 
-def scale_units(values, event, layout):
+def scale_units(values, event, layout, path):
     """Bring energies to GeV and angles to radians, in place."""
     energies = {name: table for table in (values, event) for name in table if name.removeprefix("jet_") in ENERGIES}
     if "MET" in event:
@@ -276,6 +278,8 @@ def scale_units(values, event, layout):
     for table, names in ((values, ANGLES), (event, ("MET_phi", "jet_phi"))):
         for name in names:
             if name in table and layout.phi == "degrees":
+                if table[name].size >= MANY and np.nanmax(np.abs(table[name])) <= 2 * np.pi:
+                    raise DataError(f"{path}: {name} in degrees is within 2 pi: are these radians?\ntry: --phi radians")
                 table[name] = np.radians(table[name])
 
 
@@ -339,6 +343,12 @@ def write(cfg, columns, counts):
     """Leave damaged events out, write the rest, and print the table."""
     rows = columns["rows"]
     good, dropped = count_damaged(damage(rows, cfg.features))
+    worst = max(dropped, key=dropped.get, default="")
+    if worst not in REMEDIES and worst != NO_OBJECT and 2 * dropped.get(worst, 0) > len(rows):
+        raise DataError(
+            f"{cfg.source[0]}: {dropped[worst]} of {len(rows)} events: {worst}\n"
+            "fix: --order or a file for --columns, which say what each column is, see docs/data.md"
+        )
     for reason, remedy in REMEDIES.items():
         if dropped.get(reason, 0) > MOST_DROPPED * len(rows):
             ids = rows[:, : slots(rows, cfg.features)]

@@ -16,6 +16,7 @@ from data_utils.errors import DataError, UsageError
 
 DECIMALS = 10_000  # characters of a .csv file in which a decimal comma is looked for
 LABELS = "y label labels target truth class is_signal is_signal_new signal".split()
+RUNS = "run run_id runid run_number runnumber lumi lumi_block luminosityblock subrun file".split()
 EVENT_IDS = ("event", "event_id", "eventid", "event_number", "eventnumber", "evt", "jet_id")
 
 
@@ -369,14 +370,24 @@ def _csv(path, event_id, labels):
     event_id = event_id or next((lower[name] for name in EVENT_IDS if name in lower), "")
     if not event_id:  # a row is an event
         return Source(path, {name: frame[name].to_numpy() for name in frame.columns})
-    codes, _ = pd.factorize(frame[event_id])
-    if not (codes >= 0).all():
-        raise DataError(f"{path}: line {codes.argmin() + 2}: no {event_id}, which says of which event the particle is")
+    if (empty := frame[event_id].isna()).any():
+        raise DataError(f"{path}: line {empty.argmax() + 2}: no {event_id}, which says of which event the particle is")
+    keys = [event_id, *(name for name in frame if name.lower() in RUNS)]  # each run counts its events from 1 again
+    codes = frame.groupby(keys, sort=False, dropna=False).ngroup().to_numpy()
     order = np.argsort(codes, kind="stable")
     counts = np.bincount(codes)
-    columns = [name for name in frame if name != event_id and (name in numbers or name in texts)]
-    if left := [name for name in frame if name not in columns and name != event_id]:
+    columns = [name for name in frame if name not in keys and (name in numbers or name in texts)]
+    if left := [name for name in frame if name not in columns and name not in keys]:
         print(f"{path}: not read, since they hold text: {', '.join(left)}")
+    several = np.count_nonzero(np.diff(codes)) + 1 - len(counts)
+    if several > 0:
+        print(f"{path}: {several} times an event goes on after another began; its particles are joined")
+    for name in columns:
+        mixed = frame.groupby(codes)[name].nunique() > 1 if is_label(name, labels) else []
+        if np.any(mixed):
+            line = np.argmax(codes == np.argmax(mixed)) + 2
+            remedy = "fix: a column `run` beside it, or event numbers that are used once"
+            raise DataError(f"{path}: line {line}: the particles of one {event_id} have several {name}\n{remedy}")
     return Source(path, {name: Ragged(frame[name].to_numpy()[order], counts) for name in columns})
 
 

@@ -15,7 +15,7 @@ from data_utils.errors import UsageError
 from data_utils.formulas.cells import error, read_columns, split_unit
 
 COUNTERS = {"index", "idx", "id", "row", "no", "no.", "nr", "nr.", "number", "#"}
-ERROR = r"(?:std[ _.]?(?:err|error|dev)?|stdev|err|errors?|sigma|σ|sd|sem|unc|uncert|uncertainty|±|\+/?-)"
+ERROR = r"(?:std[ _.]?(?:err|error|dev)?|stdev|err|errors?|sigma|σ|sd|sem|unc|uncert|uncertainty|fehler|±|\+/?-)"
 UNCERTAIN = re.compile(rf"(.*?)[ _.-]*{ERROR}|{ERROR}[ _.-]*(.*)|u\((.*)\)")
 DIFFERENCE = re.compile(r"(?:d|δ|delta_)(.+)")  # an uncertainty of y; of x it may well be a variable
 
@@ -141,7 +141,12 @@ def _uncertainty_of(name, table, target=""):
     match, difference = UNCERTAIN.fullmatch(folded), DIFFERENCE.fullmatch(folded)
     if match:
         base = next(filter(None, match.groups()), "").strip(" _.-")
-        return by_name.get(base) or (target or "y" if base in ("", "y") else "")
+        longer = [
+            other for key, other in by_name.items() if key.startswith(f"{base}_") and other != name
+        ]  # B_uT, B_err
+        if base in by_name or base and len(longer) == 1:
+            return by_name.get(base) or longer[0]
+        return (target or "y") if base in ("", "y") else ""
     of = by_name.get(difference[1].strip(" _"), "") if difference else ""
     return of if target in ("", of) else ""
 

@@ -402,3 +402,14 @@ def test_files_that_can_not_be_decoded(runs, file, tmp_path):
     wrong(runs["vq"], ["can't be read", "--mode encode"], mode="decode", data=str(tmp_path / "none.npz"))
     Path(path).write_text("no archive")
     wrong(runs["vq"], ["can't be read"], mode="decode", data=path)
+
+
+def test_codes_of_another_run_are_refused(runs, file, tmp_path):
+    out = tmp_path / "codes.npz"
+    use(runs["vq"], "encode", out, data=str(file))
+    with np.load(out) as content:
+        arrays = dict(content)
+    arrays["meta"] = json.dumps(json.loads(str(arrays["meta"])) | dict(run_id="another"))
+    np.savez(out, **arrays)
+    with pytest.raises(DataError, match="encoded by run another, not by .*\nfix: a file of --mode encode of this run"):
+        use(runs["vq"], "decode", tmp_path / "rows.npz", data=str(out))

@@ -360,6 +360,36 @@ def test_texts_of_labels_are_numbered_over_all_files(form, tmp_path, capsys):
         convert(tmp_path / "out.npz", path, columns=columns("label"))
 
 
+def test_each_run_has_its_own_events(tmp_path, capsys):
+    rows = [
+        (run, event, 20 + run, label) for run in (7, 8) for event, label in enumerate([0, 1] * 10) for _ in range(2)
+    ]
+    lines = ["run,event,pt,eta,phi,label", *(f"{run},{event},{pt},1,2,{label}" for run, event, pt, label in rows)]
+    (tmp_path / "a.csv").write_text("\n".join(lines) + "\n")
+    content, labels, _ = convert(tmp_path / "out.npz", tmp_path / "a.csv")
+    assert len(content) == 40 and sorted(labels.tolist()) == [0] * 20 + [1] * 20
+    capsys.readouterr()
+    lines = [line.partition(",")[2].replace("0,28,1,2,0", "0,28,1,2,1") for line in lines]  # without the run
+    (tmp_path / "a.csv").write_text("\n".join(lines) + "\n")
+    with pytest.raises(DataError, match="line 2: the particles of one event have several label\nfix: a column `run`"):
+        convert(tmp_path / "out.npz", tmp_path / "a.csv")
+    (tmp_path / "a.csv").write_text("\n".join(line.rpartition(",")[0] for line in lines) + "\n")
+    assert len(convert(tmp_path / "out.npz", tmp_path / "a.csv")[0]) == 20
+    assert "20 times an event goes on after another began; its particles are joined" in capsys.readouterr().out
+
+
+def test_columns_in_another_order_and_radians_as_degrees_are_refused(tmp_path):
+    rng = np.random.default_rng(0)
+    x = np.stack([rng.uniform(20, 90, (60, 3)), rng.normal(0, 1, (60, 3)), rng.uniform(-3, 3, (60, 3))], 2)
+    np.savez(tmp_path / "a.npz", X=np.concatenate([x, 2 * x[..., :1]], 2))
+    with pytest.raises(DataError, match="of 60 events: E or pT not above 0\nfix: --order"):
+        convert(tmp_path / "out.npz", tmp_path / "a.npz")
+    order = ("pT", "eta", "phi", "E")
+    assert len(convert(tmp_path / "out.npz", tmp_path / "a.npz", order=order)[0]) == 60
+    with pytest.raises(DataError, match="phi in degrees is within 2 pi: are these radians?"):
+        convert(tmp_path / "b.npz", tmp_path / "a.npz", order=order, phi="degrees")
+
+
 def test_decimal_commas_may_come_late(tmp_path):
     rows = [f"{i};{20 + i}{',5' if i > 3 else ''};1;{k}" for i in range(20) for k in range(2)]
     (tmp_path / "a.csv").write_text("\n".join(["event;pt;eta;phi", *rows]) + "\n")
@@ -527,7 +557,7 @@ def spoiled(tmp_path, name, **flags):
          dict(ids="pdg")),
         ("MeV", "looks like MeV\ntry: --energy_unit MeV", dict(energy_unit="MeV")),
         ("no ids", "no whole numbers: are these ids?\nfix: an array (events, particles, columns) with --order", {}),
-        ("all bad", "no event is left of 40: 40 E or pT not above 0\nfix: a file for --columns", {}),
+        ("all bad", "40 of 40 events: E or pT not above 0\nfix: --order or a file for --columns", {}),
     ],
 )  # fmt: skip
 def test_what_is_refused_and_the_remedy(name, message, flags, tmp_path):
