@@ -279,7 +279,9 @@ def scale_units(values, event, layout, path):
         for name in names:
             if name in table and layout.phi == "degrees":
                 if table[name].size >= MANY and np.nanmax(np.abs(table[name])) <= 2 * np.pi:
-                    raise DataError(f"{path}: {name} in degrees is within 2 pi: are these radians?\ntry: --phi radians")
+                    raise DataError(
+                        f"{path}: {name} in degrees is within 2 pi: are these radians?\nfix: without --phi degrees"
+                    )
                 table[name] = np.radians(table[name])
 
 

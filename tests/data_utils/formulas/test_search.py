@@ -176,6 +176,16 @@ def test_growth_of_a_rate_over_a_time_is_found(law):
     assert formula.length <= len(prefix)
 
 
+@pytest.mark.parametrize("n", [5, 8])
+@pytest.mark.parametrize("law, form", [(lambda x: 2 * x, "2*x1"), (lambda x: 2 * x + 1, "2*x1 + 1"),
+                                       (lambda x: x**2, "x1**2"), (lambda x: 25 * x, "25*x1")])  # fmt: skip
+def test_whole_numbers_get_their_plain_law(law, form, n):
+    """Written without decimals they are known to half a unit only, which many other formulas stay within."""
+    x = np.arange(1.0, n + 1)[:, None]
+    formula = search(x, law(x[:, 0]), half=np.full(n, 0.5), choices=1)[0]
+    assert format_formula(formula.prefix, formula.constants, ["x1"]) == form
+
+
 @pytest.mark.filterwarnings("error")
 def test_growth_passes_over_a_column_of_zeros():
     t = np.arange(1.0, 20)

@@ -367,5 +367,5 @@ def test_cases_are_read_or_refused():
 @pytest.mark.parametrize("name", ["B_err", "B_unc", "err_B", "B_uT_err", "Fehler"])
 def test_an_uncertainty_may_leave_out_the_unit_of_its_column(name, tmp_path):
     rows = [f"r_cm,B_uT,{name}", *(f"{r},{100 / r:.2f},0.1" for r in range(1, 9))]
-    found = read_table(write(tmp_path, "\n".join(rows) + "\n"))
-    assert found.names == ["r_cm"] and found.target == "B_uT"
+    table_of = read_table(write(tmp_path, "\n".join(rows) + "\n"))
+    assert table_of.names == ["r_cm"] and table_of.target == "B_uT"
