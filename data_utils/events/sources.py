@@ -148,6 +148,7 @@ def open_source(path, *, tree="", event_id="", labels=()):
         ".parquet": lambda: _parquet(path, labels),
         ".root": lambda: _root(path, tree),
         ".csv": lambda: _csv(path, event_id, labels),
+        ".tsv": lambda: _csv(path, event_id, labels),
     }
     opener = openers.get(path.suffix.lower())
     if not opener:

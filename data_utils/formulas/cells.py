@@ -191,7 +191,7 @@ def _binary_rows(path, raw):
             columns = [[name, *frame[name]] for name in frame]
         else:
             sheets = pandas.read_excel(io.BytesIO(raw), sheet_name=None, header=None, dtype=object)
-            name = next((name for name, sheet in sheets.items() if len(sheet)), "")
+            name = max(sheets, key=lambda name: (_numbers_in(sheets[name]), len(sheets[name]) > 0), default="")
             columns = [list(sheets[name][j]) for j in sheets[name]] if name else []
             if len(sheets) > 1:
                 notes.append(f"sheet {name} is read, one of {', '.join(map(str, sheets))}")
@@ -207,6 +207,11 @@ def _binary_rows(path, raw):
         raise error(path, (str(e).splitlines() or [type(e).__name__])[0], "fix: save the table as csv") from e
     texts = [["" if _is_missing(str(cell)) else str(cell) for cell in column] for column in columns]
     return list(map(list, zip(*texts, strict=True))), notes
+
+
+def _numbers_in(sheet):
+    """Return how many cells of a sheet are numbers."""
+    return sum(isinstance(cell, (int, float)) and cell == cell for column in sheet for cell in sheet[column])
 
 
 def _decode(path, raw):

@@ -587,7 +587,7 @@ def write(path):
 @pytest.mark.parametrize(
     "name, flags, error, message",
     [
-        ("a.txt", {}, UsageError, "expected a file .npz .npy .h5 .hdf5 .parquet .root .csv"),
+        ("a.txt", {}, UsageError, "expected a file .npz .npy .h5 .hdf5 .parquet .root .csv .tsv"),
         ("a.npz", {}, DataError, "no known layout\ncolumns there: a (40, 3), b (40)\nfix: a file for --columns"),
         ("empty.npz", {}, DataError, "empty.npz: no events in it"),
         ("a.npz", dict(layout="jetnet"), DataError, "a.npz is not of layout jetnet\ncolumns there: a (40, 3), b (40)"),

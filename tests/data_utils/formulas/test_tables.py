@@ -369,3 +369,14 @@ def test_an_uncertainty_may_leave_out_the_unit_of_its_column(name, tmp_path):
     rows = [f"r_cm,B_uT,{name}", *(f"{r},{100 / r:.2f},0.1" for r in range(1, 9))]
     table_of = read_table(write(tmp_path, "\n".join(rows) + "\n"))
     assert table_of.names == ["r_cm"] and table_of.target == "B_uT"
+
+
+def test_the_sheet_with_the_numbers_is_read(tmp_path):
+    pytest.importorskip("openpyxl")
+    path = tmp_path / "lab.xlsx"
+    with pd.ExcelWriter(path) as book:
+        pd.DataFrame([["measured by", "A. B."], ["on", "a Monday"]]).to_excel(book, sheet_name="Info", index=False)
+        pd.DataFrame(dict(m=M, V=V, rho=RHO)).to_excel(book, sheet_name="Data", index=False)
+    read = read_table(path)
+    assert read.names == ["m", "V"] and (read.y == RHO).all()
+    assert "sheet Data is read, one of Info, Data" in "\n".join(read.notes)
