@@ -14,6 +14,7 @@ import numpy as np
 from data_utils.errors import UsageError
 from data_utils.formulas.cells import error, read_columns, split_unit
 
+MARKS = 99, 999, 9999, 99999, 999.9, 9999.9  # of missing values, also below 0
 COUNTERS = {"index", "idx", "id", "row", "no", "no.", "nr", "nr.", "number", "#"}
 ERROR = r"(?:std[ _.]?(?:err|error|dev)?|stdev|err|errors?|sigma|σ|sd|sem|unc|uncert|uncertainty|fehler|±|\+/?-)"
 UNCERTAIN = re.compile(rf"(.*?)[ _.-]*{ERROR}|{ERROR}[ _.-]*(.*)|u\((.*)\)")
@@ -83,9 +84,12 @@ def read_table(path, target="", columns=(), ignore=(), sigma=""):
     if M < len(rows):
         gaps = [name for name in [*used, *needed] if not np.isfinite(table[name].values).all()]
         notes.append(f"left out: {len(rows) - M} of {len(rows)} rows, missing or infinite in {', '.join(gaps)}")
+    notes += [note for name in [*used, target] for note in _marks(name, table[name].values[rows])]
     if not used:
         message = f"no column of numbers varies beside {target}: expected one x or more"
-        raise error(path, message, "fix: --target NAME", notes)
+        times = [name for name, column in table.items() if column.fault.startswith("of dates or times")]
+        remedy = f"fix: {times[0]} as numbers, such as seconds since the first row" if times else "fix: --target NAME"
+        raise error(path, message, remedy, notes)
     if M < 2:
         remedy = "fix: more complete rows"
         if len(used) > 1:
@@ -106,6 +110,16 @@ def read_table(path, target="", columns=(), ignore=(), sigma=""):
         digits_y=table[target].digits[rows],
         notes=notes,
     )
+
+
+def _marks(name, values):
+    """Yield a note for each number far from the others that often stands for a missing value, such as -999."""
+    marks = np.isin(np.abs(values), MARKS)
+    rest = values[~marks]
+    for mark in np.unique(values[marks]) if len(rest) > 1 else ():
+        if not 2 * rest.min() - rest.max() <= mark <= 2 * rest.max() - rest.min():
+            count = (values == mark).sum()
+            yield f"{name}: {mark:g} in {count} rows, far from the others; if that means missing, empty those cells"
 
 
 def _without(name, chosen):

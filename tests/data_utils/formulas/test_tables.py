@@ -380,3 +380,17 @@ def test_the_sheet_with_the_numbers_is_read(tmp_path):
     read = read_table(path)
     assert read.names == ["m", "V"] and (read.y == RHO).all()
     assert "sheet Data is read, one of Info, Data" in "\n".join(read.notes)
+
+
+def test_marks_of_missing_values_are_pointed_out(tmp_path):
+    rows = ["k,y", *(f"{k},{-999 if k in (3, 7) else 4 * k * k}" for k in range(1, 12)), "999,990"]
+    notes = "\n".join(read_table(write(tmp_path, "\n".join(rows) + "\n")).notes)
+    assert "y: -999 in 2 rows, far from the others" in notes and "k: 999 in 1 rows" in notes
+    rows = ["k,y", *(f"{k},{k / 10}" for k in range(900, 1100, 9))]
+    assert "far from" not in "\n".join(read_table(write(tmp_path, "\n".join(rows) + "\n")).notes)
+
+
+def test_a_table_of_times_says_how_to_write_them(tmp_path):
+    rows = ["when,T", *(f"2024-05-01 10:0{i}:00,{20 + i}" for i in range(8))]
+    with pytest.raises(DataError, match="fix: when as numbers, such as seconds since the first row"):
+        read_table(write(tmp_path, "\n".join(rows) + "\n"))
