@@ -204,7 +204,7 @@ def test_leak_guard(tmp_path):
 
 
 def test_unreadable_folders_are_refused(tmp_path):
-    with pytest.raises(DataError, match="no meta.json(?s:.*)prepare_data.py language"):
+    with pytest.raises(DataError, match="no such folder(?s:.*)prepare_data.py language"):
         open_splits(tmp_path / "none")
     (tmp_path / "puzzles.csv").write_text("question,answer\n")
     with pytest.raises(DataError, match="puzzles.csv is a file: (?s:.*)fix: prepare_data.py puzzles"):
