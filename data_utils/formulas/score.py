@@ -32,6 +32,7 @@ TRIGONOMETRIC = ("sin", "cos", "tan")
 FUNCTIONS = {*TRIGONOMETRIC, "exp", "log", "sinh", "cosh", "tanh", "asin", "acos", "atan", "asinh", "acosh", "atanh"}
 PRECISION, ROUNDING = 1e-12, 1e-16  # of y where nothing is known: of each value, and of the largest (float64)
 LEAST_POWER = 0.02  # exponents nearer to 0 make a power x^c a logarithm, 1 + c log x
+STILL = 1e-9  # share of its size by which the base of c^x moves at least, if a column is in it
 TOO_FAR = 0.5  # residuals in proportion to y above this are none
 SIGN = 1.0  # bits of a constant besides its digits
 MOST_DIGITS = 60  # bits of the digits of a constant, at most
@@ -164,8 +165,8 @@ def admissible(prefix, constants, X):
     """Whether a formula is one that data at X (M, D) can support.
 
     Refused: a phase of sin, cos or tan that moves by more than pi between neighbouring points; tan beyond a pole; a
-    power with a variable exponent and a base that may be negative; one with an exponent so near 0 that it is a
-    logarithm.
+    power with a variable exponent and a base that may be negative, or that has variables and hardly moves; one with an
+    exponent so near 0 that it is a logarithm.
     """
     if not any(token in TRIGONOMETRIC or token == "pow" for token in prefix):
         return True
@@ -196,7 +197,8 @@ def admissible(prefix, constants, X):
             if token == "tan":
                 good &= bool(np.ptp(np.floor(phase / math.pi - 0.5)) == 0)
         if token == "pow" and operands[1][1]:
-            good &= bool((phase > 0).all())
+            still = names and np.ptp(phase) < STILL * np.abs(phase).max()
+            good &= bool((phase > 0).all() and not still)
         elif token == "pow" and names:
             good &= bool(abs(operands[1][0][0]) >= LEAST_POWER)
         out = np.empty(len(X))
