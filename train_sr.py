@@ -1,6 +1,6 @@
 """Train symbolic regression: a set of points (x, y) in, the formula out.
 
-    python train_sr.py                                               # an hour on two cores
+    python train_sr.py                                               # nearly three hours of a core
     ./scripts/train.sh configs/test                                  # every part once, in seconds
     python train_sr.py -c configs/v23.0-3M/train.yaml -ci 250000     # a bundle, for a GPU
     python train_sr.py --resume                                      # go on where it stopped

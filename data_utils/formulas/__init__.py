@@ -17,6 +17,7 @@ model_files.py         the folder of a trained model
 fit.py                 constants of many formulas at once
 sums.py                sums of known parts that explain y
 forms.py               general forms from which a search starts
+factors.py             products of factors and sums of parts from which it starts, too
 scaling.py             columns near 1, and formulas back in the user's units
 score.py               bits of a formula and of what it leaves of the data
 search.py              a formula for given points

@@ -109,6 +109,7 @@ def shifted(z):
             for sign, s, places in (("+", 1, above), ("-", -1, below)) for c in places]  # fmt: skip
 
 
+@np.errstate(all="ignore")  # what is not finite is left out
 def factors(X, powers):
     """Return the factors of products as parts: those that are finite and never 0."""
     x = columns(X, powers)
@@ -135,6 +136,7 @@ def factors(X, powers):
     return usable(library, lambda values: (values != 0).all() and np.ptp(np.abs(values)) > 0)
 
 
+@np.errstate(all="ignore")
 def parts(X, powers):
     """Return the parts of sums: simple functions of a column, products of two of them."""
     simple, curved = [], []
