@@ -10,6 +10,7 @@ Endings may have any case. Text is UTF-8, with or without a byte order mark; UTF
 
 import codecs
 import csv
+import difflib
 import gzip
 import io
 import itertools
@@ -317,8 +318,9 @@ def _records(path, text_field):
 
 def _check_column(path, columns, name):
     if name not in columns:
-        remedy = f"try: --text_field {shlex.quote(_longest(columns))}"
-        if name != "text":  # another file has it
+        near = difflib.get_close_matches(name, columns, 1)
+        remedy = f"try: --text_field {shlex.quote(near[0] if near else _longest(columns))}"
+        if name != "text" and not near:  # another file has it
             remedy = "fix: one name for --text_field that all files have"
         raise DataError(f"{path}: no column {name}; there are: {', '.join(columns)}\n{remedy}")
 

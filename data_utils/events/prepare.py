@@ -43,7 +43,7 @@ from data_utils.events.layouts import PDG, Layout, read_columns, recognize
 from data_utils.events.sources import Source, number_labels, open_source, unreadable
 from data_utils.progress import say
 
-MANY = 100  # angles of which one would be beyond 2 pi if they were degrees
+MANY = 100  # angles at random in radians nearly fill a turn
 AT_ONCE = 2_000_000  # numbers of a column that are converted together
 KINEMATIC = "E px py pz pT eta phi y mass pT_rel eta_rel phi_rel".split()
 ANGLES = ("phi", "phi_rel")
@@ -199,7 +199,7 @@ def read_chunk(source, layout, start, stop, cfg):
     if "mask" in values:
         present &= values.pop("mask") > 0
     event = {name: first(source.read(column, start, stop)) for name, column in layout.event.items()}
-    scale_units(values, event, layout, source.path)
+    scale_units(values, event, present, layout, source.path)
     relative_to_absolute(values, event)
     values = {name: np.where(present, value, 0) for name, value in complete(values).items()}
     met, direction = missing_momentum(values, event)
@@ -268,20 +268,25 @@ def find_particles(values, padding):
     return ~np.all([(value == 0) | np.isnan(value) | (value == padding) for value in momenta], 0)
 
 
-def scale_units(values, event, layout, path):
-    """Bring energies to GeV and angles to radians, in place."""
+def scale_units(values, event, present, layout, path):
+    """Bring energies to GeV and angles to radians, in place; present (n, T): which slots hold a particle.
+
+    Raises DataError where the phi of the particles, called degrees, fill 2 pi.
+    """
     energies = {name: table for table in (values, event) for name in table if name.removeprefix("jet_") in ENERGIES}
     if "MET" in event:
         energies["MET"] = event
     for name, table in energies.items():
         table[name] = table[name] / (1000 if layout.energy_unit == "MeV" else 1)
+    if layout.phi != "degrees":
+        return
+    phi = values["phi"][present] if "phi" in values else np.zeros(0)
+    phi = phi[np.isfinite(phi)]
+    if len(phi) >= MANY and 0.9 < np.ptp(phi) / (2 * np.pi) <= 1:
+        raise DataError(f"{path}: phi in degrees fills 2 pi: are these radians?\nfix: without --phi degrees")
     for table, names in ((values, ANGLES), (event, ("MET_phi", "jet_phi"))):
         for name in names:
-            if name in table and layout.phi == "degrees":
-                if table[name].size >= MANY and np.nanmax(np.abs(table[name])) <= 2 * np.pi:
-                    raise DataError(
-                        f"{path}: {name} in degrees is within 2 pi: are these radians?\nfix: without --phi degrees"
-                    )
+            if name in table:
                 table[name] = np.radians(table[name])
 
 

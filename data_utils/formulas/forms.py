@@ -46,7 +46,7 @@ def starts(alphabet, data, weights, rng, powers, power, deadline, points=128):
     for some, general in ((growth(X, y, w), True), (composed, False)):
         yield from ((*start, general) for start in some if known.issuperset(start[0]))
     for place, (tokens, z, exponents, inner) in enumerate(quantities(X, y, w)):
-        factor, powers = _product(exponents, X)
+        factor, scales = _product(exponents, X)
         same = tokens[0] in "*/" and positive.all()  # its powers are products of powers of columns
         for form, constants in forms(z, y, w, bool(factor) and place < OFFSETS, _flattened(X, y, exponents)):
             if same and POWERS.issuperset(form):
@@ -54,7 +54,7 @@ def starts(alphabet, data, weights, rng, powers, power, deadline, points=128):
             prefix, values = _expanded(form, constants, tokens, inner)
             prefix = ["*", *factor, *prefix] if factor else prefix
             if known.issuperset(prefix):
-                yield prefix, [*powers, *values], True
+                yield prefix, [*scales, *values], True
 
 
 def growth(X, y, w):

@@ -386,8 +386,30 @@ def test_columns_in_another_order_and_radians_as_degrees_are_refused(tmp_path):
         convert(tmp_path / "out.npz", tmp_path / "a.npz")
     order = ("pT", "eta", "phi", "E")
     assert len(convert(tmp_path / "out.npz", tmp_path / "a.npz", order=order)[0]) == 60
-    with pytest.raises(DataError, match="phi in degrees is within 2 pi: are these radians?"):
+    with pytest.raises(DataError, match="phi in degrees fills 2 pi: are these radians?"):
         convert(tmp_path / "b.npz", tmp_path / "a.npz", order=order, phi="degrees")
+
+
+@pytest.mark.parametrize("padding", [0, -999])
+def test_degrees_are_read_beside_angles_that_hardly_move(tmp_path, padding):
+    columns = "particles: {pT: pt, eta: eta, phi: phi}\nevent: {MET: met, MET_phi: met_phi}\nphi: degrees\n"
+    (tmp_path / "columns.yaml").write_text(f"{columns}padding: {padding}\n")
+    rng, shape = np.random.default_rng(0), (120, 3)
+
+    def read(name, phi):
+        values = dict(pt=rng.uniform(20, 90, shape), eta=rng.normal(0, 1, shape), phi=phi)
+        for value in values.values():
+            value[:, 2] = padding  # an empty slot, which is no angle
+        np.savez(tmp_path / f"{name}.npz", **values, met=np.full(120, 30.0), met_phi=np.zeros(120))
+        path = tmp_path / f"{name}.npz"
+        return convert(tmp_path / f"{name}_out.npz", path, columns=str(tmp_path / "columns.yaml"), features=("phi",))
+
+    full = read("full", rng.uniform(-180, 180, shape))[0]
+    assert np.abs(full[:, 4:6]).max() == pytest.approx(np.pi, abs=0.1) and full.shape == (120, 6)
+    near = read("near", rng.uniform(-2, 2, shape))[0]  # all lie near phi 0
+    assert np.abs(near[:, 4:6]).max() == pytest.approx(np.radians(2), abs=0.01)
+    with pytest.raises(DataError, match="phi in degrees fills 2 pi"):
+        read("radians", rng.uniform(-np.pi, np.pi, shape))
 
 
 def test_decimal_commas_may_come_late(tmp_path):

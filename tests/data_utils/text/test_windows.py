@@ -259,8 +259,10 @@ def test_csv(tmp_path, separator):
     assert problems == {"empty text": [1, [f"{path}:3: skipped"]]}
     with pytest.raises(DataError, match="no column text; there are: id, body(?s:.*)--text_field"):
         list(documents.read_documents(path))
-    with pytest.raises(DataError, match="no column text2; (?s:.*)\nfix: one name for --text_field that all files"):
-        list(documents.read_documents(path, text_field="text2"))
+    with pytest.raises(DataError, match="no column extract; (?s:.*)\nfix: one name for --text_field that all files"):
+        list(documents.read_documents(path, text_field="extract"))
+    with pytest.raises(DataError, match="no column bodi; (?s:.*)\ntry: --text_field body"):
+        list(documents.read_documents(path, text_field="bodi"))
     path.write_text(f"text\nsun, moon{separator}stars\nrain\n" if separator == "," else "text\na,b\nrain\n")
     with pytest.raises(DataError, match="a.csv:2: bad row: more values than the 1 columns"):
         list(documents.read_documents(path))
