@@ -6,6 +6,7 @@ of id 0 are ignored. A file may name other columns of a particle in an array `fe
 numbers. N events, T slots, C columns of a particle, F features: what a model reads of them.
 """
 
+import difflib
 import hashlib
 import io
 import json
@@ -332,7 +333,10 @@ def _read(path, wanted):
     path = Path(path)
     h5py = h5py_for(path, reader_for(path) if path.is_file() else "--data decay_chain")
     if not path.is_file():
-        raise DataError(f"{path}: no such file\ntry: python prepare_data.py events --out {shlex.quote(str(path))}")
+        near = difflib.get_close_matches(path.name, [file.name for file in path.parent.glob(f"*{path.suffix}")], 1)
+        writer = f"python prepare_data.py events --source YOUR_FILE --out {shlex.quote(str(path))}"
+        remedy = f"try: --data {shlex.quote(str(path.with_name(near[0])))}" if near else f"fix: {writer}"
+        raise DataError(f"{path}: no such file\n{remedy}")
     try:
         with h5py.File(path, "r") if h5py else np.load(path, allow_pickle=False) as file:
             names = {name_of(key): key for key in file}

@@ -679,6 +679,7 @@ def events_of_others(patch):
     jets[:, 19] = 3
     np.savez("jets.npz", X=jets)
     yield f"{AE} data=jets.npz symmetries=true save_artifacts=false", None
+    yield f"{AE} data=jest.npz save_artifacts=false", None
     events.write_events("px.npz", rows, None, seed=0, features=("px", "pT", "pz", "mass"))
     yield f"{AE} data=px.npz features=px symmetries=true save_artifacts=false", None
     narrow = SimpleNamespace(meta=dict(n_tokens=3), config=dict(seed=0), path="a run")

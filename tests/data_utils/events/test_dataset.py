@@ -580,7 +580,8 @@ NUMBERED = "\nfix: number the classes 0, 1, ..."
 READER = "\ntry: python prepare_data.py events --source {path} --out {stem}_events.npz"
 SIX = "expected X and y, or X_train, Y_train and so for val and test"
 ERRORS = [  # file name, the function that writes it, more arguments, error, message
-    ("a.npz", None, {}, DataError, "{path}: no such file\ntry: python prepare_data.py events --out {path}"),
+    ("a.npz", None, {}, DataError,
+     "{path}: no such file\nfix: python prepare_data.py events --source YOUR_FILE --out {path}"),
     ("a.csv", None, {}, UsageError,
      "{path}: expected a file .npz, .h5 or .hdf5\ntry: --data decay_chain"),
     ("a.npz", save(X=None), {}, DataError, f"{{path}}: no X: {SIX}\nkeys there: y{READER}"),
