@@ -11,10 +11,11 @@ from tests.scripts.test_train_sr import TINY
 
 AE = "events=200 limit=64 hidden=[8,8] latent_dim=4 codebook_size=8 batch_size=16 epochs=1 device=cpu out={home} "
 AE += "make_plots=false"
-PAGES = "--train_samples=40 --max_steps=4 --wandb=disabled --data_paths={data} --checkpoint_path={home}"
+PAGES = "--train_samples=40 --max_steps=4 --wandb=disabled --data_paths={data} --checkpoint_path={home} --H_cycles=1 "
+PAGES += "--L_cycles=1 --L_layers=1 --decoder_layers=1"  # a second cycle or layer takes seconds more to trace
 FLAGS = dict(
     train_hrm=[*SIZES, *"--dataset=synthetic --run_name=run --eval_rows=100 --steps=4 --val_every=2".split()],
-    train_sr=[*TINY, *"--steps=4 -vi 2 -o {home}".split()],
+    train_sr=[*TINY, *"--encoder_n_isab=1 --steps=4 -vi 2 -o {home}".split()],
     train_ae=AE.split(),
     train_multimodal=f"--arch=smoke --tasks continue sudoku4 {PAGES}".split(),
 )
@@ -33,7 +34,7 @@ def test_a_compiled_run_is_the_same_run(case, toy, experts, tmp_path, monkeypatc
     name, *more = case.split()
     if name not in FLAGS:
         script, *flags = train_flags(name, toy, experts)
-        name, flags = script.removesuffix(".py"), [*flags, "--checkpoint_dir={home}", "--max_steps=4"]
+        name, flags = script.removesuffix(".py"), [*flags, "--checkpoint_dir={home}", "--max_steps=4", "--n_layers=1"]
     else:
         flags = [*FLAGS[name], *more]
     module = importlib.import_module(name)

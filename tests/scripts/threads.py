@@ -100,7 +100,7 @@ def train(name, place, folder, *more, stop_after=0):
 
 
 def compare(name, place):
-    """Train a case six times, once with a stop between -> how much was compared, what differs, what may differ."""
+    """Train a case four times, once with a stop between -> how much was compared, what differs, what may differ."""
     script, repeats = command(name, place)[0], Repeats()
 
     def folder(run):
@@ -113,7 +113,6 @@ def compare(name, place):
     torch.set_num_threads(2)
     with repeats:
         train(name, place, folder("2"))
-    train(name, place, folder("2 again"))
     train(name, place, folder("2 resumed"), stop_after=2)
     train(name, place, folder("2 resumed"), *words_of(script.go_on))
     torch.set_num_threads(4)
@@ -121,7 +120,7 @@ def compare(name, place):
     train(name, place, folder("4 again"))
     for path in folder("2").glob("run/*_expert.pt"):
         shutil.copy(path, place / "experts")  # for the cases that build on it
-    differences = [differ(*pair) for pair in (("2", "2 again"), ("2", "2 resumed"), ("4", "4 again"))]
+    differences = [differ(*pair) for pair in (("2", "2 resumed"), ("4", "4 again"))]
     compared = len(digests(results(script, folder("2"))))
     return dict(compared=compared, differ=sum(differences, []), repeats=sorted(repeats.names))
 
