@@ -29,6 +29,7 @@ class ExpertConfig:
 @dataclass
 class TokenizerConfig:
     data_dir: str = "data"  # root of the domain folders to learn from
+    domains: tuple[str, ...] = ()  # folders to use; none named = all
     text_field: str = "text"  # field or column of the text in .jsonl, .csv, .parquet
     source: str = ""  # or a file or folder as `language` reads it; pad, bos, eos, unk then have the ids 0 to 3
     max_chars: int = 64_000_000  # characters of --source to read; 0 = all
@@ -42,6 +43,7 @@ class TokenizerConfig:
 @dataclass
 class CheckConfig:
     data_dir: str = "data"  # root of the domain folders
+    domains: tuple[str, ...] = ()  # folders to use; none named = all
     text_field: str = "text"  # field or column of the text in .jsonl, .csv, .parquet
 
 
@@ -278,10 +280,10 @@ def expert(cfg):
 
 
 def tokenizer(cfg):
-    """Train a byte-level BPE tokenizer on every document of the domain folders."""
+    """Train a byte-level BPE tokenizer on the documents of the domain folders."""
     from pathlib import Path
 
-    from data_utils.documents import find_domains, format_ignored, read_documents
+    from data_utils.documents import choose_domains, find_domains, format_ignored, read_documents
     from data_utils.files import check_replaceable, holds, make_room, write_atomic
     from data_utils.tokenizer import train_bpe
 
@@ -307,6 +309,7 @@ def tokenizer(cfg):
         )
     else:
         domains, ignored = find_domains(cfg.data_dir)
+        domains = choose_domains(domains, cfg.domains, cfg.data_dir)
         files = [path for paths in domains.values() for path in paths]
         if ignored:
             print(format_ignored(ignored))
@@ -321,6 +324,7 @@ def tokenizer(cfg):
     make_room(Path(cfg.out), is_equal)
     write_atomic(Path(cfg.out), lambda file: file.write(content))
     next_command = f"python train_expert.py --expert transformer --data_dir {shlex.quote(cfg.data_dir)}"
+    next_command += f" --domains {shlex.join(cfg.domains)}" if cfg.domains else ""
     if cfg.source:
         next_command = f"python prepare_data.py language --source {shlex.quote(cfg.source)} --dest datasets/language"
     spec = cfg.out if cfg.source else f"bpe:{cfg.out}"
@@ -330,13 +334,13 @@ def tokenizer(cfg):
 
 def check(cfg):
     """Check every line of the domain folders; status 1 if one is malformed."""
-    from data_utils.documents import MALFORMED, find_domains, format_problems, read_documents
+    from data_utils.documents import MALFORMED, choose_domains, find_domains, format_problems, read_documents
     from data_utils.files import warn
 
     domains, ignored = find_domains(cfg.data_dir)
     problems, unread = {}, []
     print(f"{'domain':<20} {'documents':>10} {'MB':>10}")
-    for domain, files in domains.items():
+    for domain, files in choose_domains(domains, cfg.domains, cfg.data_dir).items():
         documents = size = 0
         for path in files:
             try:

@@ -229,6 +229,17 @@ def find_domains(data_dir):
     raise DataError(message)
 
 
+def choose_domains(existing, words, data_dir):
+    """Return those of `find_domains` that --domains names, with commas or without; () names all of them."""
+    names = sorted({name for word in words for name in word.split(",") if name})
+    for name in names:
+        if "/" in name or "\\" in name:
+            raise UsageError(f"--domains {name}: a folder name of {data_dir}, not a path")
+        if name not in existing:
+            raise DataError(f"no domain {name} in {data_dir}; there are: {', '.join(existing)}")
+    return {name: existing[name] for name in names or existing}
+
+
 def format_ignored(paths):
     """Return one line about the files of a data folder that are not read."""
     names = ", ".join(map(str, paths[:3])) + (", ..." if len(paths) > 3 else "")

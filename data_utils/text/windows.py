@@ -22,6 +22,7 @@ from torch.utils.data import WeightedRandomSampler
 from data_utils.documents import (
     MALFORMED,
     WHOLE,
+    choose_domains,
     cut,
     find_domains,
     format_ignored,
@@ -259,13 +260,8 @@ class DomainText:
         existing, ignored = find_domains(data_dir)
         if ignored:
             say(format_ignored(ignored))
-        names = sorted({name for word in domains for name in word.split(",") if name})
-        for name in names:
-            if "/" in name or "\\" in name:
-                raise UsageError(f"--domains {name}: a folder name of {data_dir}, not a path")
-            if name not in existing:
-                raise DataError(f"no domain {name} in {data_dir}; there are: {', '.join(existing)}")
-        return [(name, existing[name], bool(names)) for name in names or existing]
+        chosen = choose_domains(existing, domains, data_dir)
+        return [(name, files, any(domains)) for name, files in chosen.items()]
 
     def _part(self, path, digest, folders, skip_bad_lines, rank, announce, place):
         """Return the _Part of one file from the cache; rank 0 writes the cache if needed and announces the place."""

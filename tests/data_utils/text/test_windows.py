@@ -336,6 +336,13 @@ def test_check_and_tokenizer_read_the_same_files(tmp_path, capsys):
     prepare_data.main(prepare_data.TokenizerConfig(**options))
     shown = capsys.readouterr().out
     assert "ignored: 4 files" in shown and "trained on 2 files" in shown
+    put_bytes(tmp_path, b'{"text": "of another field"}\n', "other")
+    prepare_data.main(prepare_data.CheckConfig(data_dir=options["data_dir"], domains=("code",), text_field="body"))
+    prepare_data.main(prepare_data.TokenizerConfig(**options, domains=("code",)))
+    shown = capsys.readouterr().out
+    assert "other" not in shown and "trained on 2 files" in shown and "--domains code --tokenizer" in shown
+    with pytest.raises(DataError, match="no domain cod in .*; there are: code, other"):
+        prepare_data.main(prepare_data.CheckConfig(data_dir=options["data_dir"], domains=("cod",)))
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.txt", "a.csv"])
