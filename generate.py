@@ -78,7 +78,7 @@ class AnswerConfig:
 
 @dataclass
 class FormulaConfig:
-    data: str = ""  # table of numbers with a header: csv, other text, Excel, parquet
+    data: str = ""  # table of numbers with a header: csv, other text, Excel, parquet; - reads standard input
     target: str = ""  # its column y; "" = the last one of numbers
     columns: tuple[str, ...] = ()  # columns x; none named = all others that vary
     ignore: tuple[str, ...] = ()  # columns that are no x

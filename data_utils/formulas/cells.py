@@ -10,6 +10,7 @@ import gzip
 import io
 import re
 import shlex
+import sys
 import zlib
 from collections import Counter
 from dataclasses import dataclass
@@ -142,7 +143,7 @@ def _parsed(path, least=2):
 def _read(path):
     """Return the rows of a file, lists of str, the line of each, the separator ("" = Excel or parquet) and notes."""
     try:
-        raw = path.read_bytes()
+        raw = sys.stdin.buffer.read() if str(path) == "-" else path.read_bytes()
         raw = gzip.decompress(raw) if raw.startswith(b"\x1f\x8b") else raw
     except (OSError, EOFError, zlib.error) as e:
         near = [] if path.exists() else difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*")], 1)

@@ -206,6 +206,13 @@ def test_tables_that_are_refused_say_what_to_do(kind, tmp_path):
     assert remedy in re.split("\n(?:try|fix): ", str(error.value))[1]
 
 
+def test_a_table_comes_through_standard_input(tmp_path, monkeypatch):
+    content = gzip.compress(b"a,b\n1,2\n2,4\n3,7\n")
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(content)))
+    read = read_table("-")
+    assert read.X[:, 0].tolist() == [1, 2, 3] and read.y.tolist() == [2, 4, 7]
+
+
 def test_a_missing_file_names_the_nearest(tmp_path):
     write(tmp_path, WEIGH)
     with pytest.raises(DataError, match=r"No such file(.|\n)*try: --data .*weigh.csv"):
