@@ -236,7 +236,9 @@ def choose_domains(existing, words, data_dir):
         if "/" in name or "\\" in name:
             raise UsageError(f"--domains {name}: a folder name of {data_dir}, not a path")
         if name not in existing:
-            raise DataError(f"no domain {name} in {data_dir}; there are: {', '.join(existing)}")
+            above = Path(data_dir).parent
+            remedy = f"\ntry: --data_dir {shlex.quote(str(above))}" if (above / name).is_dir() else ""
+            raise DataError(f"no domain {name} in {data_dir}; there are: {', '.join(existing)}{remedy}")
     return {name: existing[name] for name in names or existing}
 
 
