@@ -1,5 +1,6 @@
 """Fixtures that several test files share: toy data, and experts trained on it for a few steps."""
 
+import os
 import signal
 
 import pytest
@@ -8,6 +9,18 @@ from tests.helpers import SIZES, finish, start, train_flags
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job starts with it ignored, and its children
 signal.signal(signal.SIGHUP, signal.SIG_DFL)  # and with this one what nohup starts
+
+
+LONGEST = ("test_simulated_device", "test_notebook.py", "test_threads.py", "checks_of_scikit_learn", "test_train_sr.py")
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers():
+    return os.cpu_count() + 1  # a test often waits for a process that it stopped, or for a file
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: not any(name in item.nodeid for name in LONGEST))  # else one is left with them
 
 
 @pytest.fixture(scope="session")

@@ -1,5 +1,6 @@
 """Start scripts, wait for them, and the sizes of tiny runs: what several test files share."""
 
+import functools
 import json
 import os
 import signal
@@ -82,13 +83,28 @@ def finish(process, status=0, seconds=200):
     return out, err
 
 
+INTERPRETER = """
+import json, sys
+for line in sys.stdin:
+    code, name, columns = json.loads(line)
+    import numpy as np
+    names = {}
+    exec(code, names)
+    print(json.dumps(np.asarray(names[name](*map(np.array, columns))).tolist()), flush=True)
+"""
+
+
+@functools.cache
+def interpreter():
+    return subprocess.Popen(
+        [sys.executable, "-c", INTERPRETER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+
+
 def run_python(code, name, *columns):
-    """Run printed code in an interpreter of its own -> what its function `name` gives for arrays."""
-    call = f"print(json.dumps(np.asarray({name}(*map(np.array, json.load(sys.stdin)))).tolist()))"
-    program = f"{code}\nimport json, sys\nimport numpy as np\n{call}"
-    text = json.dumps([column.tolist() for column in columns])
-    command = [sys.executable, "-c", program]
-    return json.loads(subprocess.run(command, input=text, text=True, check=True, stdout=subprocess.PIPE).stdout)
+    """Run printed code, which sees nothing of ours, in another interpreter -> what its function `name` gives."""
+    print(json.dumps([code, name, [column.tolist() for column in columns]]), file=interpreter().stdin, flush=True)
+    return json.loads(interpreter().stdout.readline())
 
 
 def train_flags(name, toy, experts):

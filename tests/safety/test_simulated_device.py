@@ -91,9 +91,12 @@ def everything():
 DEVICES = {  # float16 needs all that bfloat16 does, and a GradScaler
     "cuda7.5": ("cuda", (7, 5), everything, "cuda:0, float16"),
     "cuda8.0": ("cuda", (8, 0), lambda: six_scripts(resume=False), "cuda:0, bfloat16, TF32"),
-    "mps": ("mps", (0, 0), everything, "mps, float32"),
+    "mps": ("mps", (0, 0), six_scripts, "mps, float32"),
     "cuda9.0": ("cuda", (9, 0), everything, "cuda:0, bfloat16, TF32"),
+    "all of mps": ("mps", (0, 0), everything, "mps, float32"),
 }
+QUICK = list(DEVICES)[:3]
+SLOW = [pytest.param(device, marks=pytest.mark.slow) for device in DEVICES if device not in QUICK]
 
 REFUSED = """
 import torch
@@ -142,7 +145,7 @@ def library(pytestconfig, tmp_path_factory):
     return path
 
 
-@pytest.mark.parametrize("device", [*list(DEVICES)[:3], pytest.param("cuda9.0", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("device", QUICK + SLOW)
 def test_six_scripts_run_on_a_gpu_that_refuses_what_gpus_refuse(device, library, data, tmp_path):
     kind, capability, commands, hardware = DEVICES[device]
     (tmp_path / "refused.py").write_text(REFUSED)

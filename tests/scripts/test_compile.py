@@ -1,4 +1,4 @@
-"""--compile of every script: graphs forward and backward, but run by PyTorch, which takes seconds and not minutes."""
+"""--compile of every script: graphs, but run by PyTorch, which takes seconds and not minutes; slow: graphs backward."""
 
 import importlib
 
@@ -21,16 +21,21 @@ FLAGS = dict(
 )
 
 
-def traced(model=None, *, mode=None, by=torch.compile, **options):
+def traced(backend):
     """torch.compile as far as graphs."""
-    return by(model, backend="aot_eager", **options)
+
+    def compile(model=None, *, mode=None, by=torch.compile, **options):
+        return by(model, backend=backend, **options)
+
+    return compile
 
 
+@pytest.mark.parametrize("backend", ["eager", pytest.param("aot_eager", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     "case", ["transformer", "state_space", "diffuser", "mla_store", "train_hrm", "train_sr", "train_ae loop=gan_ae",
              "train_ae loop=diffusion_ae", "train_ae loop=test_mlp", "train_multimodal"]
 )  # fmt: skip
-def test_a_compiled_run_is_the_same_run(case, toy, experts, tmp_path, monkeypatch):
+def test_a_compiled_run_is_the_same_run(case, backend, toy, experts, tmp_path, monkeypatch):
     name, *more = case.split()
     if name not in FLAGS:
         script, *flags = train_flags(name, toy, experts)
@@ -38,7 +43,7 @@ def test_a_compiled_run_is_the_same_run(case, toy, experts, tmp_path, monkeypatc
     else:
         flags = [*FLAGS[name], *more]
     module = importlib.import_module(name)
-    monkeypatch.setattr(torch, "compile", traced)
+    monkeypatch.setattr(torch, "compile", traced(backend))
     results = []
     for i, more in enumerate(([], ["--compile"])):
         torch._dynamo.reset()

@@ -16,8 +16,9 @@ LANGUAGE = ["transformer", "state_space", "diffuser", "mla"]  # which build on e
 OTHERS = [name for name in CASES if name not in LANGUAGE]
 
 
+@pytest.mark.parametrize("counts", ["2", pytest.param("2,4", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("names", [LANGUAGE, OTHERS], ids=["language", "others"])
-def test_runs_on_2_and_on_4_threads_equal_each_other_and_resumed_ones(names, toy, tmp_path):
+def test_runs_on_several_threads_equal_resumed_ones(names, counts, toy, tmp_path):
     (tmp_path / "data").symlink_to(toy)
     sizes = "--size=6 --givens=24 --train=48 --val=8".split()
     puzzles = start("prepare_data.py", "sudoku", f"--out={tmp_path}/puzzles", *sizes) if "puzzles" in names else None
@@ -25,7 +26,7 @@ def test_runs_on_2_and_on_4_threads_equal_each_other_and_resumed_ones(names, toy
         finish(puzzles)
     # threads that wait passively: on a busy machine spinning ones take ten times as long
     env = environment(OMP_NUM_THREADS="2", OMP_WAIT_POLICY="PASSIVE")
-    words = [sys.executable, ROOT / "tests" / "scripts" / "threads.py", ",".join(names), tmp_path]
+    words = [sys.executable, ROOT / "tests" / "scripts" / "threads.py", ",".join(names), tmp_path, counts]
     done = subprocess.run(words, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     report = json.loads((tmp_path / f"{names[0]}.json").read_text())

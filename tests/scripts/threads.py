@@ -1,7 +1,8 @@
-"""Train again and again in one process, on 2 and on 4 threads, and compare what is left; test_threads.py starts it.
+"""Train again and again in one process, on several threads, and compare what is left; test_threads.py starts it.
 
-`python tests/scripts/threads.py CASES PLACE`: CASES are names of cases, comma separated, PLACE a folder with what they
-read. PLACE/FIRST_CASE.json then says for each case how much was compared, what differed, and what may differ.
+`python tests/scripts/threads.py CASES PLACE COUNTS`: CASES are names of cases, comma separated, PLACE a folder with
+what they read, COUNTS of threads, such as 2,4. PLACE/FIRST_CASE.json then says for each case how much was compared,
+what differed, and what may differ.
 """
 
 import json
@@ -99,8 +100,8 @@ def train(name, place, folder, *more, stop_after=0):
         hook.remove()
 
 
-def compare(name, place):
-    """Train a case four times, once with a stop between -> how much was compared, what differs, what may differ."""
+def compare(name, place, counts):
+    """Train twice on each count of threads, once with a stop between -> how much was compared, what differs or may."""
     script, repeats = command(name, place)[0], Repeats()
 
     def folder(run):
@@ -110,27 +111,26 @@ def compare(name, place):
         a, b = (digests(results(script, folder(each))) for each in (run, other))
         return [f"{run} and {other}: {key}" for key in sorted(a.keys() | b.keys()) if a.get(key) != b.get(key)]
 
-    torch.set_num_threads(2)
-    with repeats:
-        train(name, place, folder("2"))
-    train(name, place, folder("2 resumed"), stop_after=2)
-    train(name, place, folder("2 resumed"), *words_of(script.go_on))
-    torch.set_num_threads(4)
-    train(name, place, folder("4"))
-    train(name, place, folder("4 again"))
-    for path in folder("2").glob("run/*_expert.pt"):
+    differences = []
+    for threads in counts:
+        torch.set_num_threads(threads)
+        with repeats:
+            train(name, place, folder(f"{threads}"))
+        train(name, place, folder(f"{threads} resumed"), stop_after=2)
+        train(name, place, folder(f"{threads} resumed"), *words_of(script.go_on))
+        differences += differ(f"{threads}", f"{threads} resumed")
+    for path in folder(f"{counts[0]}").glob("run/*_expert.pt"):
         shutil.copy(path, place / "experts")  # for the cases that build on it
-    differences = [differ(*pair) for pair in (("2", "2 resumed"), ("4", "4 again"))]
-    compared = len(digests(results(script, folder("2"))))
-    return dict(compared=compared, differ=sum(differences, []), repeats=sorted(repeats.names))
+    compared = len(digests(results(script, folder(f"{counts[0]}"))))
+    return dict(compared=compared, differ=differences, repeats=sorted(repeats.names))
 
 
 if __name__ == "__main__":
-    names, place = sys.argv[1].split(","), Path(sys.argv[2])
+    names, place, counts = sys.argv[1].split(","), Path(sys.argv[2]), [int(count) for count in sys.argv[3].split(",")]
     sys.modules["data_utils.figures"] = None  # no figures
     halting.LEARN_FROM = 16  # transitions, in place of 1,000
     (place / "experts").mkdir(exist_ok=True)
     if "multimodal" in names:
         train("multimodal", place, place / "pages of", "dataset_only=true", "checkpoint_path=none")
-    report = {name: compare(name, place) for name in names}
+    report = {name: compare(name, place, counts) for name in names}
     (place / f"{names[0]}.json").write_text(json.dumps(report))

@@ -33,6 +33,10 @@ ALPHABET = check_pool(POOL)
 C = "<constant>"
 
 
+def slow(value):
+    return pytest.param(value, marks=pytest.mark.slow)
+
+
 def points(n=20, seed=0):
     return np.random.default_rng(seed).uniform(0.2, 2, (n, 2))
 
@@ -77,7 +81,7 @@ def test_one_constant_stands_for_two_that_are_alike():
     assert tied(ALPHABET, ["+", C, "*", C, "x1"], [5.0, 4.0], [0, 0], 0) is None
 
 
-@pytest.mark.parametrize("size", [1.0, 1e-9, 1e6])
+@pytest.mark.parametrize("size", [slow(1.0), 1e-9, 1e6])
 def test_a_charge_that_saturates_has_one_constant_for_its_limit(size):
     t = np.linspace(0.1, 3, 25)
     y = 7 * (1 - np.exp(-t / 0.8)) * (1 + 0.01 * np.random.default_rng(0).standard_normal(25))
@@ -120,13 +124,12 @@ def test_the_answer_does_not_depend_on_units(size, height):
     near = points()
     X = near * [size, 1.0]
     formula = search(X, height * (near[:, 0] + near[:, 1] ** 2), choices=1)[0]
-    plain = search(near, near[:, 0] + near[:, 1] ** 2, choices=1)[0]
     assert predict(ALPHABET, formula, X) == pytest.approx(height * (near[:, 0] + near[:, 1] ** 2), rel=1e-9)
-    assert [t for t in formula.prefix if t[0] in "xp"] == [t for t in plain.prefix if t[0] in "xp"]
-    assert plain.length == 4 and formula.length <= 8 and formula.fvu < 1e-20
+    assert [t for t in formula.prefix if t[0] in "xp"] == ["x1", "pow2", "x2"]  # as in units near 1
+    assert formula.length <= 8 and formula.fvu < 1e-20
 
 
-@pytest.mark.parametrize("n", [4, 6, 10, 20, 100])
+@pytest.mark.parametrize("n", [4, 6, slow(10), 20, slow(100)])
 @pytest.mark.parametrize("law, shape", [("2*a", "* <constant> x1"), ("3*a**1.5", "* <constant> pow x1 <constant>"),
                                         ("5*exp(-0.7*a)", "exp")])  # fmt: skip
 def test_few_rows_of_a_plain_law_give_the_plain_law(n, law, shape):
@@ -176,7 +179,7 @@ def test_growth_of_a_rate_over_a_time_is_found(law):
     assert formula.length <= len(prefix)
 
 
-@pytest.mark.parametrize("n", [5, 8])
+@pytest.mark.parametrize("n", [slow(5), 8])
 @pytest.mark.parametrize("law, form", [(lambda x: 2 * x, "2*x1"), (lambda x: 2 * x + 1, "2*x1 + 1"),
                                        (lambda x: x**2, "x1**2"), (lambda x: 25 * x, "25*x1")])  # fmt: skip
 def test_whole_numbers_get_their_plain_law(law, form, n):
