@@ -283,12 +283,14 @@ def tokenizer(cfg):
     """Train a byte-level BPE tokenizer on the documents of the domain folders."""
     from pathlib import Path
 
-    from data_utils.documents import choose_domains, find_domains, format_ignored, read_documents
+    from data_utils.documents import find_domains, format_ignored, read_documents
     from data_utils.files import check_replaceable, holds, make_room, write_atomic
     from data_utils.tokenizer import train_bpe
 
     if not 257 <= cfg.vocab_size <= 65536:
         raise UsageError(f"--vocab_size {cfg.vocab_size}: choose 257 to 65536")
+    if cfg.source and cfg.domains:
+        raise UsageError("--domains: folders of --data_dir, which --source replaces")
 
     def is_tokenizer(path):  # an older result of this command, or another tokenizer
         return holds(path, b'"merges"')
@@ -308,8 +310,7 @@ def tokenizer(cfg):
             files, cfg.vocab_size, max_chars=cfg.max_chars, doc_cap=cfg.doc_cap, reading=reading
         )
     else:
-        domains, ignored = find_domains(cfg.data_dir)
-        domains = choose_domains(domains, cfg.domains, cfg.data_dir)
+        domains, ignored = find_domains(cfg.data_dir, cfg.domains)
         files = [path for paths in domains.values() for path in paths]
         if ignored:
             print(format_ignored(ignored))
@@ -334,13 +335,13 @@ def tokenizer(cfg):
 
 def check(cfg):
     """Check every line of the domain folders; status 1 if one is malformed."""
-    from data_utils.documents import MALFORMED, choose_domains, find_domains, format_problems, read_documents
+    from data_utils.documents import MALFORMED, find_domains, format_problems, read_documents
     from data_utils.files import warn
 
-    domains, ignored = find_domains(cfg.data_dir)
+    domains, ignored = find_domains(cfg.data_dir, cfg.domains)
     problems, unread = {}, []
     print(f"{'domain':<20} {'documents':>10} {'MB':>10}")
-    for domain, files in choose_domains(domains, cfg.domains, cfg.data_dir).items():
+    for domain, files in domains.items():
         documents = size = 0
         for path in files:
             try:

@@ -158,6 +158,7 @@ from models.vector_store import VectorStore
 
 BAD_STEPS = 10  # steps in a row without a finite loss and gradient that end a run
 EM_TOKENS = 50_000  # training tokens that the static mixture is fitted to
+READ_TOKENS = 4_096  # tokens that are read at once where nothing is trained, if a batch has fewer
 
 
 @dataclass
@@ -427,7 +428,8 @@ def main(cfg):
     # Differs: a new run fits the router's start, and reads the contexts that the store holds.
     def training_batches(windows):
         """Yield index, inputs and targets of training windows, a batch at a time."""
-        for index in np.array_split(windows, math.ceil(len(windows) / cfg.batch_size)):
+        size = max(cfg.batch_size, READ_TOKENS // cfg.max_seq_len)
+        for index in np.array_split(windows, math.ceil(len(windows) / size)):
             yield index, *batch("train", index)
 
     raw_model.eval()

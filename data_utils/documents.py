@@ -189,11 +189,12 @@ def open_parquet(path):
 # ---- domain folders --------------------------------------------------------------------------------------------------
 
 
-def find_domains(data_dir):
+def find_domains(data_dir, names=()):
     """Return ({domain: paths in sorted order}, ignored paths); the domain is the name of the first folder.
 
-    Nested folders and links are followed. Hidden files are passed over in silence, others that are not read are
-    returned as ignored. Raises DataError, showing the layout, if there is no file to read.
+    `names`: the domains to use, as --domains has them, with commas or without; () for all. Nested folders and links
+    are followed. Hidden files are passed over in silence, others that are not read are returned as ignored. Raises
+    DataError, showing the layout, if there is no file to read.
     """
     root = Path(data_dir)
     domains, loose, ignored = {}, [], []
@@ -212,7 +213,7 @@ def find_domains(data_dir):
             elif suffix_of(path) in READ and path.name != "SOURCES.md":
                 loose.append(path)
     if any(domains.values()):
-        return domains, loose + ignored
+        return _choose(domains, names, root), loose + ignored
     message = f"no domain in {root}: expected {root}/<domain>/*.jsonl (or {' '.join(READ[1:])})"
     if loose:
         folder = shlex.quote(str(root))
@@ -229,17 +230,16 @@ def find_domains(data_dir):
     raise DataError(message)
 
 
-def choose_domains(existing, words, data_dir):
-    """Return those of `find_domains` that --domains names, with commas or without; () names all of them."""
-    names = sorted({name for word in words for name in word.split(",") if name})
+def _choose(domains, names, root):
+    names = sorted({name for words in names for name in words.split(",") if name})
     for name in names:
         if "/" in name or "\\" in name:
-            raise UsageError(f"--domains {name}: a folder name of {data_dir}, not a path")
-        if name not in existing:
-            above = Path(data_dir).parent
+            raise UsageError(f"--domains {name}: a folder name of {root}, not a path")
+        if name not in domains:
+            above = root.parent
             remedy = f"\ntry: --data_dir {shlex.quote(str(above))}" if (above / name).is_dir() else ""
-            raise DataError(f"no domain {name} in {data_dir}; there are: {', '.join(existing)}{remedy}")
-    return {name: existing[name] for name in names or existing}
+            raise DataError(f"no domain {name} in {root}; there are: {', '.join(domains)}{remedy}")
+    return {name: domains[name] for name in names or domains}
 
 
 def format_ignored(paths):

@@ -4,23 +4,33 @@ import os
 import signal
 
 import pytest
+from matplotlib.figure import Figure
 
 from tests.helpers import SIZES, finish, start, train_flags
+from tests.warm import leave_blank
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job starts with it ignored, and its children
 signal.signal(signal.SIGHUP, signal.SIG_DFL)  # and with this one what nohup starts
-
+DRAWING = leave_blank()
 
 LONGEST = ("test_simulated_device", "test_notebook.py", "test_threads.py", "checks_of_scikit_learn", "test_train_sr.py")
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers():
-    return os.cpu_count() + 1  # a test often waits for a process that it stopped, or for a file
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return cores + 1  # a test often waits for a process that it stopped, or for a file
 
 
 def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: not any(name in item.nodeid for name in LONGEST))  # else one is left with them
+
+
+@pytest.fixture
+def full_pictures(monkeypatch):
+    """Pictures are drawn, as no other test needs them."""
+    for name, method in DRAWING.items():
+        monkeypatch.setattr(Figure, name, method)
 
 
 @pytest.fixture(scope="session")

@@ -1,7 +1,7 @@
 """Processes that start warm: forks of one that has imported torch and what else takes its 4 seconds, but none of ours.
 
 A fork then runs a script as `python script flags` would: with a session, folder, environment, random state, signals
-and exit of its own. Only its pictures are blank, for 0.3 s each; test_figures.py of a room draws them in full. Run as a
+and exit of its own. Only its pictures are blank, for 0.3 s each; `full_pictures` draws those of a test. Run as a
 program this file is the parent, which reads commands from its standard input.
 """
 
@@ -63,11 +63,16 @@ def parent(env):
 
 
 def leave_blank():
-    """Let matplotlib write pictures of nothing: figures are built, and none of it is laid out and drawn."""
+    """Let matplotlib write pictures of nothing: figures are built, and none of it is laid out and drawn.
+
+    Returns the methods that did, {name: method}.
+    """
     from matplotlib.figure import Figure
 
-    draw = Figure.savefig
-    Figure.savefig = lambda figure, file, **options: draw(Figure((1, 1)), file, **options)
+    methods = dict(savefig=Figure.savefig, findobj=Figure.findobj)
+    Figure.savefig = lambda figure, file, **options: methods["savefig"](Figure((1, 1)), file, **options)
+    Figure.findobj = lambda *_, **__: []  # it makes each tick, to look for texts
+    return methods
 
 
 def serve():
@@ -86,7 +91,8 @@ def serve():
 
 
 if __name__ == "__main__":
-    for name in "torch._dynamo torch.distributed.fsdp matplotlib.pyplot tokenizers faiss".split():  # none has a thread
+    modules = "torch._dynamo torch.distributed.fsdp matplotlib.pyplot tokenizers faiss yaml tqdm"  # none has a thread
+    for name in modules.split():
         with contextlib.suppress(ImportError):
             importlib.import_module(name)
     import numpy

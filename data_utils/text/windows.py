@@ -22,7 +22,6 @@ from torch.utils.data import WeightedRandomSampler
 from data_utils.documents import (
     MALFORMED,
     WHOLE,
-    choose_domains,
     cut,
     find_domains,
     format_ignored,
@@ -257,11 +256,10 @@ class DomainText:
 
     def _chosen(self, data_dir, domains, say):
         """Return [(domain, files, whether the user named it)]."""
-        existing, ignored = find_domains(data_dir)
+        chosen, ignored = find_domains(data_dir, domains)
         if ignored:
             say(format_ignored(ignored))
-        chosen = choose_domains(existing, domains, data_dir)
-        return [(name, files, any(domains)) for name, files in chosen.items()]
+        return [(name, files, any(words.strip(",") for words in domains)) for name, files in chosen.items()]
 
     def _part(self, path, digest, folders, skip_bad_lines, rank, announce, place):
         """Return the _Part of one file from the cache; rank 0 writes the cache if needed and announces the place."""

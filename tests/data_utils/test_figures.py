@@ -15,6 +15,7 @@ from data_utils.formulas.figures import plot_fit
 from data_utils.pages.figures import plot_page
 from tests.helpers import letters
 
+pytestmark = pytest.mark.usefixtures("full_pictures")
 NAMED = {  # files of metrics: their names
     ("a/metrics.jsonl", "b/metrics.jsonl"): ["a", "b"],
     ("c/x_expert_metrics.jsonl", "c/y_expert_metrics.jsonl"): ["x_expert", "y_expert"],

@@ -341,6 +341,7 @@ def test_samples_repeat_with_their_generator_and_stay_in_the_likeliest_tokens():
     assert first(top_p=(p[0] + p[1] / 2).item()) == {TOY.tokens[i] for i in order[:2]}
 
 
+@pytest.mark.slow
 def test_a_toy_model_obeys_complexity():
     leaves, rng = ["x1", "x2", "<constant>"], np.random.default_rng(0)
     by_length = {k: [w for w in every_formula(TOY, 5, leaves) if len(w) == k] for k in range(1, 6)}

@@ -443,6 +443,7 @@ def learn(name, page, target, steps, **changes):
     return (answers == target).all(2)[model.limit(name) - 1 :]
 
 
+@pytest.mark.slow
 def test_puzzles_are_learnt_and_stay_solved():
     pairs = [sudokus(6, 32), sudokus(1, 8)]
     page, target = (torch.cat(parts) for parts in zip(*pairs, strict=True))

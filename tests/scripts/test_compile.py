@@ -1,4 +1,7 @@
-"""--compile of every script: graphs, but run by PyTorch, which takes seconds and not minutes; slow: graphs backward."""
+"""--compile of every script: graphs, but run by PyTorch, which takes seconds and not minutes.
+
+Slow: graphs backward, and what another case traces much of.
+"""
 
 import importlib
 
@@ -15,9 +18,9 @@ PAGES = "--train_samples=40 --max_steps=4 --wandb=disabled --data_paths={data} -
 PAGES += "--L_cycles=1 --L_layers=1 --decoder_layers=1"  # a second cycle or layer takes seconds more to trace
 FLAGS = dict(
     train_hrm=[*SIZES, *"--dataset=synthetic --run_name=run --eval_rows=100 --steps=4 --val_every=2".split()],
-    train_sr=[*TINY, *"--encoder_n_isab=1 --steps=4 -vi 2 -o {home}".split()],
+    train_sr=[*TINY, *"--encoder_n_isab=1 --steps=2 -vi 2 --val_problems=0 -o {home}".split()],
     train_ae=AE.split(),
-    train_multimodal=f"--arch=smoke --tasks continue sudoku4 {PAGES}".split(),
+    train_multimodal=f"--arch=smoke --tasks sudoku4 --no-enable_mtp {PAGES}".split(),
 )
 
 
@@ -30,11 +33,16 @@ def traced(backend):
     return compile
 
 
-@pytest.mark.parametrize("backend", ["eager", pytest.param("aot_eager", marks=pytest.mark.slow)])
+QUICK = ["transformer", "state_space", "mla_store", "train_hrm", "train_sr", "train_ae loop=diffusion_ae",
+         "train_multimodal"]  # fmt: skip
+OTHERS = ["diffuser", "train_ae loop=gan_ae", "train_ae loop=test_mlp"]
+SLOW = [(case, "eager") for case in OTHERS] + [(case, "aot_eager") for case in QUICK + OTHERS]
+
+
 @pytest.mark.parametrize(
-    "case", ["transformer", "state_space", "diffuser", "mla_store", "train_hrm", "train_sr", "train_ae loop=gan_ae",
-             "train_ae loop=diffusion_ae", "train_ae loop=test_mlp", "train_multimodal"]
-)  # fmt: skip
+    "case, backend",
+    [(case, "eager") for case in QUICK] + [pytest.param(*pair, marks=pytest.mark.slow) for pair in SLOW],
+)
 def test_a_compiled_run_is_the_same_run(case, backend, toy, experts, tmp_path, monkeypatch):
     name, *more = case.split()
     if name not in FLAGS:

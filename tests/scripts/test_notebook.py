@@ -25,9 +25,10 @@ SHORTER = dict(pair.split(" -> ") for pair in """
 n_layers=2, steps=60 -> n_layers=2, steps=10
 n_layers=2, steps=30 -> n_layers=2, steps=3
 grad_accum_steps=1, steps=30 -> grad_accum_steps=1, steps=3
-steps=700 -> steps=40
+steps=700 -> steps=10
 eval_rows=500 -> eval_rows=100
-steps=40, encoder -> steps=4, encoder
+batch_size=16, steps=40, encoder -> batch_size=4, steps=4, encoder
+import train_mla -> import train_mla; train_mla.EM_TOKENS = 1000
 max_seconds=5 -> max_seconds=0
 events=3000 -> events=300
 train_samples=4000 -> train_samples=400
@@ -87,7 +88,7 @@ def test_the_quickstart_runs_and_shows_its_pictures(length, tmp_path, monkeypatc
     notebook = run(tmp_path, SHORTER if length == "short" else {})  # raises on an error in a cell
     assert len(pictures(notebook)) == 6
     text = "".join(out.get("text", "") for cell in notebook.cells for out in cell.get("outputs", ()))
-    steps = (10, 3, 40, 4, 8) if length == "short" else (60, 30, 700, 40, 120)
+    steps = (10, 3, 10, 4, 8) if length == "short" else (60, 30, 700, 40, 120)
     names = "transformer_expert: step", "nanothink_mla: step", "sums: step", "formulas: step", "sudoku4: step"
     for line in [f"{name} {n} " for name, n in zip(names, steps, strict=True)]:
         assert line in text

@@ -14,10 +14,11 @@ from tests.scripts.threads import CASES, Repeats
 
 LANGUAGE = ["transformer", "state_space", "diffuser", "mla"]  # which build on each other
 OTHERS = [name for name in CASES if name not in LANGUAGE]
+TABLES = ["transformer", "diffuser", "puzzles", "ae"]  # of all kinds that are read by an index
+SLOW = [pytest.param(names, "2,4", marks=pytest.mark.slow) for names in (LANGUAGE, OTHERS)]
 
 
-@pytest.mark.parametrize("counts", ["2", pytest.param("2,4", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("names", [LANGUAGE, OTHERS], ids=["language", "others"])
+@pytest.mark.parametrize("names, counts", [(TABLES, "2"), *SLOW], ids=["tables", "language", "others"])
 def test_runs_on_several_threads_equal_resumed_ones(names, counts, toy, tmp_path):
     (tmp_path / "data").symlink_to(toy)
     sizes = "--size=6 --givens=24 --train=48 --val=8".split()

@@ -93,19 +93,20 @@ def test_minimal_example_of_the_guide(tmp_path):
     assert bundle | {"state_dict.pt", "metrics.jsonl", "loss.png"} <= {p.name for p in out.iterdir()}
     parts = {f"{n}.pt" for n in "state_dict optimizer lr_scheduler scaler training_state".split()}
     assert parts | bundle == {p.name for p in (out / "checkpoint_2").iterdir()}
-    path = f"{clone}/scripts:{path}"
-    words = ["flash_ansr", "train", "-c", str(out / "train.yaml"), "-o", "again", "-v", "-ci", "1", "-vi", "2"]
-    done = subprocess.run(words, cwd=tmp_path, env=env | dict(PATH=path), capture_output=True, text=True)
-    assert not done.returncode, done.stderr
+    flags = ["-c", out / "train.yaml", "-o", "again", "-v", "-ci", "1", "-vi", "2", "--holdout_pools", "none"]
+    finish(start("train_sr.py", *flags, cwd=tmp_path))
     assert (tmp_path / "again" / "checkpoint_1").exists() and (tmp_path / "again" / "state_dict.pt").exists()
-    assert subprocess.run(["flash_ansr", "find"], env=env | dict(PATH=path), capture_output=True).returncode == 2
+    env["PATH"] = f"{clone}/scripts:{path}"
+    for word, status in (("train", 0), ("find", 2)):
+        done = subprocess.run(["flash_ansr", word, "--help"], env=env, capture_output=True, text=True)
+        assert done.returncode == status and (status or "Train symbolic regression" in done.stdout), done
 
 
 def test_interrupted_and_resumed_equals_uninterrupted(tmp_path):
     flags = [
-        "--steps=24",
+        "--steps=14",
         "-vi",
-        "10",
+        "8",
         "--gradient_accumulation_steps=2",
         "--encoder_dropout=0.1",
         "--save_minutes=0.0005",
@@ -127,7 +128,7 @@ def test_interrupted_and_resumed_equals_uninterrupted(tmp_path):
         assert runs[name].returncode == dict(SIGKILL=-9, SIGTERM=143)[name]
         _, err = finish(train(tmp_path, *flags, "-o", name), 2)
         assert "--resume-from auto" in err and "--fresh" in err
-        workers = ["-w", "2"] if name == "SIGTERM" else []
+        workers = ["-w", "1"] if name == "SIGTERM" else []
         out, _ = finish(train(tmp_path, *flags, "-o", name, "--resume-from", "auto", *workers))
         assert "exact resume is lost" not in out
         parts, its_rows = results(tmp_path / name)
@@ -240,18 +241,20 @@ def test_no_room_for_a_checkpoint_is_found_before_the_first_step(tmp_path, monke
     assert not (tmp_path / "run" / "metrics.jsonl").exists() and not list((tmp_path / "run").glob("*.tmp-*"))
 
 
-def test_formula_of_a_table(model, tmp_path):
+@pytest.mark.parametrize("method", ["default", pytest.param("each", marks=pytest.mark.slow)])
+def test_formula_of_a_table(method, model, tmp_path):
     x = np.linspace(-2, 2, 30)
     lines = ["t,u,height", *(f"{a},{b},{3 * a * a + 1.5}" for a, b in zip(x, x[::-1] ** 2, strict=True))]
     (tmp_path / "points.csv").write_text("\n".join(lines) + "\n")
     flags = "--data points.csv --max_seconds 0 --choices 32 --out all.jsonl --plot fit.png".split()
-    for more in (["--model", model], ["--method=prior"], ["--model", model, "--method=beam", "--beam_width=4"]):
+    methods = [["--model", model], ["--method=prior"], ["--model", model, "--method=beam", "--beam_width=4"]]
+    for more in methods if method == "each" else methods[:1]:
         out, err = finish(start("generate.py", "formula", *flags, *more, cwd=tmp_path))
         assert out.startswith("height = ") and "candidates" in err and (tmp_path / "fit.png").exists()
         best = json.loads((tmp_path / "all.jsonl").read_text().splitlines()[0])
         assert best["rank"] == 1 and best["r2"] > 0.5
     out, _ = finish(start("generate.py", "formula", *flags[:4], "--suite", "nguyen", cwd=tmp_path), 2)
-    few = ["--suite", "nguyen", "--max_seconds=0", "--choices=16", "--max_variables=1", "--out=rows.csv"]
+    few = ["--suite", "nguyen", "--max_seconds=0", "--choices=4", "--max_variables=1", "--out=rows.csv"]
     out, _ = finish(start("generate.py", "formula", *few, cwd=tmp_path))
     assert "nguyen, 8 runs: vNRR" in out and len((tmp_path / "rows.csv").read_text().splitlines()) == 9
 

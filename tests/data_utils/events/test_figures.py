@@ -17,7 +17,10 @@ from data_utils.events.roc import compare
 from data_utils.figures import show_dollars
 from tests.helpers import letters
 
-pytestmark = pytest.mark.filterwarnings("error")  # a limit below 0 on a logarithmic axis, a layout that collapses
+pytestmark = [
+    pytest.mark.filterwarnings("error"),  # a limit below 0 on a logarithmic axis, a layout that collapses
+    pytest.mark.usefixtures("full_pictures"),
+]
 
 
 @pytest.fixture(autouse=True)

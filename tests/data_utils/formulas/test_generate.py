@@ -204,11 +204,10 @@ def test_all_formulas_go_into_a_file(pendulum, tmp_path, capsys):
         answer(capsys, pendulum, out=str(out))
 
 
-def test_the_figure(pendulum, tmp_path, capsys):
+def test_the_figure(pendulum, tmp_path, capsys, full_pictures):
     pytest.importorskip("matplotlib")
-    for columns in ((), ("length m",)):
-        answer(capsys, pendulum, plot=str(tmp_path / "fit.png"), columns=columns)
-        assert (tmp_path / "fit.png").stat().st_size > 20_000
+    answer(capsys, pendulum, plot=str(tmp_path / "fit.png"), columns=("length m",))
+    assert (tmp_path / "fit.png").stat().st_size > 20_000
     (tmp_path / "mine.png").write_text("mine")
     with pytest.raises(UsageError, match="--plot"):
         answer(capsys, pendulum, plot=str(tmp_path / "mine.png"))
@@ -273,12 +272,12 @@ def test_the_deadline_holds(tmp_path, capsys):
         y = 3 * x[0] ** 2 / x[1] + 0.1 * rng.standard_normal(n)
         table = write_table(tmp_path / f"{n}.csv", dict(a=x[0], b=x[1], y=y))
         begin = time.process_time()  # of one thread: other programs that share the cores don't count
-        answer(capsys, table, max_seconds=4.0)
-        assert time.process_time() - begin < 5
+        answer(capsys, table, max_seconds=2.0)
+        assert time.process_time() - begin < 3
 
 
 def test_as_a_user_starts_it(pendulum, tmp_path):
-    cold = start_cold("generate.py", "formula", "--data", pendulum, "--max_seconds", "10", cwd=tmp_path)
+    cold = start_cold("generate.py", "formula", "--data", pendulum, "--max_seconds", "1", cwd=tmp_path)
     out, err = finish(cold)
     assert out.startswith("period = ") and "sqrt" in out and "\r" not in err
     flags = ["--data", pendulum, "--max_seconds=0", "--choices=16", "--exclude-terms", "sqrt", "pow", "--format=latex"]
@@ -289,8 +288,8 @@ def test_as_a_user_starts_it(pendulum, tmp_path):
 
 
 def test_ctrl_c_prints_the_best_so_far(pendulum, tmp_path):
-    process = start_cold("generate.py", "formula", "--data", pendulum, "--max_seconds", "60", cwd=tmp_path)
-    time.sleep(10)
+    process = start("generate.py", "formula", "--data", pendulum, "--max_seconds", "60", cwd=tmp_path)
+    time.sleep(4)
     process.send_signal(signal.SIGINT)
     begin = time.monotonic()
     out, err = finish(process)

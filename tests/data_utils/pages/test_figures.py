@@ -15,7 +15,7 @@ from data_utils.pages.render import layout, to_symbols
 from models.glyphs import END, HOLE, OUTSIDE, PADDING
 from tests.helpers import SHARED
 
-pytestmark = pytest.mark.filterwarnings("error")
+pytestmark = [pytest.mark.filterwarnings("error"), pytest.mark.usefixtures("full_pictures")]
 SCORES = {"sudoku4/exact": 0.9, "sudoku4/cells": 0.97, "read/characters": 0.8, "read/page": 0.1}
 
 

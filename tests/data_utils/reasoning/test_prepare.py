@@ -319,7 +319,7 @@ def many_tasks(prepared, tmp_path_factory):
     return root / "source", root / "clean", tokenizer
 
 
-@pytest.mark.parametrize("processes, hit", [(1, "SIGKILL"), (2, "SIGKILL"), (2, "SIGTERM")])
+@pytest.mark.parametrize("processes, hit", [(1, "SIGKILL"), (2, "SIGTERM")])
 def test_signals_through_the_command_line(many_tasks, tmp_path, processes, hit):
     source, clean, tokenizer = many_tasks
     flags = ["language", "--source", source, "--dest", tmp_path / "out", "--tokenizer", tokenizer,

@@ -343,6 +343,9 @@ def test_check_and_tokenizer_read_the_same_files(tmp_path, capsys):
     assert "other" not in shown and "trained on 2 files" in shown and "--domains code --tokenizer" in shown
     with pytest.raises(DataError, match="no domain cod in .*; there are: code, other"):
         prepare_data.main(prepare_data.CheckConfig(data_dir=options["data_dir"], domains=("cod",)))
+    with pytest.raises(UsageError, match="--domains: folders of --data_dir, which --source replaces"):
+        prepare_data.main(prepare_data.TokenizerConfig(**options | dict(source=out), domains=("code",)))
+    assert documents.find_domains(options["data_dir"], (",",)) == documents.find_domains(options["data_dir"])
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.txt", "a.csv"])
