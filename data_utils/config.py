@@ -514,7 +514,8 @@ def read_flags(path, error):
         bundle = yaml.safe_load(text) or {}
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as e:  # a date of month 13, 5000 digits, deep nesting
         message = f"--config {path}: {' '.join(str(e).split())}"
-        neighbours = sorted(Path(path).parent.glob("*.yaml")) if isinstance(e, OSError) else []
+        folder = Path(path) if Path(path).is_dir() else Path(path).parent
+        neighbours = sorted(folder.glob("*.yaml")) if isinstance(e, OSError) else []
         if neighbours:
             message += f"\nbundles there: {', '.join(map(str, neighbours))}"
         error(message)

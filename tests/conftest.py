@@ -1,6 +1,5 @@
 """Fixtures that several test files share: toy data, and experts trained on it for a few steps."""
 
-import os
 import signal
 
 import pytest
@@ -14,12 +13,6 @@ signal.signal(signal.SIGHUP, signal.SIG_DFL)  # and with this one what nohup sta
 DRAWING = leave_blank()
 
 LONGEST = ("test_simulated_device", "test_notebook.py", "test_threads.py", "checks_of_scikit_learn", "test_train_sr.py")
-
-
-@pytest.hookimpl(optionalhook=True)
-def pytest_xdist_auto_num_workers():
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return cores + 1  # a test often waits for a process that it stopped, or for a file
 
 
 def pytest_collection_modifyitems(items):

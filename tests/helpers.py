@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 
 from tests import warm
@@ -22,6 +23,11 @@ SIZES = dict(transformer=["--ffn_mult=2"], state_space=["--d_inner=32", "--d_sta
 
 THREADS = os.environ.get("PETRI_TEST_THREADS", "1")  # of each script under test
 PARENTS = []  # of warm processes; sets are in another order in each, so that no result may depend on it
+
+
+def slow(*values):
+    """Return a row for pytest.mark.parametrize that only `-m slow` runs."""
+    return pytest.param(*values, marks=pytest.mark.slow)
 
 
 def letters(figure):

@@ -76,8 +76,9 @@ def _read_flat(path, above=()):
         message = f"{path}: {' '.join(str(e).split())}"
         if above:
             message = f"{above[-1]}: {message}"
-        if isinstance(e, OSError):
-            message += f"\nfiles there: {', '.join(map(str, sorted(path.parent.glob('*.yaml'))))}"
+        there = sorted((path if path.is_dir() else path.parent).glob("*.yaml")) if isinstance(e, OSError) else []
+        if there:
+            message += f"\nfiles there: {', '.join(map(str, there))}"
         raise UsageError(message) from e
     if not isinstance(values, dict):
         raise UsageError(f"{path}: expected 'key: value' lines, found {type(values).__name__}")

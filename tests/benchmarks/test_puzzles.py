@@ -66,6 +66,7 @@ def test_models_run_at_toy_size_and_are_read_again(home):
     assert measured(home, *flags) == figures
 
 
+@pytest.mark.slow
 def test_official_code_runs_beside_and_its_weights_are_read(home):
     clones = peers.CLONES / "TinyRecursiveModels", peers.CLONES / "HRM"
     figures = measured(home, "--rows", "models", "--arms", "official")
@@ -78,6 +79,7 @@ def test_official_code_runs_beside_and_its_weights_are_read(home):
         assert "halting" in figures[f"puzzles.models.{name}.32_givens"]["spread"]
 
 
+@pytest.mark.slow
 def test_the_recipe_runs_beside_its_controls(home):
     figures = measured(home, "--rows", "recipe")
     ids = [id.rpartition(".")[2] for id in figures if id.startswith("puzzles.recipe.")]
@@ -91,6 +93,7 @@ def test_the_recipe_runs_beside_its_controls(home):
         assert "CPU s" in figures[f"puzzles.recipe.{id}"]["spread"]
 
 
+@pytest.mark.slow
 def test_the_pretrained_model_is_scored(home):
     figures = measured(home, "--rows", "pretrained")
     hard = figures["puzzles.pretrained.sudoku9"]

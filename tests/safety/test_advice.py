@@ -35,7 +35,7 @@ from data_utils.events.decay_chain import decay_chain
 from data_utils.formulas import checkpoint_folders, formats, tables
 from data_utils.formulas import dataset as formulas
 from data_utils.pages import arc, shard_files, shards
-from data_utils.reasoning import prepare
+from data_utils.reasoning import normalize_qa, prepare
 from data_utils.reasoning.sudoku import sudoku
 from data_utils.text import corpus, windows
 from models import vector_store
@@ -795,6 +795,8 @@ def noted(monkeypatch):
         return completed[-1][1]
 
     monkeypatch.setattr(advice, "_command", note)
+    for module in (prepare, normalize_qa):
+        monkeypatch.setattr(module, "cores", lambda: 1)  # processes take seconds to start
 
 
 def problems_of(group, monkeypatch, pasted):

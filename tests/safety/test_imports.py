@@ -4,6 +4,7 @@ All imports of models/ and data_utils/ count, also those within functions. They 
 """
 
 import ast
+import functools
 import sys
 from graphlib import TopologicalSorter
 from typing import NamedTuple
@@ -60,7 +61,9 @@ def imports_of(source):
     return imports
 
 
-IMPORTS = {name: imports_of(path.read_text(encoding="utf-8")) for name, path in FILES.items()}
+@functools.cache
+def imports():
+    return {name: imports_of(path.read_text(encoding="utf-8")) for name, path in FILES.items()}
 
 
 def room(name):
@@ -80,7 +83,7 @@ def test_the_reader_of_imports():
 
 @pytest.mark.parametrize("name", MODELS)
 def test_models_import_models_torch_numpy_and_the_standard_library(name):
-    for imported in IMPORTS[name]:
+    for imported in imports()[name]:
         always = {"models", "torch", "numpy"} | sys.stdlib_module_names
         optional = imported.lazy and imported.top not in SCRIPTS | {"data_utils"}  # a package that need not be there
         assert imported.top in always or optional, imported.name
@@ -89,7 +92,7 @@ def test_models_import_models_torch_numpy_and_the_standard_library(name):
 @pytest.mark.parametrize("name", FLAT)
 def test_flat_files_import_earlier_flat_files_and_models_lazily(name):
     earlier = {f"data_utils.{file}" for file in ORDER[: ORDER.index(name.split(".")[1])]}
-    for imported in IMPORTS[name]:
+    for imported in imports()[name]:
         if imported.top == "data_utils":
             assert imported.name in earlier, f"{imported.name} is a room, or later in ORDER"
         assert imported.top != "models" or imported.lazy, imported.name
@@ -98,25 +101,27 @@ def test_flat_files_import_earlier_flat_files_and_models_lazily(name):
 @pytest.mark.parametrize("name", IN_ROOMS)
 def test_rooms_import_flat_files_models_and_themselves(name):
     allowed = {"", room(name)} | ROOMS[room(name)]
-    for imported in IMPORTS[name]:
+    for imported in imports()[name]:
         assert imported.top != "data_utils" or room(imported.name) in allowed, imported.name
 
 
 @pytest.mark.parametrize("name", FILES)
 def test_packages_import_no_script(name):
-    for imported in IMPORTS[name]:
+    for imported in imports()[name]:
         assert imported.top not in SCRIPTS and not imported.name.startswith("."), imported.name
 
 
 def test_no_import_circle():
-    graph = {name: {i.name for i in IMPORTS[name] if i.name in FILES} for name in FILES}
+    graph = {name: {i.name for i in imports()[name] if i.name in FILES} for name in FILES}
     TopologicalSorter(graph).prepare()  # CycleError names the files of a circle
 
 
 def test_only_figures_import_matplotlib_before_something_is_drawn():
-    for name, imports in IMPORTS.items():
+    for name, its_imports in imports().items():
         if not name.endswith(".figures"):
-            eager = [i.name for i in imports if not i.lazy and (i.top == "matplotlib" or i.name.endswith(".figures"))]
+            eager = [
+                i.name for i in its_imports if not i.lazy and (i.top == "matplotlib" or i.name.endswith(".figures"))
+            ]
             assert not eager, f"{name}: {eager}"
 
 

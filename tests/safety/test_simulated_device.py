@@ -5,7 +5,7 @@ simulated_device.py says what is simulated. Each kind of device is one process, 
 
 import pytest
 
-from tests.helpers import finish, start
+from tests.helpers import finish, slow, start
 from tests.safety.simulated_device import build, simulate
 
 TEXT = """--data_dir {data}/toy --domains code --tokenizer bytes --d_model 16 --n_heads 2 --max_seq_len 16
@@ -89,13 +89,14 @@ def everything():
 
 
 DEVICES = {  # float16 needs all that bfloat16 does, and a GradScaler
-    "cuda7.5": ("cuda", (7, 5), everything, "cuda:0, float16"),
+    "cuda7.5": ("cuda", (7, 5), six_scripts, "cuda:0, float16"),
     "mps": ("mps", (0, 0), lambda: six_scripts(resume=False), "mps, float32"),
+    "all of cuda7.5": ("cuda", (7, 5), everything, "cuda:0, float16"),
     "cuda8.0": ("cuda", (8, 0), everything, "cuda:0, bfloat16, TF32"),
     "all of mps": ("mps", (0, 0), everything, "mps, float32"),
 }
 QUICK = list(DEVICES)[:2]
-SLOW = [pytest.param(device, marks=pytest.mark.slow) for device in DEVICES if device not in QUICK]
+SLOW = [slow(device) for device in DEVICES if device not in QUICK]
 
 REFUSED = """
 import torch

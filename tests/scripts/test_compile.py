@@ -8,7 +8,7 @@ import importlib
 import pytest
 import torch
 
-from tests.helpers import train_flags
+from tests.helpers import slow, train_flags
 from tests.scripts.test_train_hrm import SIZES
 from tests.scripts.test_train_sr import TINY
 
@@ -33,15 +33,14 @@ def traced(backend):
     return compile
 
 
-QUICK = ["transformer", "state_space", "mla_store", "train_hrm", "train_sr", "train_ae loop=diffusion_ae",
-         "train_multimodal"]  # fmt: skip
-OTHERS = ["diffuser", "train_ae loop=gan_ae", "train_ae loop=test_mlp"]
+QUICK = ["transformer", "state_space", "train_hrm", "train_ae loop=diffusion_ae"]
+OTHERS = ["diffuser", "mla_store", "train_sr", "train_ae loop=gan_ae", "train_ae loop=test_mlp", "train_multimodal"]
 SLOW = [(case, "eager") for case in OTHERS] + [(case, "aot_eager") for case in QUICK + OTHERS]
 
 
 @pytest.mark.parametrize(
     "case, backend",
-    [(case, "eager") for case in QUICK] + [pytest.param(*pair, marks=pytest.mark.slow) for pair in SLOW],
+    [(case, "eager") for case in QUICK] + [slow(*pair) for pair in SLOW],
 )
 def test_a_compiled_run_is_the_same_run(case, backend, toy, experts, tmp_path, monkeypatch):
     name, *more = case.split()

@@ -11,13 +11,21 @@ import pytest
 import torch
 
 from data_utils.checkpoint import canonical_keys, read
-from tests.helpers import finish, start, train_flags
+from tests.helpers import finish, slow, start, train_flags
 from tests.scripts.test_resume import assert_same
 from tests.scripts.test_train_hrm import SIZES
 from tests.scripts.test_train_multimodal import TOY
 from tests.scripts.test_train_sr import TINY
 
 NAMES = "expert mla hrm sr multimodal".split()
+SLOW = "mla", "sr"
+
+
+def each(names):
+    """Return rows for pytest.mark.parametrize; two scripts have what another does, and take longer."""
+    return [slow(name) if name in SLOW else name for name in names]
+
+
 SUMS = [*SIZES, "--dataset=synthetic", "--eval_rows=40", "--log_steps=1"]
 PICTURES = [*TOY, "tasks=[sudoku4]", "enable_mtp=false", "log_interval=1", "log_file="]
 
@@ -81,7 +89,7 @@ def rates(folder):
     return [row["lr"] for row in rows if row["split"] == "train"]
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", each(NAMES))
 def test_a_new_run_begins_with_the_weights_and_nothing_else(name, run, trained, tmp_path):
     still = run(name, tmp_path / "still", f"--init_from={trained[name]}", "--lr=0", "--max_steps=1")
     tuned = run(name, tmp_path / "tuned", f"--init_from={trained[name]}")
@@ -103,7 +111,7 @@ def test_a_new_run_begins_with_the_weights_and_nothing_else(name, run, trained, 
     assert not all(torch.equal(*pair) for pair in pairs)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", each(NAMES))
 def test_interrupted_fine_tuning_goes_on(name, run, trained, tmp_path):
     """The second start takes its own checkpoint, not --init_from, which may even be gone."""
     source = shutil.copytree if trained[name].is_dir() else shutil.copy
@@ -194,7 +202,7 @@ OTHER = dict(  # name: (flags that change the data, files of the best model)
 )
 
 
-@pytest.mark.parametrize("name", OTHER)
+@pytest.mark.parametrize("name", each(OTHER))
 def test_a_resume_on_other_data_begins_best_anew(name, run, tmp_path):
     flags, best = OTHER[name]
     finish(run(name, tmp_path, "--max_steps=4"))
@@ -268,15 +276,14 @@ BUDGETS = [(name, "steps max_steps") for name in NAMES]
 BUDGETS += zip(NAMES, itertools.cycle(["max_steps", "steps"]), strict=False)
 
 
-@pytest.mark.parametrize("name, budget", BUDGETS)
+@pytest.mark.parametrize("name, budget", [slow(*row) if row[0] in SLOW else row for row in BUDGETS])
 def test_a_finished_run_names_the_flag_and_a_command_that_goes_on(name, budget, run, tmp_path):
     budget = [f"--{flag}" for flag in budget.split()]
     flags = [f"{flag}=2" for flag in budget] + ["--resume=auto"]
     finish(run(name, tmp_path, *flags))
     before = last_state(name, tmp_path)
-    for _ in range(2):
-        out, _ = finish(run(name, tmp_path, *flags))
-        assert "finished at step 2" in out
+    out, _ = finish(run(name, tmp_path, *flags))
+    assert "finished at step 2" in out
     assert_same(last_state(name, tmp_path), before)
     (further,) = re.findall(rf"a larger {' and '.join(budget)} goes on\nnext: (.*)", out)
     words = shlex.split(further)
@@ -318,7 +325,7 @@ def test_a_larger_batch_does_not_end_a_run(name, run, tmp_path):
     assert train(large, done + 2) == longer  # and their number stays
 
 
-@pytest.mark.parametrize("name", ["expert", "mla"])
+@pytest.mark.parametrize("name", each(["expert", "mla"]))
 def test_a_larger_batch_ends_an_epoch_that_was_cut(name, run, tmp_path):
     """It has done more steps than it has now, and its evaluation is over."""
     stem = dict(expert="transformer_expert", mla="nanothink_mla")[name]
@@ -345,7 +352,7 @@ def test_an_evaluation_within_an_epoch_counts_for_the_best(run, tmp_path):
     assert best["epoch"] == 0 and best["patience_used"] == 0
 
 
-@pytest.mark.parametrize("name", ["expert", "mla"])
+@pytest.mark.parametrize("name", each(["expert", "mla"]))
 def test_every_domain_has_an_evaluated_window_and_a_line(name, run, toy, tmp_path):
     out, _ = finish(run(name, tmp_path, "--max_steps=2", "--eval_windows=2"))
     (path,) = tmp_path.glob("*metrics.jsonl")

@@ -15,7 +15,7 @@ from data_utils import events, formulas, pages, reasoning, text
 from data_utils.checkpoint import kind_of
 from data_utils.errors import UsageError
 from data_utils.events.decay_chain import decay_chain
-from tests.helpers import ROOT, environment, finish, start
+from tests.helpers import ROOT, environment, finish, slow, start
 
 OLD = ROOT / "tests" / "old_checkpoints"
 TRANSFORMER = OLD / "text" / "transformer_expert_interrupted.pt"
@@ -188,7 +188,7 @@ def export(path, out, **more):
 
 
 @pytest.mark.parametrize(
-    "place", ["text/transformer_expert_interrupted.pt", "text/diffuser_expert_interrupted.pt", "hrm"]
+    "place", ["text/transformer_expert_interrupted.pt", "text/diffuser_expert_interrupted.pt", slow("hrm")]
 )
 def test_an_exported_program_has_the_outputs_of_the_model(place, tmp_path, capsys):
     export(OLD / place, tmp_path / "model.pt2")
@@ -252,10 +252,15 @@ def shell(command, **variables):
 
 
 @pytest.mark.skipif(os.name == "nt", reason="bash")
-def test_a_reader_that_leaves_and_an_old_code_page():
+def test_a_reader_that_leaves():
     done = shell("--max_new_tokens 300 | head -c 1")
     assert (done.returncode, len(done.stdout)) == (141, 1) and b"Traceback" not in done.stderr
     assert b"Broken" not in done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.name == "nt", reason="bash")
+def test_an_old_code_page():
     done = shell("--max_new_tokens 5 --prompt '\N{RIGHTWARDS ARROW}'", PYTHONIOENCODING="cp1252")
     assert done.returncode == 0 and done.stdout.startswith(b"\\u2192"), done.stderr
     done = shell("--prompt $'caf\\xe9'")

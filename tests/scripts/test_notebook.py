@@ -1,5 +1,6 @@
 """The quickstart runs from its first cell to its last; `python -m tests.scripts.test_notebook` renews its outputs."""
 
+import importlib
 import json
 import re
 import shutil
@@ -12,6 +13,7 @@ nbformat = pytest.importorskip("nbformat", reason="pip install -r requirements-d
 NotebookClient = pytest.importorskip("nbclient", reason="pip install -r requirements-dev.txt").NotebookClient
 
 QUICKSTART = ROOT / "notebooks" / "quickstart.ipynb"
+SCRIPTS = "generate train_ae train_expert train_hrm train_mla train_multimodal train_sr".split()
 WORK = 'WORK = "notebooks/work"'
 MEASURED = [  # what another machine, or another minute, would say otherwise
     (r" \(cpu with[^)]*\)", ""),
@@ -82,7 +84,8 @@ def pictures(notebook):
     return [out for out in outputs if "image/png" in out.get("data", {})]
 
 
-@pytest.mark.parametrize("length", ["short", pytest.param("whole", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("length", ["short", "whole"])
 def test_the_quickstart_runs_and_shows_its_pictures(length, tmp_path, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     notebook = run(tmp_path, SHORTER if length == "short" else {})  # raises on an error in a cell
@@ -93,6 +96,17 @@ def test_the_quickstart_runs_and_shows_its_pictures(length, tmp_path, monkeypatc
     for line in [f"{name} {n} " for name, n in zip(names, steps, strict=True)]:
         assert line in text
     assert "events: epoch 5 " in text
+
+
+def test_each_cell_of_the_quickstart_calls_scripts_with_flags_that_they_have(tmp_path, monkeypatch):
+    calls, names = [], {}
+    for name in SCRIPTS:
+        monkeypatch.setattr(importlib.import_module(name), "main", calls.append)
+    _, *cells = [cell.source for cell in nbformat.read(QUICKSTART, as_version=4).cells if cell.cell_type == "code"]
+    for source in cells:
+        exec(re.sub(r"^!.*", "", source, flags=re.M).replace(WORK, f"WORK = {str(tmp_path)!r}"), names)
+        names["show"] = lambda *_: None  # there are no pictures
+    assert len(calls) == 14 and {type(cfg).__module__ for cfg in calls} == {*SCRIPTS}
 
 
 def test_the_quickstart_as_it_is_kept_is_small_has_pictures_and_tells_of_no_machine():

@@ -13,7 +13,7 @@ from data_utils import distributed
 from data_utils.checkpoint import load_checkpoint, read, shared_like, to_plain
 from data_utils.config import from_cli
 from data_utils.errors import UsageError
-from tests.helpers import finish, start, start_two, torchrun, train_flags
+from tests.helpers import finish, slow, start, start_two, torchrun, train_flags
 from tests.scripts.test_resume import assert_same
 from tests.scripts.test_train_hrm import SIZES, results
 from tests.scripts.test_train_sr import TINY
@@ -40,7 +40,8 @@ def assert_near(a, b, atol=1e-5):
 
 
 @pytest.mark.parametrize(
-    "expert, ways", [("state_space", ["ddp", "fsdp"]), ("mla_store", ["ddp"]), ("diffuser", ["fsdp"])]
+    "expert, ways",
+    [("state_space", ["ddp", "fsdp"]), slow("mla_store", ["ddp"]), slow("diffuser", ["fsdp"])],
 )
 def test_two_ranks_equal_one(expert, ways, toy, experts, tmp_path):
     """With clipped gradients: the norm of shared ones is summed in another order."""
@@ -61,7 +62,8 @@ def test_two_ranks_equal_one(expert, ways, toy, experts, tmp_path):
         assert "resumed" in out and "world_size" not in out and "step 9 of 9" in out
 
 
-def test_a_run_moves_between_processes_bit_for_bit(toy, experts, tmp_path):
+@pytest.mark.parametrize("ways", [("single", "fsdp"), slow(("single", "fsdp", "torchrun"))], ids=len)
+def test_a_run_moves_between_processes_bit_for_bit(ways, toy, experts, tmp_path):
     """Weights and AdamW after 5 steps of one kind and 5 of another are those after 10 of one process."""
     script, *common = train_flags("transformer", toy, experts)
     common += "--no-use_amp --warmup_steps=1 --min_lr_ratio=1 --grad_clip=0 --n_layers=2 --log_interval=1".split()
@@ -72,7 +74,7 @@ def test_a_run_moves_between_processes_bit_for_bit(toy, experts, tmp_path):
             return [torchrun(script, *common, *more)]
         return begin(way, script, *common, *more, one=["--grad_accum_steps=2"])
 
-    first = dict(single="fsdp", fsdp="torchrun", torchrun="single")
+    first = dict(zip(ways, ways[1:] + ways[:1], strict=True))
     finish_all(begun("single", "straight", WHOLE), *(begun(way, way, HALF) for way in first))
     finish_all(*(begun(second, way, WHOLE, "--resume") for way, second in first.items()))
     straight = load_checkpoint(tmp_path / "straight" / "transformer_expert_interrupted.pt", "expert:transformer")

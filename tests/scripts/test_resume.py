@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from data_utils.checkpoint import load_checkpoint
-from tests.helpers import finish, start, train_flags
+from tests.helpers import finish, slow, start, train_flags
 
 VOLATILE = {"seconds", "tokens_per_s", "peak_mb"}  # of a row of metrics
-ENDS = dict(transformer=["SIGKILL", "SIGTERM"], state_space=["SIGKILL", "SIGINT"], diffuser=["SIGKILL", "SIGTERM"],
-            mla_store=["SIGKILL", "SIGINT"])  # fmt: skip
+ENDS = dict(transformer=["SIGKILL", "SIGTERM"], mla_store=["SIGINT"], state_space=["SIGKILL", "SIGINT"],
+            diffuser=["SIGKILL", "SIGTERM"])  # fmt: skip
 STATUS = dict(SIGKILL=-9, SIGTERM=143, SIGINT=130)
 
 
@@ -53,7 +53,7 @@ def assert_same(a, b, path=""):
         assert a == b, path
 
 
-@pytest.mark.parametrize("expert", ENDS)
+@pytest.mark.parametrize("expert", ["transformer", "mla_store", slow("state_space"), slow("diffuser")])
 def test_interrupted_and_resumed_equals_uninterrupted(expert, toy, experts, tmp_path):
     uninterrupted = run(expert, toy, experts, tmp_path / "whole")
     cut = {end: run(expert, toy, experts, tmp_path / end) for end in ENDS[expert]}
@@ -76,7 +76,7 @@ def test_interrupted_and_resumed_equals_uninterrupted(expert, toy, experts, tmp_
         assert not list((tmp_path / end).glob("*.tmp-*"))
 
 
-@pytest.mark.parametrize("expert", ["transformer", "mla_store"])
+@pytest.mark.parametrize("expert", ["transformer", slow("mla_store")])
 def test_a_budget_that_is_raised_changes_no_step(expert, toy, experts, tmp_path):
     """--max_steps stops early on the same schedule, so that the rest is what one command would have done."""
     flags = ["--steps=40", "--warmup_steps=10"]

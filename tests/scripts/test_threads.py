@@ -9,13 +9,13 @@ import torch
 import torch.nn.functional as F
 
 from models.trm import RELATION_SCALE, Core, boxes
-from tests.helpers import ROOT, environment, finish, start
+from tests.helpers import ROOT, environment, finish, slow, start
 from tests.scripts.threads import CASES, Repeats
 
 LANGUAGE = ["transformer", "state_space", "diffuser", "mla"]  # which build on each other
 OTHERS = [name for name in CASES if name not in LANGUAGE]
 TABLES = ["transformer", "diffuser", "puzzles", "ae"]  # of all kinds that are read by an index
-SLOW = [pytest.param(names, "2,4", marks=pytest.mark.slow) for names in (LANGUAGE, OTHERS)]
+SLOW = [slow(names, "2,4") for names in (LANGUAGE, OTHERS)]
 
 
 @pytest.mark.parametrize("names, counts", [(TABLES, "2"), *SLOW], ids=["tables", "language", "others"])

@@ -25,7 +25,7 @@ from data_utils.events.decay_chain import decay_chain
 from data_utils.launch import launch
 from data_utils.overrides import Jobs
 from models.parts import DECODERS, ENCODERS, LATENT_SPACES
-from tests.helpers import ROOT, THREADS, finish, start, start_cold, start_two
+from tests.helpers import ROOT, THREADS, finish, slow, start, start_cold, start_two
 from tests.scripts.test_resume import assert_same
 from train_ae import AeConfig, DiffusionAeConfig, TestMlpConfig, main
 
@@ -185,14 +185,18 @@ def test_a_whole_run_as_a_process(tmp_path):
 # ---- every combination -----------------------------------------------------------------------------------------------
 
 
-def test_smoke_of_every_combination(events):
+@pytest.mark.parametrize("share", ["third", slow("every")])
+def test_smoke_of_every_combination(share, events):
+    """A third of them has each pair of an encoder, a decoder and a latent space with each loop."""
     loops = [cls for name, (cls, _) in train_ae.LOOPS.items() if name != "test_mlp"]
     few = dict(data=str(events), hidden=(8, 8), latent_dim=4, codebook_size=8, gnn_dim=8, limit=32, batch_size=16,
                epochs=1, device="cpu", save_artifacts=False, make_plots=False)  # fmt: skip
+    parts = ENCODERS, DECODERS, LATENT_SPACES
     configs = [
         replace(cls(encoder=encoder, decoder=decoder, latent_space=space, **few),
                 **dict(diffusion_steps=10, ddim_steps=2) if cls is DiffusionAeConfig else {})
-        for cls, encoder, decoder, space in product(loops, ENCODERS, DECODERS, LATENT_SPACES)
+        for cls, (i, encoder), (j, decoder), (k, space) in product(loops, *map(enumerate, parts))
+        if share == "every" or (i + j + k) % 3 == 0
     ]  # fmt: skip
     mlp = few | dict(batch_size=2000)
     for cfg in [*configs, TestMlpConfig(**mlp), TestMlpConfig(task="binary", **mlp)]:
@@ -684,6 +688,7 @@ def test_figures_that_fail_and_full_ones(events, drawn, monkeypatch, capfd):
 # ---- a sweep ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_sweep_survives_a_job_that_is_killed(events, tmp_path):
     toy = [word for word in TOY if word != "epochs=2"]  # a key stands there once
     swept = ["latent_space=none,vq", "epochs=20"]

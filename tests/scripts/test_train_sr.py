@@ -16,7 +16,7 @@ import torch
 
 from data_utils.checkpoint import read
 from data_utils.launch import launch
-from tests.helpers import ROOT, finish, start, start_two
+from tests.helpers import ROOT, finish, slow, start, start_two
 from tests.scripts.test_resume import assert_same
 from train_sr import main, parse, schedule
 
@@ -241,7 +241,7 @@ def test_no_room_for_a_checkpoint_is_found_before_the_first_step(tmp_path, monke
     assert not (tmp_path / "run" / "metrics.jsonl").exists() and not list((tmp_path / "run").glob("*.tmp-*"))
 
 
-@pytest.mark.parametrize("method", ["default", pytest.param("each", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("method", ["default", slow("each")])
 def test_formula_of_a_table(method, model, tmp_path):
     x = np.linspace(-2, 2, 30)
     lines = ["t,u,height", *(f"{a},{b},{3 * a * a + 1.5}" for a, b in zip(x, x[::-1] ** 2, strict=True))]
@@ -254,6 +254,10 @@ def test_formula_of_a_table(method, model, tmp_path):
         best = json.loads((tmp_path / "all.jsonl").read_text().splitlines()[0])
         assert best["rank"] == 1 and best["r2"] > 0.5
     out, _ = finish(start("generate.py", "formula", *flags[:4], "--suite", "nguyen", cwd=tmp_path), 2)
+
+
+@pytest.mark.slow
+def test_formulas_of_a_suite(tmp_path):
     few = ["--suite", "nguyen", "--max_seconds=0", "--choices=4", "--max_variables=1", "--out=rows.csv"]
     out, _ = finish(start("generate.py", "formula", *few, cwd=tmp_path))
     assert "nguyen, 8 runs: vNRR" in out and len((tmp_path / "rows.csv").read_text().splitlines()) == 9

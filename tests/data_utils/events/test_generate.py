@@ -151,7 +151,7 @@ def test_scores_of_diffusion_are_its_ddim_mse(runs, tmp_path):
     assert abs((errors * objects).sum() / objects.sum() / tested["ddim_mse"] - 1) < 1e-4
 
 
-def test_scores_against_another_file(runs, file, tmp_path, capsys):
+def test_scores_against_another_file(runs, file, tmp_path, capsys, full_pictures):
     metrics = pytest.importorskip("sklearn.metrics")
     rows, labels = decay_chain(60, 9)
     objects(rows)[..., 2] *= 1.5  # odd events

@@ -5,8 +5,6 @@ import pytest
 
 from data_utils.events.roc import POINTS, auc, compare, roc
 
-metrics = pytest.importorskip("sklearn.metrics")
-
 
 def scores(n, m, ties):
     rng = np.random.default_rng(n + m)
@@ -17,6 +15,7 @@ def scores(n, m, ties):
 @pytest.mark.parametrize("ties", [False, True])
 @pytest.mark.parametrize("n, m", [(1, 1), (1, 7), (60, 40), (3000, 500)])
 def test_areas_and_curves_are_those_of_scikit_learn(n, m, ties):
+    metrics = pytest.importorskip("sklearn.metrics")
     signal, background = scores(n, m, ties)
     truth, both = np.repeat([1, 0], [n, m]), np.concatenate([signal, background])
     assert auc(signal, background) == pytest.approx(metrics.roc_auc_score(truth, both), abs=1e-12)

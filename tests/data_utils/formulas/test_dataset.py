@@ -20,7 +20,7 @@ from data_utils.formulas.dataset import DataConfig, FlashANSRDataset
 from data_utils.formulas.expressions import OPERATORS, SPECIAL, Alphabet
 from data_utils.formulas.samples import points, uniform
 from data_utils.formulas.skeletons import PoolConfig, check_pool
-from tests.helpers import ROOT
+from tests.helpers import ROOT, slow
 
 NEVER = dict(operators=("log",), operator_weights="", constant_probability=0.0, max_operators=1)
 NEVER |= dict(support_prior="interval(constant(-3),constant(-2))")  # where log has no values
@@ -160,7 +160,7 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.parametrize("way", ["exit", "exception", "SIGTERM"])
+@pytest.mark.parametrize("way", ["exit", slow("exception"), "SIGTERM"])
 def test_no_child_outlives_the_parent(way, tmp_path):
     (tmp_path / "script.py").write_text(SCRIPT)
     command = [sys.executable, tmp_path / "script.py", way]

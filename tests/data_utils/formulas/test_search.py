@@ -27,14 +27,11 @@ from data_utils.formulas.search import (
 )
 from data_utils.formulas.skeletons import PoolConfig, check_pool, draw_pool
 from data_utils.formulas.sums import Library, best_pairs, choose, plain_pairs, small_parts
+from tests.helpers import slow
 
 POOL = PoolConfig(variables=("x1", "x2"), max_operators=4)
 ALPHABET = check_pool(POOL)
 C = "<constant>"
-
-
-def slow(value):
-    return pytest.param(value, marks=pytest.mark.slow)
 
 
 def points(n=20, seed=0):

@@ -22,9 +22,9 @@ def random_prefix(rng, operators, names):
 
 @pytest.fixture(scope="module")
 def trees():
-    """20,000 prefix formulas, and values of their constants: half of them whole numbers."""
+    """10,000 prefix formulas, and values of their constants: half of them whole numbers."""
     rng, names = np.random.default_rng(0), [*OPERATORS, *["+", "-", "*", "/"] * 6]
-    prefixes = [random_prefix(rng, int(rng.integers(1, 9)), names) for _ in range(20_000)]
+    prefixes = [random_prefix(rng, int(rng.integers(1, 9)), names) for _ in range(10_000)]
     draw = (lambda n: rng.normal(0, 2, n), lambda n: rng.integers(-5, 6, n).astype(float))
     return [(p, draw[i % 2](p.count("<constant>")).tolist()) for i, p in enumerate(prefixes)]
 

@@ -138,6 +138,7 @@ def test_content(data):
         read.samples("few", [7])
 
 
+@pytest.mark.slow
 def test_processes_change_nothing(data, tmp_path):
     build(tmp_path / "two", workers=2)
     one, two = manifest(data), manifest(tmp_path / "two")
