@@ -2,7 +2,7 @@
 
     python scripts/check.py
 
-Takes seconds and leaves no files. Every test of the repository: bash scripts/test.sh
+Takes seconds and leaves no files. The tests of the repository: bash scripts/test.sh
 """
 
 import inspect

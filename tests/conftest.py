@@ -5,12 +5,19 @@ import signal
 import pytest
 from matplotlib.figure import Figure
 
+from data_utils.workers import cores
 from tests.helpers import SIZES, finish, start, train_flags
 from tests.warm import leave_blank
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job starts with it ignored, and its children
 signal.signal(signal.SIGHUP, signal.SIG_DFL)  # and with this one what nohup starts
 DRAWING = leave_blank()
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers():
+    return cores()  # psutil counts neither the second thread of a core nor what others were given
+
 
 LONGEST = ("test_simulated_device", "test_notebook.py", "test_threads.py", "checks_of_scikit_learn", "test_train_sr.py")
 

@@ -33,8 +33,9 @@ def traced(backend):
     return compile
 
 
-QUICK = ["transformer", "state_space", "train_hrm", "train_ae loop=diffusion_ae"]
-OTHERS = ["diffuser", "mla_store", "train_sr", "train_ae loop=gan_ae", "train_ae loop=test_mlp", "train_multimodal"]
+QUICK = ["transformer", "train_hrm", "train_ae loop=diffusion_ae"]
+OTHERS = ["state_space", "diffuser", "mla_store", "train_sr", "train_ae loop=gan_ae", "train_ae loop=test_mlp",
+          "train_multimodal"]  # fmt: skip
 SLOW = [(case, "eager") for case in OTHERS] + [(case, "aot_eager") for case in QUICK + OTHERS]
 
 

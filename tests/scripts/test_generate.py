@@ -188,7 +188,7 @@ def export(path, out, **more):
 
 
 @pytest.mark.parametrize(
-    "place", ["text/transformer_expert_interrupted.pt", "text/diffuser_expert_interrupted.pt", slow("hrm")]
+    "place", ["text/transformer_expert_interrupted.pt", slow("text/diffuser_expert_interrupted.pt"), slow("hrm")]
 )
 def test_an_exported_program_has_the_outputs_of_the_model(place, tmp_path, capsys):
     export(OLD / place, tmp_path / "model.pt2")

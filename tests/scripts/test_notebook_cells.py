@@ -26,9 +26,9 @@ from data_utils.launch import at_end, ends_cleanly
 from data_utils.metrics import to_wandb
 from data_utils.stop import Stop
 from data_utils.workers import in_order
-from tests.helpers import ROOT, finish, start
+from tests.helpers import ROOT, finish, slow, start
 
-SCRIPTS = [train_expert, train_mla, train_sr, train_ae, train_hrm, train_multimodal]
+ROWS = [train_expert, train_ae, train_hrm, *map(slow, (train_mla, train_sr, train_multimodal))]
 TEXT = dict(tokenizer="bytes", d_model=32, n_heads=2, n_layers=1, max_seq_len=32, batch_size=8, max_steps=2,
             eval_windows=16, device="cpu")  # fmt: skip
 PAGES = dict(arch="smoke", tasks=["sudoku4"], enable_mtp=False, train_samples=24, test_samples=4, global_batch_size=8,
@@ -78,7 +78,7 @@ def held(path):
 # ---- whatever happens ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("module", SCRIPTS, ids=lambda m: m.__name__)
+@pytest.mark.parametrize("module", ROWS, ids=lambda m: m.__name__)
 def test_after_an_error_or_an_interrupt_the_next_cell_runs(module, tmp_path, toy, experts, monkeypatch, capsys):
     monkeypatch.setattr(train_mla, "EM_TOKENS", 1000)
     cfg = small(module, tmp_path, toy, experts)
@@ -102,7 +102,7 @@ def test_after_an_error_or_an_interrupt_the_next_cell_runs(module, tmp_path, toy
     assert result["step"] and not result["stopped"] and not any(map(held, locks(tmp_path)))
 
 
-@pytest.mark.parametrize("module", SCRIPTS, ids=lambda m: m.__name__)
+@pytest.mark.parametrize("module", ROWS, ids=lambda m: m.__name__)
 def test_a_run_that_is_stopped_at_once_names_no_best_loss(module, tmp_path, toy, experts, monkeypatch, capsys):
     cfg, step = small(module, tmp_path, toy, experts), module.Progress.__enter__
 
@@ -388,7 +388,7 @@ def test_a_field_that_is_not_there_is_refused_with_the_nearest():
 # ---- a script in a cell ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("module", SCRIPTS, ids=lambda m: m.__name__)
+@pytest.mark.parametrize("module", ROWS, ids=lambda m: m.__name__)
 def test_a_whole_script_pasted_into_a_cell_runs_nothing_and_its_main_works(module, tmp_path, toy, experts, monkeypatch):
     cell = ModuleType("__main__")  # of a kernel, without __file__
     monkeypatch.setitem(sys.modules, "__main__", cell)

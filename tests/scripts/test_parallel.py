@@ -85,6 +85,7 @@ def test_a_run_moves_between_processes_bit_for_bit(ways, toy, experts, tmp_path)
                     {k: straight[k] for k in ("model_state", "optimizer_state")}, way)  # fmt: skip
 
 
+@pytest.mark.slow
 def test_shared_weights_of_train_hrm(tmp_path):
     """A decoder's keys, averaged weights, clipped gradients; from shared weights to one process and back."""
     flags = [*SIZES, *"--dataset=synthetic --eval_rows=100 --optimizer=adamw --lr_scheduler=constant".split()]
@@ -106,6 +107,7 @@ def test_shared_weights_of_train_hrm(tmp_path):
     assert norms[1] == pytest.approx(norms[0], rel=1e-4) and len(norms[0]) == 6
 
 
+@pytest.mark.slow
 def test_shared_weights_of_train_sr(tmp_path):
     flags = [*TINY, *"-vi 3 --optimizer=adamw --encoder_n_isab=1 --use_checkpointing --encoder_dropout=0.1".split()]
     flags += "--lr_schedule=0:1e-3".split()

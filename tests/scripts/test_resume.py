@@ -53,7 +53,7 @@ def assert_same(a, b, path=""):
         assert a == b, path
 
 
-@pytest.mark.parametrize("expert", ["transformer", "mla_store", slow("state_space"), slow("diffuser")])
+@pytest.mark.parametrize("expert", ["transformer", slow("mla_store"), slow("state_space"), slow("diffuser")])
 def test_interrupted_and_resumed_equals_uninterrupted(expert, toy, experts, tmp_path):
     uninterrupted = run(expert, toy, experts, tmp_path / "whole")
     cut = {end: run(expert, toy, experts, tmp_path / end) for end in ENDS[expert]}

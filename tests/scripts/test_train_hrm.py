@@ -13,7 +13,7 @@ from data_utils.checkpoint import load_checkpoint
 from data_utils.config import cosmetic_names
 from data_utils.launch import launch
 from data_utils.reasoning.nested_config import flatten
-from tests.helpers import finish, start, start_cold, start_two
+from tests.helpers import finish, slow, start, start_cold, start_two
 from tests.scripts.test_resume import assert_same
 from train_hrm import HrmConfig, SudokuConfig, SyntheticConfig, main, parse, variant
 
@@ -81,7 +81,7 @@ def test_commands_of_the_guide(tmp_path):
     assert "step 2 of 2" in out
 
 
-@pytest.mark.parametrize("kind, optimizer", [("puzzles", "muon"), ("sums", "adamw_8bit"), ("sums", "adamw")])
+@pytest.mark.parametrize("kind, optimizer", [("puzzles", "muon"), slow("sums", "adamw_8bit"), slow("sums", "adamw")])
 def test_interrupted_and_resumed_equals_uninterrupted(kind, optimizer, puzzles, tmp_path):
     flags = [*KINDS[kind], f"--optimizer={optimizer}", "--save_minutes=0.0008", "--checkpoint_limit=2"]
     flags += [f"--dataset={puzzles}"] * (kind == "puzzles")

@@ -93,13 +93,16 @@ def test_minimal_example_of_the_guide(tmp_path):
     assert bundle | {"state_dict.pt", "metrics.jsonl", "loss.png"} <= {p.name for p in out.iterdir()}
     parts = {f"{n}.pt" for n in "state_dict optimizer lr_scheduler scaler training_state".split()}
     assert parts | bundle == {p.name for p in (out / "checkpoint_2").iterdir()}
-    flags = ["-c", out / "train.yaml", "-o", "again", "-v", "-ci", "1", "-vi", "2", "--holdout_pools", "none"]
-    finish(start("train_sr.py", *flags, cwd=tmp_path))
-    assert (tmp_path / "again" / "checkpoint_1").exists() and (tmp_path / "again" / "state_dict.pt").exists()
     env["PATH"] = f"{clone}/scripts:{path}"
     for word, status in (("train", 0), ("find", 2)):
         done = subprocess.run(["flash_ansr", word, "--help"], env=env, capture_output=True, text=True)
         assert done.returncode == status and (status or "Train symbolic regression" in done.stdout), done
+
+
+@pytest.mark.slow
+def test_the_copied_bundle_of_a_run_trains_again(model, tmp_path):
+    finish(start("train_sr.py", "-c", model / "train.yaml", *"-o again -v -ci 1 -vi 2".split(), cwd=tmp_path))
+    assert (tmp_path / "again" / "checkpoint_1").exists() and (tmp_path / "again" / "state_dict.pt").exists()
 
 
 def test_interrupted_and_resumed_equals_uninterrupted(tmp_path):
@@ -136,6 +139,7 @@ def test_interrupted_and_resumed_equals_uninterrupted(tmp_path):
         assert its_rows == rows
 
 
+@pytest.mark.slow
 def test_saved_pools_wandb_and_starting_over(tmp_path):
     """Saved pools train and validate; without wandb it goes on; a second --fresh keeps both earlier folders."""
     pool = tmp_path / "pool"

@@ -160,7 +160,7 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.parametrize("way", ["exit", slow("exception"), "SIGTERM"])
+@pytest.mark.parametrize("way", [slow("exit"), slow("exception"), "SIGTERM"])
 def test_no_child_outlives_the_parent(way, tmp_path):
     (tmp_path / "script.py").write_text(SCRIPT)
     command = [sys.executable, tmp_path / "script.py", way]

@@ -242,6 +242,7 @@ def test_no_test_set_skeleton_in_many_draws(held):
             assert signature(bare(t), x) not in bare_tests - {None}, flat(t)
 
 
+@pytest.mark.slow
 def test_processes_agree_on_chunks():
     code = (
         "import hashlib, numpy as np; from data_utils.formulas import holdout, skeletons as s;"

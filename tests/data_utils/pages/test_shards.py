@@ -441,6 +441,7 @@ FLAGS = dict(tasks=("sudoku6",), train_samples=400, test_samples=8, build_batch=
              arc_side=10, puzzles="")  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_trainer_dies_and_the_next_one_goes_on(tmp_path, monkeypatch):
     monkeypatch.setattr(shard_files, "SHARD", 100)  # as the command has it
     out, cfg = tmp_path / "data", SimpleNamespace(**FLAGS)
