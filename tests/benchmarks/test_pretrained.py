@@ -123,6 +123,7 @@ def test_generate_takes_a_name(tmp_path, capsys):
     assert "did you mean addition?" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_puzzle_may_come_through_standard_input(tmp_path):
     words = [sys.executable, ROOT / "generate.py", "sudoku4", "--input", "-", "--device=cpu"]
     result = subprocess.run(words, cwd=tmp_path, input="1234341221434.2.", capture_output=True, text=True)

@@ -29,6 +29,7 @@ def figures_of(results):
 
 
 # ---- rows at toy size ------------------------------------------------------------------------------------------------
+@pytest.mark.slow
 def test_every_row_of_the_expert_figures_runs_at_toy_size(tmp_path):
     data, out = tmp_path / "data", tmp_path / "figures.json"
     for domain in ("code", "verse"):

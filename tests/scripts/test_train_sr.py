@@ -105,7 +105,8 @@ def test_the_copied_bundle_of_a_run_trains_again(model, tmp_path):
     assert (tmp_path / "again" / "checkpoint_1").exists() and (tmp_path / "again" / "state_dict.pt").exists()
 
 
-def test_interrupted_and_resumed_equals_uninterrupted(tmp_path):
+@pytest.mark.parametrize("names", [("whole", "SIGTERM"), slow(("whole", "SIGKILL", "SIGTERM"))], ids=len)
+def test_interrupted_and_resumed_equals_uninterrupted(names, tmp_path):
     flags = [
         "--steps=14",
         "-vi",
@@ -114,7 +115,6 @@ def test_interrupted_and_resumed_equals_uninterrupted(tmp_path):
         "--encoder_dropout=0.1",
         "--save_minutes=0.0005",
     ]
-    names = ("whole", "SIGKILL", "SIGTERM")
     runs = {name: train(tmp_path, *flags, "-o", name) for name in names}
     for name in names[1:]:
         while (

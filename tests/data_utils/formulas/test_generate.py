@@ -100,6 +100,7 @@ def test_formats(pendulum, capsys, style, words):
         assert np.std(left / table.y) < 0.02
 
 
+@pytest.mark.slow
 def test_the_network_of_the_repo_proposes_for_up_to_three_columns(tmp_path, capsys, monkeypatch):
     calls = []
     draw = search.Network.__call__

@@ -1,6 +1,7 @@
 """SymbolicRegressor: what it finds, how it says it, and the conventions of scikit-learn."""
 
 import copy
+import itertools
 import subprocess
 import sys
 
@@ -9,7 +10,7 @@ import pytest
 
 from data_utils.formulas import SymbolicRegressor, forms, score, search, sums
 from data_utils.formulas.regressor import _rounding, _weighted
-from tests.helpers import ROOT, run_python
+from tests.helpers import ROOT, run_python, slow
 
 QUICK = dict(max_seconds=0, choices=16, operators=("pow", "pow2"))
 
@@ -152,7 +153,8 @@ def test_the_package_imports_no_torch_before_it_is_used():
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
 
 
-def test_it_passes_the_checks_of_scikit_learn(monkeypatch):
+@pytest.mark.parametrize("share", [4, slow(1)])
+def test_it_passes_the_checks_of_scikit_learn(share, monkeypatch):
     checks = pytest.importorskip("sklearn.utils.estimator_checks")
     # dozens of fits, none of which has to be good: what is checked is how data and parameters are taken
     for name, least in dict(DRAWS=64, ROUND=32, SUMS=1, SWEPT=4, FINAL=4, BEHIND=0).items():
@@ -160,7 +162,9 @@ def test_it_passes_the_checks_of_scikit_learn(monkeypatch):
     monkeypatch.setattr(search, "starts", lambda *args: iter(()))
     monkeypatch.setattr(score, "SNAPS", 0)
     monkeypatch.setattr(sums, "LINKS", dict(list(sums.LINKS.items())[:2]))
-    checks.check_estimator(SymbolicRegressor(max_seconds=0, choices=1, operators=("exp",), model=None))
+    model = SymbolicRegressor(max_seconds=0, choices=1, operators=("exp",), model=None)
+    for estimator, check in itertools.islice(checks.estimator_checks_generator(model), 0, None, share):
+        check(estimator)
 
 
 def test_it_is_a_step_of_a_pipeline():
