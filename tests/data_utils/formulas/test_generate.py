@@ -17,7 +17,7 @@ from data_utils.formulas.generate import NO_FORMULA, find, knows_prompts
 from data_utils.formulas.model_files import PRETRAINED, model_folder
 from data_utils.formulas.tables import read_table
 from generate import FormulaConfig
-from tests.helpers import finish, run_python, start, start_cold
+from tests.helpers import finish, run_python, slow, start, start_cold
 
 QUICK = dict(max_seconds=0.0, choices=4, operators=("sqrt",))
 
@@ -112,6 +112,8 @@ def test_the_network_of_the_repo_proposes_for_up_to_three_columns(tmp_path, caps
     for names, flags, expected in (
         ("abc", {}, 3),
         ("abcd", {}, None),
+        ("abc", dict(model=""), None),
+        ("abc", dict(method="prior"), None),
         ("ab", dict(method="beam", beam_width=2), 2),
     ):
         assert answer(capsys, table, columns=tuple(names), **flags).out == "y = a*b\n"
@@ -264,10 +266,11 @@ def test_prompts_of_a_network(tmp_path):
     assert knows_prompts(tmp_path, alphabet)
 
 
-def test_the_deadline_holds(tmp_path, capsys):
+@pytest.mark.parametrize("n", [slow(25), 100_000])
+def test_the_deadline_holds(n, tmp_path, capsys):
     rng = np.random.default_rng(0)
-    x = rng.uniform(1, 5, (2, 100_000))
-    y = 3 * x[0] ** 2 / x[1] + 0.1 * rng.standard_normal(100_000)
+    x = rng.uniform(1, 5, (2, n))
+    y = 3 * x[0] ** 2 / x[1] + 0.1 * rng.standard_normal(n)
     table = write_table(tmp_path / "t.csv", dict(a=x[0], b=x[1], y=y))
     begin = time.process_time()  # of one thread: other programs that share the cores don't count
     answer(capsys, table, max_seconds=4.0)

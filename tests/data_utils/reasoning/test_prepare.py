@@ -20,7 +20,7 @@ from data_utils.reasoning import prepare, sources
 from data_utils.reasoning.dataset import open_pairs, open_splits
 from data_utils.reasoning.folder import read_row
 from data_utils.tokenizer import load_tokenizer
-from tests.helpers import SHARED, finish, start
+from tests.helpers import SHARED, finish, slow, start
 
 GSM8K = SHARED / "data" / "gsm8k" / "train.jsonl"
 ODD = ["👨‍👩‍👧 e\u0301", "a\r\nb", "\x00", "two  spaces ", "<pad><bos><eos><unk>", "<|endoftext|>", "\u2028x"]
@@ -319,7 +319,7 @@ def many_tasks(prepared, tmp_path_factory):
     return root / "source", root / "clean", tokenizer
 
 
-@pytest.mark.parametrize("processes, hit", [(1, "SIGKILL"), (2, "SIGTERM")])
+@pytest.mark.parametrize("processes, hit", [(1, "SIGKILL"), slow(2, "SIGKILL"), (2, "SIGTERM")])
 def test_signals_through_the_command_line(many_tasks, tmp_path, processes, hit):
     source, clean, tokenizer = many_tasks
     flags = ["language", "--source", source, "--dest", tmp_path / "out", "--tokenizer", tokenizer,
