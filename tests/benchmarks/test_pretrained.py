@@ -85,7 +85,7 @@ def test_a_row_of_the_results_repeats_the_card(name):
     assert f"{figure['ours']:g}" == re.search(r": ([\d.]+)", card_of(name)[1]["figure"])[1]
 
 
-@pytest.mark.parametrize("name", map(slow, NAMES))
+@pytest.mark.parametrize("name", [*map(slow, NAMES)])
 def test_the_command_of_a_card_works_from_another_folder(name, tmp_path):
     command = card_of(name)[0].splitlines()[2].strip()
     command = command.replace("python generate.py", f"{sys.executable} {ROOT / 'generate.py'}")
