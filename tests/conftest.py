@@ -19,7 +19,7 @@ def pytest_xdist_auto_num_workers():
     return cores()  # psutil counts neither the second thread of a core nor what others were given
 
 
-LONGEST = ("test_simulated_device", "test_threads.py", "checks_of_scikit_learn", "test_train_sr.py")
+LONGEST = ("test_simulated_device", "checks_of_scikit_learn", "test_train_sr.py")
 
 
 def pytest_collection_modifyitems(items):

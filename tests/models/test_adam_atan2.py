@@ -225,6 +225,7 @@ def test_rules_that_overflow_skip_the_step_of_all_weights(wrong):
         rules.zero_grad()
 
 
+@pytest.mark.slow
 def test_two_ranks_equal_one(tmp_path):
     for run in [launch([sys.executable, "-c", RANKS, str(rank), str(tmp_path)]) for rank in range(2)]:
         finish(run)

@@ -451,6 +451,7 @@ def test_puzzles_are_learnt_and_stay_solved():
     assert solved[0].all() and solved[:, 32:].all()  # those with one blank for 16 steps more
 
 
+@pytest.mark.slow
 def test_words_are_learnt_through_capsules():
     solved = learn("read", *words(32), 150, text_supervision_steps=1, num_capsules=3)
     assert solved[0].float().mean() == 1

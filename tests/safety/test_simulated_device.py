@@ -89,7 +89,7 @@ def everything():
 
 
 DEVICES = {  # float16 needs all that bfloat16 does, and a GradScaler
-    "cuda7.5": ("cuda", (7, 5), six_scripts, "cuda:0, float16"),
+    "cuda7.5": ("cuda", (7, 5), lambda: six_scripts(resume=False), "cuda:0, float16"),
     "mps": ("mps", (0, 0), lambda: six_scripts(resume=False), "mps, float32"),
     "all of cuda7.5": ("cuda", (7, 5), everything, "cuda:0, float16"),
     "cuda8.0": ("cuda", (8, 0), everything, "cuda:0, bfloat16, TF32"),

@@ -255,6 +255,7 @@ def test_two_data_sets_of_one_name_share_no_run(questions, tmp_path):
     assert "other data than before: best begins anew" in out and "step 4 of 4" in out
 
 
+@pytest.mark.slow
 def test_pictures_of_another_folder_share_no_run(run, grids, tmp_path):
     shutil.copytree(grids, tmp_path / "copy")
     finish(run("multimodal", tmp_path / "out", "max_steps=1"))

@@ -117,6 +117,7 @@ def test_a_run_that_is_stopped_at_once_names_no_best_loss(module, tmp_path, toy,
     assert ", not evaluated yet, " in last and "test_loss" not in last
 
 
+@pytest.mark.slow
 def test_a_last_evaluation_that_is_cut_is_still_to_come(tmp_path, toy, experts, monkeypatch, capsys):
     cfg = small(train_multimodal, tmp_path, toy, experts)
 

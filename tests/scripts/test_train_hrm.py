@@ -106,6 +106,7 @@ def test_interrupted_and_resumed_equals_uninterrupted(kind, optimizer, puzzles, 
         assert its_rows == rows
 
 
+@pytest.mark.slow
 def test_going_on_from_an_older_checkpoint_leaves_the_later_branch(tmp_path):
     """Else the next start would take that one, and new steps would be deleted as older than it."""
     flags = ["--dataset=synthetic", "--steps=8", "--val_every=2", "--eval_rows=40", "--run_name=a"]
@@ -123,6 +124,7 @@ def test_going_on_from_an_older_checkpoint_leaves_the_later_branch(tmp_path):
     assert_same(files["final.pt"] | ignored, expected["final.pt"] | ignored)
 
 
+@pytest.mark.slow
 def test_the_same_budget_again_trains_nothing(tmp_path):
     flags = ["--dataset=synthetic", "--steps=8", "--eval_rows=40", "--segments=2", "--run_name=a", "--log_steps=1"]
     home = tmp_path / "runs" / "a"

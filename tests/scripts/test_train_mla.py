@@ -33,6 +33,7 @@ def test_store_holds_no_validation_text(toy, trained, tmp_path):
     assert set(model.store.documents.tolist()) <= train and not held_out & train
 
 
+@pytest.mark.slow
 def test_a_store_larger_than_the_text_is_cut_to_it(toy, experts, tmp_path):
     flags = [*train_flags("mla_store", toy, experts), f"--checkpoint_dir={tmp_path}", "--max_steps=1"]
     out, _ = finish(start(*flags, "--max_vectors=50000000"))

@@ -319,6 +319,7 @@ def test_interrupted_and_resumed_equals_uninterrupted(pages, tmp_path):
     assert not list(Path().rglob("*.tmp-*"))
 
 
+@pytest.mark.slow
 def test_training_while_data_come_is_training_on_all_of_them(pages, monkeypatch):
     monkeypatch.setattr(rolling_batch, "START_PAGES", 32)  # as it is, so few pages would be waited for at once
     run(*TOY, f"data_paths={pages} checkpoint_path=whole incremental=false epochs=2")
@@ -361,6 +362,7 @@ def test_damaged_checkpoints(pages, finished, capfd):
     assert Path("a", "latest.pt.bak").exists() and Path("a", "best_model.pt.bak").exists()
 
 
+@pytest.mark.slow
 def test_two_ranks_equal_one(pages, tmp_path):
     Path("script.py").write_text(SCRIPT)
     line = [*TOY, f"data_paths={pages}", "epochs=2"]

@@ -192,6 +192,7 @@ def test_damaged_checkpoints(damage, model, tmp_path):
     assert "optimizer.pt" in err and len(err.splitlines()) <= 3
 
 
+@pytest.mark.slow
 def test_going_on_from_an_older_checkpoint_leaves_the_later_branch(tmp_path):
     """Else the next start would take that one, and new steps would be deleted as older than it."""
     flags = ["--steps=6", "-vi", "6", "-ci", "2", "--val_problems=0", "-o", "run"]

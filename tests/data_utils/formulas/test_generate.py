@@ -17,7 +17,7 @@ from data_utils.formulas.generate import NO_FORMULA, find, knows_prompts
 from data_utils.formulas.model_files import PRETRAINED, model_folder
 from data_utils.formulas.tables import read_table
 from generate import FormulaConfig
-from tests.helpers import finish, run_python, slow, start, start_cold
+from tests.helpers import finish, run_python, slow, start
 
 QUICK = dict(max_seconds=0.0, choices=4, operators=("sqrt",))
 
@@ -278,7 +278,7 @@ def test_the_deadline_holds(n, tmp_path, capsys):
 
 
 def test_as_a_user_starts_it(pendulum, tmp_path):
-    out, err = finish(start_cold("generate.py", "formula", "--data", pendulum, "--max_seconds", "0", cwd=tmp_path))
+    out, err = finish(start("generate.py", "formula", "--data", pendulum, "--max_seconds", "0", cwd=tmp_path))
     assert out.startswith("period = ") and "sqrt" in out and "\r" not in err
     flags = ["--data", pendulum, "--max_seconds=0", "--choices=16", "--exclude-terms", "sqrt", "pow", "--format=latex"]
     out, _ = finish(start("generate.py", "formula", *flags, cwd=tmp_path))

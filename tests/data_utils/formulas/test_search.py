@@ -250,6 +250,7 @@ def test_ctrl_c_ends_the_search_with_the_best_so_far():
     assert formulas[0].fvu < 1e-20
 
 
+@pytest.mark.slow
 def test_the_same_seed_finds_the_same():
     X = points()
     y = X[:, 0] ** X[:, 1] + np.exp(X[:, 1])

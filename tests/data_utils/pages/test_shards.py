@@ -216,6 +216,7 @@ print("as clean")
 """
 
 
+@pytest.mark.slow
 def test_kills_change_nothing(tmp_path):
     environment = os.environ | dict(PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1")
     command = [sys.executable, "-c", KILLS, tmp_path]
